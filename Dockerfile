@@ -1,0 +1,41 @@
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+FROM ${BASE_IMAGE}
+
+# Triton compiles the launcher of upstream's focal loss on the first step on a GPU.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/*
+
+ENV PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+
+# A layer of its own: 6 GB that change only with the lock.
+COPY requirements.lock /opt/sam3-finetuning/
+RUN pip install --no-cache-dir --disable-pip-version-check --require-hashes --no-deps \
+      --requirement /opt/sam3-finetuning/requirements.lock
+
+# PYTHONSAFEPATH: an `app` in the user's folder must not take the place of ours.
+# HOME: writable by any uid, as runs are made under that of the caller.
+ENV PYTHONPATH=/opt/sam3-finetuning \
+    PYTHONSAFEPATH=1 \
+    HOME=/tmp/home
+COPY LICENSE /opt/sam3-finetuning/
+COPY configs/ /opt/sam3-finetuning/configs/
+COPY app/ /opt/sam3-finetuning/app/
+
+ARG SAM3_COMMIT=84cc43bca4347b772f17d1078a1ddb4c054655c2
+RUN python -c "import sys; from app.model.upstream import COMMIT, prove_pin; prove_pin(); \
+sys.exit(None if sys.argv[1] == COMMIT else f'SAM3_COMMIT is {sys.argv[1]}, the pin is {COMMIT}')" \
+      "${SAM3_COMMIT}" \
+ && install --directory --mode 1777 /tmp/home
+
+LABEL org.opencontainers.image.title="sam3-finetuning" \
+      org.opencontainers.image.description="Teach SAM 3 to find your things" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      sam3.commit="${SAM3_COMMIT}"
+
+USER 1000:1000
+WORKDIR /tmp/home
+ENTRYPOINT ["python", "-m", "app"]
+CMD ["--help"]

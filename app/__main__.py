@@ -1,0 +1,149 @@
+"""The command line: `python -m app train | infer`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.errors import UserError
+from app.model.upstream import prove_pin
+
+log = logging.getLogger("app")
+cli = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Teach SAM 3 (Segment Anything with Concepts) to find your things.",
+)
+SIZES = "sam3, small, nano, or auto: sam3 where a GPU and its weights are at hand, else nano"
+
+
+@cli.command()
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="any key of configs/train.yaml"),
+    ] = None,
+    dataset_dir: Annotated[
+        str | None, typer.Option(help="folder with train/, valid/; synthetic shapes where not given")
+    ] = None,
+    model: Annotated[str, typer.Option(help=SIZES)] = "auto",
+    checkpoint: Annotated[
+        str | None, typer.Option(help="weights to start from: file, folder, or none for random ones")
+    ] = None,
+    output_dir: Annotated[str | None, typer.Option(help="folder that the run leaves")] = None,
+    epochs: Annotated[int | None, typer.Option()] = None,
+    batch_size: Annotated[int | None, typer.Option(help="images a step and process")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="learning rate of the detector; the others keep their ratio")
+    ] = None,
+    grad_accum: Annotated[int | None, typer.Option(help="steps averaged into one update")] = None,
+    resolution: Annotated[int | None, typer.Option(help="pixels, square")] = None,
+    num_gpus: Annotated[int | None, typer.Option(help="processes to train with")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    eval_only: Annotated[bool, typer.Option("--eval-only", help="score, do not train")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the newest checkpoint in --output-dir")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the run in --output-dir")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML in our schema or in upstream's Trainer's")
+    ] = None,
+    use_base_config: Annotated[
+        bool, typer.Option("--use-base-config", help="upstream's full fine-tuning, by its Trainer")
+    ] = False,
+) -> None:
+    """Fine-tune SAM 3 on labelled images, or score weights on them (--eval-only)."""
+    flags = {
+        "dataset.dir": dataset_dir,
+        "training.epochs": epochs,
+        "training.batch_size": batch_size,
+        "training.grad_accum": grad_accum,
+        "training.num_gpus": num_gpus,
+        "model.resolution": resolution,
+        "output_dir": output_dir,
+        "checkpoint": checkpoint,
+        "seed": seed,
+    }
+    asked = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    from app.training import start
+
+    start.start(
+        [*(overrides or []), *asked],
+        file=config,
+        size=model,
+        lr=lr,
+        base_config=use_base_config,
+        eval_only=eval_only,
+        resume=resume,
+        overwrite=overwrite,
+    )
+
+
+@cli.command()
+def infer(
+    input: Annotated[str, typer.Option(help="an image, a folder of images, or a quoted glob")],
+    checkpoint: Annotated[str, typer.Option(help="weights file or folder; none for random ones")],
+    output_dir: Annotated[Path, typer.Option(help="folder for overlays and predictions.json")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="what to find; may be given several times")
+    ] = None,
+    box: Annotated[
+        list[str] | None, typer.Option(metavar="X,Y,W,H", help="example box in pixels; several")
+    ] = None,
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="least score")] = 0.5,
+    max_detections: Annotated[int, typer.Option(min=1, help="an image")] = 100,
+    model: Annotated[str, typer.Option(help="size, for weights that do not say theirs")] = "auto",
+    resolution: Annotated[int | None, typer.Option(help="pixels, square")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace earlier results")] = False,
+) -> None:
+    """Find what the prompts name; write an overlay for each image and one predictions.json."""
+    from app.inference.folder import predict_folder
+
+    failed = predict_folder(
+        input,
+        checkpoint,
+        output_dir,
+        prompts=prompt or [],
+        boxes=box or [],
+        threshold=threshold,
+        max_detections=max_detections,
+        size=None if model == "auto" else model,
+        resolution=resolution,
+        device=device,
+        precision=precision,
+        overwrite=overwrite,
+    )
+    if failed:
+        raise typer.Exit(3)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    handler: Any = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    try:
+        prove_pin()
+        cli()
+    except UserError as error:
+        for problem in error.problems:
+            print(f"error: {problem}" if not problem.startswith(" ") else problem, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,423 @@
+"""configs/ composed from the filesystem, checked whole, resolved.
+
+Hydra composes; pydantic refuses what no one reads. A mistyped override is an error with the nearest
+known key, never ignored (the most common mistake in forks of upstream).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from app.errors import UserError, nearest
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+Node = dict[str, Any]  # a part named by `_target_`, made by hydra.utils.instantiate
+
+# A configuration may come from outside: it may name upstream's parts and ours, and no other code.
+TARGETS = ("sam3.", "app.", "torch.optim.", "torch.nn.", "fvcore.common.param_scheduler.")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VisionConfig(_Strict):
+    patch_size: int = Field(gt=0)
+    embed_dim: int = Field(gt=0, multiple_of=4)
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    mlp_ratio: float = Field(gt=0)
+    window_size: int = Field(gt=0)
+    global_blocks: list[int]
+    drop_path: float = Field(ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> VisionConfig:
+        if self.embed_dim % (4 * self.num_heads):
+            raise ValueError(
+                f"vision.embed_dim {self.embed_dim} must be a multiple of 4 x vision.num_heads "
+                f"({self.num_heads}): rotary embedding pairs both axes"
+            )
+        outside = [block for block in self.global_blocks if not 0 <= block < self.depth]
+        if outside or not self.global_blocks or max(self.global_blocks) != self.depth - 1:
+            raise ValueError(
+                f"vision.global_blocks {self.global_blocks} must lie in 0..{self.depth - 1} and "
+                f"hold the last block, {self.depth - 1}"
+            )
+        return self
+
+
+class TextConfig(_Strict):
+    width: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    context_length: int = Field(ge=3, le=77)
+
+    @model_validator(mode="after")
+    def _check(self) -> TextConfig:
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"text.width {self.width} must be a multiple of text.num_heads ({self.num_heads})"
+            )
+        return self
+
+
+class ModelConfig(_Strict):
+    """Size of a SAM 3; what `model/build.py` builds and a weights' header carries."""
+
+    name: str
+    resolution: int = Field(gt=0)
+    vision: VisionConfig
+    text: TextConfig
+    d_model: int = Field(gt=0, multiple_of=8)
+    num_heads: int = Field(gt=0)
+    feedforward: int = Field(gt=0)
+    encoder_layers: int = Field(gt=0)
+    decoder_layers: int = Field(gt=0)
+    geometry_layers: int = Field(gt=0)
+    num_queries: int = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    mask_points: int = Field(gt=0)
+    segmentation: bool
+    activation_checkpointing: bool
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        patch = self.vision.patch_size
+        if self.resolution % patch:
+            low = max(self.resolution // patch * patch, patch)
+            raise ValueError(
+                f"model.resolution {self.resolution} must be a multiple of the patch size {patch}: "
+                f"{low} or {low + patch}"
+            )
+        if self.resolution < 4 * patch:
+            raise ValueError(f"model.resolution {self.resolution} is below {4 * patch}: four patches")
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"model.d_model {self.d_model} must be a multiple of model.num_heads "
+                f"({self.num_heads})"
+            )
+        return self
+
+
+class ShapesConfig(_Strict):
+    train: int = Field(ge=1)
+    valid: int = Field(ge=1)
+    width: int = Field(ge=32)
+    height: int = Field(ge=32)
+    min_shapes: int = Field(ge=1)
+    max_shapes: int = Field(ge=1)
+
+
+class DatasetConfig(_Strict):
+    dir: str | None
+    valid_fraction: float = Field(gt=0, lt=1)
+    limit: int | None = Field(ge=1)
+    max_prompts: int = Field(ge=1)
+    shapes: ShapesConfig
+
+
+class TransformsConfig(_Strict):
+    train: list[Node]
+
+
+class LossConfig(_Strict):
+    matcher: Node
+    criterion: Node
+
+
+class ScheduleConfig(_Strict):
+    name: Literal["inverse_sqrt", "linear", "cosine", "constant"]
+    warmup_steps: int = Field(ge=0)
+    timescale: int = Field(ge=1)
+    cooldown_steps: int = Field(ge=0)
+
+
+class OptimConfig(_Strict):
+    lr: float = Field(gt=0)
+    lr_vision: float = Field(ge=0)
+    lr_text: float = Field(ge=0)
+    lr_scale: float | None = Field(gt=0)
+    layer_decay: float = Field(gt=0, le=1)
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    schedule: ScheduleConfig
+    optimizer: Node
+    param_group_modifiers: list[Node]
+    options: Node
+
+
+class TrainingConfig(_Strict):
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    grad_accum: int = Field(ge=1)
+    num_gpus: int = Field(ge=1)
+    num_workers: int | Literal["auto"]
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "fp32", "bf16"]
+    check_finite: bool
+
+
+class EvaluationConfig(_Strict):
+    every: int = Field(ge=1)
+    metric: str
+    max_detections: int = Field(ge=1)
+    pictures: int = Field(ge=0)
+
+
+class PredictionConfig(_Strict):
+    threshold: float = Field(ge=0, le=1)
+
+
+class Config(_Strict):
+    """Everything that decides a run; the schema of `configs/train.yaml`."""
+
+    model: ModelConfig
+    dataset: DatasetConfig
+    transforms: TransformsConfig
+    loss: LossConfig
+    optim: OptimConfig
+    training: TrainingConfig
+    evaluation: EvaluationConfig
+    prediction: PredictionConfig
+    output_dir: str
+    checkpoint: str
+    seed: int = Field(ge=0)
+
+
+def load_config(
+    overrides: Sequence[str] = (), file: Path | None = None, model: ModelConfig | None = None
+) -> Config:
+    """Compose `configs/train.yaml`, `file` over it, and `overrides` (`KEY=VALUE`) over both.
+
+    Args:
+        model: the size that given weights have; takes the place of `configs/model/`.
+
+    Raises:
+        UserError: an unknown key (with the nearest known one), a value out of range, an
+            interpolation that cannot be resolved; all that are found.
+    """
+    groups = [text for text in overrides if _key(text) in _config_groups()]
+    values = [text for text in overrides if text not in groups]
+    composed = _compose("train", [_check_group(text) for text in groups])
+    if file is not None:
+        composed = _merge_file(composed, file)
+    if model is not None:
+        changes = _model_changes(file)
+        composed.model = OmegaConf.merge(model.model_dump(), changes)
+    for text in values:
+        composed = _override(composed, text)
+    return _validate(composed)
+
+
+def load_model_config(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
+    """The size `configs/model/<name>.yaml`."""
+    return load_config([f"model={name}", *overrides]).model
+
+
+def model_config(content: Mapping[str, Any], where: str) -> ModelConfig:
+    """A checked size; raises UserError that starts with `where`."""
+    try:
+        return ModelConfig.model_validate(content)
+    except ValidationError as error:
+        raise UserError([f"{where}: {_problem(item)}" for item in error.errors()]) from None
+
+
+def model_names() -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(file: Path) -> Any:
+    """Parse YAML that is data only; raises UserError that names the place."""
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: broken YAML: {' '.join(str(error).split())}") from None
+
+
+def check_targets(node: Any, where: str) -> list[str]:
+    """Problems of every `_target_` in `node`: unknown, not allowed, or given keys it never reads."""
+    if isinstance(node, list):
+        return [p for i, item in enumerate(node) for p in check_targets(item, f"{where}[{i}]")]
+    if not isinstance(node, Mapping):
+        return []
+    problems = _check_target(node, where) if "_target_" in node else []
+    return problems + [p for k, v in node.items() for p in check_targets(v, f"{where}.{k}")]
+
+
+def _check_target(node: Mapping[str, Any], where: str) -> list[str]:
+    target = str(node["_target_"])
+    if not target.startswith(TARGETS):
+        return [f"{where}._target_: '{target}' is not allowed; targets start with {TARGETS}"]
+    module, _, name = target.rpartition(".")
+    try:
+        part = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        return [f"{where}._target_: there is no '{target}'"]
+    parameters = inspect.signature(part).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return []
+    return [
+        f"{where}.{key}: {target} reads no '{key}'.{nearest(key, parameters)}"
+        for key in node
+        if key not in parameters and not key.startswith("_")
+    ]
+
+
+def _compose(name: str, overrides: list[str]) -> DictConfig:
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose(name, overrides=overrides)
+    except HydraException as error:
+        raise UserError(f"Configuration: {' '.join(str(error).split())}") from None
+
+
+def _config_groups() -> list[str]:
+    return [path.name for path in CONFIGS.iterdir() if path.is_dir()]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0]
+
+
+def _check_group(override: str) -> str:
+    group, _, choice = override.partition("=")
+    choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    if choice not in choices:
+        raise UserError(
+            f"{group}={choice}: there is no such {group}; there are {', '.join(choices)}."
+            f"{nearest(choice, choices)}"
+        )
+    return override
+
+
+def _merge_file(composed: DictConfig, file: Path) -> DictConfig:
+    content = read_yaml(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: a configuration is a mapping of keys to values")
+    known = _leaves(composed)
+    for group in set(content) & set(_config_groups()):
+        if isinstance(content[group], str):
+            composed = _regroup(composed, group, content.pop(group))
+    unknown = [key for key in _leaves(content) if not _is_known(key, known)]
+    if unknown:
+        raise UserError([f"{file}: nothing reads '{key}'.{nearest(key, known)}" for key in unknown])
+    merged = OmegaConf.merge(composed, OmegaConf.create(content))
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _model_changes(file: Path | None) -> Mapping[str, Any]:
+    """Single keys of the size that a file sets; a size's name was seen to before."""
+    changes = read_yaml(file).get("model", {}) if file is not None else {}
+    return changes if isinstance(changes, Mapping) else {}
+
+
+def _regroup(composed: DictConfig, group: str, choice: str) -> DictConfig:
+    OmegaConf.set_struct(composed, False)
+    composed[group] = _compose("train", [_check_group(f"{group}={choice}")])[group]
+    return composed
+
+
+def _override(composed: DictConfig, text: str) -> DictConfig:
+    key, equals, value = text.partition("=")
+    known = _leaves(composed)
+    if not equals:
+        raise UserError(f"'{text}': an override is KEY=VALUE.{nearest(text, known)}")
+    if not _is_known(key, known):
+        raise UserError(f"'{text}': nothing reads the key '{key}'.{nearest_key(key, known)}")
+    try:
+        parsed = yaml.safe_load(value)
+        # YAML 1.1 reads 1e-4 as text; people write it as a number.
+        parsed = float(value) if isinstance(parsed, str) and _is_number(value) else parsed
+        OmegaConf.update(composed, key, parsed, merge=False, force_add=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"'{text}': {' '.join(str(error).split())}") from None
+    return composed
+
+
+def nearest_key(key: str, known: Sequence[str]) -> str:
+    """Like `nearest`, but a bare leaf (`epochs`) finds its full key (`training.epochs`) first."""
+    leaf = key.rpartition(".")[2]
+    by_leaf = {name.rpartition(".")[2]: name for name in reversed(known)}
+    matches = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.75)
+    return f" Did you mean '{by_leaf[matches[0]]}'?" if matches else nearest(key, known)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_known(key: str, known: Sequence[str]) -> bool:
+    # A part named by `_target_` takes whatever its signature reads; `check_targets` sees to that.
+    parts = [name.rpartition("._target_")[0] for name in known if name.endswith("._target_")]
+    return (
+        key in known
+        or any(name.startswith(f"{key}.") for name in known)
+        or any(key.startswith(f"{part}.") for part in parts)
+    )
+
+
+def _leaves(node: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all leaves; list items by their index."""
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node, resolve=False)
+    if isinstance(node, Mapping):
+        items = [(str(key), value) for key, value in node.items()]
+    elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
+        items = [(str(index), value) for index, value in enumerate(node)]
+    else:
+        return [prefix.rstrip(".")]
+    return [leaf for key, value in items for leaf in _leaves(value, f"{prefix}{key}.")]
+
+
+def _validate(composed: DictConfig) -> Config:
+    try:
+        content = OmegaConf.to_container(composed, resolve=True)
+        config = Config.model_validate(content)
+    except OmegaConfBaseException as error:
+        raise UserError(f"Configuration: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise UserError([_problem(item) for item in error.errors()]) from None
+    problems = [
+        problem
+        for name in ("transforms", "loss", "optim")
+        for problem in check_targets(getattr(config, name).model_dump(), name)
+    ]
+    if problems:
+        raise UserError(problems)
+    return config
+
+
+def _problem(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        return f"{where}: nothing reads this key"
+    if item["type"] == "value_error":
+        return message
+    return f"{where}: {message} (it is {item['input']!r})"

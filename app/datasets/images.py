@@ -1,0 +1,31 @@
+"""Image files → upright RGB: the one way in, for training and for prediction."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from app.errors import UserError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def open_image(path: Path) -> Image.Image:
+    """Decode an image whole, turn it upright by its EXIF orientation, convert it to RGB.
+
+    Raises:
+        UserError: missing, not an image, cut short, or too large to be one.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such image") from None
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error
+        raise UserError(
+            f"{path}: cannot be read as an image ({error}). Replace or remove it."
+        ) from None

@@ -1,0 +1,149 @@
+"""Dataset → what the model trains on: an image, its prompts, the objects that answer each."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from sam3.model.data_misc import BatchedDatapoint
+from sam3.train.data.collator import collate_fn_api
+from sam3.train.data.sam3_image_dataset import (
+    Datapoint,
+    FindQueryLoaded,
+    InferenceMetadata,
+    Object,
+)
+from sam3.train.data.sam3_image_dataset import Image as DatapointImage
+from torch.utils.data import Dataset as TorchDataset
+
+from app.datasets.coco import Annotation, Dataset
+from app.datasets.images import open_image
+
+Transform = Callable[..., Datapoint]
+
+
+class QueryDataset(TorchDataset):
+    """One item an image: upstream's `Datapoint`, with a query for each prompt.
+
+    Every class is a prompt; those that the image lacks are its negatives. The same seed, epoch and
+    index give the same item, whatever the number of workers.
+
+    Args:
+        dataset: a checked dataset.
+        transforms: upstream's transforms, applied in order.
+        max_prompts: most prompts an image: present classes first, then absent ones at random.
+        seed: of augmentation and of the choice of prompts.
+    """
+
+    def __init__(
+        self, dataset: Dataset, transforms: Sequence[Transform], *, max_prompts: int, seed: int
+    ) -> None:
+        self.dataset = dataset
+        self.transforms = transforms
+        self.max_prompts = max_prompts
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset.images)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> Datapoint:
+        """Item `(epoch, index)`, or `index` of epoch 0."""
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        python_state, torch_state = random.getstate(), torch.get_rng_state()
+        random.seed(f"{self.seed}/{epoch}/{index}")
+        torch.manual_seed(random.getrandbits(63))
+        try:
+            datapoint = self._datapoint(index)
+            for transform in self.transforms:
+                datapoint = transform(datapoint, epoch=epoch)
+        finally:
+            random.setstate(python_state)
+            torch.set_rng_state(torch_state)
+        return datapoint
+
+    def _datapoint(self, index: int) -> Datapoint:
+        image = self.dataset.images[index]
+        annotations = self.dataset.annotations_by_image.get(image.id, [])
+        queries = []
+        for category_id, prompt in self._prompts(annotations):
+            outputs = [i for i, a in enumerate(annotations) if a.category_id == category_id]
+            queries.append(
+                FindQueryLoaded(
+                    query_text=prompt,
+                    image_id=0,
+                    object_ids_output=outputs,
+                    is_exhaustive=True,
+                    is_pixel_exhaustive=True,
+                    inference_metadata=InferenceMetadata(
+                        coco_image_id=image.id,
+                        original_image_id=image.id,
+                        original_category_id=category_id,
+                        original_size=(image.height, image.width),
+                        object_id=-1,
+                        frame_index=-1,
+                    ),
+                )
+            )
+        objects = [_object(i, a, image.width, image.height) for i, a in enumerate(annotations)]
+        pixels = DatapointImage(
+            data=open_image(image.path), objects=objects, size=(image.height, image.width)
+        )
+        return Datapoint(find_queries=queries, images=[pixels])
+
+    def _prompts(self, annotations: Sequence[Annotation]) -> list[tuple[int, str]]:
+        names = {category.id: category.name for category in self.dataset.categories}
+        present = sorted({annotation.category_id for annotation in annotations})
+        absent = [category_id for category_id in names if category_id not in present]
+        random.shuffle(absent)
+        if len(present) > self.max_prompts:
+            present = sorted(random.sample(present, self.max_prompts))
+        chosen = present + absent[: self.max_prompts - len(present)]
+        return [(category_id, names[category_id]) for category_id in chosen]
+
+
+def _object(index: int, annotation: Annotation, width: int, height: int) -> Object:
+    x, y, w, h = annotation.bbox_xywh
+    corners = torch.tensor([max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)])
+    return Object(
+        bbox=corners.float(),  # (4,) xyxy, pixels, as upstream's transforms expect
+        area=float((corners[2] - corners[0]) * (corners[3] - corners[1])),
+        object_id=index,
+        segment=annotation.segmentation,
+        is_crowd=annotation.iscrowd,
+    )
+
+
+class SemanticTargets:
+    """Give each query the union of its objects' masks, for the semantic head.
+
+    Upstream's own union fails where no prompt of a batch has an object (loss_fns.py:50). A query
+    with an object without a mask gets an empty target, which the loss leaves out.
+    """
+
+    def __call__(self, datapoint: Datapoint, **_: Any) -> Datapoint:
+        image = datapoint.images[0]
+        for query in datapoint.find_queries:
+            segments = [image.objects[i].segment for i in query.object_ids_output]
+            target = torch.zeros(image.size, dtype=torch.uint8)  # (H, W), 0 or 1
+            if all(segment is not None for segment in segments):
+                for segment in segments:
+                    target |= segment
+            query.semantic_target = target
+        return datapoint
+
+
+def resize_sizes(resolution: int, smallest: float) -> list[int]:
+    """Sizes in pixels, from `smallest` x resolution to resolution, 32 apart counted from the top."""
+    return list(range(resolution, round(resolution * smallest) - 1, -32))[::-1]
+
+
+def collate(batch: list[Datapoint]) -> BatchedDatapoint:
+    """Upstream's batch: img_batch (B, 3, R, R) float32 in -1..1, one find stage of all prompts."""
+    batched = collate_fn_api(batch, dict_key="all", with_seg_masks=True)["all"]
+    target = batched.find_targets[0]
+    if target.segments is not None and target.segments.ndim != 3:  # no object in the batch
+        target.segments = torch.zeros(0, *batched.img_batch.shape[-2:], dtype=torch.bool)
+    return batched

@@ -1,0 +1,72 @@
+"""Detections + truth → figures, in parity with pycocotools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from hotcoco import COCO, COCOeval
+
+from app.datasets.coco import Dataset
+
+_AREAS = {"": 0, "_small": 1, "_medium": 2, "_large": 3}  # under 32², under 96², above (pixels)
+_LIMITS = {"_1": 0, "_10": 1, "_100": 2}  # detections an image
+_FIGURES = [
+    "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100"
+]  # fmt: skip
+
+
+def evaluate(truth: Dataset, results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """COCO figures of boxes, and of masks where the truth and the results have them.
+
+    Args:
+        truth: the validation set.
+        results: COCO results: image_id, category_id, bbox (xywh, pixels), score, segmentation (RLE).
+
+    Returns:
+        "bbox/AP", "bbox/AP50", …, "bbox/AP/<class>", likewise "segm/…", each 0..1. A figure that
+        the truth does not define (no small objects, say) is left out; without detections AP is 0.
+    """
+    figures = _evaluate(truth, results, "bbox")
+    has_truth = all(annotation.segmentation is not None for annotation in truth.annotations)
+    if has_truth and all("segmentation" in result for result in results):
+        figures |= _evaluate(truth, results, "segm")
+    return figures
+
+
+def _evaluate(
+    truth: Dataset, results: Sequence[dict[str, Any]], iou_type: str
+) -> dict[str, float]:
+    ground_truth = COCO(truth.to_json())
+    # loadRes derives area from segmentation when both are there, and boxes must be scored by boxes.
+    keys = {"image_id", "category_id", "score", "segmentation" if iou_type == "segm" else "bbox"}
+    plain = [{k: v for k, v in result.items() if k in keys} for result in results]
+    if not plain:  # loadRes raises IndexError on an empty list
+        return _nothing_found(truth, iou_type)
+    evaluation = COCOeval(ground_truth, ground_truth.load_res(plain), iou_type)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision = np.asarray(evaluation.eval["precision"])  # (IoU, recall, class, area, limit)
+    recall = np.asarray(evaluation.eval["recall"])  # (IoU, class, area, limit)
+    figures = {f"AP{area}": _mean(precision[:, :, :, i, -1]) for area, i in _AREAS.items()}
+    figures |= {"AP50": _mean(precision[0, :, :, 0, -1]), "AP75": _mean(precision[5, :, :, 0, -1])}
+    figures |= {f"AR{limit}": _mean(recall[:, :, 0, i]) for limit, i in _LIMITS.items()}
+    names = {category.id: category.name for category in truth.categories}
+    figures |= {
+        f"AP/{names[category_id]}": _mean(precision[:, :, i, 0, -1])
+        for i, category_id in enumerate(evaluation.params.cat_ids)
+    }
+    return {f"{iou_type}/{name}": value for name, value in figures.items() if value is not None}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """Mean over what the truth defines: COCO marks the rest with -1."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else None
+
+
+def _nothing_found(truth: Dataset, iou_type: str) -> dict[str, float]:
+    present = {annotation.category_id for annotation in truth.annotations}
+    names = [f"AP/{category.name}" for category in truth.categories if category.id in present]
+    return {f"{iou_type}/{name}": 0.0 for name in [*_FIGURES, *names]}

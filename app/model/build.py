@@ -1,0 +1,254 @@
+"""Size → SAM 3, put together from upstream's own modules as upstream's `model_builder` does."""
+
+from __future__ import annotations
+
+import torch
+from sam3.model.decoder import TransformerDecoder, TransformerDecoderLayer
+from sam3.model.encoder import TransformerEncoderFusion, TransformerEncoderLayer
+from sam3.model.geometry_encoders import SequenceGeometryEncoder
+from sam3.model.maskformer_segmentation import PixelDecoder, UniversalSegmentationHead
+from sam3.model.model_misc import (
+    MLP,
+    DotProductScoring,
+    MultiheadAttentionWrapper,
+    TransformerWrapper,
+)
+from sam3.model.necks import Sam3DualViTDetNeck
+from sam3.model.position_encoding import PositionEmbeddingSine
+from sam3.model.sam3_image import Sam3Image
+from sam3.model.text_encoder_ve import VETextEncoder
+from sam3.model.tokenizer_ve import SimpleTokenizer
+from sam3.model.vitdet import ViT
+from sam3.model.vl_combiner import SAM3VLBackbone
+from torch import nn
+
+from app.config import ModelConfig
+from app.model import upstream
+
+
+def build_model(
+    config: ModelConfig, *, device: torch.device | str = "cpu", matcher: nn.Module | None = None
+) -> Sam3Image:
+    """Build a SAM 3 of the given size with freshly initialised weights, in training mode.
+
+    Args:
+        config: size and resolution; at size `sam3`, upstream's `build_sam3_image_model`.
+        device: where to make the parameters; "meta" counts them without memory.
+        matcher: upstream's Hungarian matcher, which training needs and prediction does not.
+    """
+    upstream.apply_fixes()
+    with torch.device(device), upstream.constants_on_cpu():
+        model = Sam3Image(
+            backbone=SAM3VLBackbone(visual=_vision(config), text=_text(config), scalp=1),
+            transformer=TransformerWrapper(
+                encoder=_encoder(config), decoder=_decoder(config), d_model=config.d_model
+            ),
+            input_geometry_encoder=_geometry_encoder(config),
+            segmentation_head=_segmentation_head(config) if config.segmentation else None,
+            num_feature_levels=1,
+            o2m_mask_predict=True,
+            dot_prod_scoring=_scoring(config),
+            use_instance_query=False,
+            multimask_output=True,
+            matcher=matcher,
+        )
+    for module in model.modules():
+        module.checkpoint_activations = config.activation_checkpointing
+    return model
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
+    """Number of parameters by component: vision, text, detector, geometry, masks, scoring, total."""
+    components: dict[str, nn.Module | None] = {
+        "vision": model.backbone.vision_backbone,
+        "text": model.backbone.language_backbone,
+        "detector": model.transformer,
+        "geometry": model.geometry_encoder,
+        "masks": model.segmentation_head,
+        "scoring": model.dot_prod_scoring,
+        "total": model,
+    }
+    return {
+        name: sum(p.numel() for p in module.parameters()) if module is not None else 0
+        for name, module in components.items()
+    }
+
+
+def _position_encoding(config: ModelConfig) -> PositionEmbeddingSine:
+    return PositionEmbeddingSine(
+        num_pos_feats=config.d_model, normalize=True, scale=None, temperature=10000
+    )
+
+
+def _vision(config: ModelConfig) -> Sam3DualViTDetNeck:
+    vision = config.vision
+    trunk = ViT(
+        img_size=config.resolution,
+        pretrain_img_size=vision.window_size * vision.patch_size,
+        patch_size=vision.patch_size,
+        embed_dim=vision.embed_dim,
+        depth=vision.depth,
+        num_heads=vision.num_heads,
+        mlp_ratio=vision.mlp_ratio,
+        norm_layer="LayerNorm",
+        drop_path_rate=vision.drop_path,
+        qkv_bias=True,
+        use_abs_pos=True,
+        tile_abs_pos=True,
+        global_att_blocks=tuple(vision.global_blocks),
+        rel_pos_blocks=(),
+        use_rope=True,
+        use_interp_rope=True,
+        window_size=vision.window_size,
+        pretrain_use_cls_token=True,
+        retain_cls_token=False,
+        ln_pre=True,
+        ln_post=False,
+        return_interm_layers=False,
+        bias_patch_embed=False,
+        use_act_checkpoint=config.activation_checkpointing,
+    )
+    return Sam3DualViTDetNeck(
+        position_encoding=_position_encoding(config),
+        d_model=config.d_model,
+        scale_factors=[4.0, 2.0, 1.0, 0.5],
+        trunk=trunk,
+    )
+
+
+def _text(config: ModelConfig) -> VETextEncoder:
+    text = config.text
+    return VETextEncoder(
+        tokenizer=SimpleTokenizer(bpe_path=str(upstream.bpe_path())),
+        d_model=config.d_model,
+        width=text.width,
+        heads=text.num_heads,
+        layers=text.depth,
+        context_length=text.context_length,
+        use_act_checkpoint=config.activation_checkpointing,
+    )
+
+
+def _attention(config: ModelConfig, *, batch_first: bool = False) -> MultiheadAttentionWrapper:
+    return MultiheadAttentionWrapper(
+        num_heads=config.num_heads,
+        dropout=config.dropout,
+        embed_dim=config.d_model,
+        batch_first=batch_first,
+    )
+
+
+def _encoder(config: ModelConfig) -> TransformerEncoderFusion:
+    layer = TransformerEncoderLayer(
+        activation="relu",
+        d_model=config.d_model,
+        dim_feedforward=config.feedforward,
+        dropout=config.dropout,
+        pos_enc_at_attn=True,
+        pos_enc_at_cross_attn_keys=False,
+        pos_enc_at_cross_attn_queries=False,
+        pre_norm=True,
+        self_attention=_attention(config, batch_first=True),
+        cross_attention=_attention(config, batch_first=True),
+    )
+    return TransformerEncoderFusion(
+        layer=layer,
+        num_layers=config.encoder_layers,
+        d_model=config.d_model,
+        num_feature_levels=1,
+        frozen=False,
+        use_act_checkpoint=True,  # asserted; `checkpoint_activations` decides
+        add_pooled_text_to_img_feat=False,
+        pool_text_with_mask=True,
+    )
+
+
+def _decoder(config: ModelConfig) -> TransformerDecoder:
+    layer = TransformerDecoderLayer(
+        activation="relu",
+        d_model=config.d_model,
+        dim_feedforward=config.feedforward,
+        dropout=config.dropout,
+        cross_attention=_attention(config),
+        n_heads=config.num_heads,
+        use_text_cross_attention=True,
+    )
+    return TransformerDecoder(
+        layer=layer,
+        num_layers=config.decoder_layers,
+        num_queries=config.num_queries,
+        return_intermediate=True,
+        box_refine=True,
+        num_o2m_queries=0,
+        dac=True,
+        boxRPB="log",
+        d_model=config.d_model,
+        frozen=False,
+        interaction_layer=None,
+        dac_use_selfatt_ln=True,
+        use_act_checkpoint=True,  # asserted; `checkpoint_activations` decides
+        presence_token=True,
+    )
+
+
+def _geometry_encoder(config: ModelConfig) -> SequenceGeometryEncoder:
+    layer = TransformerEncoderLayer(
+        activation="relu",
+        d_model=config.d_model,
+        dim_feedforward=config.feedforward,
+        dropout=config.dropout,
+        pos_enc_at_attn=False,
+        pre_norm=True,
+        self_attention=_attention(config),
+        pos_enc_at_cross_attn_queries=False,
+        pos_enc_at_cross_attn_keys=True,
+        cross_attention=_attention(config),
+    )
+    return SequenceGeometryEncoder(
+        pos_enc=_position_encoding(config),
+        encode_boxes_as_points=False,
+        points_direct_project=True,
+        points_pool=True,
+        points_pos_enc=True,
+        boxes_direct_project=True,
+        boxes_pool=True,
+        boxes_pos_enc=True,
+        d_model=config.d_model,
+        num_layers=config.geometry_layers,
+        layer=layer,
+        use_act_ckpt=True,
+        add_cls=True,
+        add_post_encode_proj=True,
+    )
+
+
+def _segmentation_head(config: ModelConfig) -> UniversalSegmentationHead:
+    return UniversalSegmentationHead(
+        hidden_dim=config.d_model,
+        upsampling_stages=3,
+        aux_masks=False,
+        presence_head=False,
+        dot_product_scorer=None,
+        act_ckpt=config.activation_checkpointing,
+        cross_attend_prompt=MultiheadAttentionWrapper(
+            num_heads=config.num_heads, dropout=0, embed_dim=config.d_model
+        ),
+        pixel_decoder=PixelDecoder(
+            num_upsampling_stages=3, interpolation_mode="nearest", hidden_dim=config.d_model
+        ),
+    )
+
+
+def _scoring(config: ModelConfig) -> DotProductScoring:
+    prompt_mlp = MLP(
+        input_dim=config.d_model,
+        hidden_dim=config.feedforward,
+        output_dim=config.d_model,
+        num_layers=2,
+        dropout=config.dropout,
+        residual=True,
+        out_norm=nn.LayerNorm(config.d_model),
+    )
+    return DotProductScoring(
+        d_model=config.d_model, d_proj=config.d_model, prompt_mlp=prompt_mlp
+    )

@@ -1,0 +1,404 @@
+"""SAM 3 upstream: the pin, and every fix that it needs. The only place that knows its faults.
+
+The package index's `sam3` 0.1.4 is facebookresearch/sam3 at commit 84cc43b, byte for byte but for
+two files. Later commits cannot train ("Expected grad to be disabled": facebookresearch/sam3#509,
+#610), so any other package is refused.
+
+Nothing here imports torch or sam3 before it is asked to: `prove_pin` must run before they load.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from app.errors import UserError
+
+COMMIT = "84cc43bca4347b772f17d1078a1ddb4c054655c2"
+INSTALL = "pip install --no-deps sam3==0.1.4"
+
+# The two files in which the wheel differs from the commit: the version string, and `decord`
+# imported only where a video is read.
+WHEEL_BLOBS = {
+    "sam3/__init__.py": "9655d3e3425f76e64f443cc33a9a01c059b88d80",
+    "sam3/train/data/sam3_image_dataset.py": "276636e2dd57cffd7e1b13b101e4224e5cb96065",
+}
+BPE_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+
+
+def package_folder(name: str) -> Path:
+    """Folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"The package '{name}' is not installed. Run: {INSTALL}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def prove_pin(folder: Path | None = None) -> None:
+    """Check that the installed `sam3` is commit 84cc43b but for the two known files.
+
+    Compares git blob ids of all Python files: some 5 ms.
+
+    Raises:
+        UserError: a file is missing, differs or does not belong; says what to install.
+    """
+    folder = folder or package_folder("sam3")
+    listing = Path(__file__).with_name("sam3-84cc43b.blobs").read_text(encoding="ascii")
+    expected = {path: blob for blob, path in (line.split() for line in listing.splitlines())}
+    found = {f"sam3/{p.relative_to(folder).as_posix()}": p for p in folder.rglob("*.py")}
+    wrong = [
+        f"{path} differs"
+        for path in sorted(expected.keys() & found.keys())
+        if _git_blob_id(found[path]) not in (expected[path], WHEEL_BLOBS.get(path))
+    ]
+    wrong += [f"{path} is missing" for path in sorted(expected.keys() - found.keys())]
+    wrong += [f"{path} does not belong there" for path in sorted(found.keys() - expected.keys())]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(
+            f"The installed sam3 ({folder}) is not commit {COMMIT[:7]}: "
+            f"{'; '.join(wrong[:3])}{more}. Run: {INSTALL}"
+        )
+
+
+def _git_blob_id(path: Path) -> str:
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+def silence_import_warnings() -> None:
+    """Upstream decorates functions with CUDA autocast and `torch.jit.script` when it is imported.
+
+    Where there is no CUDA each prints a warning that says nothing about the user's run.
+    """
+    warnings.filterwarnings("ignore", message="CUDA is not available or torch_xla", module="sam3")
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+
+
+@functools.cache
+def bpe_path() -> Path:
+    """Path of the CLIP vocabulary that no sam3 wheel carries, from open_clip: the same file."""
+    path = package_folder("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != BPE_SHA256:
+        raise UserError(f"{path} is not CLIP's vocabulary. Run: pip install open-clip-torch==3.3.0")
+    return path
+
+
+def constants_on_cpu() -> AbstractContextManager[None]:
+    """Let a model be built on the meta device.
+
+    vitdet.py:746 reads the drop-path rates back with `.item()`, which meta tensors cannot answer.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class LinspaceOnCpu(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            kwargs = dict(kwargs or {})
+            if func is torch.linspace:
+                kwargs["device"] = "cpu"
+            return func(*args, **kwargs)
+
+    return LinspaceOnCpu()
+
+
+@functools.cache
+def apply_fixes() -> None:
+    """Mend upstream in place, once a process. Each function below is one fix with its reason."""
+    for fix in (
+        _initialise_text_encoder,
+        _position_encoding_on_any_device,
+        _decoder_coordinates_on_any_device,
+        _decoder_feedforward_in_float32_on_any_device,
+        _box_prompts_without_cuda,
+        _activation_checkpointing_by_choice,
+        _focal_loss_without_triton_on_cpu,
+        _loss_normalisation_without_process_group,
+        _mask_loss_without_objects,
+        _schedule_of_any_length,
+        _dummy_loss_on_any_device,
+        _no_environment_in_logs,
+        _trainer_without_cuda,
+        _strict_checkpoints,
+    ):
+        fix()
+
+
+def _initialise_text_encoder() -> None:
+    """text_encoder_ve.py:196,218 leave two parameters as `torch.empty` made them.
+
+    A model built without a checkpoint then holds arbitrary memory: NaN at the first step, and
+    "matrix contains invalid numeric entries" from the matcher. Initialised as CLIP does
+    (openai/CLIP, model.py, initialize_parameters).
+    """
+    from sam3.model.text_encoder_ve import TextTransformer
+    from torch import nn
+
+    def initialise(self: Any) -> None:
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        if isinstance(self.text_projection, nn.Parameter):
+            nn.init.normal_(self.text_projection, std=self.width**-0.5)
+
+    _run_after(TextTransformer, "__init__", initialise)
+
+
+def _run_after(cls: type, method: str, then: Callable[[Any], None]) -> None:
+    original = getattr(cls, method)
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        then(self)
+
+    setattr(cls, method, wrapped)
+
+
+def _position_encoding_on_any_device() -> None:
+    """position_encoding.py:47 fills its cache on "cuda" when asked to precompute.
+
+    The cache fills itself at the first forward pass. It does not follow the module to another
+    device either, so a tensor of another device is dropped.
+    """
+    from sam3.model.position_encoding import PositionEmbeddingSine
+
+    original_init, original_forward = PositionEmbeddingSine.__init__, PositionEmbeddingSine.forward
+
+    @functools.wraps(original_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("precompute_resolution", None)
+        original_init(self, *args, **kwargs)
+
+    @functools.wraps(original_forward)
+    def forward(self: Any, x: Any) -> Any:
+        cached = self.cache.get(tuple(x.shape[-2:]))
+        if cached is not None and cached.device != x.device:
+            self.cache.clear()
+        return original_forward(self, x)
+
+    PositionEmbeddingSine.__init__, PositionEmbeddingSine.forward = init, forward
+
+
+def _decoder_coordinates_on_any_device() -> None:
+    """decoder.py:281 makes its coordinate cache on "cuda", and keys a second one by tensors.
+
+    Tensors hash by identity, so that second cache never hits and grows at each step whenever the
+    resolution is not the one built for. Here one cache is kept, of the size and device in use.
+    """
+    from sam3.model.decoder import TransformerDecoder
+
+    original_init = TransformerDecoder.__init__
+    original_matrix = TransformerDecoder._get_rpb_matrix
+
+    @functools.wraps(original_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs.update(resolution=None, stride=None)
+        original_init(self, *args, **kwargs)
+
+    @functools.wraps(original_matrix)
+    def matrix(self: Any, reference_boxes: Any, feat_size: Any) -> Any:
+        height, width = int(feat_size[0]), int(feat_size[1])
+        cache = self.compilable_cord_cache
+        stale = cache is None or cache[0].device != reference_boxes.device
+        if stale or self.compilable_stored_size != (height, width):
+            self.compilable_cord_cache = self._get_coords(height, width, reference_boxes.device)
+            self.compilable_stored_size = (height, width)
+        return original_matrix(self, reference_boxes, (height, width))
+
+    TransformerDecoder.__init__, TransformerDecoder._get_rpb_matrix = init, matrix
+
+
+def _decoder_feedforward_in_float32_on_any_device() -> None:
+    """decoder.py:74 leaves autocast for the feed-forward layers, but on "cuda" only.
+
+    On a CPU under autocast the layers would run in bfloat16, another model than on CUDA.
+    """
+    import torch
+    from sam3.model.decoder import TransformerDecoderLayer
+
+    def forward_ffn(self: Any, tgt: Any) -> Any:
+        with torch.autocast(tgt.device.type, enabled=False):
+            tgt = tgt.float()
+            hidden = self.linear2(self.dropout3(self.activation(self.linear1(tgt))))
+        return self.norm3(tgt + self.dropout4(hidden))
+
+    TransformerDecoderLayer.forward_ffn = forward_ffn
+
+
+def _box_prompts_without_cuda() -> None:
+    """geometry_encoders.py:659 calls `pin_memory()`, which raises where there is no driver."""
+    from sam3.model.box_ops import box_cxcywh_to_xyxy
+    from sam3.model.geometry_encoders import SequenceGeometryEncoder
+    from torchvision.ops import roi_align
+
+    def encode_boxes(
+        self: Any, boxes: Any, boxes_mask: Any, boxes_labels: Any, img_feats: Any
+    ) -> tuple[Any, Any]:
+        """boxes (N, B, 4) cxcywh 0..1; labels (N, B); img_feats (B, C, H, W) → (N, B, C)."""
+        count, batch = boxes.shape[:2]
+        height, width = img_feats.shape[-2:]
+        scale = boxes.new_tensor([width, height, width, height])
+        corners = (box_cxcywh_to_xyxy(boxes) * scale).float()  # (N, B, 4) xyxy, in features
+        pooled = roi_align(
+            img_feats.float(), list(corners.transpose(0, 1).unbind(0)), self.roi_size
+        )  # (B * N, C, roi, roi)
+        pooled = self.boxes_pool_project(pooled.to(img_feats.dtype))
+        encoded = self.pos_enc.encode_boxes(*(side.flatten() for side in boxes.unbind(-1)))
+        embedding = (
+            self.boxes_direct_project(boxes)
+            + pooled.view(batch, count, self.d_model).transpose(0, 1)
+            + self.boxes_pos_enc_project(encoded.view(count, batch, encoded.shape[-1]))
+        )
+        return self.label_embed(boxes_labels.long()) + embedding, boxes_mask
+
+    SequenceGeometryEncoder._encode_boxes = encode_boxes
+
+
+def _activation_checkpointing_by_choice() -> None:
+    """encoder.py:440 and the decoder refuse to train without activation checkpointing.
+
+    A small model has the memory and wants the speed: a module whose `checkpoint_activations` is
+    False (set by `model/build.py`) is run plainly.
+    """
+    from sam3.model import act_ckpt_utils, decoder, encoder, geometry_encoders, sam3_image
+    from torch import nn
+
+    original = act_ckpt_utils.activation_ckpt_wrapper
+
+    def wrapper(module: Any) -> Any:
+        if isinstance(module, nn.Module) and not getattr(module, "checkpoint_activations", True):
+
+            def plain(*args: Any, act_ckpt_enable: bool = True, **kwargs: Any) -> Any:
+                del act_ckpt_enable
+                return module(*args, **kwargs)
+
+            return plain
+        return original(module)
+
+    for user in (decoder, encoder, geometry_encoders, sam3_image):
+        user.activation_ckpt_wrapper = wrapper
+
+
+def _focal_loss_without_triton_on_cpu() -> None:
+    """loss_fns.py:134 takes the Triton kernel by default, which needs CUDA tensors."""
+    from sam3.train.loss import loss_fns
+
+    original = loss_fns.sigmoid_focal_loss
+
+    @functools.wraps(original)
+    def sigmoid_focal_loss(inputs: Any, *args: Any, triton: bool = True, **kwargs: Any) -> Any:
+        return original(inputs, *args, triton=triton and inputs.is_cuda, **kwargs)
+
+    loss_fns.sigmoid_focal_loss = sigmoid_focal_loss
+
+
+def _loss_normalisation_without_process_group() -> None:
+    """sam3_loss.py:71 all-reduces the number of boxes, even where there is one process."""
+    import torch.distributed
+    from sam3.train.loss.sam3_loss import Sam3LossWrapper
+
+    original = Sam3LossWrapper._get_num_boxes
+
+    @functools.wraps(original)
+    def get_num_boxes(self: Any, targets: Any) -> Any:
+        grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.normalization == "global" and not grouped:
+            return targets["num_boxes"].sum().float().clamp(min=1)
+        return original(self, targets)
+
+    Sam3LossWrapper._get_num_boxes = get_num_boxes
+
+
+def _mask_loss_without_objects() -> None:
+    """loss_fns.py:585 asserts on the shape of masks when no object of the batch has one."""
+    from sam3.train.loss.loss_fns import Masks
+
+    original = Masks.get_loss
+
+    @functools.wraps(original)
+    def get_loss(self: Any, outputs: Any, targets: Any, indices: Any, num_boxes: Any) -> Any:
+        valid = targets["is_valid_mask"]
+        if valid is not None and indices[2] is not None:
+            valid = valid[indices[2]]
+        if valid is not None and not valid.any():
+            zero = outputs["pred_masks"].sum() * 0
+            return {"loss_mask": zero, "loss_dice": zero}
+        return original(self, outputs, targets, indices, num_boxes)
+
+    Masks.get_loss = get_loss
+
+
+def _schedule_of_any_length() -> None:
+    """schedulers.py:24-26 divide by zero in a run as long as its warm-up, for a value never used."""
+    from sam3.train.optim.schedulers import InverseSquareRootParamScheduler
+
+    original = InverseSquareRootParamScheduler.__call__
+
+    @functools.wraps(original)
+    def call(self: Any, step: int, where: float) -> float:
+        if where > 0 and step / where == self.warmup_steps:
+            where = where * (1 - 1e-9)  # leaves the rate as it is, and the divisor above zero
+        return original(self, step, where)
+
+    InverseSquareRootParamScheduler.__call__ = call
+
+
+def _dummy_loss_on_any_device() -> None:
+    """sam3_loss.py:18 puts its zero on "cuda" by default."""
+    import torch
+    from sam3.train.loss.sam3_loss import DummyLoss
+
+    original = DummyLoss.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, device: str = "cuda", **kwargs: Any) -> None:
+        device = device if torch.cuda.is_available() else "cpu"
+        original(self, *args, device=device, **kwargs)
+
+    DummyLoss.__init__ = init
+
+
+def _no_environment_in_logs() -> None:
+    """trainer.py:214 logs every environment variable, tokens and cloud keys included."""
+    from sam3.train import trainer
+    from sam3.train.utils import train_utils
+
+    trainer.log_env_variables = train_utils.log_env_variables = lambda: None
+
+
+def _trainer_without_cuda() -> None:
+    """train_utils.py:200-206 ask CUDA for its peak memory at each step of upstream's Trainer."""
+    import torch
+    from sam3.train.utils.train_utils import MemMeter
+
+    original = MemMeter.update
+
+    @functools.wraps(original)
+    def update(self: Any, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            original(self, *args, **kwargs)
+
+    MemMeter.update = update
+
+
+def _strict_checkpoints() -> None:
+    """model_builder.py:529-540 loads nothing from a fine-tuned checkpoint, with only a print.
+
+    facebookresearch/sam3#260, #298, #434, #606. `model/weights.py` reads every layout, strictly.
+    """
+    from sam3 import model_builder
+
+    from app.model import weights
+
+    def load(model: Any, checkpoint_path: str) -> None:
+        weights.load_into(model, Path(checkpoint_path))
+
+    model_builder._load_checkpoint = load

@@ -1,0 +1,206 @@
+"""Any SAM 3 checkpoint in, strictly; ours out, as safetensors with a header.
+
+Upstream's loader keeps keys that contain "detector" and drops the rest without an error, so that a
+fine-tuned checkpoint loads nothing (facebookresearch/sam3#260, #298, #434, #606). Here a key that
+does not fit is an error that names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from sam3.model.sam3_image import Sam3Image
+from torch import Tensor
+
+from app import __version__
+from app.config import ModelConfig, load_model_config, model_config, model_names
+from app.errors import UserError
+from app.files import atomic_path
+from app.model.build import build_model
+from app.model.upstream import COMMIT
+
+FILE = "model.safetensors"
+_HEADER = "sam3-finetuning"
+_PREFIX = "detector."
+# Parts of upstream's sam3.pt that an image model has no place for: the tracker and its neck.
+_TRACKER = ("tracker.", "detector.backbone.vision_backbone.sam2_convs.")
+# RoPE tables are persistent buffers upstream (vitdet.py:457); they follow from the resolution and
+# are computed when the model is built, so they are neither saved nor loaded.
+_COMPUTED = ".freqs_cis"
+
+
+class Header(BaseModel):
+    """What the weights are: carried as JSON in the safetensors metadata."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    model: ModelConfig
+    prompts: list[str] = []
+    pin: str = COMMIT
+    data_hash: str = ""
+    version: str = __version__
+
+
+def save(model: Sam3Image, folder: Path, header: Header) -> Path:
+    """Write `folder/model.safetensors`, whole or not at all; returns the file's path."""
+    state = {
+        key: value.detach().contiguous().cpu()
+        for key, value in model.state_dict().items()
+        if not key.endswith(_COMPUTED)
+    }
+    file = folder / FILE
+    with atomic_path(file) as temporary:
+        save_file(state, temporary, metadata={_HEADER: header.model_dump_json()})
+    return file
+
+
+def load(
+    path: Path,
+    *,
+    size: str | None = None,
+    resolution: int | None = None,
+) -> tuple[Sam3Image, Header]:
+    """Build the model that the checkpoint holds and load it, strictly.
+
+    Args:
+        path: a weights folder or file: ours, upstream's `sam3.pt` (`detector.` prefix), or the
+            upstream trainer's `checkpoint.pt` (bare keys).
+        size: name of the size that is expected; None takes what the file says or fits.
+        resolution: pixels, where it should differ from the one trained at.
+
+    Raises:
+        UserError: no such file, not a checkpoint, or another size; names the first keys that do
+            not fit.
+    """
+    header = describe(path, size)
+    if resolution is not None:
+        config = header.model.model_dump() | {"resolution": resolution}
+        header = header.model_copy(update={"model": model_config(config, "--resolution")})
+    model = build_model(header.model)
+    load_into(model, path)
+    return model, header
+
+
+def describe(path: Path, size: str | None = None) -> Header:
+    """What a checkpoint is: its header, or the size that its keys and shapes fit."""
+    file = find_file(path)
+    header = read_header(file) or Header(model=_identify(file, _read_state(file), size))
+    if size is not None and header.model.name != size:
+        raise UserError(
+            f"{file} holds a model of size '{header.model.name}', not '{size}'. "
+            f"Use --model {header.model.name}, or weights of size {size}."
+        )
+    return header
+
+
+def load_into(model: Sam3Image, path: Path) -> None:
+    """Load a checkpoint of any layout into a model that is already built, strictly."""
+    file = find_file(path)
+    _load_state(model, _read_state(file), file)
+
+
+def find_file(path: Path) -> Path:
+    """The weights file that a file or folder stands for."""
+    candidates = [path] if path.is_file() else [path / FILE, path / "checkpoint.pt"]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    if path.is_dir():
+        inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+        raise UserError(f"{path}: holds no {FILE} or checkpoint.pt; there is {inside}")
+    raise UserError(f"{path}: no such checkpoint (a file, or a folder with {FILE})")
+
+
+def read_header(path: Path) -> Header | None:
+    """The header of our weights; None for a checkpoint from elsewhere."""
+    file = find_file(path)
+    if file.suffix != ".safetensors":
+        return None
+    try:
+        with safe_open(file, framework="pt") as content:
+            text = (content.metadata() or {}).get(_HEADER)
+        return Header.model_validate_json(text) if text is not None else None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a safetensors file, or cut short ({error})") from None
+    except ValidationError as error:
+        raise UserError(f"{file}: its header is broken: {error.errors()[0]['msg']}") from None
+
+
+def _read_state(file: Path) -> dict[str, Tensor]:
+    """Bare keys → tensors, whatever the layout."""
+    state = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    if any(key.startswith(_PREFIX) for key in state):
+        state = {k: v for k, v in state.items() if not k.startswith(_TRACKER)}
+        state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+    return {key: value for key, value in state.items() if not key.endswith(_COMPUTED)}
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a safetensors file, or cut short ({error})") from None
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError …
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file}: not a checkpoint that can be read safely ({reason})") from None
+    if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{file}: holds no state dict")
+    wrong = [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
+    if wrong:
+        raise UserError(f"{file}: not a state dict: '{wrong[0]}' is no tensor")
+    return {str(key): value for key, value in content.items()}
+
+
+def _load_state(model: Sam3Image, state: Mapping[str, Tensor], file: Path) -> None:
+    problems = _differences(model, state)
+    if problems:
+        more = [f"… and {len(problems) - 6} more"] if len(problems) > 6 else []
+        raise UserError([f"{file} does not fit the model:", *problems[:6], *more])
+    model.load_state_dict(dict(state), strict=False)  # strict but for what is computed
+
+
+def _differences(model: Sam3Image, state: Mapping[str, Tensor]) -> list[str]:
+    expected = {k: v.shape for k, v in model.state_dict().items() if not k.endswith(_COMPUTED)}
+    shapes = [
+        f"  {key}: shape {tuple(state[key].shape)} in the file, {tuple(shape)} in the model"
+        for key, shape in expected.items()
+        if key in state and state[key].shape != shape
+    ]
+    missing = [f"  {key}: not in the file" for key in expected if key not in state]
+    unknown = [f"  {key}: not in the model" for key in state if key not in expected]
+    return shapes + missing + unknown
+
+
+def _identify(file: Path, state: Mapping[str, Tensor], size: str | None) -> ModelConfig:
+    """The size whose keys and shapes are those of the file; its mask head may be left out."""
+    has_masks = any(key.startswith("segmentation_head.") for key in state)
+    nearest: tuple[int, str, list[str]] | None = None
+    for name in [size] if size else model_names():
+        config = load_model_config(name)
+        config = config.model_copy(update={"segmentation": has_masks})
+        problems = _differences(build_model(config, device="meta"), state)
+        if not problems:
+            return config
+        if nearest is None or len(problems) < nearest[0]:
+            nearest = (len(problems), name, problems)
+    assert nearest is not None
+    raise UserError(
+        [
+            f"{file}: {len(state)} tensors that fit none of the sizes {', '.join(model_names())}. "
+            f"Nearest is '{nearest[1]}', where {nearest[0]} do not fit:",
+            *nearest[2][:6],
+        ]
+    )
+

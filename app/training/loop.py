@@ -1,0 +1,177 @@
+"""Epochs and steps: upstream's model and losses, on accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from sam3.model.data_misc import BatchedDatapoint
+from sam3.model.sam3_image import Sam3Image
+from sam3.model.utils.misc import copy_data_to_device
+from sam3.train.optim.optimizer import construct_optimizer
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Sampler
+
+from app.config import Config, OptimConfig
+from app.datasets.queries import QueryDataset, collate
+from app.model.guard import finite_outputs
+from app.training.schedule import learning_rate_factor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One update: mean loss of its batches, its norm of gradients, images it took."""
+
+    loss: float
+    gradient_norm: float
+    images: int
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """(epoch, index) of this process's share of an epoch, in the seed's order.
+
+    The order is padded from its start so that every process has the same number of items.
+    """
+
+    def __init__(self, length: int, seed: int, rank: int, processes: int) -> None:
+        self.length, self.seed, self.rank, self.processes = length, seed, rank, processes
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return math.ceil(self.length / self.processes)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        padded = itertools.islice(itertools.cycle(order), len(self) * self.processes)
+        return ((self.epoch, i) for i in itertools.islice(padded, self.rank, None, self.processes))
+
+
+class Loop:
+    """Trains one model; every process of a run has one."""
+
+    def __init__(
+        self,
+        config: Config,
+        model: Sam3Image,
+        data: QueryDataset,
+        accelerator: Accelerator,
+        *,
+        lr_scale: float,
+    ) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.criterion: nn.Module = instantiate(
+            config.loss.criterion, _convert_="all"
+        )
+        self.sampler = EpochSampler(
+            len(data), config.seed, accelerator.process_index, accelerator.num_processes
+        )
+        workers = config.training.num_workers
+        if workers == "auto":
+            workers = 4 if accelerator.device.type == "cuda" else 0
+        self.loader: DataLoader[Any] = DataLoader(
+            data,
+            batch_size=config.training.batch_size,
+            sampler=self.sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        optimizer = build_optimizer(model, config.optim, lr_scale)
+        self.updates_per_epoch = math.ceil(len(self.loader) / config.training.grad_accum)
+        total = self.updates_per_epoch * config.training.epochs
+        self.scheduler = LambdaLR(
+            optimizer, lambda i: learning_rate_factor(min(i, total - 1), total, config.optim.schedule)
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+    def run_epoch(self, epoch: int) -> Iterator[StepResult]:
+        """Train on every image once; yields after each update."""
+        self.sampler.epoch = epoch
+        self.model.train()
+        batches = iter(self.loader)
+        while group := list(itertools.islice(batches, self.config.training.grad_accum)):
+            yield self._update(group)
+
+    def _update(self, group: list[BatchedDatapoint]) -> StepResult:
+        """One update from the mean gradient of the batches in `group`.
+
+        The last group of an epoch may be shorter; it is still a mean. (Upstream adds the gradients
+        up and never divides: trainer.py:963.)
+        """
+        total = 0.0
+        for index, batch in enumerate(group):
+            last = index == len(group) - 1
+            context = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+            with context:
+                loss = self._loss(batch) / len(group)
+                self._check(loss)
+                self.accelerator.backward(loss)
+            total += loss.item()
+        norm = self.accelerator.clip_grad_norm_(
+            self.model.parameters(), self.config.optim.max_grad_norm
+        )
+        self._check(norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        images = sum(len(batch.img_batch) for batch in group)
+        return StepResult(total, float(norm), images)
+
+    def _loss(self, batch: BatchedDatapoint) -> torch.Tensor:
+        batch = copy_data_to_device(batch, self.accelerator.device, non_blocking=True)
+        module = self.accelerator.unwrap_model(self.model)
+        guard = finite_outputs(module, enabled=self.config.training.check_finite)
+        with guard, self.accelerator.autocast():
+            outputs = self.model(batch)
+            targets = [module.back_convert(target) for target in batch.find_targets]
+            return self.criterion(outputs, targets)["core_loss"]
+
+    def _check(self, value: torch.Tensor) -> None:
+        if not torch.isfinite(value):
+            raise FloatingPointError(
+                "The loss or its gradient is not finite; the weights were not updated. "
+                "training.check_finite=true names the first module; a lower --lr often mends it."
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the DETR part: the highest of the groups."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> Optimizer:
+    """AdamW with upstream's groups: three learning rates, layer decay, no decay on biases, norms."""
+    parts = OmegaConf.create(
+        {
+            "optimizer": config.optimizer,
+            "options": config.options,
+            "modifiers": config.param_group_modifiers,
+        }
+    )
+    # Upstream's wrapper sets each group's rate from its own schedule once, and is then left behind.
+    optimizer = construct_optimizer(model, parts.optimizer, parts.options, parts.modifiers).optimizer
+    for group in optimizer.param_groups:
+        group["lr"] *= lr_scale
+    return optimizer
+
+
+def build_accelerator(device: torch.device, precision: torch.dtype) -> Accelerator:
+    """Device, precision and process group of this process."""
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if precision == torch.bfloat16 else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )

@@ -1,0 +1,397 @@
+"""A config → a finished run: its story, top to bottom."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from sam3.model.sam3_image import Sam3Image
+
+from app.config import Config, ShapesConfig, to_yaml
+from app.datasets.build import Splits, load_splits, shapes_dataset
+from app.datasets.coco import Dataset
+from app.datasets.queries import QueryDataset
+from app.errors import UserError, nearest
+from app.evaluation import report
+from app.evaluation.validate import validate
+from app.files import write_json, write_text
+from app.inference.predictor import Predictor
+from app.model import weights
+from app.model.build import build_model, count_parameters
+from app.model.device import choose_device, choose_precision
+from app.model.upstream import COMMIT
+from app.training import checkpoints
+from app.training.checkpoints import RunState
+from app.training.loop import Loop, build_accelerator
+from app.training.progress import duration, progress
+from app.training.tracking import Tracker
+
+log = logging.getLogger("app")
+
+HOME = Path(__file__).resolve().parents[2]
+# Of the project where it can be written; in an image it cannot, and the working folder is mounted.
+DATA = (HOME if os.access(HOME, os.W_OK) else Path.cwd()) / "data"
+# What a run leaves in its folder; --overwrite removes these and nothing else.
+LEAVES = (
+    *("config.yaml", "config_resolved.yaml", "environment.json", "train.log", "metrics.csv"),
+    *("metrics.json", "weights", "checkpoints", "predictions", "plots", "tensorboard"),
+    *("dataset", "dumps", "logs"),  # of upstream's Trainer
+)
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to: its folder, and the figures of its best weights."""
+
+    folder: Path
+    figures: Figures
+
+
+def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = False) -> Outcome:
+    """Fine-tune, validate after each epoch, save; `LEAVES` is what the folder then holds.
+
+    Args:
+        config: the whole of it, checked.
+        splits: the images to train on and to validate on.
+        start: weights to start from; None for random ones.
+        resume: go on from the newest checkpoint in the output folder.
+    """
+    begun = time.monotonic()
+    device = choose_device(config.training.device)
+    precision = choose_precision(config.training.precision, device, config.model)
+    accelerator = build_accelerator(device, precision)
+    folder = Path(config.output_dir)
+    main = accelerator.is_main_process
+
+    set_seed(config.seed)
+    model = build_model(config.model, matcher=instantiate(config.loss.matcher))
+    if start is not None:
+        weights.load_into(model, start)
+    header = weights.Header(
+        model=config.model,
+        prompts=splits.train.class_names,
+        data_hash=splits.train.content_hash(),
+    )
+    lr_scale = config.optim.lr_scale or (1.0 if start is None else 0.1)
+    data = QueryDataset(
+        splits.train,
+        [instantiate(node) for node in config.transforms.train],
+        max_prompts=config.dataset.max_prompts,
+        seed=config.seed,
+    )
+    loop = Loop(config, model, data, accelerator, lr_scale=lr_scale)
+    state = RunState()
+    if resume:
+        newest = checkpoints.find_newest(folder / "checkpoints")
+        state = checkpoints.restore(newest, model, loop.optimizer, loop.scheduler)
+        log.info("resumed from %s, after epoch %d", newest, state.epoch)
+    if main:
+        _describe(config, model, splits, accelerator.device, precision, lr_scale)
+
+    tracker = Tracker(folder) if main else None
+    predictor = Predictor(model, config.model, precision)
+    if main and not state.baseline:
+        state.baseline, _ = _validate(predictor, splits.valid, config, "before training")
+        log.info("before training: %s", _summary(state.baseline))
+    for epoch in range(state.epoch, config.training.epochs):
+        row = _train_epoch(loop, epoch, config)
+        state.epoch = epoch + 1
+        if main:
+            assert tracker is not None
+            if _is_validated(state.epoch, config):
+                row |= _validate(predictor, splits.valid, config, f"epoch {state.epoch}")[0]
+                _keep_best(state, row, model, header, config)
+            state.rows.append(row)
+            log.info("epoch %d/%d: %s", state.epoch, config.training.epochs, _summary(row))
+            tracker.log_epoch(state.rows)
+            weights.save(model, folder / "weights" / "last", header)
+            checkpoints.save(
+                folder / "checkpoints", state, model, header, loop.optimizer, loop.scheduler
+            )
+        accelerator.wait_for_everyone()
+    figures: Figures = {}
+    if main:
+        assert tracker is not None
+        figures = _finish(config, splits.valid, state, precision, device)
+        tracker.finish(_all_figures(figures, state, time.monotonic() - begun))
+        log.info(
+            "done in %s; figures in %s", duration(time.monotonic() - begun), folder / "metrics.json"
+        )
+        say_where(folder / "weights" / "best", splits)
+    accelerator.end_training()
+    return Outcome(folder, figures)
+
+
+def evaluate(config: Config, splits: Splits, start: Path | None) -> Outcome:
+    """Score weights on the validation split, without training."""
+    device = choose_device(config.training.device)
+    precision = choose_precision(config.training.precision, device, config.model)
+    set_seed(config.seed)
+    model = build_model(config.model)
+    if start is not None:
+        weights.load_into(model, start)
+    predictor = Predictor(model.to(device), config.model, precision)
+    figures, results = _validate(predictor, splits.valid, config, "validation")
+    folder = Path(config.output_dir)
+    _write_predictions(folder, splits.valid, results, config)
+    write_json(folder / "metrics.json", figures)
+    log.info("%s", _summary(figures))
+    log.info("figures: %s", folder / "metrics.json")
+    return Outcome(folder, figures)
+
+
+def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make the output folder ready, or refuse: nothing is overwritten unasked."""
+    present = [name for name in LEAVES if (folder / name).exists()]
+    if present and overwrite:
+        for name in present:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif present and not resume:
+        raise UserError(
+            f"--output-dir {folder}: holds a run already ({', '.join(present[:3])}, …). "
+            "Go on with --resume, replace it with --overwrite, or name another folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
+
+
+def free_folder(folder: Path) -> Path:
+    """`folder`, or the first of folder-2, folder-3, … that holds no run."""
+    names = itertools.chain([folder], (Path(f"{folder}-{n}") for n in itertools.count(2)))
+    return next(name for name in names if not any((name / leaf).exists() for leaf in LEAVES))
+
+
+def write_settings(folder: Path, config: Config, overrides: Sequence[str]) -> None:
+    """config.yaml (what was asked for), config_resolved.yaml (all of it), environment.json."""
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.from_dotlist(list(overrides))))
+    write_text(folder / "config_resolved.yaml", to_yaml(config))
+    packages = ("torch", "torchvision", "sam3", "accelerate", "hotcoco", "numpy")
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "sam3_commit": COMMIT,
+        "packages": {name: version(name) for name in packages},
+        "git": _git_commit(),
+        "command": sys.argv[1:],
+    }
+    write_json(folder / "environment.json", environment)
+
+
+def read_splits(config: Config) -> Splits:
+    """The dataset that is named, or the synthetic shapes."""
+    dataset = config.dataset
+    if dataset.dir is None:
+        name = f"shapes-{_shapes_name(dataset.shapes, config.seed)}"
+        folder = shapes_dataset(DATA / name, **dataset.shapes.model_dump(), seed=config.seed)
+    else:
+        folder = Path(dataset.dir)
+    return load_splits(
+        folder, valid_fraction=dataset.valid_fraction, seed=config.seed, limit=dataset.limit
+    )
+
+
+def _shapes_name(shapes: ShapesConfig, seed: int) -> str:
+    return "-".join(str(value) for value in [*shapes.model_dump().values(), seed])
+
+
+def check_masks(config: Config, dataset: Dataset) -> None:
+    """Masks in the loss need a mask head in the model."""
+    wants = config.loss.criterion.get("loss_fn_semantic_seg") is not None
+    if wants and not config.model.segmentation:
+        raise UserError(
+            "The model has no mask head (its weights were trained without masks), and the loss "
+            "asks for masks. Add loss=boxes."
+        )
+    if wants and not any(a.segmentation for a in dataset.annotations):
+        log.info("note: the dataset has boxes only; the mask head is not trained")
+
+
+def _describe(
+    config: Config,
+    model: Sam3Image,
+    splits: Splits,
+    device: torch.device,
+    precision: torch.dtype,
+    lr_scale: float,
+) -> None:
+    for note in splits.notes:
+        log.info("note: %s", note)
+    counts = count_parameters(model)
+    log.info(
+        "model %s: %.1f M parameters, %d px, on %s in %s",
+        config.model.name,
+        counts["total"] / 1e6,
+        config.model.resolution,
+        device,
+        str(precision).removeprefix("torch."),
+    )
+    log.info(
+        "data: %d training and %d validation images; classes: %s",
+        len(splits.train.images),
+        len(splits.valid.images),
+        ", ".join(splits.train.class_names),
+    )
+    optim = config.optim
+    log.info(
+        "learning rates: detector %.2g, vision %.2g, text %.2g (lr_scale %g)",
+        *(rate * lr_scale for rate in (optim.lr, optim.lr_vision, optim.lr_text)),
+        lr_scale,
+    )
+
+
+def _train_epoch(loop: Loop, epoch: int, config: Config) -> Figures:
+    begun = time.monotonic()
+    losses: list[float] = []
+    images = 0
+    total = loop.updates_per_epoch * config.training.epochs
+    done = loop.updates_per_epoch * epoch
+    with progress(f"epoch {epoch + 1}/{config.training.epochs}: update", total, done) as advance:
+        for step in loop.run_epoch(epoch):
+            losses.append(step.loss)
+            images += step.images
+            advance(done + len(losses), f"loss {step.loss:.3g}")
+    seconds = time.monotonic() - begun
+    return {
+        "epoch": epoch + 1,
+        "train/loss": sum(losses) / len(losses),
+        "train/learning_rate": loop.learning_rate,
+        "train/seconds_per_update": seconds / len(losses),
+        "train/images_per_second": images / seconds,
+    }
+
+
+def _is_validated(epoch: int, config: Config) -> bool:
+    return epoch % config.evaluation.every == 0 or epoch == config.training.epochs
+
+
+def _validate(
+    predictor: Predictor, dataset: Dataset, config: Config, title: str
+) -> tuple[Figures, list[dict[str, Any]]]:
+    predictor.model.eval()
+    with progress(f"{title}: image", len(dataset.images)) as advance:
+        return validate(
+            predictor,
+            dataset,
+            max_detections=config.evaluation.max_detections,
+            on_image=lambda done, _: advance(done, ""),
+        )
+
+
+def _keep_best(
+    state: RunState, row: Figures, model: Sam3Image, header: weights.Header, config: Config
+) -> None:
+    """Save `weights/best` when the chosen figure improves; at equal figures the later one stays."""
+    value = row[_metric(row, config)]
+    if state.best is None or value >= state.best:
+        state.best = value
+        weights.save(model, Path(config.output_dir) / "weights" / "best", header)
+
+
+def _metric(figures: Figures, config: Config) -> str:
+    name = config.evaluation.metric
+    if name == "auto":
+        return "segm/AP" if "segm/AP" in figures else "bbox/AP"
+    if name not in figures:
+        raise UserError(
+            f"evaluation.metric={name}: validation gives no such figure; it gives "
+            f"{', '.join(figures)}.{nearest(name, figures)}"
+        )
+    return name
+
+
+def _finish(
+    config: Config, dataset: Dataset, state: RunState, precision: torch.dtype, device: torch.device
+) -> Figures:
+    """Reload the best weights as a user would, check that they are what was saved, draw."""
+    folder = Path(config.output_dir)
+    best, header = weights.load(folder / "weights" / "best")
+    predictor = Predictor(best.to(device), header.model, precision)
+    figures, results = _validate(predictor, dataset, config, "best weights, reloaded")
+    again = figures[_metric(figures, config)]
+    # Kernels on CUDA add in any order; on a CPU the figures are the same to the bit.
+    tolerance = 0.0 if device.type == "cpu" else 0.005
+    if state.best is None or abs(again - state.best) > tolerance:
+        raise RuntimeError(f"weights/best reloaded give {again}, and gave {state.best} when saved")
+    _write_predictions(folder, dataset, results, config)
+    report.plot_curves(state.rows, folder / "plots")
+    return figures
+
+
+def _write_predictions(
+    folder: Path, dataset: Dataset, results: list[dict[str, Any]], config: Config
+) -> None:
+    write_json(folder / "predictions" / "valid.json", results)
+    report.draw_comparisons(
+        dataset,
+        results,
+        folder / "plots",
+        count=config.evaluation.pictures,
+        threshold=config.prediction.threshold,
+    )
+
+
+def _all_figures(best: Figures, state: RunState, seconds: float) -> dict[str, float | str | int]:
+    """metrics.json: the best weights' figures by their plain names, the others with a prefix."""
+    last = {k: v for k, v in state.rows[-1].items() if k != "epoch"}
+    return {
+        **best,
+        **{f"last/{name}": value for name, value in last.items()},
+        **{f"baseline/{name}": value for name, value in state.baseline.items()},
+        "epochs": state.epoch,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _summary(figures: Figures) -> str:
+    names = {
+        "train/loss": "loss",
+        "bbox/AP": "box AP",
+        "bbox/AP50": "box AP50",
+        "segm/AP": "mask AP",
+        "segm/AP50": "mask AP50",
+    }
+    return ", ".join(f"{n} {figures[key]:.3f}" for key, n in names.items() if key in figures)
+
+
+def say_where(weights_folder: Path, splits: Splits) -> None:
+    """Print the weights' path and the command that uses them."""
+    log.info("weights: %s", weights_folder)
+    log.info(
+        "use them: ./infer.sh --checkpoint '%s' --input '%s' --prompt '%s' --output-dir '%s'",
+        weights_folder,
+        splits.valid.images[0].path.parent,
+        splits.train.class_names[0],
+        weights_folder.parent.parent / "found",
+    )
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

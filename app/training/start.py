@@ -1,0 +1,143 @@
+"""From the command line's words to a run: which configuration, which weights, which trainer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+from app.config import Config, load_config, load_model_config, model_names, read_yaml
+from app.errors import UserError, nearest
+from app.model import weights
+from app.training import launch, run, upstream_trainer
+
+log = logging.getLogger("app")
+HUB = ("facebook/sam3", "sam3.pt")
+
+
+def start(
+    overrides: Sequence[str],
+    *,
+    file: Path | None,
+    size: str,
+    lr: float | None,
+    base_config: bool,
+    eval_only: bool,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Check everything that can be checked, then train, score, or hand over to upstream.
+
+    Raises:
+        UserError: whatever the user must mend, before anything is written.
+    """
+    if base_config and file is not None:
+        raise UserError("--use-base-config and --config: give one of them")
+    if base_config:
+        file = upstream_trainer.BASE_CONFIG
+    if file is not None and upstream_trainer.is_upstream_schema(file):
+        upstream_trainer.start(
+            overrides,
+            file,
+            size=size,
+            lr=lr,
+            eval_only=eval_only,
+            resume=resume,
+            overwrite=overwrite,
+        )
+        return
+    config, weights_file = configure(overrides, file, size, lr)
+    if config.training.num_gpus > 1 and not launch.is_launched() and not eval_only:
+        launch.relaunch(config.training.num_gpus, sys.argv[1:])
+    splits = run.read_splits(config)
+    if not eval_only:
+        run.check_masks(config, splits.train)
+    folder = Path(config.output_dir)
+    if os.environ.get("RANK", "0") == "0":
+        run.prepare_folder(folder, resume=resume, overwrite=overwrite)
+        run.write_settings(folder, config, overrides)
+        log.addHandler(logging.FileHandler(folder / "train.log", encoding="utf-8"))
+    else:
+        log.setLevel(logging.WARNING)
+    if eval_only:
+        run.evaluate(config, splits, weights_file)
+    else:
+        run.train(config, splits, weights_file, resume=resume)
+
+
+def configure(
+    overrides: Sequence[str], file: Path | None, size: str, lr: float | None
+) -> tuple[Config, Path | None]:
+    """The run's configuration, and the weights that it starts from (None: random)."""
+    asked = _asked(overrides, file)
+    size = str(asked.get("model", "auto")) if size == "auto" else size
+    if size not in ("auto", *model_names()):
+        raise UserError(
+            f"--model {size}: there is no such size; there are auto, {', '.join(model_names())}."
+            f"{nearest(size, model_names())}"
+        )
+    checkpoint = str(asked.get("checkpoint", "auto"))
+    if checkpoint in ("none", "auto"):
+        size, weights_file = _default_weights(size, random=checkpoint == "none")
+    else:
+        weights_file = weights.find_file(Path(checkpoint))
+    expected = None if size == "auto" else size
+    model = weights.describe(weights_file, expected).model if weights_file else None
+    model = model or load_model_config(size)
+    overrides = [text for text in overrides if not text.startswith("model=")]
+    config = load_config(overrides, file, model)
+    if lr is not None:
+        config = load_config([*overrides, f"optim.lr_scale={lr / config.optim.lr}"], file, model)
+    if "output_dir" not in asked:
+        config = config.model_copy(update={"output_dir": str(run.free_folder(Path(config.output_dir)))})
+    return config, weights_file
+
+
+def _asked(overrides: Sequence[str], file: Path | None) -> dict[str, Any]:
+    """Top-level keys that the user set, in the file or on the command line, which wins."""
+    content = read_yaml(file) if file is not None else {}
+    asked = {k: v for k, v in content.items() if isinstance(v, str)} if content else {}
+    for text in overrides:
+        key, _, value = text.partition("=")
+        asked[key] = value
+    return asked
+
+
+def _default_weights(size: str, *, random: bool) -> tuple[str, Path | None]:
+    """Size and weights where no checkpoint is named; says what was chosen, and why."""
+    if size == "auto":
+        cached = not random and _cached_weights() is not None
+        size = "sam3" if torch.cuda.is_available() and cached else "nano"
+        why = "a GPU and SAM 3's weights are at hand" if size == "sam3" else (
+            "no GPU with SAM 3's weights at hand"
+        )
+        log.info("model: %s (%s; --model decides by hand)", size, why)
+    if random:
+        return size, None
+    if size == "sam3":
+        return size, _cached_weights() or _download_weights()
+    log.info("weights: random; size %s has no published ones (--checkpoint names yours)", size)
+    return size, None
+
+
+def _cached_weights() -> Path | None:
+    found = try_to_load_from_cache(*HUB)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _download_weights() -> Path:
+    try:
+        return Path(hf_hub_download(*HUB))
+    except Exception as error:  # the hub raises many kinds: gated, offline, missing token, limits
+        raise UserError(
+            f"SAM 3's weights ({HUB[0]}) could not be had: {type(error).__name__}. They are under "
+            "the SAM License and gated: ask for access at huggingface.co/facebook/sam3, then set "
+            "HF_TOKEN; or give --checkpoint FILE; or --checkpoint none for random weights; or "
+            "--model nano."
+        ) from None

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from app.datasets.build import load_splits, shapes_dataset
+from app.datasets.coco import Category
+from app.errors import UserError
+
+SMALL = {"train": 3, "valid": 1, "width": 64, "height": 64}
+
+
+def many_images(count: int, labelled: int | None = None) -> dict:
+    """`count` images with one box each, or on the first `labelled` only."""
+    box = {"category_id": 1, "bbox": [1, 2, 3, 4]}
+    size = {"width": 40, "height": 30}
+    labels = count if labelled is None else labelled
+    return {
+        "images": [{"id": i, "file_name": f"{i}.png", **size} for i in range(count)],
+        "annotations": [{"id": i + 1, "image_id": i, **box} for i in range(labels)],
+        "categories": [{"id": 1, "name": "dog"}],
+    }
+
+
+def ids(dataset) -> set[int]:
+    return {image.id for image in dataset.images}
+
+
+def test_potholes_in_their_mixed_layouts(potholes):
+    splits = load_splits(potholes)
+    assert splits.test is not None
+    assert [len(s.images) for s in (splits.train, splits.valid, splits.test)] == [80, 5, 5]
+    assert [len(s.annotations) for s in (splits.train, splits.valid, splits.test)] == [110, 5, 5]
+    assert splits.notes == ()
+    assert splits.train.categories == splits.valid.categories == (Category(0, "pothole"),)
+    for image in (*splits.train.images, *splits.valid.images, *splits.test.images):
+        with Image.open(image.path) as file:
+            assert file.size == (image.width, image.height)
+
+
+def test_a_validation_set_is_made_from_train_and_said(save):
+    folder = save(many_images(20))
+    splits = load_splits(folder)
+    assert len(splits.valid.images) == 3  # 15 % of 20
+    assert ids(splits.train) | ids(splits.valid) == set(range(20))
+    assert not ids(splits.train) & ids(splits.valid)
+    for split in (splits.train, splits.valid):
+        assert {a.image_id for a in split.annotations} == ids(split)
+    assert splits.notes == (
+        "no validation split: 3 of 20 training images (15 %, seed 0) set aside for validation",
+    )
+    assert splits.test is None
+
+
+def test_the_split_follows_the_seed_and_not_the_order_of_the_json(save):
+    document = many_images(20)
+    first, again = (load_splits(save(document), seed=1) for _ in range(2))
+    document["images"].reverse()
+    turned = load_splits(save(document, "turned"), seed=1)
+    other = load_splits(save(document), seed=2)
+    assert ids(first.valid) == ids(again.valid) == ids(turned.valid)
+    assert ids(first.valid) != ids(other.valid)
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "valid"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.5, 5), (7, 0.15, 1)]
+)
+def test_both_sides_of_the_split_have_images(save, count, fraction, valid):
+    splits = load_splits(save(many_images(count)), valid_fraction=fraction)
+    assert (len(splits.train.images), len(splits.valid.images)) == (count - valid, valid)
+
+
+def test_a_single_image_is_trained_and_validated_on_with_a_note(save):
+    splits = load_splits(save(many_images(1)))
+    assert splits.train == splits.valid
+    assert "one training image" in splits.notes[0]
+
+
+def test_limit_takes_a_seeded_subset_of_train_alone(save):
+    folder = save(many_images(20))
+    whole, limited, other = (
+        load_splits(folder, limit=None),
+        load_splits(folder, limit=4),
+        load_splits(folder, limit=4, seed=5),
+    )
+    assert len(limited.train.images) == len(limited.train.annotations) == 4
+    assert ids(limited.train) < ids(whole.train)
+    assert ids(limited.train) != ids(other.train)
+    assert limited.valid == whole.valid
+    assert limited.notes[1] == "training on 4 of 17 images (limit, seed 0)"
+    assert load_splits(folder, limit=99).train == whole.train
+
+
+def test_arguments_out_of_range_are_all_named(tmp_path):
+    with pytest.raises(UserError) as caught:
+        load_splits(tmp_path, valid_fraction=1.5, limit=0)
+    assert len(caught.value.problems) == 2
+
+
+def test_val_is_taken_for_valid_and_images_may_lie_in_the_datasets_folder(save, tmp_path):
+    save(many_images(3), "set/train")
+    save(many_images(2), "set/val")
+    document = many_images(3)
+    for image in document["images"]:
+        image["file_name"] = f"train/{image['file_name']}"
+    path = tmp_path / "set" / "train" / "_annotations.coco.json"
+    path.write_text(json.dumps(document))
+    splits = load_splits(tmp_path / "set")
+    assert (len(splits.train.images), len(splits.valid.images)) == (3, 2)
+
+
+@pytest.mark.parametrize("name", ["annotations.json", "my labels.json"])
+def test_other_names_of_the_json(save, name):
+    folder = save(many_images(4))
+    (folder / "_annotations.coco.json").rename(folder / name)
+    assert len(load_splits(folder).train.images) == 3
+
+
+def test_several_json_files_of_unknown_names(save):
+    folder = save(many_images(4))
+    (folder / "_annotations.coco.json").rename(folder / "b.json")
+    (folder / "a.json").write_text("{}")
+    with pytest.raises(UserError, match=r"a\.json, b\.json"):
+        load_splits(folder)
+
+
+def test_splits_that_disagree_on_ids_share_those_of_train(save, tmp_path):
+    train = many_images(3)
+    train["categories"] = [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}]
+    valid = many_images(2)
+    valid["categories"] = [{"id": 1, "name": "cow"}, {"id": 5, "name": "dog"}]
+    valid["annotations"][1]["category_id"] = 5
+    save(train, "set/train")
+    save(valid, "set/valid")
+    splits = load_splits(tmp_path / "set")
+    expected = (Category(1, "dog"), Category(2, "cat"), Category(3, "cow"))
+    assert splits.train.categories == splits.valid.categories == expected
+    assert [a.category_id for a in splits.train.annotations] == [1, 1, 1]
+    assert [a.category_id for a in splits.valid.annotations] == [3, 1]
+    assert splits.notes == ("validation has objects of 'cow', which no training image has",)
+
+
+def test_category_0_that_one_split_does_not_use_is_kept(save, tmp_path):
+    train, valid = many_images(3), many_images(2)
+    categories = [{"id": 0, "name": "dog"}, {"id": 1, "name": "cat"}]
+    train["categories"] = valid["categories"] = categories
+    train["annotations"][0]["category_id"] = 0
+    save(train, "set/train")
+    save(valid, "set/valid")
+    splits = load_splits(tmp_path / "set")
+    assert splits.valid.categories == (Category(0, "dog"), Category(1, "cat"))
+
+
+def test_no_train_folder_names_those_that_are_there(save, tmp_path):
+    save(many_images(2), "set/val")
+    save(many_images(2), "set/test")
+    with pytest.raises(UserError, match="no 'train' folder to train on; there is 'val', 'test'"):
+        load_splits(tmp_path / "set")
+
+
+def test_a_split_folder_without_json_and_two_validation_folders(save, tmp_path):
+    save(many_images(2), "set/train")
+    (tmp_path / "set" / "valid").mkdir()
+    with pytest.raises(UserError, match="valid: no COCO JSON"):
+        load_splits(tmp_path / "set")
+    (tmp_path / "set" / "val").mkdir()
+    with pytest.raises(UserError, match="both valid and val"):
+        load_splits(tmp_path / "set")
+
+
+def test_missing_and_empty_folders_and_files(tmp_path):
+    for path in (tmp_path / "nowhere", Path(__file__)):
+        with pytest.raises(UserError, match="no such folder"):
+            load_splits(path)
+    with pytest.raises(UserError, match="There is: nothing"):
+        load_splits(tmp_path)
+    (tmp_path / "cat.jpg").touch()
+    with pytest.raises(UserError, match=r"_annotations\.coco\.json.*There is: cat\.jpg"):
+        load_splits(tmp_path)
+
+
+def test_no_images_and_no_annotations(save):
+    with pytest.raises(UserError, match="lists no images"):
+        load_splits(save(many_images(0)))
+    with pytest.raises(UserError, match="has no annotations"):
+        load_splits(save(many_images(3, labelled=0), "bare"))
+    with pytest.raises(UserError, match="left to train on have no annotations"):
+        load_splits(save(many_images(30, labelled=1), "rare"), limit=1)
+
+
+def test_problems_of_all_splits_come_together(save, tmp_path):
+    spoiled = many_images(2)
+    spoiled["annotations"][0]["bbox"] = [0, 0, 0, 0]
+    save(spoiled, "set/train")
+    save(copy.deepcopy(spoiled), "set/valid")
+    with pytest.raises(UserError) as caught:
+        load_splits(tmp_path / "set")
+    assert [p.split(":")[0] for p in caught.value.problems] == [
+        str(tmp_path / "set" / split / "_annotations.coco.json") for split in ("train", "valid")
+    ]
+
+
+def test_shapes_are_made_once_and_anew_for_other_settings(tmp_path):
+    cache = tmp_path / "cache" / "shapes"
+
+    def made() -> int:
+        return (cache / "train").stat().st_mtime_ns
+
+    assert shapes_dataset(cache, **SMALL) == cache
+    first = made()
+    shapes_dataset(cache, **SMALL)
+    assert made() == first
+    splits = load_splits(cache)
+    assert (len(splits.train.images), len(splits.valid.images), splits.notes) == (3, 1, ())
+    shapes_dataset(cache, **{**SMALL, "train": 4})
+    assert len(load_splits(cache).train.images) == 4
+    fourth = load_splits(cache).train.content_hash()
+    shapes_dataset(cache, **{**SMALL, "train": 4, "seed": 1})
+    assert load_splits(cache).train.content_hash() != fourth
+
+
+def test_incomplete_shapes_are_made_anew(tmp_path):
+    shapes_dataset(tmp_path / "s", **SMALL)
+    next((tmp_path / "s" / "valid" / "images").iterdir()).unlink()
+    shapes_dataset(tmp_path / "s", **SMALL)
+    assert len(load_splits(tmp_path / "s").valid.images) == 1
