@@ -30,17 +30,20 @@ def train(
         typer.Argument(metavar="[KEY=VALUE]...", help="any key of configs/train.yaml"),
     ] = None,
     dataset_dir: Annotated[
-        str | None, typer.Option(help="folder with train/, valid/; synthetic shapes where not given")
+        str | None,
+        typer.Option(help="folder with train/, valid/; synthetic shapes where not given"),
     ] = None,
     model: Annotated[str, typer.Option(help=SIZES)] = "auto",
     checkpoint: Annotated[
-        str | None, typer.Option(help="weights to start from: file, folder, or none for random ones")
+        str | None,
+        typer.Option(help="weights to start from: file, folder, or none for random ones"),
     ] = None,
     output_dir: Annotated[str | None, typer.Option(help="folder that the run leaves")] = None,
     epochs: Annotated[int | None, typer.Option()] = None,
     batch_size: Annotated[int | None, typer.Option(help="images a step and process")] = None,
     lr: Annotated[
-        float | None, typer.Option(help="learning rate of the detector; the others keep their ratio")
+        float | None,
+        typer.Option(help="learning rate of the detector; the others keep their ratio"),
     ] = None,
     grad_accum: Annotated[int | None, typer.Option(help="steps averaged into one update")] = None,
     resolution: Annotated[int | None, typer.Option(help="pixels, square")] = None,
@@ -131,7 +134,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     handler: Any = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
+    log.handlers = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
     try:

@@ -104,7 +104,9 @@ class ModelConfig(_Strict):
                 f"{low} or {low + patch}"
             )
         if self.resolution < 4 * patch:
-            raise ValueError(f"model.resolution {self.resolution} is below {4 * patch}: four patches")
+            raise ValueError(
+                f"model.resolution {self.resolution} is below {4 * patch}: four patches"
+            )
         if self.d_model % self.num_heads:
             raise ValueError(
                 f"model.d_model {self.d_model} must be a multiple of model.num_heads "
@@ -169,6 +171,7 @@ class TrainingConfig(_Strict):
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16"]
     check_finite: bool
+    save_every: int = Field(ge=1)
 
 
 class EvaluationConfig(_Strict):
@@ -255,7 +258,7 @@ def read_yaml(file: Path) -> Any:
 
 
 def check_targets(node: Any, where: str) -> list[str]:
-    """Problems of every `_target_` in `node`: unknown, not allowed, or given keys it never reads."""
+    """Problems of every `_target_` in `node`: unknown, not allowed, given keys it never reads."""
     if isinstance(node, list):
         return [p for i, item in enumerate(node) for p in check_targets(item, f"{where}[{i}]")]
     if not isinstance(node, Mapping):
@@ -347,9 +350,9 @@ def _override(composed: DictConfig, text: str) -> DictConfig:
     if not _is_known(key, known):
         raise UserError(f"'{text}': nothing reads the key '{key}'.{nearest_key(key, known)}")
     try:
-        parsed = yaml.safe_load(value)
-        # YAML 1.1 reads 1e-4 as text; people write it as a number.
-        parsed = float(value) if isinstance(parsed, str) and _is_number(value) else parsed
+        parsed = value if _is_text(key) and value != "null" else yaml.safe_load(value)
+        if isinstance(parsed, str) and not _is_text(key) and _is_number(value):
+            parsed = float(value)  # YAML 1.1 reads 1e-4 as text; people write it as a number
         OmegaConf.update(composed, key, parsed, merge=False, force_add=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"'{text}': {' '.join(str(error).split())}") from None
@@ -362,6 +365,15 @@ def nearest_key(key: str, known: Sequence[str]) -> str:
     by_leaf = {name.rpartition(".")[2]: name for name in reversed(known)}
     matches = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.75)
     return f" Did you mean '{by_leaf[matches[0]]}'?" if matches else nearest(key, known)
+
+
+def _is_text(key: str) -> bool:
+    """Whether the schema wants text: a folder may be called 2024, or [a]."""
+    schema: Any = Config
+    for name in key.split("."):
+        field = getattr(schema, "model_fields", {}).get(name)
+        schema = field.annotation if field is not None else None
+    return schema in (str, str | None)
 
 
 def _is_number(text: str) -> bool:

@@ -1,9 +1,8 @@
-"""Files that are whole or absent: atomic writes, hashes, paths from outside."""
+"""Files that are whole or absent: atomic writes, JSON in and out."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -29,8 +28,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -45,11 +44,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
-        os.chmod(temporary, 0o777 & ~_umask())
+        temporary.chmod(0o777 & ~_umask())
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
         if path.exists():
-            os.rename(path, old / "replaced")
-        os.rename(temporary, path)
+            path.rename(old / "replaced")
+        temporary.rename(path)
         shutil.rmtree(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -88,9 +87,3 @@ def read_json(path: Path) -> Any:
         ) from None
     except (RecursionError, ValueError) as error:  # nested too deeply; a number of 4,300 digits
         raise UserError(f"{path}: JSON that no dataset holds ({error})") from None
-
-
-def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

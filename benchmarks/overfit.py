@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ def overfit(folder: Path, *, images: int, epochs: int, overrides: list[str]) -> 
             f"output_dir={folder / 'run'}",
             f"training.epochs={epochs}",
             f"evaluation.every={epochs}",
+            f"training.save_every={epochs}",
             "evaluation.pictures=0",
             "training.batch_size=4",
             "optim.schedule.name=linear",
@@ -50,6 +52,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=170)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         figures = overfit(

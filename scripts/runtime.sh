@@ -55,7 +55,7 @@ make_venv() {
   fi
   venv_identity >"$stamp.part" || fail "requirements.lock cannot be read"
   say "installing requirements.lock into .venv: about 6 GB, a few minutes, once"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes \
+  "$venv/bin/python" -m pip install -qq --disable-pip-version-check --require-hashes \
     --no-deps --requirement "$root/requirements.lock" >&2 ||
     fail "the installation into .venv failed: see above; mend it and run again"
   mv "$stamp.part" "$stamp"
@@ -177,10 +177,9 @@ add_gpus() {
     *) fail "GPUS=$GPUS: must be auto, none, all or a list such as 0,1" ;;
   esac
   case "${GPUS:-auto}" in
-    auto | all) command+=(--gpus all) ;;
-    *) command+=(--gpus "\"device=$GPUS\"") ;;
+    auto | all) say "GPUs: all" && command+=(--gpus all) ;;
+    *) say "GPUs: $GPUS" && command+=(--gpus "\"device=$GPUS\"") ;;
   esac
-  say "GPUs: ${GPUS:-all}"
 }
 
 # The Hugging Face cache is shared with the host, or each run would fetch 3.4 GB of weights anew.

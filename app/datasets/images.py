@@ -25,7 +25,9 @@ def open_image(path: Path) -> Image.Image:
                 return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: no such image") from None
-    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error
         raise UserError(
             f"{path}: cannot be read as an image ({error}). Replace or remove it."
         ) from None

@@ -136,7 +136,7 @@ class SemanticTargets:
 
 
 def resize_sizes(resolution: int, smallest: float) -> list[int]:
-    """Sizes in pixels, from `smallest` x resolution to resolution, 32 apart counted from the top."""
+    """Sizes in pixels from `smallest` x resolution to resolution, 32 apart from the top down."""
     return list(range(resolution, round(resolution * smallest) - 1, -32))[::-1]
 
 

@@ -22,7 +22,7 @@ def evaluate(truth: Dataset, results: Sequence[dict[str, Any]]) -> dict[str, flo
 
     Args:
         truth: the validation set.
-        results: COCO results: image_id, category_id, bbox (xywh, pixels), score, segmentation (RLE).
+        results: COCO results: image_id, category_id, score, bbox (xywh), segmentation (RLE).
 
     Returns:
         "bbox/AP", "bbox/AP50", …, "bbox/AP/<class>", likewise "segm/…", each 0..1. A figure that
@@ -35,9 +35,7 @@ def evaluate(truth: Dataset, results: Sequence[dict[str, Any]]) -> dict[str, flo
     return figures
 
 
-def _evaluate(
-    truth: Dataset, results: Sequence[dict[str, Any]], iou_type: str
-) -> dict[str, float]:
+def _evaluate(truth: Dataset, results: Sequence[dict[str, Any]], iou_type: str) -> dict[str, float]:
     ground_truth = COCO(truth.to_json())
     # loadRes derives area from segmentation when both are there, and boxes must be scored by boxes.
     keys = {"image_id", "category_id", "score", "segmentation" if iou_type == "segm" else "bbox"}
@@ -47,8 +45,9 @@ def _evaluate(
     evaluation = COCOeval(ground_truth, ground_truth.load_res(plain), iou_type)
     evaluation.evaluate()
     evaluation.accumulate()
-    precision = np.asarray(evaluation.eval["precision"])  # (IoU, recall, class, area, limit)
-    recall = np.asarray(evaluation.eval["recall"])  # (IoU, class, area, limit)
+    computed: Any = evaluation.eval
+    precision = np.asarray(computed["precision"])  # (IoU, recall, class, area, limit)
+    recall = np.asarray(computed["recall"])  # (IoU, class, area, limit)
     figures = {f"AP{area}": _mean(precision[:, :, :, i, -1]) for area, i in _AREAS.items()}
     figures |= {"AP50": _mean(precision[0, :, :, 0, -1]), "AP75": _mean(precision[5, :, :, 0, -1])}
     figures |= {f"AR{limit}": _mean(recall[:, :, 0, i]) for limit, i in _LIMITS.items()}

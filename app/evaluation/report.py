@@ -15,7 +15,7 @@ from app.datasets.images import open_image
 from app.inference.outputs import color_of, draw_objects
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
+from matplotlib import pyplot as plt
 
 
 def plot_curves(rows: Sequence[Mapping[str, float]], folder: Path) -> None:
@@ -63,7 +63,7 @@ def draw_comparisons(
 ) -> list[Path]:
     """Write the first `count` images, truth on the left, prediction on the right."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = []
+    files: list[Path] = []
     for image in dataset.images[:count]:
         pixels = open_image(image.path)
         found = [r for r in results if r["image_id"] == image.id and r["score"] > threshold]
@@ -101,7 +101,7 @@ def _draw(
 
 def _titled(picture: Image.Image, title: str) -> Image.Image:
     font = ImageFont.load_default(size=max(14, picture.width // 40))
-    band = font.size + 10  # type: ignore[union-attr]
+    band = max(14, picture.width // 40) + 10
     sheet = Image.new("RGB", (picture.width, picture.height + band), "white")
     sheet.paste(picture, (0, band))
     ImageDraw.Draw(sheet).text((6, 4), title, fill="black", font=font)

@@ -96,7 +96,9 @@ def find_images(source: str) -> list[Path]:
         found = [p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS]
     else:
         if "://" in source:
-            raise UserError(f"--input {source}: addresses are not fetched; download the image first")
+            raise UserError(
+                f"--input {source}: addresses are not fetched; download the image first"
+            )
         matches = (Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207
         found = [p for p in matches if p.suffix.lower() in EXTENSIONS]
     if not found:

@@ -64,9 +64,7 @@ def draw_objects(
 def _paint_mask(canvas: np.ndarray, mask: dict[str, Any], color: Color) -> None:
     binary = mask_utils.decode(mask).astype(bool)
     canvas[binary] = canvas[binary] * (1 - _OPACITY) + np.array(color) * _OPACITY
-    contours, _ = cv2.findContours(
-        binary.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
-    )
+    contours, _ = cv2.findContours(binary.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(canvas, contours, -1, color, max(1, max(canvas.shape[:2]) // 500))
 
 

@@ -121,7 +121,7 @@ class Predictor:
                 self._ground(features, prompts[start : start + PROMPTS_A_PASS], boxes)
                 for start in range(0, len(prompts), PROMPTS_A_PASS)
             ]
-        joined = {
+        joined: dict[str, Tensor] = {
             key: torch.cat([output[key].float() for output in outputs])
             for key in ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")
             if key in outputs[0]
@@ -169,7 +169,9 @@ def check_prompts(
     """Prompts without outer blanks; the visual prompt where there are boxes only."""
     stripped = tuple(" ".join(prompt.split()) for prompt in prompts)
     if any(not any(c.isalnum() for c in prompt) for prompt in stripped):
-        raise UserError("--prompt: a prompt of no words; name what to find, as in --prompt 'pothole'")
+        raise UserError(
+            "--prompt: a prompt of no words; name what to find, as in --prompt 'pothole'"
+        )
     if not stripped and not boxes_xywh:
         raise UserError("Nothing to find: give --prompt 'a noun phrase' or --box x,y,w,h")
     return stripped or (VISUAL_PROMPT,)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sam3.model.decoder import TransformerDecoder, TransformerDecoderLayer
 from sam3.model.encoder import TransformerEncoderFusion, TransformerEncoderLayer
@@ -57,9 +59,9 @@ def build_model(
     return model
 
 
-def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Number of parameters by component: vision, text, detector, geometry, masks, scoring, total."""
-    components: dict[str, nn.Module | None] = {
+def count_parameters(model: Sam3Image) -> dict[str, int]:
+    """Parameters by component: vision, text, detector, geometry, masks, scoring; and total."""
+    components: dict[str, Any] = {
         "vision": model.backbone.vision_backbone,
         "text": model.backbone.language_backbone,
         "detector": model.transformer,
@@ -249,6 +251,4 @@ def _scoring(config: ModelConfig) -> DotProductScoring:
         residual=True,
         out_norm=nn.LayerNorm(config.d_model),
     )
-    return DotProductScoring(
-        d_model=config.d_model, d_proj=config.d_model, prompt_mlp=prompt_mlp
-    )
+    return DotProductScoring(d_model=config.d_model, d_proj=config.d_model, prompt_mlp=prompt_mlp)

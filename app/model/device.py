@@ -10,12 +10,13 @@ from app.errors import UserError
 
 def choose_device(name: str = "auto") -> torch.device:
     """`auto`: the GPU where there is one. Raises UserError when "cuda" is asked for in vain."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device {name}: give auto, cpu or cuda")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "training.device=cuda: no CUDA device answers here. Use training.device=cpu, or check "
-            "the driver with nvidia-smi."
+            "device cuda: no CUDA device answers here. Use cpu, or check the driver (nvidia-smi)."
         )
     return torch.device(name)
 
@@ -25,6 +26,8 @@ def choose_precision(name: str, device: torch.device, config: ModelConfig) -> to
 
     A narrow model spends its time between the matrix products, and casting only adds to it.
     """
+    if name not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--precision {name}: give auto, fp32 or bf16")
     if name == "auto":
         wide = config.vision.embed_dim >= 512
         helps = device.type == "cuda" or (wide and _cpu_multiplies_bfloat16())

@@ -337,7 +337,7 @@ def _mask_loss_without_objects() -> None:
 
 
 def _schedule_of_any_length() -> None:
-    """schedulers.py:24-26 divide by zero in a run as long as its warm-up, for a value never used."""
+    """schedulers.py:24-26 divide by zero, for a value never used, where a run is all warm-up."""
     from sam3.train.optim.schedulers import InverseSquareRootParamScheduler
 
     original = InverseSquareRootParamScheduler.__call__

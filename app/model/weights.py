@@ -203,4 +203,3 @@ def _identify(file: Path, state: Mapping[str, Tensor], size: str | None) -> Mode
             *nearest[2][:6],
         ]
     )
-

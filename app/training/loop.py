@@ -72,9 +72,7 @@ class Loop:
     ) -> None:
         self.config = config
         self.accelerator = accelerator
-        self.criterion: nn.Module = instantiate(
-            config.loss.criterion, _convert_="all"
-        )
+        self.criterion: nn.Module = instantiate(config.loss.criterion, _convert_="all")
         self.sampler = EpochSampler(
             len(data), config.seed, accelerator.process_index, accelerator.num_processes
         )
@@ -93,7 +91,8 @@ class Loop:
         self.updates_per_epoch = math.ceil(len(self.loader) / config.training.grad_accum)
         total = self.updates_per_epoch * config.training.epochs
         self.scheduler = LambdaLR(
-            optimizer, lambda i: learning_rate_factor(min(i, total - 1), total, config.optim.schedule)
+            optimizer,
+            lambda i: learning_rate_factor(min(i, total - 1), total, config.optim.schedule),
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
@@ -153,7 +152,7 @@ class Loop:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> Optimizer:
-    """AdamW with upstream's groups: three learning rates, layer decay, no decay on biases, norms."""
+    """AdamW with upstream's groups: three learning rates, layer decay, no decay of biases."""
     parts = OmegaConf.create(
         {
             "optimizer": config.optimizer,
@@ -162,7 +161,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> O
         }
     )
     # Upstream's wrapper sets each group's rate from its own schedule once, and is then left behind.
-    optimizer = construct_optimizer(model, parts.optimizer, parts.options, parts.modifiers).optimizer
+    optimizer = construct_optimizer(
+        model, parts.optimizer, parts.options, parts.modifiers
+    ).optimizer
     for group in optimizer.param_groups:
         group["lr"] *= lr_scale
     return optimizer

@@ -17,7 +17,7 @@ EVERY = 10.0  # seconds between plain lines
 
 @contextlib.contextmanager
 def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """Yield `advance(done, detail)`, which shows how far the work is and how long it still takes."""
+    """Yield `advance(done, detail)`, which shows how far the work is and the time left."""
     if sys.stderr.isatty():
         yield from _bar(title, total, done)
     else:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -102,7 +103,7 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
         state = checkpoints.restore(newest, model, loop.optimizer, loop.scheduler)
         log.info("resumed from %s, after epoch %d", newest, state.epoch)
     if main:
-        _describe(config, model, splits, accelerator.device, precision, lr_scale)
+        _describe(config, model, splits, accelerator, precision, lr_scale)
 
     tracker = Tracker(folder) if main else None
     predictor = Predictor(model, config.model, precision)
@@ -114,16 +115,17 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
         state.epoch = epoch + 1
         if main:
             assert tracker is not None
-            if _is_validated(state.epoch, config):
+            if _is_due(state.epoch, config.evaluation.every, config):
                 row |= _validate(predictor, splits.valid, config, f"epoch {state.epoch}")[0]
                 _keep_best(state, row, model, header, config)
             state.rows.append(row)
             log.info("epoch %d/%d: %s", state.epoch, config.training.epochs, _summary(row))
             tracker.log_epoch(state.rows)
-            weights.save(model, folder / "weights" / "last", header)
-            checkpoints.save(
-                folder / "checkpoints", state, model, header, loop.optimizer, loop.scheduler
-            )
+            if _is_due(state.epoch, config.training.save_every, config):
+                weights.save(model, folder / "weights" / "last", header)
+                checkpoints.save(
+                    folder / "checkpoints", state, model, header, loop.optimizer, loop.scheduler
+                )
         accelerator.wait_for_everyone()
     figures: Figures = {}
     if main:
@@ -233,7 +235,7 @@ def _describe(
     config: Config,
     model: Sam3Image,
     splits: Splits,
-    device: torch.device,
+    accelerator: Accelerator,
     precision: torch.dtype,
     lr_scale: float,
 ) -> None:
@@ -241,12 +243,13 @@ def _describe(
         log.info("note: %s", note)
     counts = count_parameters(model)
     log.info(
-        "model %s: %.1f M parameters, %d px, on %s in %s",
+        "model %s: %.1f M parameters, %d px, on %s in %s, %d process(es)",
         config.model.name,
         counts["total"] / 1e6,
         config.model.resolution,
-        device,
+        accelerator.device,
         str(precision).removeprefix("torch."),
+        accelerator.num_processes,
     )
     log.info(
         "data: %d training and %d validation images; classes: %s",
@@ -283,8 +286,8 @@ def _train_epoch(loop: Loop, epoch: int, config: Config) -> Figures:
     }
 
 
-def _is_validated(epoch: int, config: Config) -> bool:
-    return epoch % config.evaluation.every == 0 or epoch == config.training.epochs
+def _is_due(epoch: int, every: int, config: Config) -> bool:
+    return epoch % every == 0 or epoch == config.training.epochs
 
 
 def _validate(

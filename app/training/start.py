@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from app.config import Config, load_config, load_model_config, model_names, read_yaml
 from app.errors import UserError, nearest
 from app.model import weights
+from app.model.device import choose_device
 from app.training import launch, run, upstream_trainer
 
 log = logging.getLogger("app")
@@ -55,6 +56,7 @@ def start(
     config, weights_file = configure(overrides, file, size, lr)
     if config.training.num_gpus > 1 and not launch.is_launched() and not eval_only:
         launch.relaunch(config.training.num_gpus, sys.argv[1:])
+    choose_device(config.training.device)
     splits = run.read_splits(config)
     if not eval_only:
         run.check_masks(config, splits.train)
@@ -95,7 +97,9 @@ def configure(
     if lr is not None:
         config = load_config([*overrides, f"optim.lr_scale={lr / config.optim.lr}"], file, model)
     if "output_dir" not in asked:
-        config = config.model_copy(update={"output_dir": str(run.free_folder(Path(config.output_dir)))})
+        config = config.model_copy(
+            update={"output_dir": str(run.free_folder(Path(config.output_dir)))}
+        )
     return config, weights_file
 
 
@@ -114,8 +118,10 @@ def _default_weights(size: str, *, random: bool) -> tuple[str, Path | None]:
     if size == "auto":
         cached = not random and _cached_weights() is not None
         size = "sam3" if torch.cuda.is_available() and cached else "nano"
-        why = "a GPU and SAM 3's weights are at hand" if size == "sam3" else (
-            "no GPU with SAM 3's weights at hand"
+        why = (
+            "a GPU and SAM 3's weights are at hand"
+            if size == "sam3"
+            else ("no GPU with SAM 3's weights at hand")
         )
         log.info("model: %s (%s; --model decides by hand)", size, why)
     if random:

@@ -1,4 +1,4 @@
-"""Upstream's own Trainer on a YAML in upstream's schema, found on the filesystem, its traps defused.
+"""Upstream's own Trainer on a YAML in upstream's schema, from the filesystem, its traps defused.
 
 Upstream finds configurations inside its package only (train.py:314), wants a cluster, CUDA and
 Meta's paths. Each function below that changes a configuration says what it changed.
@@ -114,9 +114,7 @@ def start(
     torch.distributed.destroy_process_group()
 
 
-def build(
-    size: str, resolution: int, segmentation: bool, checkpoint_path: str | None
-) -> Sam3Image:
+def build(size: str, resolution: int, segmentation: bool, checkpoint_path: str | None) -> Sam3Image:
     """What `trainer.model` builds, in place of upstream's builder: any size, strict loading.
 
     With `checkpoint_path` None, upstream's builder downloads SAM 3; here weights are random.
@@ -181,7 +179,9 @@ def _apply(config: DictConfig, flags: dict[str, str], lr: float | None) -> None:
     """Set what the user asked for; a key that the file does not have is refused."""
     if lr is not None:
         if "lr_scale" not in config.scratch:
-            raise UserError("--lr: this YAML has no scratch.lr_scale; override its own keys instead")
+            raise UserError(
+                "--lr: this YAML has no scratch.lr_scale; override its own keys instead"
+            )
         config.scratch.lr_scale = lr / 8e-4
     accumulated = int(flags.pop("training.grad_accum", 1))
     if "output_dir" not in flags and not config.launcher.get("experiment_log_dir"):
@@ -274,7 +274,7 @@ def _mend(node: DictConfig, target: str) -> None:
 
 
 def _read_splits(config: DictConfig, flags: dict[str, str]) -> run.Splits:
-    """The dataset of --dataset-dir, else of the YAML's paths, `valid/` where there is no `test/`."""
+    """The dataset of --dataset-dir, else of the YAML's paths; `valid/` where `test/` is missing."""
     named = {split: _annotations(config, split) for split in ("train", "val")}
     files = {split: file for split, file in named.items() if file is not None}
     folder = flags.get("dataset.dir")

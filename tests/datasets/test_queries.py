@@ -1,0 +1,152 @@
+"""What the model trains on: prompts, negatives, boxes and masks in step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from PIL import Image
+from pycocotools import mask as mask_utils
+
+from app.config import load_config
+from app.datasets.build import load_splits
+from app.datasets.coco import Annotation, Category, Dataset
+from app.datasets.coco import Image as ImageRecord
+from app.datasets.images import open_image
+from app.datasets.queries import QueryDataset, SemanticTargets, collate, resize_sizes
+from app.errors import UserError
+
+
+def _transforms(*overrides: str):
+    config = load_config(["model.resolution=64", *overrides])
+    return [instantiate(node) for node in config.transforms.train]
+
+
+@pytest.fixture
+def dataset(shapes: Path) -> Dataset:
+    return load_splits(shapes).train
+
+
+def test_boxes_and_masks_are_those_of_the_file(dataset: Dataset) -> None:
+    """The mask that comes out of the transforms is the file's, resized, and fills its box."""
+    items = QueryDataset(dataset, _transforms(), max_prompts=20, seed=0)
+    for index, image in enumerate(dataset.images):
+        datapoint = items[index]
+        assert datapoint.images[0].data.shape == (3, 64, 64)
+        assert {q.query_text for q in datapoint.find_queries} == set(dataset.class_names)
+        annotations = dataset.annotations_by_image[image.id]
+        found = [o for q in datapoint.find_queries for o in q.object_ids_output]
+        assert len(found) == len(annotations)
+        for query in datapoint.find_queries:
+            category = query.inference_metadata.original_category_id
+            wanted = [a for a in annotations if a.category_id == category]
+            for i, annotation in zip(query.object_ids_output, wanted, strict=True):
+                thing = datapoint.images[0].objects[i]
+                x, y, w, h = annotation.bbox_xywh
+                scale = torch.tensor([image.width, image.height, image.width, image.height])
+                expected = torch.tensor([x + w / 2, y + h / 2, w, h]) / scale
+                assert torch.allclose(thing.bbox.flatten(), expected, atol=1e-5)
+                share = mask_utils.area(annotation.segmentation) / (image.width * image.height)
+                assert thing.segment.float().mean().item() == pytest.approx(share, abs=0.02)
+
+
+def test_absent_classes_are_negatives(dataset: Dataset) -> None:
+    items = QueryDataset(dataset, _transforms(), max_prompts=20, seed=0)
+    for index, image in enumerate(dataset.images):
+        present = {a.category_id for a in dataset.annotations_by_image[image.id]}
+        for query in items[index].find_queries:
+            category = query.inference_metadata.original_category_id
+            assert bool(query.object_ids_output) is (category in present)
+            assert bool(query.semantic_target.any()) is (category in present)
+
+
+def test_prompts_are_bounded_and_present_classes_come_first(dataset: Dataset) -> None:
+    many = Dataset(
+        dataset.images,
+        dataset.annotations,
+        (*dataset.categories, *(Category(100 + i, f"thing {i}") for i in range(50))),
+    )
+    items = QueryDataset(many, _transforms(), max_prompts=6, seed=0)
+    absent = set()
+    for index, image in enumerate(many.images):
+        present = {a.category_id for a in many.annotations_by_image[image.id]}
+        chosen = [q.inference_metadata.original_category_id for q in items[index].find_queries]
+        assert len(chosen) == 6
+        assert present <= set(chosen)
+        absent |= set(chosen) - present
+    assert len(absent) > 6  # drawn anew for each image
+    one = QueryDataset(many, _transforms(), max_prompts=1, seed=0)[0]
+    assert len(one.find_queries) == 1
+    assert one.find_queries[0].object_ids_output
+
+
+def test_an_item_depends_on_seed_epoch_and_index_alone(dataset: Dataset) -> None:
+    changes = ("transforms.train.2.p=0.5", "transforms.train.3.sizes.smallest=0.5")
+    items = QueryDataset(dataset, _transforms(*changes), max_prompts=20, seed=0)
+    pixels = [items[(epoch, 1)].images[0].data for epoch in range(6)]
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert torch.equal(items[(3, 1)].images[0].data, pixels[3])
+    assert torch.equal(torch.get_rng_state(), state)  # the run's own state is left alone
+    assert len({p.numpy().tobytes() for p in pixels}) > 1
+    other = QueryDataset(dataset, _transforms(*changes), max_prompts=20, seed=1)
+    assert any(not torch.equal(other[(e, 1)].images[0].data, pixels[e]) for e in range(6))
+
+
+def test_a_batch_without_any_object(dataset: Dataset, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 10)).save(tmp_path / "empty.png")
+    empty = Dataset((ImageRecord(1, tmp_path / "empty.png", 20, 10),), (), dataset.categories)
+    batch = collate([QueryDataset(empty, _transforms(), max_prompts=20, seed=0)[0]])
+    target = batch.find_targets[0]
+    assert batch.img_batch.shape == (1, 3, 64, 64)
+    assert target.segments.shape == (0, 64, 64)
+    assert target.semantic_segments.shape == (3, 64, 64)
+    assert target.num_boxes.tolist() == [0, 0, 0]
+
+
+def test_an_object_without_a_mask_leaves_its_prompt_without_a_semantic_target(tmp_path) -> None:
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    rle = mask_utils.frPyObjects([[2, 2, 8, 2, 8, 8, 2, 8]], 10, 20)[0]
+    masks = {"size": rle["size"], "counts": rle["counts"].decode()}
+    annotations = (
+        Annotation(1, 1, 1, (2, 2, 6, 6), masks, 36, False),
+        Annotation(2, 1, 1, (10, 2, 6, 6), None, 36, False),
+        Annotation(3, 1, 2, (2, 2, 6, 6), masks, 36, False),
+    )
+    image = ImageRecord(1, tmp_path / "a.png", 20, 10)
+    data = Dataset((image,), annotations, (Category(1, "mixed"), Category(2, "masked")))
+    datapoint = QueryDataset(data, _transforms(), max_prompts=20, seed=0)[0]
+    has_target = {q.query_text: bool(q.semantic_target.any()) for q in datapoint.find_queries}
+    assert has_target == {"mixed": False, "masked": True}
+    valid = collate([datapoint]).find_targets[0].is_valid_segment
+    assert sorted(valid.tolist()) == [False, True, True]
+    assert isinstance(SemanticTargets(), SemanticTargets)
+
+
+def test_resize_sizes() -> None:
+    assert resize_sizes(128, 1.0) == [128]
+    assert resize_sizes(1008, 480 / 1008) == list(range(496, 1009, 32))
+
+
+def test_images_come_upright_and_rgb(tmp_path: Path) -> None:
+    image = Image.new("RGB", (30, 20), (255, 0, 0))
+    image.putpixel((0, 0), (0, 255, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    image.save(tmp_path / "a.png", exif=exif)
+    assert open_image(tmp_path / "a.png").size == (20, 30)
+    assert open_image(tmp_path / "a.png").getpixel((19, 0)) == (0, 255, 0)
+    for mode in ("L", "P", "RGBA", "CMYK", "I;16"):
+        suffix = "jpg" if mode == "CMYK" else "png"
+        Image.new(mode, (8, 8)).save(tmp_path / f"x.{suffix}")
+        assert open_image(tmp_path / f"x.{suffix}").mode == "RGB"
+
+
+def test_a_bad_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"<html>")
+    with pytest.raises(UserError, match=r"a\.png: cannot be read as an image"):
+        open_image(tmp_path / "a.png")
+    with pytest.raises(UserError, match="no such image"):
+        open_image(tmp_path / "b.png")

@@ -1,0 +1,140 @@
+"""The pin, and the fixes that other tests do not meet."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sam3.model.decoder import TransformerDecoder
+from sam3.model.position_encoding import PositionEmbeddingSine
+from sam3.train.loss import loss_fns
+from sam3.train.optim.schedulers import InverseSquareRootParamScheduler
+from sam3.train.utils import train_utils
+
+from app.config import load_model_config
+from app.errors import UserError
+from app.model import upstream
+from app.model.build import build_model
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def copy_of_sam3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("package") / "sam3"
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(upstream.package_folder("sam3"), folder, ignore=ignore)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fixes() -> None:
+    upstream.apply_fixes()
+
+
+def test_the_installed_package_is_the_pinned_commit(copy_of_sam3: Path) -> None:
+    upstream.prove_pin()
+    upstream.prove_pin(copy_of_sam3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: (f / "model/vitdet.py").write_text("x = 1\n"), "sam3/model/vitdet.py differs"),
+        (lambda f: (f / "model/necks.py").unlink(), "sam3/model/necks.py is missing"),
+        (lambda f: (f / "model/new.py").touch(), "sam3/model/new.py does not belong"),
+        (lambda f: (f / "__init__.py").write_text("x = 1\n"), "sam3/__init__.py differs"),
+    ],
+)
+def test_any_other_package_is_refused(tmp_path: Path, copy_of_sam3: Path, change, said) -> None:
+    folder = tmp_path / "sam3"
+    shutil.copytree(copy_of_sam3, folder)
+    change(folder)
+    with pytest.raises(UserError, match=said) as caught:
+        upstream.prove_pin(folder)
+    assert "pip install --no-deps sam3==0.1.4" in str(caught.value)
+
+
+def test_a_blob_id_is_what_git_says(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"hello\n")  # known: git hash-object of "hello\n"
+    blob = upstream._git_blob_id(tmp_path / "file")
+    assert blob == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+def test_importing_prints_no_warning() -> None:
+    code = "import app, app.model.build, app.training.loop, app.inference.predictor"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_no_value_of_the_environment_is_logged(caplog, monkeypatch) -> None:
+    from sam3.train import trainer
+
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    with caplog.at_level(logging.DEBUG):
+        trainer.log_env_variables()
+        train_utils.log_env_variables()
+    assert "hf_canary" not in caplog.text
+
+
+def test_what_upstream_leaves_uninitialised_is_initialised(monkeypatch) -> None:
+    """With `torch.empty` giving NaN, as it may, every parameter is finite all the same."""
+    empty = torch.empty
+
+    def nan(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", nan)
+    model = build_model(load_model_config("nano"))
+    wrong = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
+    assert not wrong
+    encoder = model.backbone.language_backbone.encoder
+    assert encoder.positional_embedding.std().item() == pytest.approx(0.01, rel=0.1)
+    assert encoder.text_projection.std().item() == pytest.approx(encoder.width**-0.5, rel=0.1)
+
+
+def test_position_encoding_follows_the_device() -> None:
+    encoding = PositionEmbeddingSine(num_pos_feats=8, precompute_resolution=64)
+    first = encoding(torch.zeros(1, 8, 4, 4))
+    assert first.device.type == "cpu"
+    assert encoding(torch.zeros(1, 8, 4, 4, device="meta")).device.type == "meta"
+
+
+def test_decoder_coordinates_do_not_pile_up() -> None:
+    decoder: TransformerDecoder = build_model(load_model_config("nano")).transformer.decoder.eval()
+    boxes = torch.rand(16, 1, 4)
+    for height, width in ((4, 4), (6, 4), (4, 4)):
+        size = (torch.tensor(height), torch.tensor(width))
+        assert decoder._get_rpb_matrix(boxes, size).shape == (1, 4, 16, height * width)
+    assert decoder.coord_cache == {}
+
+
+def test_focal_loss_on_a_cpu_is_its_formula() -> None:
+    logits, targets = torch.randn(5, 7), (torch.rand(5, 7) > 0.5).float()
+    loss = loss_fns.sigmoid_focal_loss(logits, targets, num_boxes=5.0, alpha=0.25, gamma=2)
+    p = torch.where(targets > 0, logits.sigmoid(), 1 - logits.sigmoid()).double()
+    alpha = torch.where(targets > 0, 0.25, 0.75).double()
+    assert loss.item() == pytest.approx((-alpha * (1 - p) ** 2 * p.log()).mean(1).sum().item() / 5)
+
+
+def test_upstreams_schedule_takes_a_run_as_long_as_its_warmup() -> None:
+    schedule = InverseSquareRootParamScheduler(1.0, 20, 0, timescale=20)
+    assert schedule(step=10, where=0.5) == pytest.approx(0.5)
+    assert schedule(step=30, where=0.5) == pytest.approx((20 / 30) ** 0.5)
+
+
+def test_the_vocabulary_is_clips() -> None:
+    assert upstream.bpe_path().name == "bpe_simple_vocab_16e6.txt.gz"

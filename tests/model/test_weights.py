@@ -1,0 +1,208 @@
+"""Checkpoints of every layout, strictly; ours to the bit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from app.config import load_config
+from app.errors import UserError
+from app.inference.predictor import Predictor
+from app.model import weights
+from app.model.build import build_model
+from tests.conftest import TINY
+
+CONFIG = load_config(TINY).model
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(5)
+    return build_model(CONFIG).eval()
+
+
+@pytest.fixture
+def saved(model, tmp_path: Path) -> Path:
+    header = weights.Header(model=CONFIG, prompts=["circle"], data_hash="abc")
+    weights.save(model, tmp_path / "best", header)
+    return tmp_path / "best"
+
+
+def _state(model) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def _outputs(model) -> dict[str, torch.Tensor]:
+    predictor = Predictor(model, CONFIG)
+    noise = np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)
+    pixels = predictor._preprocess(Image.fromarray(noise)).unsqueeze(0)
+    with torch.no_grad():
+        features = model.backbone.forward_image(pixels)
+        return predictor._ground(features, ["circle", "dog"], torch.zeros(0, 4))
+
+
+def test_what_is_reloaded_answers_to_the_bit(model, saved: Path) -> None:
+    loaded, header = weights.load(saved)
+    assert header.model == CONFIG
+    assert (header.prompts, header.data_hash) == (["circle"], "abc")
+    ours, theirs = _outputs(model), _outputs(loaded.eval())
+    for key in ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks", "semantic_seg"):
+        assert torch.equal(ours[key], theirs[key]), key
+
+
+def test_the_header_is_json_in_the_file(saved: Path) -> None:
+    with safe_open(saved / "model.safetensors", "pt") as file:
+        header = json.loads(file.metadata()["sam3-finetuning"])
+        assert not [key for key in file.keys() if key.endswith("freqs_cis")]  # noqa: SIM118
+    assert header["pin"].startswith("84cc43b")
+    assert header["model"]["name"] == "nano"
+
+
+@pytest.mark.parametrize("layout", ["sam3.pt", "trainer", "bare", "safetensors"])
+def test_other_layouts_load(model, tmp_path: Path, layout: str) -> None:
+    state = _state(model)
+    file = tmp_path / "checkpoint.pt"
+    if layout == "sam3.pt":  # facebook/sam3: the detector beside the tracker and its neck
+        state = {f"detector.{k}": v for k, v in state.items()}
+        state["tracker.maskmem_tpos_enc"] = torch.zeros(3)
+        state["detector.backbone.vision_backbone.sam2_convs.0.conv_1x1.bias"] = torch.zeros(3)
+        torch.save(state, file)
+    elif layout == "trainer":
+        torch.save({"model": state, "epoch": 3, "optimizer": {"state": {}}, "steps": {}}, file)
+    elif layout == "bare":
+        torch.save(state, file)
+    else:
+        file = tmp_path / "elsewhere.safetensors"
+        save_file({k: v for k, v in state.items() if not k.endswith("freqs_cis")}, file)
+    loaded = build_model(CONFIG)
+    weights.load_into(loaded, file)
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+
+
+def test_the_size_of_a_bare_checkpoint_is_found(tmp_path: Path) -> None:
+    torch.save(build_model(load_config().model).state_dict(), tmp_path / "checkpoint.pt")
+    assert weights.describe(tmp_path).model.name == "nano"
+    with pytest.raises(UserError, match="fit none of the sizes"):
+        weights.describe(tmp_path, size="small")
+
+
+def test_another_resolution_recomputes_rope(saved: Path) -> None:
+    loaded, header = weights.load(saved, resolution=128)
+    assert header.model.resolution == 128
+    trunk = loaded.backbone.vision_backbone.trunk
+    assert trunk.blocks[3].attn.freqs_cis.shape[0] == 16 * 16
+
+
+def test_trained_without_masks_it_has_no_mask_head(model, tmp_path: Path) -> None:
+    state = {k: v for k, v in _state(model).items() if not k.startswith("segmentation_head.")}
+    torch.save({"model": state}, tmp_path / "checkpoint.pt")
+    loaded, header = weights.load(tmp_path)
+    assert loaded.segmentation_head is None
+    assert not header.model.segmentation
+    found = Predictor(loaded, header.model).predict(Image.new("RGB", (40, 30)), ["x"], threshold=0)
+    assert found.masks is None
+    assert len(found) > 0
+
+
+def _missing(state):
+    del state["dot_prod_scoring.hs_proj.weight"]
+
+
+def _unknown(state):
+    state["extra.weight"] = torch.zeros(1)
+
+
+def _shape(state):
+    state["dot_prod_scoring.hs_proj.weight"] = torch.zeros(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_missing, "dot_prod_scoring.hs_proj.weight: not in the file"),
+        (_unknown, "extra.weight: not in the model"),
+        (_shape, r"dot_prod_scoring.hs_proj.weight: shape \(2, 2\) in the file, \(64, 64\)"),
+    ],
+)
+def test_a_key_that_does_not_fit_is_named(model, tmp_path: Path, change, said: str) -> None:
+    state = _state(model)
+    change(state)
+    torch.save(state, tmp_path / "checkpoint.pt")
+    before = _state(model)
+    with pytest.raises(UserError, match=said):
+        weights.load_into(model, tmp_path)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_another_size_is_refused(saved: Path) -> None:
+    with pytest.raises(UserError, match="size 'nano', not 'sam3'"):
+        weights.load(saved, size="sam3")
+
+
+class _Evil:
+    def __reduce__(self):
+        return (print, ("run",))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.pt", b"", "not a checkpoint"),
+        ("x.pt", b"PK\x03\x04 cut", "not a checkpoint"),
+        ("x.pt", pickle.dumps({"model": _Evil()}), "not a checkpoint"),
+        ("x.safetensors", b"\x08\x00\x00", "not a safetensors"),
+        ("x.safetensors", b"\xff" * 64, "not a safetensors"),
+    ],
+)
+def test_a_broken_or_hostile_file_is_refused(tmp_path, capsys, name, content, said) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        weights.load(tmp_path / name)
+    assert capsys.readouterr().out == ""
+
+
+def test_no_state_dict_is_refused(tmp_path: Path) -> None:
+    torch.save({"epoch": 1}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="'epoch' is no tensor"):
+        weights.load(tmp_path / "x.pt")
+    torch.save([1, 2], tmp_path / "y.pt")
+    with pytest.raises(UserError, match="holds no state dict"):
+        weights.load(tmp_path / "y.pt")
+
+
+def test_a_broken_header_is_refused(model, tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(1)}
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"sam3-finetuning": "{"})
+    with pytest.raises(UserError, match="header is broken"):
+        weights.load(tmp_path / "x.safetensors")
+
+
+def test_a_missing_checkpoint_says_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match=r"holds no model.safetensors.*notes.txt"):
+        weights.find_file(tmp_path)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        weights.find_file(tmp_path / "nowhere")
+
+
+def test_a_save_that_fails_leaves_the_old_weights(model, saved: Path, monkeypatch) -> None:
+    before = (saved / "model.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        Path(args[1]).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        weights.save(model, saved, weights.Header(model=CONFIG))
+    assert [p.name for p in saved.iterdir()] == ["model.safetensors"]
+    assert (saved / "model.safetensors").read_bytes() == before

@@ -1,0 +1,139 @@
+"""Composition, overrides, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from app.config import CONFIGS, Config, load_config, load_model_config, model_names, to_yaml
+from app.errors import UserError
+
+
+def test_every_size_and_group_composes() -> None:
+    assert model_names() == ["nano", "sam3", "small"]
+    for name in model_names():
+        assert load_model_config(name).name == name
+    assert load_config(["loss=boxes"]).loss.criterion["loss_fn_semantic_seg"] is None
+
+
+def test_the_resolved_yaml_makes_the_same_config(tmp_path: Path) -> None:
+    config = load_config(["training.epochs=7", "optim.lr=1e-4", "model.resolution=96"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config([], tmp_path / "config.yaml") == config
+
+
+def test_order_file_then_override(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("training: {epochs: 4, batch_size: 3}\nmodel: small\n")
+    config = load_config(["training.epochs=5"], tmp_path / "c.yaml")
+    assert (config.training.epochs, config.training.batch_size) == (5, 3)
+    assert config.model.name == "small"
+
+
+def test_values_keep_their_kind() -> None:
+    config = load_config(
+        ["optim.lr=1e-4", "dataset.dir=1e3", "dataset.limit=null", "training.num_workers=0"]
+    )
+    assert config.optim.lr == 1e-4
+    assert config.dataset.dir == "1e3"
+    assert load_config(["dataset.dir=[a]: b"]).dataset.dir == "[a]: b"
+    assert load_config(["dataset.dir=null"]).dataset.dir is None
+    assert config.training.num_workers == 0
+
+
+def test_a_part_takes_what_its_signature_reads() -> None:
+    config = load_config(["optim.optimizer.eps=1e-6", "optim.optimizer.betas=[0.9, 0.95]"])
+    assert config.optim.optimizer["eps"] == 1e-6
+    assert config.optim.optimizer["betas"] == [0.9, 0.95]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("training.epoch=3", "Did you mean 'training.epochs'"),
+        ("epochs=3", "Did you mean 'training.epochs'"),
+        ("optim.learning_rate=1", "nothing reads the key 'optim.learning_rate'"),
+        ("optim.optimizer.fusd=true", "reads no 'fusd'. Did you mean 'fused'"),
+        ("model=nan", "Did you mean 'nano'"),
+        ("loss=box", "Did you mean 'boxes'"),
+        ("training.epochs", "an override is KEY=VALUE"),
+        ("training.epochs=0", "greater than or equal to 1"),
+        ("training.epochs=many", "valid integer"),
+        ("training.precision=fp8", "'auto', 'fp32' or 'bf16'"),
+        ("model.name=${nowhere}", "nowhere"),
+        ("optim.optimizer._target_=os.system", "not allowed"),
+        ("optim.optimizer._target_=torch.optim.Adamw", "there is no 'torch.optim.Adamw'"),
+        ("training.epochs=[", "training.epochs=["),
+    ],
+)
+def test_what_no_one_reads_is_refused(override: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config([override])
+    assert said in str(caught.value)
+
+
+def test_all_problems_are_said_at_once() -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(["training.epochs=0", "optim.lr=-1", "seed=x"])
+    assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trainin: {epochs: 3}", "Did you mean 'training.epochs'"),
+        ("training: {epochs: 3", "broken YAML"),
+        ("- a", "a mapping of keys"),
+        ("a: !!python/object/apply:os.system ['true']", "broken YAML"),
+        ("training: {epochs: -2}", "greater than or equal to 1"),
+    ],
+)
+def test_a_file_is_checked_like_the_command_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_config([], tmp_path / "c.yaml")
+    assert said in str(caught.value)
+
+
+def test_a_missing_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config([], tmp_path / "none.yaml")
+
+
+def test_every_key_of_our_schema_is_read_by_the_code() -> None:
+    """A field that only the schema knows would be a flag that does nothing."""
+    sources = [p.read_text() for p in (CONFIGS.parent / "app").rglob("*.py")]
+    sources += [p.read_text() for p in CONFIGS.rglob("*.yaml")]
+    code = "\n".join(s for s in sources if "class Config(_Strict)" not in s)
+
+    def fields(schema, prefix=""):
+        for name, field in schema.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, Config.__base__):
+                yield from fields(inner, f"{prefix}{name}.")
+            else:
+                yield name, f"{prefix}{name}"
+
+    # `dataset.shapes` goes to make_shapes whole, by keyword.
+    unread = [
+        path
+        for name, path in fields(Config)
+        if f".{name}" not in code and not path.startswith("dataset.shapes.")
+    ]
+    assert not unread
+
+
+def test_yaml_files_explain_every_key() -> None:
+    """One YAML a concern, every key of our own schema with a comment or a telling name."""
+    content = yaml.safe_load((CONFIGS / "train.yaml").read_text())
+    lines = (CONFIGS / "train.yaml").read_text().splitlines()
+    assert set(content) >= {"output_dir", "checkpoint", "seed", "dataset", "training"}
+    bare = [line for line in lines if ": " in line and "#" not in line and not line.endswith(":")]
+    assert [line.strip().split(":")[0] for line in bare] == [
+        "- model",
+        "- loss",
+        "- transforms",
+        "- optim",
+        "epochs",
+    ]

@@ -1,0 +1,290 @@
+"""Runs from the command line on tiny data: what each flag says, it does."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from app.datasets.build import load_splits
+from app.evaluation.metrics import evaluate
+from app.model import weights
+from tests.conftest import TINY, Command, Result
+
+
+@pytest.fixture
+def train(command: Command, shapes: Path, tmp_path: Path):
+    def run(*words: object, folder: str = "out") -> Result:
+        base = ("train", "--dataset-dir", shapes, "--model", "nano")
+        fast = ("evaluation.pictures=0", *TINY)
+        return command(*base, "--output-dir", tmp_path / folder, *words, *fast)
+
+    return run
+
+
+def _rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def _best(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "weights" / "best" / "model.safetensors")
+
+
+def _same(a: Path, b: Path, which: str = "last") -> bool:
+    ours, theirs = (load_file(f / "weights" / which / "model.safetensors") for f in (a, b))
+    return all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_what_a_run_leaves(tiny_run: Path, shapes: Path) -> None:
+    files = {p.relative_to(tiny_run).as_posix() for p in tiny_run.rglob("*") if p.is_file()}
+    assert files >= {
+        "config.yaml",
+        "config_resolved.yaml",
+        "environment.json",
+        "train.log",
+        "metrics.csv",
+        "metrics.json",
+        "weights/best/model.safetensors",
+        "weights/last/model.safetensors",
+        "checkpoints/epoch-0001/model.safetensors",
+        "checkpoints/epoch-0001/state.pt",
+        "predictions/valid.json",
+        "plots/loss.png",
+        "plots/ap.png",
+        "plots/valid_001.png",
+    }
+    assert any(name.startswith("tensorboard/") for name in files)
+    figures = json.loads((tiny_run / "metrics.json").read_text())
+    for name in ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP/circle"):
+        assert 0 <= figures[name] <= 1
+        assert 0 <= figures[f"baseline/{name}"] <= 1
+    header = weights.read_header(tiny_run / "weights" / "best")
+    assert header.prompts == ["circle", "rectangle", "triangle"]
+    assert header.data_hash == load_splits(shapes).train.content_hash()
+    assert header.model.resolution == 64
+    log = (tiny_run / "train.log").read_text()
+    assert "weights/best" in log
+    assert "./infer.sh --checkpoint" in log
+
+
+def test_the_figures_are_those_of_the_predictions(tiny_run: Path, shapes: Path) -> None:
+    """metrics.json can be had again from predictions/valid.json, by anyone."""
+    figures = json.loads((tiny_run / "metrics.json").read_text())
+    results = json.loads((tiny_run / "predictions" / "valid.json").read_text())
+    again = evaluate(load_splits(shapes).valid, results)
+    assert again == {name: figures[name] for name in again}
+
+
+def test_pictures_are_truth_beside_prediction(tiny_run: Path) -> None:
+    with Image.open(tiny_run / "plots" / "valid_001.png") as picture:
+        assert picture.width == 2 * 96 + 8
+        assert picture.height > 64
+
+
+def test_epochs_batches_and_seed(train, tmp_path: Path) -> None:
+    assert train("--epochs", 2, "--batch-size", 3, "--grad-accum", 1).code == 0
+    first = tmp_path / "out"
+    assert [row["epoch"] for row in _rows(first)] == ["1", "2"]
+    assert train("--epochs", 2, "--batch-size", 3, folder="again").code == 0
+    assert _same(first, tmp_path / "again")
+    assert train("--epochs", 2, "--batch-size", 3, "--seed", 1, folder="seed").code == 0
+    assert not _same(first, tmp_path / "seed")
+    assert train("--epochs", 2, "--batch-size", 1, folder="batch").code == 0
+    assert not _same(first, tmp_path / "batch")
+    assert train("--epochs", 2, "--batch-size", 3, "--lr", 1e-5, folder="lr").code == 0
+    assert not _same(first, tmp_path / "lr")
+    rate = float(_rows(tmp_path / "lr")[0]["train/learning_rate"])
+    assert rate <= 1e-5 < float(_rows(first)[0]["train/learning_rate"])
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(train, tmp_path: Path) -> None:
+    """Stopped after the second of three epochs, as a kill between epochs would."""
+    assert train("--epochs", 3).code == 0
+    whole = tmp_path / "out"
+    assert train("--epochs", 3, folder="cut").code == 0
+    cut = tmp_path / "cut"
+    for name in ("checkpoints/epoch-0003", "weights"):
+        for path in (cut / name).rglob("*.safetensors"):
+            path.unlink()
+        for path in (cut / name).glob("state.pt"):
+            path.unlink()
+    done = train("--epochs", 3, "--resume", folder="cut")
+    assert done.code == 0, done.err
+    assert "after epoch 2" in done.out
+    assert _same(whole, cut)
+    ours, theirs = (json.loads((f / "metrics.json").read_text()) for f in (whole, cut))
+    assert ours["last/bbox/AP"] == theirs["last/bbox/AP"]
+    assert len(_rows(cut)) == 3
+
+
+def test_resume_without_a_run(train, tmp_path: Path) -> None:
+    done = train("--resume")
+    assert done.code == 2
+    assert "no checkpoint in" in done.err
+
+
+def test_nothing_is_overwritten_unasked(train, tmp_path: Path) -> None:
+    assert train("--epochs", 1).code == 0
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    before = _best(tmp_path / "out")
+    done = train("--epochs", 1, "--seed", 5)
+    assert done.code == 2
+    assert "--overwrite" in done.err
+    assert all(torch.equal(v, before[k]) for k, v in _best(tmp_path / "out").items())
+    assert train("--epochs", 1, "--seed", 5, "--overwrite").code == 0
+    assert any(not torch.equal(v, before[k]) for k, v in _best(tmp_path / "out").items())
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_eval_only_scores_the_weights(train, tiny_run: Path, tmp_path: Path) -> None:
+    best = tiny_run / "weights" / "best"
+    done = train("--checkpoint", best, "--eval-only")
+    assert done.code == 0, done.err
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    trained = json.loads((tiny_run / "metrics.json").read_text())
+    assert figures == {name: trained[name] for name in figures}
+    assert not (tmp_path / "out" / "weights").exists()
+
+
+def test_training_goes_on_from_a_checkpoint(train, tiny_run: Path, tmp_path: Path) -> None:
+    assert train("--checkpoint", tiny_run / "weights" / "best", "--epochs", 1).code == 0
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    before = json.loads((tiny_run / "metrics.json").read_text())
+    assert figures["baseline/bbox/AP"] == before["bbox/AP"]
+    assert "lr_scale 0.1" in (tmp_path / "out" / "train.log").read_text()
+
+
+def test_the_best_weights_are_kept(train, tmp_path: Path) -> None:
+    done = train("--epochs", 3, "evaluation.metric=bbox/AP50")
+    assert done.code == 0, done.err
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert figures["bbox/AP50"] == max(float(row["bbox/AP50"]) for row in _rows(tmp_path / "out"))
+
+
+def test_resolution_and_settings_are_written(train, command, shapes, tmp_path: Path) -> None:
+    words = ("--resolution", 96, "--epochs", 1, "evaluation.pictures=0")
+    done = command("train", "--dataset-dir", shapes, "--output-dir", tmp_path / "out", *words)
+    assert done.code == 0, done.err
+    resolved = yaml.safe_load((tmp_path / "out" / "config_resolved.yaml").read_text())
+    assert resolved["model"]["resolution"] == 96
+    asked = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert asked["model"]["resolution"] == 96
+    assert weights.read_header(tmp_path / "out/weights/best").model.resolution == 96
+    again = command(
+        "train", "--config", tmp_path / "out/config.yaml", "--output-dir", tmp_path / "b"
+    )
+    assert again.code == 0, again.err
+    assert _same(tmp_path / "out", tmp_path / "b")
+
+
+def test_a_validation_set_is_made_and_said(train, shapes, tmp_path, command) -> None:
+    done = command(
+        *("train", "--dataset-dir", shapes / "train", "--epochs", 1, *TINY),
+        *("evaluation.pictures=0", "--output-dir", tmp_path / "out"),
+    )
+    assert done.code == 0, done.err
+    assert "note: " in done.out
+    assert "validation" in done.out
+
+
+def test_the_default_job(command, tmp_path: Path, monkeypatch) -> None:
+    """No words at all but what makes it small: synthetic shapes, nano, a free output folder."""
+    monkeypatch.chdir(tmp_path)
+    words = ("--epochs", 1, "evaluation.pictures=0", "model.resolution=64")
+    small = ("dataset.shapes.train=2", "dataset.shapes.valid=1", "dataset.shapes.width=64")
+    for _ in range(2):
+        assert command("train", *words, *small).code == 0
+    assert sorted(p.name for p in (tmp_path / "outputs").iterdir()) == ["train", "train-2"]
+
+
+def test_a_dataset_of_boxes_only(command, shapes, tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        folder = tmp_path / "boxes" / split
+        folder.mkdir(parents=True)
+        (folder / "images").symlink_to(shapes / split / "images")
+        document = json.loads((shapes / split / "_annotations.coco.json").read_text())
+        for annotation in document["annotations"]:
+            annotation.pop("segmentation")
+        for image in document["images"]:
+            (folder / Path(image["file_name"]).name).write_bytes(
+                (shapes / split / "images" / Path(image["file_name"]).name).read_bytes()
+            )
+            image["file_name"] = Path(image["file_name"]).name
+        (folder / "images").unlink()
+        (folder / "_annotations.coco.json").write_text(json.dumps(document))
+    done = command(
+        *("train", "--dataset-dir", tmp_path / "boxes", "--epochs", 1, *TINY),
+        *("evaluation.pictures=1", "--output-dir", tmp_path / "out"),
+    )
+    assert done.code == 0, done.err
+    assert "the dataset has boxes only" in done.out
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "bbox/AP" in figures
+    assert "segm/AP" not in figures
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--dataset-dir", "nowhere"], "nowhere"),
+        (["--model", "nanoo"], "Did you mean 'nano'"),
+        (["--checkpoint", "nowhere"], "no such checkpoint"),
+        (["--epoch", "3"], "No such option"),
+        (["--epochs", "0"], "training.epochs"),
+        (["--lr", "0"], "optim.lr_scale"),
+        (["training.epoch=3"], "Did you mean 'training.epochs'"),
+        (["--config", "nowhere.yaml"], "cannot be read"),
+        (["--resolution", "100"], "96 or 104"),
+        (["training.device=cuda"], "no CUDA device answers"),
+        (["--use-base-config", "--config", "x.yaml"], "give one of them"),
+        (["model.segmentation=false"], "loss=boxes"),
+    ],
+)
+def test_bad_input(command, shapes, tmp_path, words, said) -> None:
+    if "cuda" in said.lower() and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    first = ["train", "--dataset-dir", shapes, "--output-dir", tmp_path / "out"]
+    done = command(*first, *words)
+    assert done.code == 2
+    assert said in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_size(command, shapes, tiny_run, tmp_path) -> None:
+    done = command(
+        *("train", "--dataset-dir", shapes, "--output-dir", tmp_path / "out"),
+        *("--model", "small", "--checkpoint", tiny_run / "weights" / "best"),
+    )
+    assert done.code == 2
+    assert "size 'nano', not 'small'" in done.err
+
+
+def test_a_metric_that_is_none(train) -> None:
+    done = train("--epochs", 1, "evaluation.metric=bbox/Ap")
+    assert done.code == 2
+    assert "Did you mean 'bbox/AP'" in done.err
+
+
+def test_broken_data_leaves_nothing(command, tmp_path: Path) -> None:
+    folder = tmp_path / "set" / "train"
+    folder.mkdir(parents=True)
+    (folder / "_annotations.coco.json").write_text('{"images": [')
+    done = command("train", "--dataset-dir", tmp_path / "set", "--output-dir", tmp_path / "out")
+    assert done.code == 2
+    assert "broken JSON" in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_cannot_be_written(command, shapes, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = command("train", "--dataset-dir", shapes, "--output-dir", tmp_path / "file" / "out")
+    assert done.code == 2
+    assert "cannot be written" in done.err

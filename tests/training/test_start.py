@@ -1,0 +1,85 @@
+"""From words to a configuration and the weights it starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.config import load_config
+from app.errors import UserError
+from app.model import weights
+from app.model.build import build_model
+from app.training import start
+from app.training.start import configure
+
+
+def test_auto_is_nano_without_a_gpu(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config, file = configure([], None, "auto", None)
+    assert (config.model.name, file) == ("nano", None)
+
+
+def test_auto_is_sam3_where_gpu_and_weights_are_at_hand(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    torch.save(build_model(load_config().model).state_dict(), tmp_path / "sam3.pt")
+    monkeypatch.setattr(start, "_cached_weights", lambda: tmp_path / "sam3.pt")
+    assert start._default_weights("auto", random=False) == ("sam3", tmp_path / "sam3.pt")
+    assert start._default_weights("auto", random=True) == ("nano", None)
+
+
+def test_the_gated_weights_that_are_not_at_hand(monkeypatch) -> None:
+    monkeypatch.setattr(start, "_cached_weights", lambda: None)
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    monkeypatch.setattr(start, "HUB", ("nobody/nothing", "sam3.pt"))
+    with pytest.raises(UserError) as caught:
+        configure([], None, "sam3", None)
+    assert "SAM License" in str(caught.value)
+    assert "--checkpoint none" in str(caught.value)
+    assert "hf_canary" not in str(caught.value)
+
+
+def test_random_weights_by_choice() -> None:
+    config, file = configure(["checkpoint=none"], None, "sam3", None)
+    assert (config.model.name, file) == ("sam3", None)
+
+
+def test_the_size_follows_the_weights(tmp_path: Path) -> None:
+    model = load_config(["model.resolution=96", "model.num_queries=7"]).model
+    weights.save(build_model(model), tmp_path, weights.Header(model=model))
+    config, file = configure([f"checkpoint={tmp_path}"], None, "auto", None)
+    assert config.model == model
+    assert file == tmp_path / "model.safetensors"
+    changed, _ = configure([f"checkpoint={tmp_path}", "model.resolution=64"], None, "nano", None)
+    assert (changed.model.resolution, changed.model.num_queries) == (64, 7)
+
+
+def test_size_in_a_file_or_an_override(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: small\ncheckpoint: none\noutput_dir: here\n")
+    config, _ = configure([], tmp_path / "c.yaml", "auto", None)
+    assert (config.model.name, config.output_dir) == ("small", "here")
+    config, _ = configure(["model=nano"], tmp_path / "c.yaml", "auto", None)
+    assert config.model.name == "nano"
+    (tmp_path / "d.yaml").write_text("model: {resolution: 64}\n")
+    config, _ = configure(["checkpoint=none"], tmp_path / "d.yaml", "nano", None)
+    assert (config.model.name, config.model.resolution) == ("nano", 64)
+
+
+def test_learning_rates_keep_their_ratio() -> None:
+    config, _ = configure(["checkpoint=none"], None, "nano", 4e-4)
+    assert config.optim.lr_scale == pytest.approx(0.5)
+    config, _ = configure(["checkpoint=none", "optim.lr=2e-4"], None, "nano", 4e-4)
+    assert config.optim.lr_scale == pytest.approx(2.0)
+
+
+def test_flags_reach_the_configuration() -> None:
+    overrides = [
+        *("training.epochs=3", "training.batch_size=5", "training.grad_accum=2"),
+        *("model.resolution=64", "training.num_gpus=2", "seed=9", "output_dir=x"),
+    ]
+    config, _ = configure([*overrides, "checkpoint=none"], None, "nano", None)
+    training = config.training
+    assert (training.epochs, training.batch_size, training.grad_accum) == (3, 5, 2)
+    assert (config.model.resolution, training.num_gpus) == (64, 2)
+    assert (config.seed, config.output_dir) == (9, "x")
