@@ -56,6 +56,8 @@ class Detections:
 class Predictor:
     """A SAM 3 that answers prompts; the model is put in evaluation mode.
 
+    Text features are kept, so a predictor is good for as long as the weights do not change.
+
     Args:
         model: upstream's module, already on its device.
         config: its size.
@@ -69,6 +71,8 @@ class Predictor:
         self.config = config
         self.precision = precision
         self.device = next(model.parameters()).device
+        self._text_features: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._fill_caches()
         self._preprocess = v2.Compose(  # as upstream's Sam3Processor does
             [
                 v2.ToImage(),
@@ -89,7 +93,21 @@ class Predictor:
         dtype = choose_precision(precision, target, header.model)
         return cls(model.to(target), header.model, dtype)
 
-    @torch.no_grad()
+    def _fill_caches(self) -> None:
+        """Make what upstream's modules keep between calls, outside of inference mode.
+
+        Made inside, a later training step could not save it for its backward pass.
+        """
+        tokens = self.config.resolution // self.config.vision.patch_size
+        for side in (4 * tokens, 2 * tokens, tokens, tokens // 2):  # the levels of the neck
+            self.model.backbone.vision_backbone.position_encoding(
+                torch.empty(1, 1, side, side, device=self.device)
+            )
+        decoder = self.model.transformer.decoder
+        decoder.compilable_cord_cache = decoder._get_coords(tokens, tokens, self.device)
+        decoder.compilable_stored_size = (tokens, tokens)
+
+    @torch.inference_mode()
     def predict(
         self,
         image: Image.Image,
@@ -122,7 +140,7 @@ class Predictor:
                 for start in range(0, len(prompts), PROMPTS_A_PASS)
             ]
         joined: dict[str, Tensor] = {
-            key: torch.cat([output[key].float() for output in outputs])
+            key: torch.cat([output[key] for output in outputs]).float()
             for key in ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")
             if key in outputs[0]
         }
@@ -133,12 +151,18 @@ class Predictor:
             self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16
         )
 
+    def _text(self, prompts: tuple[str, ...]) -> dict[str, Tensor]:
+        if prompts not in self._text_features:
+            encoded = self.model.backbone.forward_text(list(prompts), device=self.device)
+            self._text_features[prompts] = encoded
+        return self._text_features[prompts]
+
     def _ground(
         self, features: dict[str, Any], prompts: Sequence[str], boxes: Tensor
     ) -> dict[str, Tensor]:
         """Upstream's `forward_grounding` for P prompts on the one image that `features` hold."""
         count, device = len(prompts), self.device
-        text = self.model.backbone.forward_text(list(prompts), device=device)
+        text = self._text(tuple(prompts))
         ids = torch.arange(count, device=device)
         stage = FindStage(
             img_ids=torch.zeros_like(ids),

@@ -231,7 +231,7 @@ def _segmentation_head(config: ModelConfig) -> UniversalSegmentationHead:
         aux_masks=False,
         presence_head=False,
         dot_product_scorer=None,
-        act_ckpt=config.activation_checkpointing,
+        act_ckpt=False,  # the whole head is recomputed; upstream recomputes its pixels twice
         cross_attend_prompt=MultiheadAttentionWrapper(
             num_heads=config.num_heads, dropout=0, embed_dim=config.d_model
         ),

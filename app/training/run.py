@@ -106,9 +106,12 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
         _describe(config, model, splits, accelerator, precision, lr_scale)
 
     tracker = Tracker(folder) if main else None
-    predictor = Predictor(model, config.model, precision)
+
+    def score(title: str) -> tuple[Figures, list[dict[str, Any]]]:
+        return _validate(Predictor(model, config.model, precision), splits.valid, config, title)
+
     if main and not state.baseline:
-        state.baseline, _ = _validate(predictor, splits.valid, config, "before training")
+        state.baseline, _ = score("before training")
         log.info("before training: %s", _summary(state.baseline))
     for epoch in range(state.epoch, config.training.epochs):
         row = _train_epoch(loop, epoch, config)
@@ -116,7 +119,7 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
         if main:
             assert tracker is not None
             if _is_due(state.epoch, config.evaluation.every, config):
-                row |= _validate(predictor, splits.valid, config, f"epoch {state.epoch}")[0]
+                row |= score(f"epoch {state.epoch}")[0]
                 _keep_best(state, row, model, header, config)
             state.rows.append(row)
             log.info("epoch %d/%d: %s", state.epoch, config.training.epochs, _summary(row))
@@ -293,7 +296,6 @@ def _is_due(epoch: int, every: int, config: Config) -> bool:
 def _validate(
     predictor: Predictor, dataset: Dataset, config: Config, title: str
 ) -> tuple[Figures, list[dict[str, Any]]]:
-    predictor.model.eval()
     with progress(f"{title}: image", len(dataset.images)) as advance:
         return validate(
             predictor,

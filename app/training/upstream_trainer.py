@@ -79,23 +79,12 @@ def start(
     Raises:
         UserError: whatever the user must mend, before anything is written.
     """
-    upstream.apply_fixes()
-    if not OmegaConf.has_resolver("times"):
-        register_omegaconf_resolvers()
     flags = dict(text.partition("=")[::2] for text in overrides)
-    config = _read(file)
-    model = _replace_builder(config, size, flags)
-    _apply(config, flags, lr)
-    _fit_device(config)
-    _fit_launcher(config)
-    _fit_targets(config)
+    config = prepare(file, flags, size, lr)
     config.trainer.mode = "val" if eval_only else config.trainer.mode
     if config.trainer.mode == "val":
         log.info("note: trainer.mode is val: nothing is trained")
-    if config.trainer.skip_saving_ckpts:
-        log.info("note: skip_saving_ckpts is set to false, or the run would leave no weights")
-        config.trainer.skip_saving_ckpts = False
-    splits = _read_splits(config, flags)
+    splits = read_splits(config, flags)
     processes = int(config.launcher.gpus_per_node)
     if processes > 1 and not launch.is_launched():
         launch.relaunch(processes, sys.argv[1:])
@@ -103,15 +92,33 @@ def start(
     folder = Path(config.launcher.experiment_log_dir)
     if os.environ.get("RANK", "0") == "0":
         run.prepare_folder(folder, resume=resume, overwrite=overwrite)
-        _write_dataset(config, splits, folder)
+        write_dataset(config, splits, folder)
         write_text(folder / "config_resolved.yaml", OmegaConf.to_yaml(config, resolve=True))
     else:
-        _write_dataset(config, splits, folder, write=False)
-    _join_process_group()
+        write_dataset(config, splits, folder, write=False)
+    join_process_group()
     instantiate(config.trainer, _recursive_=False).run()
     if torch.distributed.get_rank() == 0:
-        _export(folder, model, splits)
+        node = config.trainer.model
+        _export(folder, _size(node.size, node.resolution, node.segmentation), splits)
     torch.distributed.destroy_process_group()
+
+
+def prepare(file: Path, flags: dict[str, str], size: str, lr: float | None) -> DictConfig:
+    """The YAML with the user's flags in it, made to run here."""
+    upstream.apply_fixes()
+    if not OmegaConf.has_resolver("times"):
+        register_omegaconf_resolvers()
+    config = _read(file)
+    _replace_builder(config, size, flags)
+    _apply(config, flags, lr)
+    _fit_device(config)
+    _fit_launcher(config)
+    _fit_targets(config)
+    if config.trainer.skip_saving_ckpts:
+        log.info("note: skip_saving_ckpts is set to false, or the run would leave no weights")
+        config.trainer.skip_saving_ckpts = False
+    return config
 
 
 def build(size: str, resolution: int, segmentation: bool, checkpoint_path: str | None) -> Sam3Image:
@@ -145,7 +152,7 @@ def _read(file: Path) -> DictConfig:
     return config
 
 
-def _replace_builder(config: DictConfig, size: str, flags: dict[str, str]) -> ModelConfig:
+def _replace_builder(config: DictConfig, size: str, flags: dict[str, str]) -> None:
     """Ours builds the same model at size sam3, and others, on any device, and loads strictly."""
     node = config.trainer.model
     path = flags.pop("checkpoint", None) or node.get("checkpoint_path")
@@ -164,7 +171,7 @@ def _replace_builder(config: DictConfig, size: str, flags: dict[str, str]) -> Mo
         config.scratch.resolution = default.resolution
     resolution = int(flags.get("model.resolution", config.scratch.get("resolution", 1008)))
     segmentation = node.get("enable_segmentation", node.get("segmentation", True))
-    model = _size(name, resolution, bool(segmentation))
+    _size(name, resolution, bool(segmentation))  # or it is refused here
     config.trainer.model = {
         "_target_": "app.training.upstream_trainer.build",
         "size": name,
@@ -172,7 +179,6 @@ def _replace_builder(config: DictConfig, size: str, flags: dict[str, str]) -> Mo
         "segmentation": bool(segmentation),
         "checkpoint_path": str(path) if path else None,
     }
-    return model
 
 
 def _apply(config: DictConfig, flags: dict[str, str], lr: float | None) -> None:
@@ -273,7 +279,7 @@ def _mend(node: DictConfig, target: str) -> None:
             node.always_interpolate_masks_on_gpu = False
 
 
-def _read_splits(config: DictConfig, flags: dict[str, str]) -> run.Splits:
+def read_splits(config: DictConfig, flags: dict[str, str]) -> run.Splits:
     """The dataset of --dataset-dir, else of the YAML's paths; `valid/` where `test/` is missing."""
     named = {split: _annotations(config, split) for split in ("train", "val")}
     files = {split: file for split, file in named.items() if file is not None}
@@ -303,7 +309,7 @@ def _annotations(config: DictConfig, split: str) -> Path | None:
     return file
 
 
-def _write_dataset(
+def write_dataset(
     config: DictConfig, splits: run.Splits, folder: Path, *, write: bool = True
 ) -> None:
     """Checked copies of the annotations, which upstream's loader reads without checking.
@@ -330,7 +336,7 @@ def _evaluators(node: Any) -> list[DictConfig]:
     return own + [found for key in keys for found in _evaluators(node._get_node(key))]
 
 
-def _join_process_group() -> None:
+def join_process_group() -> None:
     """What torchrun sets for several processes, for one."""
     if launch.is_launched():
         return

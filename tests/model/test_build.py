@@ -9,11 +9,11 @@ from sam3 import model_builder
 from sam3.model import vitdet
 
 from app.config import load_config, load_model_config, model_names
-from app.datasets.build import load_splits
-from app.datasets.queries import QueryDataset, collate
+from app.datasets.queries import collate
 from app.errors import UserError
 from app.model import upstream
 from app.model.build import build_model, count_parameters
+from benchmarks.init import first_step_is_finite, query_dataset
 from tests.conftest import TINY
 
 
@@ -67,27 +67,11 @@ def test_sizes_stay_expressible_in_transformers(name: str) -> None:
     assert config.text.context_length == 32
 
 
-def _first_step_is_finite(config, data, seed: int) -> bool:
-    torch.manual_seed(seed)
-    model = build_model(config.model, matcher=instantiate(config.loss.matcher))
-    batch = collate([data[0], data[1]])
-    targets = [model.back_convert(target) for target in batch.find_targets]
-    loss = instantiate(config.loss.criterion, _convert_="all")(model(batch), targets)["core_loss"]
-    loss.backward()
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return bool(torch.isfinite(loss)) and all(bool(torch.isfinite(g).all()) for g in grads)
-
-
-def _data(config, shapes):
-    transforms = [instantiate(node) for node in config.transforms.train]
-    return QueryDataset(load_splits(shapes).train, transforms, max_prompts=20, seed=0)
-
-
 @pytest.mark.slow
 def test_a_first_step_from_nothing_is_finite_for_50_seeds(shapes) -> None:
     config = load_config(TINY)
-    data = _data(config, shapes)
-    assert all(_first_step_is_finite(config, data, seed) for seed in range(50))
+    data = query_dataset(config, shapes)
+    assert all(first_step_is_finite(config, data, seed) for seed in range(50))
 
 
 @pytest.mark.slow
@@ -95,7 +79,7 @@ def test_a_first_step_from_nothing_is_finite_for_50_seeds(shapes) -> None:
 def test_a_first_step_of_the_large_sizes_is_finite(shapes, name: str) -> None:
     """One seed here; `benchmarks/init.py` runs as many as it is told."""
     config = load_config([f"model={name}", "model.resolution=112", "model.mask_points=64"])
-    assert _first_step_is_finite(config, _data(config, shapes), seed=0)
+    assert first_step_is_finite(config, query_dataset(config, shapes), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -128,13 +112,13 @@ def test_rope_is_that_of_the_resolution(resolution: int) -> None:
     assert [f.shape[-1] for f in features["backbone_fpn"]] == [tokens * 4, tokens * 2, tokens]
 
 
-def test_without_activation_checkpointing_gradients_are_the_same(shapes) -> None:
+def test_activation_checkpointing_leaves_gradients_as_they_are(shapes) -> None:
     grads = []
     for checkpointing in ("true", "false"):
         config = load_config([*TINY, f"model.activation_checkpointing={checkpointing}"])
         torch.manual_seed(0)
         model = build_model(config.model, matcher=instantiate(config.loss.matcher))
-        batch = collate([_data(config, shapes)[0]])
+        batch = collate([query_dataset(config, shapes)[0]])
         targets = [model.back_convert(target) for target in batch.find_targets]
         torch.manual_seed(1)
         criterion = instantiate(config.loss.criterion, _convert_="all")
