@@ -12,4 +12,6 @@ source "$root/scripts/runtime.sh"
 
 ensure_venv
 cd "$root"
+# Two workers with a thread each: more threads than cores wait for one another.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$venv/bin/python" -m pytest -n 2 "$@"

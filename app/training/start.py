@@ -53,7 +53,7 @@ def start(
             overwrite=overwrite,
         )
         return
-    config, weights_file = configure(overrides, file, size, lr)
+    config, weights_file = configure(overrides, file, size, lr, eval_only=eval_only)
     if config.training.num_gpus > 1 and not launch.is_launched() and not eval_only:
         launch.relaunch(config.training.num_gpus, sys.argv[1:])
     choose_device(config.training.device)
@@ -74,7 +74,12 @@ def start(
 
 
 def configure(
-    overrides: Sequence[str], file: Path | None, size: str, lr: float | None
+    overrides: Sequence[str],
+    file: Path | None,
+    size: str,
+    lr: float | None,
+    *,
+    eval_only: bool = False,
 ) -> tuple[Config, Path | None]:
     """The run's configuration, and the weights that it starts from (None: random)."""
     asked = _asked(overrides, file)
@@ -97,9 +102,8 @@ def configure(
     if lr is not None:
         config = load_config([*overrides, f"optim.lr_scale={lr / config.optim.lr}"], file, model)
     if "output_dir" not in asked:
-        config = config.model_copy(
-            update={"output_dir": str(run.free_folder(Path(config.output_dir)))}
-        )
+        folder = Path("outputs/eval" if eval_only else config.output_dir)
+        config = config.model_copy(update={"output_dir": str(run.free_folder(folder))})
     return config, weights_file
 
 
