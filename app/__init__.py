@@ -1,7 +1,7 @@
 """Teach SAM 3 (Segment Anything with Concepts) to find your things."""
 
-from app.model.upstream import silence_import_warnings
+from app.model.upstream import prepare_import
 
 __version__ = "0.1.0"
 
-silence_import_warnings()
+prepare_import()

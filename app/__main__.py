@@ -144,6 +144,9 @@ def main() -> None:
         for problem in error.problems:
             print(f"error: {problem}" if not problem.startswith(" ") else problem, file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:  # a loss that is not finite
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -408,6 +408,8 @@ def _leaves(node: Any, prefix: str = "") -> list[str]:
 
 
 def _validate(composed: DictConfig) -> Config:
+    if "${oc.env" in OmegaConf.to_yaml(composed):  # its value would be written to the run's folder
+        raise UserError("${oc.env:…}: a configuration reads no environment variables")
     try:
         content = OmegaConf.to_container(composed, resolve=True)
         config = Config.model_validate(content)

@@ -64,6 +64,7 @@ def test_a_part_takes_what_its_signature_reads() -> None:
         ("model.name=${nowhere}", "nowhere"),
         ("optim.optimizer._target_=os.system", "not allowed"),
         ("optim.optimizer._target_=torch.optim.Adamw", "there is no 'torch.optim.Adamw'"),
+        ("output_dir=${oc.env:HF_TOKEN}", "reads no environment variables"),
         ("training.epochs=[", "training.epochs=["),
     ],
 )

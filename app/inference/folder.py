@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def predict_folder(
             "another folder."
         )
     predictor = _predictor(checkpoint, size, resolution, device, precision)
+    begun = time.monotonic()
     results: list[dict[str, Any]] = []
     failed: list[str] = []
     for image_id, (path, name) in enumerate(zip(images, _names(images), strict=True), start=1):
@@ -83,7 +85,15 @@ def predict_folder(
     for problem in failed:
         log.error("failed: %s", problem)
     done = len(images) - len(failed)
-    log.info("%d of %d images, %d objects: %s", done, len(images), len(results), output / RESULTS)
+    log.info(
+        "%d of %d images, %d objects, in %.1f s and %s: %s",
+        done,
+        len(images),
+        len(results),
+        time.monotonic() - begun,
+        str(predictor.precision).removeprefix("torch."),
+        output / RESULTS,
+    )
     return failed
 
 

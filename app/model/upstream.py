@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -72,11 +73,15 @@ def _git_blob_id(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def silence_import_warnings() -> None:
-    """Upstream decorates functions with CUDA autocast and `torch.jit.script` when it is imported.
+def prepare_import() -> None:
+    """What must be set before torch and sam3 are imported; `app/__init__.py` does it.
 
-    Where there is no CUDA each prints a warning that says nothing about the user's run.
+    Upstream scripts its box functions with `torch.jit.script` (box_ops.py), whose arithmetic
+    changes once it has profiled their first calls: the first step of a process, and so a resumed
+    run, would differ in the last bit. Both that and its decorators for CUDA autocast warn at import
+    of what says nothing about the user's run.
     """
+    os.environ.setdefault("PYTORCH_JIT", "0")
     warnings.filterwarnings("ignore", message="CUDA is not available or torch_xla", module="sam3")
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
 

@@ -170,7 +170,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> O
 
 
 def build_accelerator(device: torch.device, precision: torch.dtype) -> Accelerator:
-    """Device, precision and process group of this process."""
+    """Device, precision and process group of this process.
+
+    On a CPU the same seed gives the same weights to the bit, for any number of threads.
+    """
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time; nothing here reads it
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if precision == torch.bfloat16 else "no",

@@ -93,7 +93,8 @@ def start(
     if os.environ.get("RANK", "0") == "0":
         run.prepare_folder(folder, resume=resume, overwrite=overwrite)
         write_dataset(config, splits, folder)
-        write_text(folder / "config_resolved.yaml", OmegaConf.to_yaml(config, resolve=True))
+        # Not resolved: an interpolation may read an environment variable.
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
     else:
         write_dataset(config, splits, folder, write=False)
     join_process_group()

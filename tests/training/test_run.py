@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from app.datasets.build import load_splits
 from app.evaluation.metrics import evaluate
@@ -265,6 +265,18 @@ def test_a_checkpoint_of_another_size(command, shapes, tiny_run, tmp_path) -> No
     )
     assert done.code == 2
     assert "size 'nano', not 'small'" in done.err
+
+
+def test_a_loss_that_is_not_finite_ends_with_a_word(train, tiny_run: Path, tmp_path: Path) -> None:
+    """Weights with a NaN in them: exit 1, one line, the first module named where asked."""
+    state = load_file(tiny_run / "weights" / "best" / "model.safetensors")
+    state["dot_prod_scoring.hs_proj.bias"].fill_(float("nan"))
+    save_file(state, tmp_path / "nan.safetensors")
+    words = ("--checkpoint", tmp_path / "nan.safetensors", "--epochs", 1)
+    done = train(*words, "training.check_finite=true")
+    assert done.code == 1
+    assert "dot_prod_scoring.hs_proj (Linear)" in done.err
+    assert "Traceback" not in done.err
 
 
 def test_a_metric_that_is_none(train) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from app.config import load_config
 from app.errors import UserError
@@ -31,6 +32,7 @@ def test_auto_is_sam3_where_gpu_and_weights_are_at_hand(monkeypatch, tmp_path: P
 
 def test_the_gated_weights_that_are_not_at_hand(monkeypatch) -> None:
     monkeypatch.setattr(start, "_cached_weights", lambda: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     monkeypatch.setattr(start, "HUB", ("nobody/nothing", "sam3.pt"))
     with pytest.raises(UserError) as caught:

@@ -1,0 +1,96 @@
+"""Every command of the README is run as it stands, only on less: fewer images, fewer pixels."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, SHARED, TINY, Command
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
+COMMANDS = [line.partition("  #")[0].strip() for line in BLOCKS.splitlines() if line.strip()]
+TRAINING = [c for c in COMMANDS if c.startswith("./train.sh")]
+PREDICTING = [c for c in COMMANDS if c.startswith("./infer.sh")]
+LESS = ["dataset.limit=2", "dataset.shapes.train=2", "dataset.shapes.valid=1"]
+
+
+def _words(line: str) -> list[str]:
+    if "../shared" in line and not SHARED.is_dir():
+        pytest.skip("../shared/datasets is not on this machine")
+    return shlex.split(line)[1:]
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(TRAINING) >= 3
+    assert len(PREDICTING) >= 2
+    assert set(COMMANDS) - set(TRAINING) - set(PREDICTING) == {"./build.sh", "./test.sh"}
+
+
+@pytest.mark.parametrize("line", [c for c in TRAINING if "--use-base-config" not in c])
+def test_training(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, line: str) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    words = [*_words(line), *LESS, *TINY, "evaluation.pictures=0"]
+    if "--resolution" in words:
+        words.remove("model.resolution=64")
+    if "--checkpoint" in words:
+        words += ["--checkpoint", str(tiny_run / "weights" / "best")]
+    if "--resume" in words:
+        words.remove("--resume")
+        assert command("train", *words, "--epochs", 1, "--output-dir", tmp_path).code == 0
+        words.append("--resume")
+    done = command("train", *words, "--epochs", 2, "--output-dir", tmp_path)
+    assert done.code == 0, done.err
+    assert (tmp_path / "metrics.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [c for c in TRAINING if "--use-base-config" in c])
+def test_upstreams_trainer(tmp_path: Path, line: str) -> None:
+    words = [*_words(line), "scratch.num_workers=0", "trainer.data.train.dataset.limit_ids=2"]
+    done = subprocess.run(
+        ["./train.sh", *words, "--epochs", "1", "--resolution", "64", "--output-dir", tmp_path],
+        cwd=REPOSITORY,
+        env={**os.environ, "SAM3_RUNTIME": "local"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "weights" / "last" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("line", PREDICTING)
+def test_prediction(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, line) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    best = ("--checkpoint", tiny_run / "weights" / "best")
+    done = command("infer", *_words(line), *best, "--output-dir", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert len(list((tmp_path / "out").glob("*.png"))) == 5
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_scripts_take_it(tmp_path: Path, line: str) -> None:
+    """Through the shell, as printed, up to the command that would run."""
+    if line == "./test.sh":
+        assert (REPOSITORY / "test.sh").stat().st_mode & 0o111
+        return
+    environment = {**os.environ, "SAM3_RUNTIME": "local"}
+    done = subprocess.run(
+        ["bash", "-c", f"{line} --dry-run"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_it_names_is_there() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (REPOSITORY / target).exists(), target
+    assert "@" not in README.replace("@media", "")
