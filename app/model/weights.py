@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,7 @@ from app.model.build import build_model
 from app.model.upstream import COMMIT
 
 FILE = "model.safetensors"
+HUB = ("facebook/sam3", "sam3.pt")
 _HEADER = "sam3-finetuning"
 _PREFIX = "detector."
 # Parts of upstream's sam3.pt that an image model has no place for: the tracker and its neck.
@@ -129,6 +131,25 @@ def read_header(path: Path) -> Header | None:
         raise UserError(f"{file}: not a safetensors file, or cut short ({error})") from None
     except ValidationError as error:
         raise UserError(f"{file}: its header is broken: {error.errors()[0]['msg']}") from None
+
+
+def cached_sam3() -> Path | None:
+    """Meta's weights, where the Hugging Face cache has them."""
+    found = try_to_load_from_cache(*HUB)
+    return Path(found) if isinstance(found, str) else None
+
+
+def published_sam3() -> Path:
+    """Meta's weights, from the cache or the hub; raises UserError that says how to get them."""
+    try:
+        return cached_sam3() or Path(hf_hub_download(*HUB))
+    except Exception as error:  # the hub raises many kinds: gated, offline, missing token, limits
+        raise UserError(
+            f"SAM 3's weights ({HUB[0]}) could not be had: {type(error).__name__}. They are under "
+            "the SAM License and gated: ask for access at huggingface.co/facebook/sam3, then set "
+            "HF_TOKEN; or give --checkpoint FILE; or --checkpoint none for random weights; or "
+            "--model nano."
+        ) from None
 
 
 def _read_state(file: Path) -> dict[str, Tensor]:

@@ -175,7 +175,8 @@ def build_accelerator(device: torch.device, precision: torch.dtype) -> Accelerat
     On a CPU the same seed gives the same weights to the bit, for any number of threads.
     """
     torch.use_deterministic_algorithms(device.type == "cpu")
-    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time; nothing here reads it
+    # It costs time, and nothing here reads such memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if precision == torch.bfloat16 else "no",

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 from app.config import Config, load_config, load_model_config, model_names, read_yaml
 from app.errors import UserError, nearest
@@ -19,7 +18,6 @@ from app.model.device import choose_device
 from app.training import launch, run, upstream_trainer
 
 log = logging.getLogger("app")
-HUB = ("facebook/sam3", "sam3.pt")
 
 
 def start(
@@ -110,7 +108,8 @@ def configure(
 def _asked(overrides: Sequence[str], file: Path | None) -> dict[str, Any]:
     """Top-level keys that the user set, in the file or on the command line, which wins."""
     content = read_yaml(file) if file is not None else {}
-    asked = {k: v for k, v in content.items() if isinstance(v, str)} if content else {}
+    items = content.items() if isinstance(content, dict) else ()
+    asked = {key: value for key, value in items if isinstance(value, str)}
     for text in overrides:
         key, _, value = text.partition("=")
         asked[key] = value
@@ -120,7 +119,7 @@ def _asked(overrides: Sequence[str], file: Path | None) -> dict[str, Any]:
 def _default_weights(size: str, *, random: bool) -> tuple[str, Path | None]:
     """Size and weights where no checkpoint is named; says what was chosen, and why."""
     if size == "auto":
-        cached = not random and _cached_weights() is not None
+        cached = not random and weights.cached_sam3() is not None
         size = "sam3" if torch.cuda.is_available() and cached else "nano"
         why = (
             "a GPU and SAM 3's weights are at hand"
@@ -131,23 +130,6 @@ def _default_weights(size: str, *, random: bool) -> tuple[str, Path | None]:
     if random:
         return size, None
     if size == "sam3":
-        return size, _cached_weights() or _download_weights()
+        return size, weights.published_sam3()
     log.info("weights: random; size %s has no published ones (--checkpoint names yours)", size)
     return size, None
-
-
-def _cached_weights() -> Path | None:
-    found = try_to_load_from_cache(*HUB)
-    return Path(found) if isinstance(found, str) else None
-
-
-def _download_weights() -> Path:
-    try:
-        return Path(hf_hub_download(*HUB))
-    except Exception as error:  # the hub raises many kinds: gated, offline, missing token, limits
-        raise UserError(
-            f"SAM 3's weights ({HUB[0]}) could not be had: {type(error).__name__}. They are under "
-            "the SAM License and gated: ask for access at huggingface.co/facebook/sam3, then set "
-            "HF_TOKEN; or give --checkpoint FILE; or --checkpoint none for random weights; or "
-            "--model nano."
-        ) from None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from sam3.model.sam3_image import Sam3Image
@@ -50,7 +51,6 @@ _KEYS = {
     "seed": "trainer.seed_value",
     "model.resolution": "scratch.resolution",
     "output_dir": "launcher.experiment_log_dir",
-    "checkpoint": "trainer.model.checkpoint_path",
 }
 # Modules that upstream's YAMLs name and no release has.
 _RENAMED = {"onevision.losses.": "sam3.train.loss.", "sam3.losses.": "sam3.train.loss."}
@@ -156,11 +156,13 @@ def _read(file: Path) -> DictConfig:
 def _replace_builder(config: DictConfig, size: str, flags: dict[str, str]) -> None:
     """Ours builds the same model at size sam3, and others, on any device, and loads strictly."""
     node = config.trainer.model
-    path = flags.pop("checkpoint", None) or node.get("checkpoint_path")
-    path = None if path in ("none", "auto") else path
+    wanted = flags.pop("checkpoint", None) or node.get("checkpoint_path") or "auto"
+    path = None if wanted in ("none", "auto") else wanted
     described = weights.describe(Path(path), None if size == "auto" else size) if path else None
     name = described.model.name if described else size
     name = str(node.get("size", "sam3")) if name == "auto" else name
+    if wanted == "auto" and name == "sam3":
+        path = weights.published_sam3()
     default = described.model if described else load_model_config(name)
     if node.get("_target_") == _BUILDER or name != node.get("size"):
         log.info("model: size %s, built by app.model.build", name)
@@ -200,7 +202,8 @@ def _apply(config: DictConfig, flags: dict[str, str], lr: float | None) -> None:
         target = _KEYS.get(key, key)
         if target not in known and target != "launcher.experiment_log_dir":
             raise UserError(f"'{key}': this YAML has no such key.{nearest_key(key, known)}")
-        OmegaConf.update(config, target, OmegaConf.create(f"v: {value}").v, force_add=True)
+        parsed = value if key == "output_dir" else yaml.safe_load(value)
+        OmegaConf.update(config, target, parsed, force_add=True)
     if accumulated > 1:
         _accumulate(config, accumulated)
 

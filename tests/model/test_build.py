@@ -67,6 +67,15 @@ def test_sizes_stay_expressible_in_transformers(name: str) -> None:
     assert config.text.context_length == 32
 
 
+@pytest.mark.parametrize("name", model_names())
+def test_prompts_have_32_tokens(name: str) -> None:
+    text = build_model(load_model_config(name), device="meta").backbone.language_backbone
+    for prompt, used in (("pothole", 4), ("word " * 60, 32)):
+        tokens = text.tokenizer([prompt], context_length=text.context_length)
+        assert tokens.shape == (1, 32)
+        assert int((tokens != 0).sum()) == used
+
+
 @pytest.mark.slow
 def test_a_first_step_from_nothing_is_finite_for_50_seeds(shapes) -> None:
     config = load_config(TINY)

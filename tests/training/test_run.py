@@ -241,16 +241,19 @@ def test_a_dataset_of_boxes_only(command, shapes, tmp_path: Path) -> None:
         (["--lr", "0"], "optim.lr_scale"),
         (["training.epoch=3"], "Did you mean 'training.epochs'"),
         (["--config", "nowhere.yaml"], "cannot be read"),
+        (["--config", "list.yaml"], "a mapping of keys"),
         (["--resolution", "100"], "96 or 104"),
         (["training.device=cuda"], "no CUDA device answers"),
         (["--use-base-config", "--config", "x.yaml"], "give one of them"),
         (["model.segmentation=false"], "loss=boxes"),
     ],
 )
-def test_bad_input(command, shapes, tmp_path, words, said) -> None:
+def test_bad_input(command, shapes, tmp_path, monkeypatch, words, said) -> None:
     if "cuda" in said.lower() and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     first = ["train", "--dataset-dir", shapes, "--output-dir", tmp_path / "out"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "list.yaml").write_text("- a\n")
     done = command(*first, *words)
     assert done.code == 2
     assert said in done.err

@@ -25,16 +25,16 @@ def test_auto_is_nano_without_a_gpu(monkeypatch, capsys) -> None:
 def test_auto_is_sam3_where_gpu_and_weights_are_at_hand(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     torch.save(build_model(load_config().model).state_dict(), tmp_path / "sam3.pt")
-    monkeypatch.setattr(start, "_cached_weights", lambda: tmp_path / "sam3.pt")
+    monkeypatch.setattr(weights, "cached_sam3", lambda: tmp_path / "sam3.pt")
     assert start._default_weights("auto", random=False) == ("sam3", tmp_path / "sam3.pt")
     assert start._default_weights("auto", random=True) == ("nano", None)
 
 
 def test_the_gated_weights_that_are_not_at_hand(monkeypatch) -> None:
-    monkeypatch.setattr(start, "_cached_weights", lambda: None)
+    monkeypatch.setattr(weights, "cached_sam3", lambda: None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
-    monkeypatch.setattr(start, "HUB", ("nobody/nothing", "sam3.pt"))
+    monkeypatch.setattr(weights, "HUB", ("nobody/nothing", "sam3.pt"))
     with pytest.raises(UserError) as caught:
         configure([], None, "sam3", None)
     assert "SAM License" in str(caught.value)

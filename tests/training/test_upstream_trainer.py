@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 
 from app.config import CONFIGS
+from app.model import weights
 from app.training.upstream_trainer import BASE_CONFIG, is_upstream_schema
 from tests.conftest import REPOSITORY, TINY
 
@@ -132,9 +134,12 @@ def test_schemas_are_told_apart() -> None:
         (["--dataset-dir", "nowhere"], "nowhere"),
         (["trainer.optim.optimizer._target_=os.system"], "not allowed"),
         (["--model", "nan"], "Did you mean 'nano'"),
+        (["--model", "sam3"], "SAM License"),
     ],
 )
-def test_bad_input(command, shapes, tmp_path, words, said) -> None:
+def test_bad_input(command, shapes, tmp_path, monkeypatch, words, said) -> None:
+    monkeypatch.setattr(weights, "cached_sam3", lambda: None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     first = ["train", "--use-base-config", "--model", "nano", "--dataset-dir", shapes]
     done = command(*first, "--output-dir", tmp_path / "out", *words, *TINY[:1])
     assert done.code == 2, done.out
