@@ -59,6 +59,7 @@ def main() -> int:
         data = query_dataset(config, Path(folder) / "set")
         for seed in range(arguments.seeds):
             finite += first_step_is_finite(config, data, seed)
+            print(f"{finite} of {seed + 1}", file=sys.stderr)
     seconds = time.monotonic() - begun
     print(f"{arguments.size}: {finite} of {arguments.seeds} first steps finite, {seconds:.0f} s")
     return 0 if finite == arguments.seeds else 1
