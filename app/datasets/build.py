@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 from app.datasets.coco import Category, Dataset, read
+from app.datasets.folders import FOLDERS, split_folders
+from app.datasets.formats import Format, Source, detect, understood
 from app.datasets.shapes import ShapesConfig, is_shapes, make_shapes
 from app.errors import UserError
 from app.files import read_json
 
-FOLDERS = {"train": ("train",), "valid": ("valid", "val"), "test": ("test",)}
 JSON_NAMES = ("_annotations.coco.json", "annotations.json")
 
 
@@ -30,10 +32,13 @@ class Splits:
 def load_splits(
     folder: Path, *, valid_fraction: float = 0.15, seed: int = 0, limit: int | None = None
 ) -> Splits:
-    """Read the COCO dataset in `folder`: its train, valid (or val) and test folders, or itself.
+    """Read the dataset in `folder`: its train, valid (or val) and test folders, or itself.
+
+    COCO JSON is looked for first, then the other formats that `formats` knows.
 
     Args:
-        folder: holds the split folders, or one COCO JSON, which then is the training set.
+        folder: holds the split folders, or one COCO JSON, which then is the training set; or the
+            files of another format.
         valid_fraction: of the training images, 0 to 1, set aside where there is no validation set.
         seed: of that choice, and of `limit`'s.
         limit: train on that many images, chosen at random; None for all.
@@ -42,9 +47,10 @@ def load_splits(
         UserError: with every problem of every split, or with what was looked for and not found.
     """
     _check_arguments(valid_fraction, limit)
-    splits = _share_categories(_read_all(folder, _find_jsons(folder)))
+    sources, notes = _find_sources(folder)
+    splits = _share_categories(_read_all(sources))
     train, test = splits["train"], splits.get("test")
-    valid, notes = splits.get("valid"), []
+    valid = splits.get("valid")
     if valid is None:
         train, valid, note = _set_aside(train, valid_fraction, seed)
         notes.append(note)
@@ -92,11 +98,47 @@ def _check_arguments(valid_fraction: float, limit: int | None) -> None:
         raise UserError(problems)
 
 
-def _find_jsons(folder: Path) -> dict[str, Path]:
-    """The COCO JSON of each split that is there; `train` always is."""
+def _find_sources(folder: Path) -> tuple[dict[str, Source], list[str]]:
+    """Each split that is there, `train` always; and a note where the format is not COCO."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the one that holds the dataset")
-    folders = _split_folders(folder)
+    if not _has_coco(folder) and (format := detect(folder)):
+        return _sources_of(format, folder), [f"no COCO JSON: read as {format.name}"]
+    jsons = _find_jsons(folder)
+    return {
+        split: Source(path, partial(read, path, _image_roots(folder, path)))
+        for split, path in jsons.items()
+    }, []
+
+
+def _has_coco(folder: Path) -> bool:
+    """Whether a COCO JSON, by its name or by what it holds, is in the folder or in a split's."""
+    names = [name for split in FOLDERS.values() for name in split]
+    return any(_holds_coco(path) for path in (folder, *(folder / name for name in names)))
+
+
+def _holds_coco(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in JSON_NAMES):
+        return True
+    paths = list(folder.glob("*.json"))
+    try:
+        document = read_json(paths[0]) if len(paths) == 1 else None
+    except UserError:
+        return False
+    return isinstance(document, dict) and "images" in document and "annotations" in document
+
+
+def _sources_of(format: Format, folder: Path) -> dict[str, Source]:
+    sources = format.sources(folder)
+    if "train" not in sources:
+        there = ", ".join(f"'{source.where.name}'" for source in sources.values())
+        raise UserError(f"{folder}: no 'train' folder to train on; there is {there}")
+    return sources
+
+
+def _find_jsons(folder: Path) -> dict[str, Path]:
+    """The COCO JSON of each split that is there; `train` always is."""
+    folders = split_folders(folder)
     jsons = {split: _find_json(path) for split, path in folders.items()}
     found = {split: path for split, path in jsons.items() if path is not None}
     if not found:
@@ -119,17 +161,6 @@ def _find_jsons(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _split_folders(folder: Path) -> dict[str, Path]:
-    found = {}
-    for split, names in FOLDERS.items():
-        paths = [folder / name for name in names if (folder / name).is_dir()]
-        if len(paths) > 1:
-            raise UserError(f"{folder}: has both {' and '.join(names)} folders; keep one")
-        if paths:
-            found[split] = paths[0]
-    return found
-
-
 def _find_json(folder: Path) -> Path | None:
     for name in JSON_NAMES:
         if (folder / name).is_file():
@@ -148,16 +179,18 @@ def _nothing_found(folder: Path) -> str:
     listed = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
     return (
         f"{folder}: no dataset found. Looked for {' or '.join(JSON_NAMES)}, or a single *.json, "
-        f"in it and in its folders train, valid, val and test. There is: {listed or 'nothing'}"
+        "in it and in its folders train, valid, val and test; and for other formats: "
+        f"{understood()}. There is: {listed or 'nothing'}"
     )
 
 
-def _read_all(folder: Path, jsons: Mapping[str, Path]) -> dict[str, Dataset]:
+def _read_all(sources: Mapping[str, Source]) -> dict[str, Dataset]:
     """Read every split, gathering the problems of all."""
     datasets, problems = {}, []
-    for split, path in jsons.items():
+    for split, source in sources.items():
+        path = source.where
         try:
-            datasets[split] = dataset = read(path, _image_roots(folder, path))
+            datasets[split] = dataset = source.read()
         except UserError as error:
             problems += error.problems
             continue

@@ -101,7 +101,7 @@ def _check_images(document: dict[str, Any], found: Findings) -> Sizes:
             if not is_side(image.get(key)):
                 remedy = f"must be a whole number of pixels, 1 to {MAX_SIDE}"
                 found.add("image size", f"{place}.{key}", image.get(key), remedy)
-        if fault := _name_fault(image.get("file_name")):
+        if fault := name_fault(image.get("file_name")):
             found.add("file name", f"{place}.file_name", image.get("file_name"), fault)
         if is_id(image.get("id")) and is_side(image.get("width")) and is_side(image.get("height")):
             sizes[image["id"]] = (image["width"], image["height"])
@@ -176,13 +176,14 @@ def _check_geometry(
     box, segmentation = annotation.get("bbox"), annotation.get("segmentation")
     if is_absent(box) and is_absent(segmentation):
         found.add("bbox", f"{place}.bbox", box, "must be given where there is no segmentation")
-    if not is_absent(box) and (fault := _box_fault(box, width, height)):
+    if not is_absent(box) and (fault := box_fault(box, width, height)):
         found.add("bbox", f"{place}.bbox", box, fault)
     if not is_absent(segmentation) and (fault := _mask_fault(segmentation, width, height)):
         found.add("segmentation", f"{place}.segmentation", segmentation, fault)
 
 
-def _box_fault(box: object, width: int, height: int) -> str | None:
+def box_fault(box: object, width: int, height: int) -> str | None:
+    """What is wrong with an xywh box (pixels); None where it is sound."""
     if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
         return "must be four finite numbers [x, y, width, height] in pixels"
     if box[2] <= 0 or box[3] <= 0:
@@ -212,11 +213,12 @@ def _mask_fault(segmentation: object, width: int, height: int) -> str | None:
         return _rle_fault(segmentation, width, height)
     if not isinstance(segmentation, list):
         return "must be a list of polygons or an RLE object"
-    faults = (_polygon_fault(polygon, width, height) for polygon in segmentation)
+    faults = (polygon_fault(polygon, width, height) for polygon in segmentation)
     return next((fault for fault in faults if fault), None)
 
 
-def _polygon_fault(polygon: object, width: int, height: int) -> str | None:
+def polygon_fault(polygon: object, width: int, height: int) -> str | None:
+    """What is wrong with a flat polygon [x1, y1, x2, …] (pixels); None where it is sound."""
     if not isinstance(polygon, list) or not all(map(_is_number, polygon)):
         return "must be a list of polygons, each a flat list of finite numbers [x1, y1, x2, …]"
     if len(polygon) < 6 or len(polygon) % 2:
@@ -298,7 +300,7 @@ def check_files(
         if not isinstance(image, dict) or not is_id(image.get("id")) or image["id"] not in sound:
             continue
         name = image.get("file_name")
-        if not isinstance(name, str) or _name_fault(name):
+        if not isinstance(name, str) or name_fault(name):
             continue
         path = find_image(name, roots)
         if fault := _file_fault(path, sound[image["id"]], roots):
@@ -346,7 +348,8 @@ def _file_fault(path: Path | None, size: tuple[int, int], roots: Sequence[Path])
     return None
 
 
-def _name_fault(name: object) -> str | None:
+def name_fault(name: object) -> str | None:
+    """What is wrong with a file's name in a dataset; None where it is a path inside it."""
     if not isinstance(name, str) or not name.strip() or not _is_unicode(name):
         return "must be the image's path, as text"
     if "\0" in name or name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[\\/]", name):

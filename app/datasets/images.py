@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from app.errors import UserError
 
@@ -30,4 +30,22 @@ def open_image(path: Path) -> Image.Image:
     ) as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error
         raise UserError(
             f"{path}: cannot be read as an image ({error}). Replace or remove it."
+        ) from None
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Width and height in pixels, turned by the EXIF orientation; reads the header alone.
+
+    Raises:
+        UserError: not an image, or too large to be one.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+                return (image.height, image.width) if turned else (image.width, image.height)
+    except Exception as error:  # Pillow raises nearly anything on a damaged header
+        raise UserError(
+            f"{path}: cannot be opened as an image ({error}). Replace or remove it."
         ) from None
