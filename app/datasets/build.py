@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from app.datasets.coco import Category, Dataset, read
 from app.datasets.shapes import ShapesConfig, is_shapes, make_shapes
@@ -60,7 +61,7 @@ def load_splits(
     return Splits(train, valid, test, tuple(notes))
 
 
-def shapes_dataset(cache: Path, **shape_args: int) -> Path:
+def shapes_dataset(cache: Path, **shape_args: Any) -> Path:
     """The synthetic set with these settings of `make_shapes` at `cache`, made where it is not.
 
     Returns:
