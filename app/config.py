@@ -26,6 +26,18 @@ from app.errors import UserError, nearest
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Node = dict[str, Any]  # a part named by `_target_`, made by hydra.utils.instantiate
 
+ShapeKind = Literal[
+    "circle", "rectangle", "triangle", "ellipse", "star", "ring", "cross", "hexagon"
+]
+# fmt: off
+ColorName = Literal[
+    "red", "green", "blue", "yellow", "orange", "purple",
+    "pink", "brown", "cyan", "white", "black", "gray",
+]
+# fmt: on
+LabelBy = Literal["kind", "color", "both"]
+Background = Literal["plain", "gradient", "texture", "mixed"]
+
 # A configuration may come from outside: it may name upstream's parts and ours, and no other code.
 TARGETS = ("sam3.", "app.", "torch.optim.", "torch.nn.", "fvcore.common.param_scheduler.")
 
@@ -122,6 +134,24 @@ class ShapesConfig(_Strict):
     height: int = Field(ge=32)
     min_shapes: int = Field(ge=1)
     max_shapes: int = Field(ge=1)
+    kinds: list[ShapeKind] = Field(min_length=1)
+    colors: list[ColorName] | None = Field(min_length=1)
+    label_by: LabelBy
+    exclude: list[str]
+    background: Background
+
+    @model_validator(mode="after")
+    def _check(self) -> ShapesConfig:
+        if self.min_shapes > self.max_shapes:
+            raise ValueError(
+                f"dataset.shapes.min_shapes {self.min_shapes} is above max_shapes {self.max_shapes}"
+            )
+        if self.colors is None and (self.label_by != "kind" or self.exclude):
+            raise ValueError(
+                f"dataset.shapes.label_by={self.label_by} with exclude={self.exclude} needs named "
+                "colors, for example dataset.shapes.colors=[red,green,blue]"
+            )
+        return self
 
 
 class DatasetConfig(_Strict):

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
-from app.config import CONFIGS, Config, load_config, load_model_config, model_names, to_yaml
+from app.config import (
+    CONFIGS,
+    ColorName,
+    Config,
+    load_config,
+    load_model_config,
+    model_names,
+    to_yaml,
+)
+from app.datasets.build import load_splits
+from app.datasets.drawing import COLORS, INSIDE, KINDS
+from app.datasets.shapes import ShapesConfig, make_shapes
 from app.errors import UserError
 
 
@@ -42,6 +54,27 @@ def test_values_keep_their_kind() -> None:
     assert config.training.num_workers == 0
 
 
+def test_shapes_are_drawn_as_the_command_line_says(tmp_path: Path) -> None:
+    shapes = load_config(
+        [
+            *("dataset.shapes.kinds=[circle,star]", "dataset.shapes.colors=[red, blue]"),
+            *("dataset.shapes.label_by=both", "dataset.shapes.exclude=[red circle]"),
+            *("dataset.shapes.train=2", "dataset.shapes.valid=1", "dataset.shapes.width=64"),
+        ]
+    ).dataset.shapes
+    make_shapes(tmp_path / "s", seed=0, **shapes.model_dump())
+    names = load_splits(tmp_path / "s").train.class_names
+    assert names == ["blue circle", "red star", "blue star"]
+
+
+def test_the_default_shapes_are_those_of_the_schema() -> None:
+    ours = {**load_config().dataset.shapes.model_dump(), "seed": 0}
+    assert {"description", "version"} | ours.keys() == ShapesConfig().info().keys()
+    assert ours.items() <= ShapesConfig().info().items()
+    assert set(COLORS) == set(get_args(ColorName))
+    assert set(INSIDE) == set(KINDS)
+
+
 def test_a_part_takes_what_its_signature_reads() -> None:
     config = load_config(["optim.optimizer.eps=1e-6", "optim.optimizer.betas=[0.9, 0.95]"])
     assert config.optim.optimizer["eps"] == 1e-6
@@ -66,6 +99,11 @@ def test_a_part_takes_what_its_signature_reads() -> None:
         ("optim.optimizer._target_=torch.optim.Adamw", "there is no 'torch.optim.Adamw'"),
         ("output_dir=${oc.env:HF_TOKEN}", "reads no environment variables"),
         ("training.epochs=[", "training.epochs=["),
+        ("dataset.shapes.kinds=[circl]", "it is 'circl'"),
+        ("dataset.shapes.kinds=[]", "at least 1 item"),
+        ("dataset.shapes.background=plaid", "'plain', 'gradient', 'texture' or 'mixed'"),
+        ("dataset.shapes.label_by=both", "needs named colors"),
+        ("dataset.shapes.min_shapes=6", "is above max_shapes 5"),
     ],
 )
 def test_what_no_one_reads_is_refused(override: str, said: str) -> None:

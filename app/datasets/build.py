@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from app.datasets.coco import Category, Dataset, read
 from app.datasets.folders import FOLDERS, split_folders
@@ -66,7 +67,7 @@ def load_splits(
     return Splits(train, valid, test, tuple(notes))
 
 
-def shapes_dataset(cache: Path, **shape_args: int) -> Path:
+def shapes_dataset(cache: Path, **shape_args: Any) -> Path:
     """The synthetic set with these settings of `make_shapes` at `cache`, made where it is not.
 
     Returns:

@@ -1,33 +1,43 @@
-"""Synthetic images of circles, rectangles and triangles with exact masks, to try things on."""
+"""Synthetic images of shapes with exact masks, to try things on."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image as PILImage
 from pycocotools import mask as coco_mask
 
-from app.errors import UserError
+from app.config import Background, ColorName, LabelBy, ShapeKind
+from app.datasets.drawing import COLORS, KINDS, Mask, Thing, draw_image
+from app.errors import UserError, nearest
 from app.files import atomic_folder, write_json
 
-KINDS = ("circle", "rectangle", "triangle")  # category ids 1, 2, 3
 GENERATOR = "sam3-finetuning shapes"
-VERSION = 1  # count up when the same settings give other images
-MIN_VISIBLE = 0.5  # of a shape's own area, once later shapes lie on it
-RADIUS = (0.06, 0.18)  # of the image's shorter side
-MIN_RADIUS = 4  # pixels; below it a turned shape may cover none
-PLACEMENTS = 200  # tries a shape before the image is begun anew
-
-Mask = NDArray[np.bool_]  # (height, width)
+VERSION = 2  # count up when the same settings give other images
+COMPRESSION = 1  # of PNG, 0..9; higher ones cost more time than they save room
 
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """What to draw: images a split, pixels, shapes an image (both ends included)."""
+    """What to draw, and what to call it.
+
+    Attributes:
+        train, valid: images.
+        width, height: pixels.
+        min_shapes, max_shapes: an image, both ends included.
+        seed: the same settings and seed give the same bytes.
+        kinds: shapes to draw.
+        colors: named colors to draw them in; None for any color.
+        label_by: a category is a kind ("circle"), a color ("red thing") or both ("red circle").
+        exclude: pairs never drawn, as "red circle".
+        background: its style, or mixed: each image takes one.
+    """
 
     train: int = 20
     valid: int = 5
@@ -36,64 +46,120 @@ class ShapesConfig:
     min_shapes: int = 2
     max_shapes: int = 5
     seed: int = 0
+    kinds: Sequence[ShapeKind] = ("circle", "rectangle", "triangle")
+    colors: Sequence[ColorName] | None = None
+    label_by: LabelBy = "kind"
+    exclude: Sequence[str] = ()
+    background: Background = "mixed"
 
     def check(self) -> None:
         """Raises UserError with every setting that is out of range."""
-        most = self.max_shapes
+        problems = [*self._check_numbers(), *self._check_names()]
+        if not problems:
+            problems = self._check_classes()
+        if problems:
+            raise UserError(problems)
+
+    def _check_numbers(self) -> list[str]:
         ranges = {
             "train": (1, 100_000),
             "valid": (0, 100_000),
             "width": (32, 8192),
             "height": (32, 8192),
-            "min_shapes": (1, most),
+            "min_shapes": (1, self.max_shapes),
             "max_shapes": (1, 12),
             "seed": (0, 2**63 - 1),
         }
-        problems = [
+        return [
             f"shapes: {key} is {getattr(self, key)}: must be {low} to {high}"
             for key, (low, high) in ranges.items()
             if not low <= getattr(self, key) <= high
         ]
-        if self.train * most < len(KINDS):
-            problems.append(
-                f"shapes: {self.train} training images of at most {most} shapes cannot hold each "
-                f"of {', '.join(KINDS)}; raise train or max_shapes"
-            )
-        if problems:
-            raise UserError(problems)
+
+    def _check_names(self) -> list[str]:
+        problems = _check_list("kinds", self.kinds, KINDS)
+        if self.colors is not None:
+            problems += _check_list("colors", self.colors, tuple(COLORS))
+        for key, known in (("label_by", get_args(LabelBy)), ("background", get_args(Background))):
+            if (value := getattr(self, key)) not in known:
+                problems.append(
+                    f"shapes: {key} is '{value}': must be one of {', '.join(known)}."
+                    f"{nearest(value, known)}"
+                )
+        if self.colors is None and self.label_by in ("color", "both"):
+            problems.append(f"shapes: label_by is {self.label_by}: needs colors, which names none")
+        pairs = [f"{color} {kind}" for color in self.colors or () for kind in self.kinds]
+        problems += [
+            f"shapes: exclude names '{pair}': no such color and kind.{nearest(pair, pairs)}"
+            for pair in self.exclude
+            if pair not in pairs
+        ]
+        return problems
+
+    def _check_classes(self) -> list[str]:
+        categories, room = list(self.categories()), self.train * self.max_shapes
+        if not categories:
+            return ["shapes: exclude leaves nothing to draw; take a pair from it"]
+        if room < len(categories):
+            return [
+                f"shapes: {self.train} training images of at most {self.max_shapes} shapes cannot "
+                f"hold each of {', '.join(categories)}; raise train or max_shapes"
+            ]
+        return []
+
+    def categories(self) -> dict[str, list[Thing]]:
+        """What may be drawn for each category, in the order of their ids; 1 is the first."""
+        grouped: dict[str, list[Thing]] = {}
+        for kind in self.kinds:
+            for color in self.colors or (None,):
+                if f"{color} {kind}" not in self.exclude:
+                    names = {"kind": kind, "color": f"{color} thing", "both": f"{color} {kind}"}
+                    grouped.setdefault(names[self.label_by], []).append(Thing(kind, color))
+        return grouped
 
     def info(self) -> dict[str, Any]:
         """The `info` of the COCO JSON: tells a set made by us, and with which settings."""
-        return {"description": GENERATOR, "version": VERSION, **asdict(self)}
+        settings = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
+        return {"description": GENERATOR, "version": VERSION, **settings}
 
 
-def make_shapes(
-    output: Path,
-    *,
-    train: int = 20,
-    valid: int = 5,
-    width: int = 640,
-    height: int = 480,
-    min_shapes: int = 2,
-    max_shapes: int = 5,
-    seed: int = 0,
-) -> None:
+def _check_list(key: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
+    problems = [
+        f"shapes: {key} names '{name}': there are {', '.join(known)}.{nearest(name, known)}"
+        for name in names
+        if name not in known
+    ]
+    if not names:
+        problems.append(f"shapes: {key} is empty: name one or more of {', '.join(known)}")
+    if len(set(names)) < len(names):
+        problems.append(f"shapes: {key} names one twice: {', '.join(names)}")
+    return problems
+
+
+def make_shapes(output: Path, *, workers: int | None = None, **settings: Any) -> None:
     """Write `output/train` and `output/valid`, each `_annotations.coco.json` and `images/*.png`.
 
     Byte-identical for the same settings. Masks are a shape's visible pixels. Every class occurs in
     train; `valid=0` writes no valid split. A set made earlier at `output` is replaced.
 
+    Args:
+        workers: threads that draw, None for one a core; they change nothing but the time.
+        settings: those of `ShapesConfig`.
+
     Raises:
         UserError: a setting out of range, or `output` holds something else.
     """
-    config = ShapesConfig(train, valid, width, height, min_shapes, max_shapes, seed)
+    config = ShapesConfig(**settings)
     config.check()
     if output.exists() and not is_shapes(output) and (output.is_file() or any(output.iterdir())):
         raise UserError(f"{output}: holds something other than a set of shapes; name a new folder")
-    with atomic_folder(output) as folder:
-        _write_split(folder / "train", train, config, np.random.default_rng([seed, 0]))
-        if valid:
-            _write_split(folder / "valid", valid, config, np.random.default_rng([seed, 1]))
+    with atomic_folder(output) as folder, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        _write_split(folder / "train", config.train, config, [config.seed, 0], pool)
+        if config.valid:
+            _write_split(folder / "valid", config.valid, config, [config.seed, 1], pool)
 
 
 def is_shapes(folder: Path) -> bool:
@@ -103,105 +169,79 @@ def is_shapes(folder: Path) -> bool:
 
 
 def _write_split(
-    folder: Path, count: int, config: ShapesConfig, random: np.random.Generator
+    folder: Path, count: int, config: ShapesConfig, seed: list[int], pool: ThreadPoolExecutor
 ) -> None:
     (folder / "images").mkdir(parents=True)
+    plan = _plan(count, config, np.random.default_rng(seed))
+    ids = {name: id for id, name in enumerate(config.categories(), start=1)}
+
+    def write(image_id: int) -> list[dict[str, Any]]:
+        random = np.random.default_rng([*seed, image_id])  # its own: whichever thread draws it
+        path = folder / _file_name(image_id)
+        return _write_image(path, [thing for _, thing in plan[image_id - 1]], config, random)
+
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    deck: list[int] = []  # kinds still to be drawn before any is drawn again
-    for image_id in range(1, count + 1):
-        shapes = int(random.integers(config.min_shapes, config.max_shapes + 1))
-        if image_id == 1:  # so that a small split has every class
-            shapes = max(shapes, min(len(KINDS), config.max_shapes))
-        while len(deck) < shapes:
-            deck += random.permutation(len(KINDS)).tolist()
-        kinds, deck = deck[:shapes], deck[shapes:]
-        pixels, masks = _draw_image(kinds, config, random)
-        name = f"images/{image_id:06d}.png"
-        PILImage.fromarray(pixels).save(folder / name)
+    for image_id, masks in enumerate(pool.map(write, range(1, count + 1)), start=1):
         size = {"width": config.width, "height": config.height}
-        images.append({"id": image_id, "file_name": name, **size})
-        for kind, mask in zip(kinds, masks, strict=True):
-            annotations.append(_annotation(len(annotations) + 1, image_id, kind + 1, mask))
-    categories = [{"id": id, "name": name} for id, name in enumerate(KINDS, start=1)]
+        images.append({"id": image_id, "file_name": _file_name(image_id), **size})
+        for (name, _), mask in zip(plan[image_id - 1], masks, strict=True):
+            keys = {"id": len(annotations) + 1, "image_id": image_id, "category_id": ids[name]}
+            annotations.append({**keys, **mask})
+    categories = [{"id": id, "name": name} for name, id in ids.items()]
     document = {"info": config.info(), "images": images, "annotations": annotations}
     write_json(folder / "_annotations.coco.json", {**document, "categories": categories})
 
 
-def _annotation(id: int, image_id: int, category_id: int, mask: Mask) -> dict[str, Any]:
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+def _file_name(image_id: int) -> str:
+    return f"images/{image_id:06d}.png"
+
+
+def _plan(
+    count: int, config: ShapesConfig, random: np.random.Generator
+) -> list[list[tuple[str, Thing]]]:
+    """Category and thing of each shape of each image; every class occurs where there is room."""
+    categories = config.categories()
+    names, most = list(categories), config.max_shapes
+    plan: list[list[tuple[str, Thing]]] = []
+    deck: list[int] = []  # classes still to be drawn before any is drawn again
+    drawn = 0
+    for left in range(count - 1, -1, -1):
+        owed = min(len(names) - drawn - left * most, most)  # more than the images left can hold
+        shapes = max(int(random.integers(config.min_shapes, most + 1)), owed)
+        while len(deck) < shapes:
+            deck += random.permutation(len(names)).tolist()
+        chosen, deck = [names[index] for index in deck[:shapes]], deck[shapes:]
+        plan.append([(n, categories[n][random.integers(len(categories[n]))]) for n in chosen])
+        drawn += shapes
+    return plan
+
+
+def _write_image(
+    path: Path, things: list[Thing], config: ShapesConfig, random: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Draw and save one image; returns what COCO says of each thing's mask."""
+    styles = [style for style in get_args(Background) if style != "mixed"]
+    style = config.background
+    if style == "mixed":
+        style = styles[random.integers(len(styles))]
+    pixels, masks = draw_image(
+        things,
+        width=config.width,
+        height=config.height,
+        background=style,
+        shun=config.colors or (),
+        random=random,
+    )
+    PILImage.fromarray(pixels).save(path, compress_level=COMPRESSION)
+    return [_describe(mask) for mask in masks]
+
+
+def _describe(mask: Mask) -> dict[str, Any]:
+    rle = coco_mask.encode(np.asfortranarray(mask).view(np.uint8))
     return {
-        "id": id,
-        "image_id": image_id,
-        "category_id": category_id,
         "bbox": coco_mask.toBbox(rle).tolist(),
-        "area": int(mask.sum()),
+        "area": int(coco_mask.area(rle)),
         "iscrowd": 0,
         "segmentation": {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")},
     }
-
-
-def _draw_image(
-    kinds: list[int], config: ShapesConfig, random: np.random.Generator
-) -> tuple[NDArray[np.uint8], list[Mask]]:
-    """One image (height, width, RGB), and the visible pixels of each shape, in order of `kinds`."""
-    masks = None
-    while masks is None:
-        masks = _place_shapes(kinds, config, random)
-    background, *colours = _distinct_colours(len(kinds) + 1, random)
-    spread = int(random.choice([0, 20]))  # plain or noisy; colours stay further apart than this
-    noise = random.integers(-spread, spread + 1, (config.height, config.width, 3))
-    pixels = np.clip(background + noise, 0, 255).astype(np.uint8)
-    for mask, colour in zip(masks, colours, strict=True):
-        pixels[mask] = colour
-    return pixels, masks
-
-
-def _place_shapes(
-    kinds: list[int], config: ShapesConfig, random: np.random.Generator
-) -> list[Mask] | None:
-    """Visible masks, each shape over those before it; None where one found no room."""
-    visible: list[Mask] = []
-    least: list[float] = []  # pixels that must stay visible of each
-    for kind in kinds:
-        for _ in range(PLACEMENTS):
-            shape = _random_shape(kind, config, random)
-            remaining = [mask & ~shape for mask in visible]
-            if all(m.sum() >= pixels for m, pixels in zip(remaining, least, strict=True)):
-                visible = [*remaining, shape]
-                least.append(MIN_VISIBLE * shape.sum())
-                break
-        else:
-            return None
-    return visible
-
-
-def _random_shape(kind: int, config: ShapesConfig, random: np.random.Generator) -> Mask:
-    """A shape of random size, place and turn, wholly inside the image."""
-    low, high = (share * min(config.width, config.height) for share in RADIUS)
-    radius = random.uniform(max(low, MIN_RADIUS), high)
-    centre_x = random.uniform(radius, config.width - 1 - radius)
-    centre_y = random.uniform(radius, config.height - 1 - radius)
-    y, x = np.ogrid[: config.height, : config.width]
-    x, y = x - centre_x, y - centre_y
-    if KINDS[kind] == "circle":
-        return x**2 + y**2 <= radius**2
-    turn = random.uniform(0, 2 * np.pi)
-    if KINDS[kind] == "triangle":  # equilateral: three half-planes at the inner radius
-        normals = turn + np.arange(3) * 2 * np.pi / 3
-        return np.logical_and.reduce(
-            [x * np.cos(normal) + y * np.sin(normal) <= radius / 2 for normal in normals]
-        )
-    corner = random.uniform(0.5, 1.0)  # radians from the long side to the diagonal
-    along, across = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
-    return (abs(along) <= radius * np.cos(corner)) & (abs(across) <= radius * np.sin(corner))
-
-
-def _distinct_colours(count: int, random: np.random.Generator) -> list[NDArray[np.int64]]:
-    """RGB colours, each 40 or more from every other in some channel."""
-    colours: list[NDArray[np.int64]] = []
-    while len(colours) < count:
-        colour = random.integers(0, 256, 3)
-        if all(abs(colour - other).max() >= 40 for other in colours):
-            colours.append(colour)
-    return colours

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import logging
 import os
 import platform
@@ -219,7 +221,9 @@ def read_splits(config: Config) -> Splits:
 
 
 def _shapes_name(shapes: ShapesConfig, seed: int) -> str:
-    return "-".join(str(value) for value in [*shapes.model_dump().values(), seed])
+    """Short and safe as a folder's name; others for other settings."""
+    settings = json.dumps({**shapes.model_dump(), "seed": seed}, sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
 def check_masks(config: Config, dataset: Dataset) -> None:
