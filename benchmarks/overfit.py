@@ -1,4 +1,4 @@
-"""Can a SAM 3 learn at all? nano, 8 images of shapes on plain ground, from random weights, on a CPU.
+"""Can a SAM 3 learn at all? nano, 8 images of shapes on plain ground, random weights, a CPU.
 
 The known failure of compact SAM 3s is AP 0; this is its regression check. Exits 1 below the goal.
     .venv/bin/python -m benchmarks.overfit
