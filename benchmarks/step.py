@@ -26,13 +26,13 @@ from hydra.utils import instantiate
 from app.config import ModelConfig, load_config
 from app.datasets.build import load_splits
 from app.datasets.images import open_image
-from app.datasets.queries import QueryDataset
 from app.datasets.shapes import make_shapes
 from app.inference.predictor import Predictor
 from app.model.build import build_model
 from app.model.device import choose_device, choose_precision
 from app.training import upstream_trainer
 from app.training.loop import Loop, build_accelerator
+from benchmarks.init import query_dataset
 
 SIDES = ("ours", "upstream")
 
@@ -62,12 +62,7 @@ def _train(side: str, arguments: argparse.Namespace, folder: Path) -> Callable[[
         return _upstream_epoch(config.model, arguments, folder)
     device = choose_device()
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
-    data = QueryDataset(
-        load_splits(folder).train,
-        [instantiate(node) for node in config.transforms.train],
-        max_prompts=20,
-        seed=0,
-    )
+    data = query_dataset(config, folder)
     accelerator = build_accelerator(device, choose_precision("auto", device, config.model))
     loop = Loop(config, model, data, accelerator, lr_scale=0.1)
     return lambda: len(list(loop.run_epoch(0)))
