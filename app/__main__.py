@@ -31,8 +31,18 @@ def train(
     ] = None,
     dataset_dir: Annotated[
         str | None,
-        typer.Option(help="folder with train/, valid/; synthetic shapes where not given"),
+        typer.Option(help="folder or zip of labelled images; synthetic shapes where no source is"),
     ] = None,
+    hf_dataset: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME[@REVISION]", help="from huggingface.co")
+    ] = None,
+    roboflow: Annotated[
+        str | None, typer.Option(metavar="WORKSPACE/PROJECT/VERSION", help="from Roboflow")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="image=A,objects=B", help="of --hf-dataset")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="of --dataset-dir, decided by hand")] = None,
     model: Annotated[str, typer.Option(help=SIZES)] = "auto",
     checkpoint: Annotated[
         str | None,
@@ -66,6 +76,10 @@ def train(
     """Fine-tune SAM 3 on labelled images, or score weights on them (--eval-only)."""
     flags = {
         "dataset.dir": dataset_dir,
+        "dataset.huggingface.name": hf_dataset,
+        "dataset.huggingface.columns": columns,
+        "dataset.roboflow": roboflow,
+        "dataset.format": format,
         "training.epochs": epochs,
         "training.batch_size": batch_size,
         "training.grad_accum": grad_accum,

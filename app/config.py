@@ -154,12 +154,35 @@ class ShapesConfig(_Strict):
         return self
 
 
+class HuggingFaceConfig(_Strict):
+    name: str | None
+    config: str | None
+    split: str | None
+    columns: str | None
+    streaming: Literal["auto"] | bool
+
+
 class DatasetConfig(_Strict):
     dir: str | None
+    format: str
+    huggingface: HuggingFaceConfig
+    roboflow: str | None
     valid_fraction: float = Field(gt=0, lt=1)
     limit: int | None = Field(ge=1)
     max_prompts: int = Field(ge=1)
     shapes: ShapesConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> DatasetConfig:
+        named = {
+            "dataset.dir": self.dir,
+            "dataset.huggingface.name": self.huggingface.name,
+            "dataset.roboflow": self.roboflow,
+        }
+        given = [key for key, value in named.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given: one run takes one dataset")
+        return self
 
 
 class TransformsConfig(_Strict):

@@ -31,7 +31,12 @@ class Splits:
 
 
 def load_splits(
-    folder: Path, *, valid_fraction: float = 0.15, seed: int = 0, limit: int | None = None
+    folder: Path,
+    *,
+    format: str = "auto",
+    valid_fraction: float = 0.15,
+    seed: int = 0,
+    limit: int | None = None,
 ) -> Splits:
     """Read the dataset in `folder`: its train, valid (or val) and test folders, or itself.
 
@@ -48,7 +53,7 @@ def load_splits(
         UserError: with every problem of every split, or with what was looked for and not found.
     """
     _check_arguments(valid_fraction, limit)
-    sources, notes = _find_sources(folder)
+    sources, notes = _find_sources(folder)  # TODO: format
     splits = _share_categories(_read_all(sources))
     train, test = splits["train"], splits.get("test")
     valid = splits.get("valid")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -25,8 +22,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sam3.model.sam3_image import Sam3Image
 
-from app.config import Config, ShapesConfig, to_yaml
-from app.datasets.build import Splits, load_splits, shapes_dataset
+from app.config import Config, to_yaml
+from app.datasets import sources
+from app.datasets.build import Splits, load_splits
 from app.datasets.coco import Dataset
 from app.datasets.queries import QueryDataset
 from app.errors import UserError, nearest
@@ -46,9 +44,6 @@ from app.training.tracking import Tracker
 
 log = logging.getLogger("app")
 
-HOME = Path(__file__).resolve().parents[2]
-# Of the project where it can be written; in an image it cannot, and the working folder is mounted.
-DATA = (HOME if os.access(HOME, os.W_OK) else Path.cwd()) / "data"
 # What a run leaves in its folder; --overwrite removes these and nothing else.
 LEAVES = (
     *("config.yaml", "config_resolved.yaml", "environment.json", "train.log", "metrics.csv"),
@@ -210,20 +205,13 @@ def write_settings(folder: Path, config: Config, overrides: Sequence[str]) -> No
 def read_splits(config: Config) -> Splits:
     """The dataset that is named, or the synthetic shapes."""
     dataset = config.dataset
-    if dataset.dir is None:
-        name = f"shapes-{_shapes_name(dataset.shapes, config.seed)}"
-        folder = shapes_dataset(DATA / name, **dataset.shapes.model_dump(), seed=config.seed)
-    else:
-        folder = Path(dataset.dir)
     return load_splits(
-        folder, valid_fraction=dataset.valid_fraction, seed=config.seed, limit=dataset.limit
+        sources.fetch(dataset, config.seed),
+        format=dataset.format,
+        valid_fraction=dataset.valid_fraction,
+        seed=config.seed,
+        limit=dataset.limit,
     )
-
-
-def _shapes_name(shapes: ShapesConfig, seed: int) -> str:
-    """Short and safe as a folder's name; others for other settings."""
-    settings = json.dumps({**shapes.model_dump(), "seed": seed}, sort_keys=True)
-    return hashlib.sha256(settings.encode()).hexdigest()[:12]
 
 
 def check_masks(config: Config, dataset: Dataset) -> None:
