@@ -43,6 +43,9 @@ def train(
         str | None, typer.Option(metavar="image=A,objects=B", help="of --hf-dataset")
     ] = None,
     format: Annotated[str | None, typer.Option(help="of --dataset-dir, decided by hand")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="YAML or JSON: class: prompt, or [prompt, synonym, …]")
+    ] = None,
     model: Annotated[str, typer.Option(help=SIZES)] = "auto",
     checkpoint: Annotated[
         str | None,
@@ -80,6 +83,7 @@ def train(
         "dataset.huggingface.columns": columns,
         "dataset.roboflow": roboflow,
         "dataset.format": format,
+        "dataset.prompts": prompts,
         "training.epochs": epochs,
         "training.batch_size": batch_size,
         "training.grad_accum": grad_accum,

@@ -35,7 +35,7 @@ ColorName = Literal[
     "pink", "brown", "cyan", "white", "black", "gray",
 ]
 # fmt: on
-LabelBy = Literal["kind", "color", "both"]
+LabelBy = Literal["kind", "color", "both", "all"]
 Background = Literal["plain", "gradient", "texture", "mixed"]
 
 # A configuration may come from outside: it may name upstream's parts and ours, and no other code.
@@ -169,7 +169,12 @@ class DatasetConfig(_Strict):
     roboflow: str | None
     valid_fraction: float = Field(gt=0, lt=1)
     limit: int | None = Field(ge=1)
+    prompts: str | None
     max_prompts: int = Field(ge=1)
+    negatives: int = Field(ge=0)
+    near_misses: list[str]
+    nouns: bool
+    bad_images: Literal["stop", "skip"]
     shapes: ShapesConfig
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -28,6 +28,11 @@ class Splits:
     valid: Dataset
     test: Dataset | None
     notes: tuple[str, ...]
+
+    def map(self, change: Callable[[Dataset], Dataset]) -> Splits:
+        """The splits with each dataset changed alike."""
+        test = None if self.test is None else change(self.test)
+        return Splits(change(self.train), change(self.valid), test, self.notes)
 
 
 def load_splits(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,8 +60,11 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Category:
+    """A class: what the model is asked for, and other words for it, drawn in training."""
+
     id: int
     name: str
+    synonyms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,13 @@ class Dataset:
     @property
     def class_names(self) -> list[str]:
         return [category.name for category in self.categories]
+
+    def subset(self, image_ids: Iterable[int]) -> Dataset:
+        """These images and their annotations; all categories."""
+        kept = set(image_ids)
+        images = tuple(image for image in self.images if image.id in kept)
+        annotations = tuple(a for a in self.annotations if a.image_id in kept)
+        return Dataset(images, annotations, self.categories)
 
     def content_hash(self) -> str:
         """Hex SHA-256 of the labels and of each image's name and bytes: wherever it lies.

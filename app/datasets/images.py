@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import ExifTags, Image, ImageOps
@@ -49,3 +51,18 @@ def upright_size(path: Path) -> tuple[int, int]:
         raise UserError(
             f"{path}: cannot be opened as an image ({error}). Replace or remove it."
         ) from None
+
+
+def decoding_problems(paths: Iterable[Path]) -> dict[Path, str]:
+    """What keeps images from being decoded whole, by path; as many at once as there are cores."""
+    with ThreadPoolExecutor() as pool:
+        problems = pool.map(_decoding_problem, paths := list(paths))
+        return {path: text for path, text in zip(paths, problems, strict=True) if text}
+
+
+def _decoding_problem(path: Path) -> str | None:
+    try:
+        open_image(path)
+    except UserError as error:
+        return str(error)
+    return None

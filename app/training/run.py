@@ -26,7 +26,9 @@ from app.config import Config, to_yaml
 from app.datasets import sources
 from app.datasets.build import Splits, load_splits
 from app.datasets.coco import Dataset
-from app.datasets.queries import QueryDataset
+from app.datasets.images import decoding_problems
+from app.datasets.prompts import name_classes, nouns_beside, read_prompts
+from app.datasets.queries import PromptChoice, QueryDataset
 from app.errors import UserError, nearest
 from app.evaluation import report
 from app.evaluation.validate import validate
@@ -87,12 +89,7 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
         data_hash=splits.train.content_hash(),
     )
     lr_scale = config.optim.lr_scale or (1.0 if start is None else 0.1)
-    data = QueryDataset(
-        splits.train,
-        [instantiate(node) for node in config.transforms.train],
-        max_prompts=config.dataset.max_prompts,
-        seed=config.seed,
-    )
+    data = query_dataset(config, splits.train)
     loop = Loop(config, model, data, accelerator, lr_scale=lr_scale)
     state = RunState()
     if resume:
@@ -205,13 +202,43 @@ def write_settings(folder: Path, config: Config, overrides: Sequence[str]) -> No
 def read_splits(config: Config) -> Splits:
     """The dataset that is named, or the synthetic shapes."""
     dataset = config.dataset
-    return load_splits(
+    splits = load_splits(
         sources.fetch(dataset, config.seed),
         format=dataset.format,
         valid_fraction=dataset.valid_fraction,
         seed=config.seed,
         limit=dataset.limit,
     )
+    if dataset.prompts is not None:
+        prompts = read_prompts(Path(dataset.prompts), splits.train.categories)
+        splits = splits.map(lambda split: name_classes(split, prompts))
+    if dataset.bad_images == "skip":
+        splits = splits.map(_without_bad_images)
+    return splits
+
+
+def _without_bad_images(dataset: Dataset) -> Dataset:
+    """The images that can be decoded; the others are reported, and counted."""
+    bad = decoding_problems([image.path for image in dataset.images])
+    for problem in bad.values():
+        log.warning("note: left out (dataset.bad_images=skip): %s", problem)
+    if bad:
+        log.warning("note: %d of %d images left out", len(bad), len(dataset.images))
+    return dataset.subset(image.id for image in dataset.images if image.path not in bad)
+
+
+def query_dataset(config: Config, dataset: Dataset) -> QueryDataset:
+    """What the configuration makes of a split for training."""
+    settings = config.dataset
+    names = [name for c in dataset.categories for name in (c.name, *c.synonyms)]
+    choice = PromptChoice(
+        most=settings.max_prompts,
+        negatives=settings.negatives,
+        near_misses=tuple(settings.near_misses),
+        nouns=tuple(nouns_beside(names)) if settings.nouns else (),
+    )
+    transforms = [instantiate(node) for node in config.transforms.train]
+    return QueryDataset(dataset, transforms, seed=config.seed, choice=choice)
 
 
 def check_masks(config: Config, dataset: Dataset) -> None:

@@ -15,7 +15,7 @@ from app.datasets.build import load_splits
 from app.datasets.coco import Annotation, Category, Dataset
 from app.datasets.coco import Image as ImageRecord
 from app.datasets.images import open_image
-from app.datasets.queries import QueryDataset, SemanticTargets, collate, resize_sizes
+from app.datasets.queries import PromptChoice, QueryDataset, SemanticTargets, collate, resize_sizes
 from app.errors import UserError
 
 
@@ -31,7 +31,7 @@ def dataset(shapes: Path) -> Dataset:
 
 def test_boxes_and_masks_are_those_of_the_file(dataset: Dataset) -> None:
     """The mask that comes out of the transforms is the file's, resized, and fills its box."""
-    items = QueryDataset(dataset, _transforms(), max_prompts=20, seed=0)
+    items = QueryDataset(dataset, _transforms(), seed=0)
     for index, image in enumerate(dataset.images):
         datapoint = items[index]
         assert datapoint.images[0].data.shape == (3, 64, 64)
@@ -53,7 +53,7 @@ def test_boxes_and_masks_are_those_of_the_file(dataset: Dataset) -> None:
 
 
 def test_absent_classes_are_negatives(dataset: Dataset) -> None:
-    items = QueryDataset(dataset, _transforms(), max_prompts=20, seed=0)
+    items = QueryDataset(dataset, _transforms(), seed=0)
     for index, image in enumerate(dataset.images):
         present = {a.category_id for a in dataset.annotations_by_image[image.id]}
         for query in items[index].find_queries:
@@ -68,7 +68,7 @@ def test_prompts_are_bounded_and_present_classes_come_first(dataset: Dataset) ->
         dataset.annotations,
         (*dataset.categories, *(Category(100 + i, f"thing {i}") for i in range(50))),
     )
-    items = QueryDataset(many, _transforms(), max_prompts=6, seed=0)
+    items = QueryDataset(many, _transforms(), choice=PromptChoice(most=6), seed=0)
     absent = set()
     for index, image in enumerate(many.images):
         present = {a.category_id for a in many.annotations_by_image[image.id]}
@@ -77,28 +77,28 @@ def test_prompts_are_bounded_and_present_classes_come_first(dataset: Dataset) ->
         assert present <= set(chosen)
         absent |= set(chosen) - present
     assert len(absent) > 6  # drawn anew for each image
-    one = QueryDataset(many, _transforms(), max_prompts=1, seed=0)[0]
+    one = QueryDataset(many, _transforms(), choice=PromptChoice(most=1), seed=0)[0]
     assert len(one.find_queries) == 1
     assert one.find_queries[0].object_ids_output
 
 
 def test_an_item_depends_on_seed_epoch_and_index_alone(dataset: Dataset) -> None:
     changes = ("transforms.train.2.p=0.5", "transforms.train.3.sizes.smallest=0.5")
-    items = QueryDataset(dataset, _transforms(*changes), max_prompts=20, seed=0)
+    items = QueryDataset(dataset, _transforms(*changes), seed=0)
     pixels = [items[(epoch, 1)].images[0].data for epoch in range(6)]
     torch.manual_seed(99)
     state = torch.get_rng_state()
     assert torch.equal(items[(3, 1)].images[0].data, pixels[3])
     assert torch.equal(torch.get_rng_state(), state)  # the run's own state is left alone
     assert len({p.numpy().tobytes() for p in pixels}) > 1
-    other = QueryDataset(dataset, _transforms(*changes), max_prompts=20, seed=1)
+    other = QueryDataset(dataset, _transforms(*changes), seed=1)
     assert any(not torch.equal(other[(e, 1)].images[0].data, pixels[e]) for e in range(6))
 
 
 def test_a_batch_without_any_object(dataset: Dataset, tmp_path: Path) -> None:
     Image.new("RGB", (20, 10)).save(tmp_path / "empty.png")
     empty = Dataset((ImageRecord(1, tmp_path / "empty.png", 20, 10),), (), dataset.categories)
-    batch = collate([QueryDataset(empty, _transforms(), max_prompts=20, seed=0)[0]])
+    batch = collate([QueryDataset(empty, _transforms(), seed=0)[0]])
     target = batch.find_targets[0]
     assert batch.img_batch.shape == (1, 3, 64, 64)
     assert target.segments.shape == (0, 64, 64)
@@ -117,7 +117,7 @@ def test_an_object_without_a_mask_leaves_its_prompt_without_a_semantic_target(tm
     )
     image = ImageRecord(1, tmp_path / "a.png", 20, 10)
     data = Dataset((image,), annotations, (Category(1, "mixed"), Category(2, "masked")))
-    datapoint = QueryDataset(data, _transforms(), max_prompts=20, seed=0)[0]
+    datapoint = QueryDataset(data, _transforms(), seed=0)[0]
     has_target = {q.query_text: bool(q.semantic_target.any()) for q in datapoint.find_queries}
     assert has_target == {"mixed": False, "masked": True}
     valid = collate([datapoint]).find_targets[0].is_valid_segment

@@ -20,7 +20,7 @@ from tests.conftest import TINY
 def _loop(shapes: Path, *overrides: str) -> tuple[Loop, QueryDataset]:
     config = load_config([*TINY, *overrides])
     transforms = [instantiate(node) for node in config.transforms.train]
-    data = QueryDataset(load_splits(shapes).train, transforms, max_prompts=20, seed=0)
+    data = QueryDataset(load_splits(shapes).train, transforms, seed=0)
     torch.manual_seed(0)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     accelerator = build_accelerator(torch.device("cpu"), torch.float32)
