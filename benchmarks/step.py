@@ -29,7 +29,7 @@ from app.datasets.images import open_image
 from app.datasets.shapes import make_shapes
 from app.inference.predictor import Predictor
 from app.model.build import build_model
-from app.model.device import choose_device, choose_precision
+from app.model.device import choose_device
 from app.training import upstream_trainer
 from app.training.loop import Loop, build_accelerator
 from benchmarks.init import query_dataset
@@ -63,7 +63,7 @@ def _train(side: str, arguments: argparse.Namespace, folder: Path) -> Callable[[
     device = choose_device()
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     data = query_dataset(config, folder)
-    accelerator = build_accelerator(device, choose_precision("auto", device, config.model))
+    accelerator = build_accelerator(device)
     loop = Loop(config, model, data, accelerator, lr_scale=0.1)
     return lambda: len(list(loop.run_epoch(0)))
 

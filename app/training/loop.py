@@ -28,6 +28,7 @@ from torch.utils.data import Dataset as TorchDataset
 from app.config import Config, OptimConfig
 from app.datasets.queries import QueryDataset, collate
 from app.errors import UserError
+from app.model.device import choose_precision
 from app.model.guard import finite_outputs
 from app.training.schedule import learning_rate_factor
 
@@ -95,6 +96,9 @@ class Loop:
     ) -> None:
         self.config = config
         self.accelerator = accelerator
+        self.precision = choose_precision(
+            config.training.precision, accelerator.device, config.model
+        )
         self.criterion: nn.Module = instantiate(config.loss.criterion, _convert_="all")
         self.sampler = EpochSampler(
             len(data), config.seed, accelerator.process_index, accelerator.num_processes
@@ -162,7 +166,11 @@ class Loop:
         batch = copy_data_to_device(batch, self.accelerator.device, non_blocking=True)
         module = self.accelerator.unwrap_model(self.model)
         guard = finite_outputs(module, enabled=self.config.training.check_finite)
-        with guard, self.accelerator.autocast():
+        # Not accelerate's: its conversion of outputs to float32 cannot rebuild a SAM3Output.
+        autocast = torch.autocast(
+            self.accelerator.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16
+        )
+        with guard, autocast:
             outputs = self.model(batch)
             targets = [module.back_convert(target) for target in batch.find_targets]
             return self.criterion(outputs, targets)["core_loss"]
@@ -198,8 +206,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> O
     return optimizer
 
 
-def build_accelerator(device: torch.device, precision: torch.dtype) -> Accelerator:
-    """Device, precision and process group of this process.
+def build_accelerator(device: torch.device) -> Accelerator:
+    """Device and process group of this process.
 
     On a CPU the same seed gives the same weights to the bit, for any number of threads.
     """
@@ -208,6 +216,6 @@ def build_accelerator(device: torch.device, precision: torch.dtype) -> Accelerat
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision="bf16" if precision == torch.bfloat16 else "no",
+        mixed_precision="no",
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )

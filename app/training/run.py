@@ -75,7 +75,7 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
     begun = time.monotonic()
     device = choose_device(config.training.device)
     precision = choose_precision(config.training.precision, device, config.model)
-    accelerator = build_accelerator(device, precision)
+    accelerator = build_accelerator(device)
     folder = Path(config.output_dir)
     main = accelerator.is_main_process
 
