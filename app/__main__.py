@@ -43,6 +43,7 @@ def train(
         str | None, typer.Option(metavar="image=A,objects=B", help="of --hf-dataset")
     ] = None,
     format: Annotated[str | None, typer.Option(help="of --dataset-dir, decided by hand")] = None,
+    augmentation: Annotated[str | None, typer.Option(help="none, light or strong")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="YAML or JSON: class: prompt, or [prompt, synonym, …]")
     ] = None,
@@ -69,6 +70,12 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace the run in --output-dir")
     ] = False,
+    recipe: Annotated[
+        str | None, typer.Option(help="a YAML of configs/recipe by its name, such as nano")
+    ] = None,
+    warm_start: Annotated[
+        str | None, typer.Option(help="pixels: from random weights, the trunk learns these first")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML in our schema or in upstream's Trainer's")
     ] = None,
@@ -78,12 +85,14 @@ def train(
 ) -> None:
     """Fine-tune SAM 3 on labelled images, or score weights on them (--eval-only)."""
     flags = {
+        "transforms": augmentation,
         "dataset.dir": dataset_dir,
         "dataset.huggingface.name": hf_dataset,
         "dataset.huggingface.columns": columns,
         "dataset.roboflow": roboflow,
         "dataset.format": format,
         "dataset.prompts": prompts,
+        "training.warm_start.method": warm_start,
         "training.epochs": epochs,
         "training.batch_size": batch_size,
         "training.grad_accum": grad_accum,
@@ -99,6 +108,7 @@ def train(
     start.start(
         [*(overrides or []), *asked],
         file=config,
+        recipe=recipe,
         size=model,
         lr=lr,
         base_config=use_base_config,

@@ -43,6 +43,7 @@ from app.training.checkpoints import RunState
 from app.training.loop import Loop, build_accelerator
 from app.training.progress import duration, progress
 from app.training.tracking import Tracker
+from app.training.warm_start import warm_start
 
 log = logging.getLogger("app")
 
@@ -83,6 +84,9 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     if start is not None:
         weights.load_into(model, start)
+    elif config.training.warm_start.method == "pixels" and not resume:
+        model.to(device)
+        warm_start(model, config.model, splits.train, config.training.warm_start, config.seed)
     header = weights.Header(
         model=config.model,
         prompts=splits.train.class_names,
@@ -104,9 +108,16 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
     def score(title: str) -> tuple[Figures, list[dict[str, Any]]]:
         return _validate(Predictor(model, config.model, precision), splits.valid, config, title)
 
+    def save_checkpoint() -> None:
+        checkpoints.save(
+            folder / "checkpoints", state, model, header, loop.optimizer, loop.scheduler
+        )
+
     if main and not state.baseline:
         state.baseline, _ = score("before training")
         log.info("before training: %s", _summary(state.baseline))
+        if config.training.warm_start.method != "none":
+            save_checkpoint()
     for epoch in range(state.epoch, config.training.epochs):
         row = _train_epoch(loop, epoch, config)
         state.epoch = epoch + 1
@@ -120,9 +131,7 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
             tracker.log_epoch(state.rows)
             if _is_due(state.epoch, config.training.save_every, config):
                 weights.save(model, folder / "weights" / "last", header)
-                checkpoints.save(
-                    folder / "checkpoints", state, model, header, loop.optimizer, loop.scheduler
-                )
+                save_checkpoint()
         accelerator.wait_for_everyone()
     figures: Figures = {}
     if main:

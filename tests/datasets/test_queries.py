@@ -20,7 +20,7 @@ from app.errors import UserError
 
 
 def _transforms(*overrides: str):
-    config = load_config(["model.resolution=64", *overrides])
+    config = load_config(["model.resolution=64", "transforms=none", *overrides])
     return [instantiate(node) for node in config.transforms.train]
 
 
@@ -83,7 +83,7 @@ def test_prompts_are_bounded_and_present_classes_come_first(dataset: Dataset) ->
 
 
 def test_an_item_depends_on_seed_epoch_and_index_alone(dataset: Dataset) -> None:
-    changes = ("transforms.train.2.p=0.5", "transforms.train.3.sizes.smallest=0.5")
+    changes = ("transforms.augment.flip=0.5", "transforms.train.3.sizes.smallest=0.5")
     items = QueryDataset(dataset, _transforms(*changes), seed=0)
     pixels = [items[(epoch, 1)].images[0].data for epoch in range(6)]
     torch.manual_seed(99)
