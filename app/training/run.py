@@ -80,11 +80,14 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
     folder = Path(config.output_dir)
     main = accelerator.is_main_process
 
+    newest = checkpoints.find_newest(folder / "checkpoints") if resume else None
+    if resume and newest is None:
+        log.info("nothing was saved yet in %s: from the beginning", folder)
     set_seed(config.seed)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     if start is not None:
         weights.load_into(model, start)
-    elif config.training.warm_start.method == "pixels" and not resume:
+    elif config.training.warm_start.method == "pixels" and newest is None:
         model.to(device)
         warm_start(model, config.model, splits.train, config.training.warm_start, config.seed)
     header = weights.Header(
@@ -96,8 +99,7 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
     data = query_dataset(config, splits.train)
     loop = Loop(config, model, data, accelerator, lr_scale=lr_scale)
     state = RunState()
-    if resume:
-        newest = checkpoints.find_newest(folder / "checkpoints")
+    if newest is not None:
         state = checkpoints.restore(newest, model, loop.optimizer, loop.scheduler)
         log.info("resumed from %s, after epoch %d", newest, state.epoch)
     if main:
@@ -171,6 +173,11 @@ def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         for name in present:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif resume and not present:
+        raise UserError(
+            f"--resume: no run in {folder}. Give --output-dir of the run to resume, or leave out "
+            "--resume to start one."
+        )
     elif present and not resume:
         raise UserError(
             f"--output-dir {folder}: holds a run already ({', '.join(present[:3])}, …). "

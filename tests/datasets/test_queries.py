@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from app.config import load_config
 from app.datasets.build import load_splits
 from app.datasets.coco import Annotation, Category, Dataset
 from app.datasets.coco import Image as ImageRecord
-from app.datasets.images import open_image
+from app.datasets.images import decoding_problems, open_image
 from app.datasets.queries import PromptChoice, QueryDataset, SemanticTargets, collate, resize_sizes
 from app.errors import UserError
 
@@ -82,6 +83,65 @@ def test_prompts_are_bounded_and_present_classes_come_first(dataset: Dataset) ->
     assert one.find_queries[0].object_ids_output
 
 
+def _asked(dataset: Dataset, choice: PromptChoice, epochs: int = 20) -> list[list[str]]:
+    items = QueryDataset(dataset, _transforms(), choice=choice, seed=0)
+    return [[q.query_text for q in items[(epoch, 0)].find_queries] for epoch in range(epochs)]
+
+
+def test_negatives_are_kept_for_what_the_image_lacks(dataset: Dataset) -> None:
+    """One class, in each image: without negatives the answer is always yes."""
+    image = dataset.images[0]
+    own = [a for a in dataset.annotations if a.image_id == image.id]
+    one = Dataset(
+        (image,),
+        tuple(replace(a, category_id=1) for a in own),
+        (Category(1, "thing"),),
+    )
+    assert _asked(one, PromptChoice()) == [["thing"]] * 20
+    choice = PromptChoice(negatives=2, near_misses=("almost a thing",), nouns=("yak", "harp"))
+    asked = _asked(one, choice)
+    assert all(prompts[0] == "thing" and len(set(prompts)) == 3 for prompts in asked)
+    assert {p for prompts in asked for p in prompts[1:]} == {"almost a thing", "yak", "harp"}
+    tight = _asked(one, replace(choice, most=2))
+    assert all(prompts[0] == "thing" and len(prompts) == 2 for prompts in tight)
+
+
+def test_negatives_have_no_object(dataset: Dataset) -> None:
+    choice = PromptChoice(negatives=1, nouns=("yak",))
+    items = QueryDataset(dataset, _transforms(), choice=choice, seed=0)
+    asked = [q for epoch in range(8) for q in items[(epoch, 0)].find_queries]
+    nouns = [q for q in asked if q.query_text == "yak"]
+    assert nouns
+    assert not any(q.object_ids_output or q.semantic_target.any() for q in nouns)
+    batch = collate([items[(epoch, 0)] for epoch in range(8)])
+    assert "yak" in batch.find_text_batch
+
+
+def test_an_absent_class_takes_the_place_of_a_present_one_where_room_is_short(dataset) -> None:
+    """Otherwise an image with more classes than prompts would never be asked for another."""
+    image = dataset.images[0]
+    base = next(a for a in dataset.annotations if a.image_id == image.id)
+    present = tuple(replace(base, id=i, category_id=i) for i in range(1, 9))
+    classes = tuple(Category(i, f"class {i}") for i in range(1, 17))
+    asked = _asked(Dataset((image,), present, classes), PromptChoice(most=4, negatives=1), 60)
+    for prompts in asked:
+        lacking = [p for p in prompts if int(p.split()[1]) > 8]
+        assert (len(prompts), len(lacking)) == (4, 1)
+    assert len({p for prompts in asked for p in prompts}) == 16
+
+
+def test_synonyms_are_drawn(dataset: Dataset) -> None:
+    names = {c.name for c in dataset.categories}
+    categories = tuple(replace(c, synonyms=(f"{c.name} too",)) for c in dataset.categories)
+    asked = _asked(replace(dataset, categories=categories), PromptChoice())
+    seen = {p for prompts in asked for p in prompts}
+    own = {a.category_id for a in dataset.annotations_by_image[dataset.images[0].id]}
+    for category in categories:
+        if category.id in own:
+            assert {category.name, f"{category.name} too"} <= seen
+    assert names <= seen
+
+
 def test_an_item_depends_on_seed_epoch_and_index_alone(dataset: Dataset) -> None:
     changes = ("transforms.augment.flip=0.5", "transforms.train.3.sizes.smallest=0.5")
     items = QueryDataset(dataset, _transforms(*changes), seed=0)
@@ -142,6 +202,14 @@ def test_images_come_upright_and_rgb(tmp_path: Path) -> None:
         suffix = "jpg" if mode == "CMYK" else "png"
         Image.new(mode, (8, 8)).save(tmp_path / f"x.{suffix}")
         assert open_image(tmp_path / f"x.{suffix}").mode == "RGB"
+
+
+def test_images_that_cannot_be_decoded_are_found(tmp_path: Path) -> None:
+    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
+    paths = [tmp_path / "whole.png", tmp_path / "cut.png"]
+    assert list(decoding_problems(paths)) == [tmp_path / "cut.png"]
 
 
 def test_a_bad_image_is_named(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(train, tmp_path: Path) -> Non
 def test_resume_without_a_run(train, tmp_path: Path) -> None:
     done = train("--resume")
     assert done.code == 2
-    assert "no checkpoint in" in done.err
+    assert "no run in" in done.err
 
 
 def test_nothing_is_overwritten_unasked(train, tmp_path: Path) -> None:
