@@ -179,7 +179,7 @@ def _name_fault(name: str) -> str | None:
         return "has an absolute path: must be relative"
     if ".." in name.split("/"):
         return "leads out of the folder by '..'"
-    return None if PurePosixPath(name).parts else "has no name"
+    return None
 
 
 def _member_fault(member: zipfile.ZipInfo) -> str | None:
