@@ -122,20 +122,11 @@ def unzip(archive: Path, folder: Path, max_bytes: int = MAX_BYTES) -> None:
         members = file.infolist()
         free = shutil.disk_usage(temporary).free
         if problems := _zip_problems(members, max_bytes, free):
-            rest = len(problems) - SHOWN_PER_ZIP
-            shown = problems[:SHOWN_PER_ZIP] + ([f"and {rest} more problems"] if rest > 0 else [])
-            raise UserError([f"{archive}: {problem}" for problem in shown])
+            if (rest := len(problems) - SHOWN_PER_ZIP) > 0:
+                problems[SHOWN_PER_ZIP:] = [f"and {rest} more problems"]
+            raise UserError([f"{archive}: {problem}" for problem in problems])
         for member in members:
-            try:
-                _extract(file, member, temporary)
-            except OSError as error:
-                reason = f"cannot be written ({error.strerror})"
-                raise UserError(f"{archive}: member {member.filename!r} {reason}") from None
-            except DAMAGED as error:
-                raise UserError(
-                    f"{archive}: member {member.filename!r} is damaged ({error}); download or "
-                    "export the zip again"
-                ) from None
+            _extract(file, member, temporary)
 
 
 def _open_zip(archive: Path) -> zipfile.ZipFile:
@@ -164,7 +155,9 @@ def _zip_problems(members: list[zipfile.ZipInfo], max_bytes: int, free: int) -> 
     elif total > free:
         problems.append(f"unpacks to {total} bytes and the disk has {free} left; free some")
     for member in members:
-        if fault := _name_fault(member.orig_filename) or _member_fault(member):
+        # Python 3.13's filename may come from an extra field; that of others ends at a NUL
+        faults = (_name_fault(member.orig_filename), _name_fault(member.filename))
+        if fault := faults[0] or faults[1] or _member_fault(member):
             problems.append(f"member {member.orig_filename!r} {fault}")
     return problems + _collisions(members) + _overlaps(members)
 
@@ -227,17 +220,24 @@ def _overlaps(members: list[zipfile.ZipInfo]) -> list[str]:
 
 def _extract(file: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
     path = folder / PurePosixPath(member.filename)
-    if member.is_dir():
-        path.mkdir(parents=True, exist_ok=True)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    place = f"{file.filename}: member {member.filename!r}"
+    try:
+        if member.is_dir():
+            path.mkdir(parents=True, exist_ok=True)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_member(file, member, path)
+    except OSError as error:
+        raise UserError(f"{place} cannot be written ({error.strerror})") from None
+    except DAMAGED as error:
+        raise UserError(f"{place} is damaged ({error}); download or export the zip again") from None
+
+
+def _write_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
     written = 0
     # "x": where the disk takes A and a for one name, the second is an error
     with file.open(member) as source, path.open("xb") as target:
-        while chunk := source.read(CHUNK_BYTES):
-            written += len(chunk)
-            if written > member.file_size:
-                break
-            target.write(chunk)
+        while (chunk := source.read(CHUNK_BYTES)) and written <= member.file_size:
+            written += target.write(chunk)
     if written != member.file_size:
         raise zipfile.BadZipFile(f"it does not unpack to the {member.file_size} bytes it claims")

@@ -655,6 +655,7 @@ def test_the_format_can_be_decided_by_hand(save, document):
         caught.value
     )
     assert "YOLO" not in str(caught.value)
+    assert str(caught.value).endswith("It looks like coco")
 
 
 def test_a_format_that_there_is_not(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from app.datasets import roboflow
+from app.datasets import roboflow, sources
 from app.datasets.build import load_splits
 from app.datasets.roboflow import fetch
 from app.errors import UserError
@@ -279,9 +279,18 @@ def test_a_server_that_is_silent_and_one_that_is_not_there(fake, fails, monkeypa
     assert "cannot be reached (ConnectError)" in fails()
 
 
-def test_a_failure_of_the_command_line_shows_no_key(fake, command: Command, tmp_path, caplog):
-    fake.answer(f"/{VERSION}", Answer(401, KEY.encode()))
-    result = command("train", "--roboflow", VERSION, "--output-dir", tmp_path / "out", *TINY)
-    assert result.code == 2
-    assert f"error: --roboflow {VERSION}: Roboflow refuses the key" in result.err
-    check_secrets(result.out + result.err + caplog.text, tmp_path)
+def test_a_run_shows_and_leaves_no_key(
+    fake, command: Command, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
+):
+    monkeypatch.setattr(sources.fetch, "__defaults__", (tmp_path / "data",))
+    words = ["train", "--roboflow", VERSION, "--model", "nano", "--output-dir", tmp_path / "out"]
+    export = fake.answers[f"/{VERSION}/coco-segmentation"]
+    fake.answer(f"/{VERSION}/coco-segmentation", Answer(401, KEY.encode()))
+    failed = command(*words, *TINY)
+    assert failed.code == 2
+    assert f"error: --roboflow {VERSION}: Roboflow refuses the key" in failed.err
+    fake.answer(f"/{VERSION}/coco-segmentation", *export)
+    done = command(*words, "--epochs", 1, "evaluation.pictures=1", *TINY)
+    assert done.code == 0, done.err
+    check_secrets(failed.out + failed.err + done.out + done.err + caplog.text, tmp_path)
+    assert (tmp_path / "out" / "config_resolved.yaml").is_file()

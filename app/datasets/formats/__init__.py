@@ -67,9 +67,10 @@ def _nothing_found(folder: Path, formats: Sequence[Format]) -> str:
     there = sorted(path.name for path in folder.iterdir())
     listed = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
     looked_for = "; ".join(f"{format.name} ({format.layout})" for format in formats)
+    other = f". It looks like {found.key}" if (found := detect(folder)) else ""
     return (
         f"{folder}: no dataset found, in it or in its folders train, valid, val and test. "
-        f"Looked for {looked_for}. There is: {listed or 'nothing'}"
+        f"Looked for {looked_for}. There is: {listed or 'nothing'}{other}"
     )
 
 
