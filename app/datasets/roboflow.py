@@ -35,7 +35,7 @@ EXPORTS = {
 }
 SILENCE_SECONDS = 60.0
 EXPORT_SECONDS = 1800.0  # for Roboflow to make the export
-POLL_SECONDS = 5.0
+POLL_SECONDS = 10.0
 MAX_DOWNLOAD_BYTES = 10**12
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ def fetch(version: str, data: Path) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
             archive = Path(temporary) / "export.zip"
+            log.info("downloading %s from Roboflow to %s", version, folder)
             _download(link, archive)
             unzip(archive, folder)
     return folder
@@ -109,7 +110,7 @@ def _export_link(version: str) -> str:
         about = _ask_until(client, version, lambda a: not _part(a, "version", "generating"))
         kind = str(_part(about, "project", "type"))
         if kind not in EXPORTS:
-            raise UserError(f"is a project for {kind}: understood are {', '.join(EXPORTS)}")
+            raise UserError(f"is a project for {kind!r}: understood are {', '.join(EXPORTS)}")
         answer = _ask_until(client, f"{version}/{EXPORTS[kind]}", _has_export)
         return str(_part(answer, "export", "link"))
 
@@ -120,6 +121,7 @@ def _has_export(answer: Any) -> bool:
 
 
 def _part(answer: Any, *keys: str) -> Any:
+    """`answer[key][key]…`; raises UserError where there is no such part."""
     for key in keys:
         if not isinstance(answer, dict) or key not in answer:
             raise UserError(f"Roboflow's answer has no '{'.'.join(keys)}'; run again later")
@@ -157,9 +159,10 @@ def _is_safe(url: httpx.URL, api: httpx.URL) -> bool:
 
 def _ask_until(client: httpx.Client, path: str, is_ready: Callable[[Any], bool]) -> dict[str, Any]:
     """The API's answer once it is ready."""
-    deadline = time.monotonic() + EXPORT_SECONDS
+    start = time.monotonic()
     while not is_ready(answer := _ask(client, path)):
-        if time.monotonic() > deadline:
+        log.info("Roboflow is making the export (%d s)", time.monotonic() - start)
+        if time.monotonic() - start > EXPORT_SECONDS:
             raise UserError(
                 f"Roboflow has not made the export within {EXPORT_SECONDS / 60:g} minutes; "
                 "run again later"

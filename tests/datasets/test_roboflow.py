@@ -220,7 +220,7 @@ def test_refusals(fake, fails, status, said):
         (as_json([1]), "no JSON object"),
         (as_json({"version": 3}), "has no 'version.generating'"),
         (as_json({"version": {"generating": False}}), "has no 'project.type'"),
-        (about("classification"), "is a project for classification: understood are instance-seg"),
+        (about("classification"), "is a project for 'classification': understood are instance-seg"),
     ],
 )
 def test_answers_that_are_not_understood(fake, fails, answer, said):
