@@ -37,6 +37,7 @@ ColorName = Literal[
 # fmt: on
 LabelBy = Literal["kind", "color", "both", "all"]
 Background = Literal["plain", "gradient", "texture", "mixed"]
+FormatName = Literal["auto", "coco", "yolo", "labelme", "via", "voc", "masks"]
 
 # A configuration may come from outside: it may name upstream's parts and ours, and no other code.
 TARGETS = ("sam3.", "app.", "torch.optim.", "torch.nn.", "fvcore.common.param_scheduler.")
@@ -164,7 +165,7 @@ class HuggingFaceConfig(_Strict):
 
 class DatasetConfig(_Strict):
     dir: str | None
-    format: str
+    format: FormatName
     huggingface: HuggingFaceConfig
     roboflow: str | None
     valid_fraction: float = Field(gt=0, lt=1)

@@ -5,19 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from app.datasets.coco import Category, Dataset, read
-from app.datasets.folders import FOLDERS, split_folders
-from app.datasets.formats import Format, Source, detect, understood
+from app.datasets.coco import Category, Dataset
+from app.datasets.formats import COCO, Source, choose
+from app.datasets.formats.coco import JSON_NAMES
 from app.datasets.shapes import ShapesConfig, is_shapes, make_shapes
 from app.errors import UserError
 from app.files import read_json
-
-JSON_NAMES = ("_annotations.coco.json", "annotations.json")
 
 
 @dataclass(frozen=True)
@@ -45,11 +42,10 @@ def load_splits(
 ) -> Splits:
     """Read the dataset in `folder`: its train, valid (or val) and test folders, or itself.
 
-    COCO JSON is looked for first, then the other formats that `formats` knows.
-
     Args:
         folder: holds the split folders, or one COCO JSON, which then is the training set; or the
             files of another format.
+        format: a key of `formats`, or auto: COCO JSON is looked for first, then the others.
         valid_fraction: of the training images, 0 to 1, set aside where there is no validation set.
         seed: of that choice, and of `limit`'s.
         limit: train on that many images, chosen at random; None for all.
@@ -58,7 +54,7 @@ def load_splits(
         UserError: with every problem of every split, or with what was looked for and not found.
     """
     _check_arguments(valid_fraction, limit)
-    sources, notes = _find_sources(folder)  # TODO: format
+    sources, notes = _find_sources(folder, format)
     splits = _share_categories(_read_all(sources))
     train, test = splits["train"], splits.get("test")
     valid = splits.get("valid")
@@ -109,90 +105,18 @@ def _check_arguments(valid_fraction: float, limit: int | None) -> None:
         raise UserError(problems)
 
 
-def _find_sources(folder: Path) -> tuple[dict[str, Source], list[str]]:
-    """Each split that is there, `train` always; and a note where the format is not COCO."""
+def _find_sources(folder: Path, key: str) -> tuple[dict[str, Source], list[str]]:
+    """Each split that is there, `train` always; and a note where the format is not plain COCO."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the one that holds the dataset")
-    if not _has_coco(folder) and (format := detect(folder)):
-        return _sources_of(format, folder), [f"no COCO JSON: read as {format.name}"]
-    jsons = _find_jsons(folder)
-    return {
-        split: Source(path, partial(read, path, _image_roots(folder, path)))
-        for split, path in jsons.items()
-    }, []
-
-
-def _has_coco(folder: Path) -> bool:
-    """Whether a COCO JSON, by its name or by what it holds, is in the folder or in a split's."""
-    names = [name for split in FOLDERS.values() for name in split]
-    return any(_holds_coco(path) for path in (folder, *(folder / name for name in names)))
-
-
-def _holds_coco(folder: Path) -> bool:
-    if any((folder / name).is_file() for name in JSON_NAMES):
-        return True
-    paths = list(folder.glob("*.json"))
-    try:
-        document = read_json(paths[0]) if len(paths) == 1 else None
-    except UserError:
-        return False
-    return isinstance(document, dict) and "images" in document and "annotations" in document
-
-
-def _sources_of(format: Format, folder: Path) -> dict[str, Source]:
+    format = choose(folder, key)
     sources = format.sources(folder)
     if "train" not in sources:
         there = ", ".join(f"'{source.where.name}'" for source in sources.values())
         raise UserError(f"{folder}: no 'train' folder to train on; there is {there}")
-    return sources
-
-
-def _find_jsons(folder: Path) -> dict[str, Path]:
-    """The COCO JSON of each split that is there; `train` always is."""
-    folders = split_folders(folder)
-    jsons = {split: _find_json(path) for split, path in folders.items()}
-    found = {split: path for split, path in jsons.items() if path is not None}
-    if not found:
-        if (own := _find_json(folder)) is None:
-            raise UserError(_nothing_found(folder))
-        return {"train": own}
-    problems = [
-        f"{folders[split]}: no COCO JSON ({' or '.join(JSON_NAMES)}) is in it; "
-        "add it or remove the folder"
-        for split in folders
-        if split not in found
-    ]
-    if "train" not in folders:
-        problems.append(
-            f"{folder}: no 'train' folder to train on; there is "
-            + ", ".join(f"'{path.name}'" for path in folders.values())
-        )
-    if problems:
-        raise UserError(problems)
-    return found
-
-
-def _find_json(folder: Path) -> Path | None:
-    for name in JSON_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    paths = sorted(folder.glob("*.json"))
-    if len(paths) > 1:
-        names = ", ".join(path.name for path in paths)
-        raise UserError(
-            f"{folder}: has several JSON files ({names}); name the one to use {JSON_NAMES[0]}"
-        )
-    return paths[0] if paths else None
-
-
-def _nothing_found(folder: Path) -> str:
-    there = sorted(path.name for path in folder.iterdir())
-    listed = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
-    return (
-        f"{folder}: no dataset found. Looked for {' or '.join(JSON_NAMES)}, or a single *.json, "
-        "in it and in its folders train, valid, val and test; and for other formats: "
-        f"{understood()}. There is: {listed or 'nothing'}"
-    )
+    if key != "auto":
+        return sources, [f"read as {format.name}, as dataset.format says"]
+    return sources, [] if format is COCO else [f"no COCO JSON: read as {format.name}"]
 
 
 def _read_all(sources: Mapping[str, Source]) -> dict[str, Dataset]:
@@ -212,11 +136,6 @@ def _read_all(sources: Mapping[str, Source]) -> dict[str, Dataset]:
     if problems:
         raise UserError(problems)
     return datasets
-
-
-def _image_roots(folder: Path, json_path: Path) -> list[Path]:
-    """Beside the JSON, then in the dataset's folder."""
-    return list(dict.fromkeys([json_path.parent, folder]))
 
 
 def _share_categories(splits: dict[str, Dataset]) -> dict[str, Dataset]:

@@ -43,7 +43,7 @@ def read_config(folder: Path) -> Config:
     path = _config_path(folder)
     assert path is not None, "called for a folder that is_yolo"
     found = Findings(str(path))
-    document = _load_yaml(path)
+    document = _as_roboflow_means(_load_yaml(path), folder)
     names = _class_names(document.get("names"), found)
     splits = {}
     for split, keys in SPLIT_KEYS.items():
@@ -121,6 +121,24 @@ def _class_names(names: object, found: Findings) -> tuple[str, ...]:
         elif name in names[:number]:
             found.add("names", f"names[{number}]", name, "is another class's name too; rename one")
     return tuple(str(name).strip() for name in names)
+
+
+def _as_roboflow_means(document: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same, with the splits of Roboflow's export where they are, and without those it lacks.
+
+    They lie in train/, valid/ and test/ beside data.yaml, which names all three, there or not;
+    Roboflow's Python package writes paths of its machine into it (roboflow-python#125).
+    """
+    if "roboflow" not in document and not (folder / "README.roboflow.txt").is_file():
+        return document
+    meant, base = dict(document), str(document.get("path") or ".")
+    for key in (key for keys in SPLIT_KEYS.values() for key in keys):
+        entry = str(document.get(key))
+        match = re.search(r"(?:^|/)((train|valid|test)/images)$", entry)
+        if match and _locate(entry, base, folder.resolve()) is None:
+            there = (folder / match[1]).is_dir()
+            meant[key] = match[1] if there or key == "train" else None
+    return meant
 
 
 def _locate_all(
