@@ -68,7 +68,7 @@ def read_prompts(file: Path, categories: Iterable[Category]) -> dict[str, tuple[
     """The file's prompts by class: YAML or JSON, `class: prompt` or `class: [prompt, synonym, …]`.
 
     Raises:
-        UserError: every class that is not there, prompt that is no text, and prompt for two classes.
+        UserError: every class that is not there, prompt that is no text, prompt for two classes.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))

@@ -186,8 +186,8 @@ def test_an_object_that_is_dropped_answers_no_prompt(shapes: Path) -> None:
                 x, y, w, h = thing.bbox.flatten().tolist()
                 assert w > 0
                 assert h > 0
-                assert 0 <= x - w / 2 + 1e-6
+                assert x - w / 2 + 1e-6 >= 0
                 assert x + w / 2 <= 1 + 1e-6
-                assert 0 <= y - h / 2 + 1e-6
+                assert y - h / 2 + 1e-6 >= 0
                 assert y + h / 2 <= 1 + 1e-6
     assert seen

@@ -79,7 +79,7 @@ def test_the_trunk_learns_and_nothing_else_moves(shapes: Path) -> None:
 
 
 def test_a_run_resumes_from_its_warm_start(shapes: Path, tmp_path: Path, command: Command) -> None:
-    """A checkpoint follows the warm start at once; before it, --resume starts from the beginning."""
+    """A checkpoint follows the warm start; before it, --resume starts from the beginning."""
     words = [
         *("train", "--dataset-dir", shapes, "--model", "nano", "--epochs", 1, *TINY),
         *("--warm-start", "pixels", "training.warm_start.steps=2"),
