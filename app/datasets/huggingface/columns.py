@@ -20,7 +20,10 @@ PHOTOGRAPHS = ("image", "img", "photo", "picture")
 NAMED: dict[str, re.Pattern[str]] = {
     "bbox": re.compile(r"(bounding_?|b)?box(es)?(_.*)?", re.I),
     "category": re.compile(r"(category|categories|labels?|class(es)?|names?)(_.*)?", re.I),
-    "segmentation": re.compile(r"(segmentations?|polygons?|contours?|rles?|masks?)(_.*)?", re.I),
+    "segmentation": re.compile(
+        r"(segmentations?|polygons?|contours?|rles?|masks?)(_(rles?|polygons?|points|json|coco))?",
+        re.I,
+    ),
     "iscrowd": re.compile(r"is_?crowd", re.I),
 }
 
@@ -178,7 +181,7 @@ def _fields(types: Mapping[str, Any], choice: Mapping[str, str]) -> dict[str, st
     holds: dict[str, Callable[[Any], int]] = {
         "bbox": lambda kind: int(item_type(kind) is not None),
         "category": _names_a_class,
-        "segmentation": lambda kind: int(_names_a_class(kind) == 0),
+        "segmentation": _is_a_shape,
         "iscrowd": _names_a_class,
     }
     found = {}
@@ -204,6 +207,13 @@ def _names_a_class(kind: Any) -> int:
     if "string" in dtype:
         return 2
     return int("int" in dtype or dtype == "bool")
+
+
+def _is_a_shape(kind: Any) -> int:
+    """How well a value of that type does: text may be JSON."""
+    if type(kind).__name__ == "Value":
+        return int("string" in kind.dtype)
+    return 0 if type(kind).__name__ == "ClassLabel" else 2
 
 
 def _maps(features: Features, image: str) -> dict[str, str]:
