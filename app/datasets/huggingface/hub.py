@@ -104,6 +104,8 @@ def _ask(name: str, revision: str | None) -> tuple[str, str, dict[str, int | Non
 
     with explained(name, revision):
         info = HfApi().dataset_info(name, revision=revision, files_metadata=True, timeout=60)
+        if info.gated:  # its list of files is public all the same
+            HfApi().auth_check(name, repo_type="dataset")
     files = {file.rfilename: file.size for file in info.siblings or []}
     return name, str(info.sha), files
 
