@@ -44,7 +44,7 @@ def fetch(config: HuggingFaceConfig, data: Path) -> Path:
         return _copy_fetched_earlier(config, home, error)
     folder = home / _folder_name(config, repository)
     info = _info(config, repository)
-    if (folder / MARK).is_file() and read_json(folder / MARK)["info"] == info:
+    if (folder / MARK).is_file() and read_json(folder / MARK).get("info") == info:
         log.info("%s: already in %s", config.name, folder)
         return folder
     _make(config, repository, info, folder, home / ".cache")
@@ -65,7 +65,7 @@ def _make(
     columns = guess(opened.features, choice, repository.name)
     log.info("%s: columns %s", repository.name, columns.describe())
     names = class_names(opened.features, columns, choice, opened.id2label, repository.name)
-    evidence = gather(splits, columns, opened.roots)
+    evidence = gather(splits, columns, opened.roots, repository.name)
     reading = settle(columns, choice, evidence, names, opened.roots, repository.name)
     for reason in reading.reasons:
         log.info("%s: %s", repository.name, reason)

@@ -42,12 +42,11 @@ def decide(boxes: Floats, sizes: Floats, field: str) -> tuple[str, str]:
     Raises:
         ValueError: no convention fits, or several do; says how many boxes fit which.
     """
-    shares = bool((np.abs(boxes) <= 1 + SLACK).all())
-    candidates = SHARES if shares else PIXELS
+    within = float((np.abs(boxes) <= 1 + SLACK).all(axis=1).mean())
+    candidates = SHARES if within >= FITS else PIXELS if within <= 1 - FITS else ()
     fits = {name: _fitting(boxes, sizes, name) for name in candidates}
-    evidence = f"of {len(boxes)} boxes {'within' if shares else 'beyond'} 0..1, " + ", ".join(
-        f"{share:.0%} fit {name}" for name, share in fits.items()
-    )
+    shown = [f"{share:.0%} fit {name}" for name, share in fits.items()]
+    evidence = f"of {len(boxes)} boxes " + ", ".join([f"{within:.0%} are within 0..1", *shown])
     good = [name for name, share in fits.items() if share >= FITS]
     said = [name for name in good if name.removesuffix("n") in field.lower().split("_")]
     if len(said or good) != 1:

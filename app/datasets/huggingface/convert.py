@@ -7,19 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags
 from PIL import Image as PILImage
 
 from app.datasets.check import MAX_SIDE, Findings
 from app.datasets.huggingface.hub import explained
-from app.datasets.huggingface.masks import open_picture, read_bytes
+from app.datasets.huggingface.masks import open_picture, read_bytes, upright_size
 from app.datasets.huggingface.rows import Labelled, Reading, read_row
 from app.errors import UserError
 from app.files import write_json
 
 log = logging.getLogger("app")
 
-KEPT = {"JPEG": ".jpg", "PNG": ".png"}  # written as they came
+KEPT = {"JPEG": ".jpg", "MPO": ".jpg", "PNG": ".png"}  # written as they came
 TOLERATED = 0.05  # share of images and of objects that may be faulty; more: it is misread
 SPOKEN = 1000  # images between two lines of progress
 
@@ -39,7 +38,8 @@ def convert(
     for part in parts:
         part.write(splits[part.name], where)
     _tell_faults(parts, where)
-    names = reading.names.listed() or sorted({o["name"] for part in parts for o in part.objects})
+    known, used = reading.names.listed(), {o["name"] for part in parts for o in part.objects}
+    names = [*known, *sorted(used - set(known))]
     for part in parts:
         write_json(part.folder / "_annotations.coco.json", {"info": info, **part.document(names)})
     counts = ", ".join(f"{p.name} {len(p.images)} images, {len(p.objects)} objects" for p in parts)
@@ -111,12 +111,6 @@ def _entry(labelled: Labelled, id: int, image_id: int) -> dict[str, Any]:
         "iscrowd": int(labelled.iscrowd),
         "segmentation": labelled.mask or [],
     }
-
-
-def upright_size(picture: PILImage.Image) -> tuple[int, int]:
-    """Width and height in pixels, turned by the EXIF orientation, as labels are."""
-    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return picture.size[::-1] if turned else picture.size
 
 
 def _save(picture: PILImage.Image, data: bytes, path: Path) -> None:

@@ -12,7 +12,14 @@ import numpy as np
 from app.datasets.huggingface.boxes import decide
 from app.datasets.huggingface.columns import Columns
 from app.datasets.huggingface.hub import explained
-from app.datasets.huggingface.masks import open_picture, polygons, read_bytes, read_map
+from app.datasets.huggingface.masks import (
+    is_pixels,
+    open_picture,
+    polygons,
+    read_bytes,
+    read_map,
+    upright_size,
+)
 from app.datasets.huggingface.names import ONE_CLASS, Names
 from app.datasets.huggingface.rows import Reading, objects_of
 from app.errors import UserError
@@ -38,11 +45,13 @@ class Evidence:
     lossy: bool = False
 
 
-def gather(splits: Mapping[str, Any], columns: Columns, roots: tuple[str, ...]) -> Evidence:
+def gather(
+    splits: Mapping[str, Any], columns: Columns, roots: tuple[str, ...], where: str
+) -> Evidence:
     """Look at the first rows of each split; what cannot be read is passed over here."""
     evidence = Evidence()
-    for name, rows in splits.items():
-        with explained(name):
+    for rows in splits.values():
+        with explained(where):
             for row in islice(rows, ROWS):
                 try:
                     _look(row, columns, evidence, roots)
@@ -57,14 +66,15 @@ def _look(row: dict[str, Any], columns: Columns, seen: Evidence, roots: tuple[st
         seen.lossy |= open_picture(data).format == "JPEG"
         if len(seen.numbers) < MOST_NUMBERS:
             seen.numbers |= set(np.unique(read_map(data)).tolist())
-    size = None
-    for found in objects_of(row, columns):
+    if not (objects := objects_of(row, columns)):
+        return
+    size = upright_size(open_picture(read_bytes(row[columns.image], roots)))
+    for found in objects:
         shape = found.get("segmentation")
         if isinstance(shape, list | str) and shape:
-            reach = (abs(n) for part in polygons(shape) for n in part)
-            seen.reach = max(seen.reach, *reach)
+            if not is_pixels(shape, *size):
+                seen.reach = max([seen.reach, *(abs(n) for p in polygons(shape) for n in p)])
         elif not shape and found.get("bbox") is not None:
-            size = size or open_picture(read_bytes(row[columns.image], roots)).size
             box = np.asarray(found["bbox"], dtype=np.float64)
             if box.shape == (4,) and np.isfinite(box).all():
                 seen.boxes.append(box.tolist())
@@ -125,7 +135,7 @@ def _settle_map(columns: Columns, seen: Evidence, names: Names, where: str) -> t
     objects = [number for number in numbers if not names.is_background(number)]
     if names.by_id and objects and all(number in names.by_id for number in objects):
         chosen, reason = "semantic", f"'{column}' is read as classes: its numbers have names"
-    elif len(numbers) <= 2 or seen.lossy:
+    elif seen.lossy or (numbers[:1] == [0] and len(numbers) <= 2):
         chosen, reason = "mask", f"'{column}' is read as a mask of one class: it holds {shown}"
     else:
         raise UserError(

@@ -107,7 +107,7 @@ def _ask(name: str, revision: str | None) -> tuple[str, str, dict[str, int | Non
         if info.gated:  # its list of files is public all the same
             HfApi().auth_check(name, repo_type="dataset")
     files = {file.rfilename: file.size for file in info.siblings or []}
-    return name, str(info.sha), files
+    return info.id, str(info.sha), files  # it may have moved to another name
 
 
 class _NoRevision(UserError):

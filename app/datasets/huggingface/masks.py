@@ -12,6 +12,7 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ExifTags
 from PIL import Image as PILImage
 from pycocotools import mask as coco_mask
 
@@ -56,6 +57,12 @@ def open_picture(data: bytes) -> PILImage.Image:
         raise ValueError(f"cannot be read as an image ({error})") from None
 
 
+def upright_size(picture: PILImage.Image) -> tuple[int, int]:
+    """Width and height in pixels, turned by the EXIF orientation, as labels are."""
+    turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return picture.size[::-1] if turned else picture.size
+
+
 def read_map(data: bytes) -> NDArray[np.int64]:
     """(height, width, channels): 1 channel of palette indices or greys, else the colours."""
     picture = open_picture(data)
@@ -88,9 +95,10 @@ def shape_mask(
             return _rle_mask(value, width, height)
         if "bytes" in value:
             return _binary_mask(read_map(read_bytes(value, roots))[:, :, 0], width, height)
-    elif _is_pixels(value, width, height):
+    elif is_pixels(value, width, height):
         return _binary_mask(np.asarray(value), width, height)
-    return _polygons_mask(polygons(value), width, height, shares)
+    parts = polygons(value)
+    return _polygons_mask(parts, width, height, shares) if parts else None
 
 
 def polygons(value: Any) -> list[list[float]]:
@@ -101,15 +109,19 @@ def polygons(value: Any) -> list[list[float]]:
     """
     if isinstance(value, str):
         value = _parse_json(value)
-    if isinstance(value, dict) and isinstance(value.get("x"), list) and "y" in value:
-        return [[float(n) for pair in zip(value["x"], value["y"], strict=False) for n in pair]]
-    if not isinstance(value, list) or not value:
+    if isinstance(value, dict) and all(isinstance(value.get(axis), list) for axis in "xy"):
+        value = list(map(list, zip(value["x"], value["y"], strict=False)))
+    if not isinstance(value, list):
         raise ValueError("must be polygons, an RLE or a mask")
-    if all(_is_number(number) for number in value):
+    if value and all(map(_is_number, value)):
         return [[float(number) for number in value]]
-    if all(isinstance(item, list) and len(item) == 2 and _is_number(item[0]) for item in value):
+    if value and all(map(_is_pair, value)):
         return [[float(number) for pair in value for number in pair]]
     return [part for item in value if item for part in polygons(item)]
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
 
 
 def _is_number(value: object) -> bool:
@@ -123,7 +135,8 @@ def _parse_json(text: str) -> Any:
         raise ValueError("is text, and no JSON") from None
 
 
-def _is_pixels(value: Any, width: int, height: int) -> bool:
+def is_pixels(value: Any, width: int, height: int) -> bool:
+    """Whether nested lists are the rows of a mask."""
     return len(value) == height and all(isinstance(r, list) and len(r) == width for r in value)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
@@ -81,9 +81,13 @@ def _builder(repository: Repository, config: str | None, cache: Path) -> Any:
         return datasets.load_dataset_builder("parquet", config, data_files=files, **arguments)
     path = str(repository.folder or repository.name)
     revision = None if repository.folder else repository.commit
-    names = datasets.get_dataset_config_names(path, revision=revision)
-    default = datasets.get_dataset_default_config_name(path, revision=revision)
-    chosen = _choose_config(names, config or default, repository.name)
+    try:
+        return datasets.load_dataset_builder(path, config, revision=revision, **arguments)
+    except ValueError:  # no such configuration; or none is named, and it has no default
+        names = datasets.get_dataset_config_names(path, revision=revision)
+        if config in names or (config is None and len(names) < 2):
+            raise
+        chosen = _choose_config(names, config, repository.name)
     return datasets.load_dataset_builder(path, chosen, revision=revision, **arguments)
 
 
@@ -153,9 +157,7 @@ def _download(repository: Repository, builder: Any, cache: Path) -> Repository:
         cache_dir=cache / "hub",
         allow_patterns=[*map(escape, files), *CARDS] if len(files) <= PATTERNS else None,
     )
-    return Repository(
-        repository.name, repository.commit, repository.sizes, Path(folder), repository.converted
-    )
+    return replace(repository, folder=Path(folder))
 
 
 def _read_id2label(repository: Repository) -> Any:
