@@ -274,12 +274,12 @@ def maps_set(folder: Path, name: str, pixels: np.ndarray, format: str = "PNG") -
 
 
 def test_mask_of_one_class_by_connected_parts(tmp_path):
-    both = area(*CAT, 255) | area(*DOG, 255)
-    folder = maps_set(tmp_path / "set", "mask", both)
+    cat = area(*CAT, 255) | area(20, 15, 22, 17, 255)  # they touch at a corner
+    folder = maps_set(tmp_path / "set", "mask", cat | area(*DOG, 255))
     assert "nothing names the class of its objects" in problems(folder)
     splits = read(folder, "name=crack")
-    assert labels(splits.train) == [[("crack", box) for _, box in BOTH]]
-    assert np.array_equal(pixels(splits.train.annotations[1]), area(*DOG))
+    assert labels(splits.train) == [[("crack", (10, 5, 12, 12)), ("crack", BOTH[1][1])]]
+    assert np.array_equal(pixels(splits.train.annotations[0]), cat > 0)
 
 
 def test_lossy_mask_has_no_ghosts(tmp_path):

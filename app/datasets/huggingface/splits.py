@@ -108,7 +108,10 @@ def _choose_config(names: list[str], asked: str | None, where: str) -> str:
 
 
 def _converted_configs(repository: Repository) -> list[str]:
-    return sorted({name.split("/")[0] for name in _parquet(repository)})
+    names = sorted({name.split("/")[0] for name in _parquet(repository)})
+    if not names:
+        raise UserError(f"{repository.name}: its Parquet conversion is empty; take another dataset")
+    return names
 
 
 def _converted_files(repository: Repository, config: str) -> dict[str, list[str]]:
@@ -135,7 +138,9 @@ def _streams(repository: Repository, builder: Any, streaming: bool | str) -> boo
     known = [size for size in sizes if size is not None]
     streams = len(known) < len(sizes) or sum(known) > STREAM_FROM
     if streams:
-        log.info("%s: streamed, as it is large (…streaming=false downloads it)", repository.name)
+        log.info(
+            "%s: large, so streamed; dataset.huggingface.streaming=false downloads", repository.name
+        )
     return streams
 
 
