@@ -36,11 +36,18 @@ def train(
     hf_dataset: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME[@REVISION]", help="from huggingface.co")
     ] = None,
+    hf_config: Annotated[
+        str | None, typer.Option(help="configuration of --hf-dataset, where it has several")
+    ] = None,
+    hf_split: Annotated[
+        str | None, typer.Option(help="take this split of --hf-dataset alone")
+    ] = None,
     roboflow: Annotated[
         str | None, typer.Option(metavar="WORKSPACE/PROJECT/VERSION", help="from Roboflow")
     ] = None,
     columns: Annotated[
-        str | None, typer.Option(metavar="image=A,objects=B", help="of --hf-dataset")
+        str | None,
+        typer.Option(metavar="image=A,objects=B", help="of --hf-dataset; see configs/train.yaml"),
     ] = None,
     format: Annotated[str | None, typer.Option(help="of --dataset-dir, decided by hand")] = None,
     augmentation: Annotated[str | None, typer.Option(help="none, light or strong")] = None,
@@ -88,6 +95,8 @@ def train(
         "transforms": augmentation,
         "dataset.dir": dataset_dir,
         "dataset.huggingface.name": hf_dataset,
+        "dataset.huggingface.config": hf_config,
+        "dataset.huggingface.split": hf_split,
         "dataset.huggingface.columns": columns,
         "dataset.roboflow": roboflow,
         "dataset.format": format,
