@@ -308,7 +308,7 @@ def test_an_output_folder_that_cannot_be_written(command, shapes, tmp_path: Path
 
 @pytest.fixture
 def damaged(shapes: Path, tmp_path: Path) -> Path:
-    """The shapes with one training image cut short: a JPEG, whose header alone says nothing of it."""
+    """The shapes with one training image cut short: a JPEG, whose header says nothing of it."""
     shutil.copytree(shapes, tmp_path / "set")
     image = tmp_path / "set" / "train" / "images" / "000002.png"
     Image.open(image).save(tmp_path / "whole.jpg", quality=95)
