@@ -49,7 +49,7 @@ def whole(folder: Path) -> Dataset:
     """The training split, before any is set aside from it."""
     found = detect(folder)
     assert found is not None
-    return found.sources(folder)["train"].read()
+    return found.sources(folder)["train"].read().dataset
 
 
 def problems(folder: Path) -> list[str]:

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from app.datasets.coco import Dataset
+from app.datasets.coco import Reading
 from app.datasets.folders import split_folders
 from app.datasets.formats import labelme, masks, via, voc, yolo
 
 
 @dataclass(frozen=True)
 class Source:
-    """One split: where it lies, and how to read it (raises UserError with all its problems)."""
+    """One split: where it lies, and how to read it."""
 
     where: Path
-    read: Callable[[], Dataset]
+    read: Callable[[], Reading]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _by_folder(
     name: str,
     layout: str,
     recognises: Callable[[Path], bool],
-    read: Callable[[Path, Path], Dataset],
+    read: Callable[[Path, Path], Reading],
 ) -> Format:
     """A format in which each split has a folder of its own, or the dataset is one such folder.
 

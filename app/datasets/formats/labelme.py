@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from app.datasets.coco import Dataset, Image
+from app.datasets.coco import Image, Reading
 from app.datasets.formats.draft import Draft
 from app.datasets.formats.outlines import Rle, ellipse_mask, polygon_mask, union
 from app.errors import UserError
@@ -25,7 +25,7 @@ def is_labelme(folder: Path) -> bool:
     return isinstance(document, dict) and isinstance(document.get("shapes"), list)
 
 
-def read(folder: Path, root: Path) -> Dataset:
+def read(folder: Path, root: Path) -> Reading:
     """Read every JSON in `folder`; images without one are not part of the dataset.
 
     Shapes of one label and one `group_id` are parts of one object. An object of rectangles alone
