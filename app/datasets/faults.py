@@ -183,12 +183,11 @@ class Tally:
 def problems(faults: Sequence[Fault], tally: Tally, max_drop: float) -> list[str]:
     """Why a dataset is refused, all at once; empty where it is not."""
     refused = [fault for fault in faults if fault.action is Action.REFUSED]
-    over = tally.over(max_drop)
-    if not refused and not over:
-        return []
     dropped = [fault for fault in faults if fault.action is Action.DROPPED]
-    # what is refused is left out of the tally as well: without drops the cap says nothing new
-    return lines([*refused, *dropped]) + (over if dropped else [])
+    if refused:  # the tally lacks what is refused as well, and says nothing of the drops alone
+        return lines([*refused, *dropped])
+    over = tally.over(max_drop)
+    return lines(dropped) + over if over else []
 
 
 def lines(faults: Iterable[Fault]) -> list[str]:
@@ -209,7 +208,7 @@ def notes(faults: Iterable[Fault]) -> list[str]:
     counts = Counter((fault.action, fault.kind) for fault in faults)
     said = []
     for action in (Action.MENDED, Action.DROPPED):
-        kinds = [f"{kind} {count}" for (its, kind), count in counts.items() if its is action]
+        kinds = [f"{count} x {kind}" for (its, kind), count in counts.items() if its is action]
         if kinds:
             said.append(f"{action}: {', '.join(kinds)} (python -m app data check says which)")
     return said
