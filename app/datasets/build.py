@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from app.datasets.coco import Category, Dataset, Reading, examine
+from app.datasets.decoding import find_unusable
 from app.datasets.duplicates import group
 from app.datasets.faults import (
     MAX_DROP,
@@ -122,6 +123,25 @@ def survey(folder: Path, format: str = "auto") -> Survey:
         sum((reading.tally for reading in readings.values()), Tally()),
         tuple(said),
     )
+
+
+def decode(found: Survey, folder: Path, on_image: Callable[[int], None]) -> Survey:
+    """The survey without the images that only a full decode shows to be unusable.
+
+    Args:
+        folder: the dataset's.
+        on_image: is told how many are decoded.
+    """
+    unusable, findings = find_unusable(found.splits, folder, on_image)
+    splits, tally = {}, found.tally
+    for split, dataset in found.splits.items():
+        kept = {image.id for image in dataset.images} - unusable[split]
+        splits[split] = part = _subset(dataset, kept)
+        images = len(part.images) - len(dataset.images)
+        tally += Tally(0, 0, images, len(part.annotations) - len(dataset.annotations))
+        if dataset.images and not kept:
+            findings.add("empty", split, [], "has no image left to use; replace them")
+    return replace(found, splits=splits, tally=tally, faults=(*found.faults, *findings.faults))
 
 
 def _read(source: Source) -> Reading:
@@ -354,15 +374,15 @@ def _set_aside(
     sizes = _sizes(total, fractions)
     groups = group([image.path for image in images], on_image)
     parts = stratify(classes, groups, sizes, seed)
-    said = []
-    if len(set(parts)) < sum(size > 0 for size in sizes.values()):
+    alike = len(set(parts)) < sum(size > 0 for size in sizes.values())
+    if alike:
         parts = stratify(classes, range(total), sizes, seed)
-        said = ["the images are too much alike to keep near-duplicates out of validation"]
     chosen = {
         split: {image.id for image, part in zip(images, parts, strict=True) if part == split}
         for split in sizes
     }
     datasets = {split: _subset(train, ids) for split, ids in chosen.items() if ids}
+    said = []
     titles = {"valid": ("validation", "validation"), "test": ("test", "testing")}
     for split, fraction in fractions.items():
         title, purpose = titles[split]
@@ -373,6 +393,8 @@ def _set_aside(
             )
         elif fraction:
             said.append(f"no {title} split: {total} images are too few to set any aside")
+    if alike:
+        said.append("the images are too much alike to keep near-duplicates out of validation")
     return datasets, said
 
 

@@ -198,7 +198,8 @@ def _check_annotations(
         if not is_id(image_id) or image_id not in known["images"]:
             remedy = "is the id of no image in 'images'"
             found.add("image reference", f"{place}.image_id", image_id, remedy)
-        if known["categories"] and not (is_id(category_id) and category_id in known["categories"]):
+        named = is_id(category_id) and category_id in known["categories"]
+        if known["categories"] and not named:  # where there are none, that is said once
             remedy = "is the id of no category in 'categories'"
             found.add("category reference", f"{place}.category_id", category_id, remedy)
         if annotation.get("iscrowd") not in (None, 0, 1):
@@ -206,7 +207,7 @@ def _check_annotations(
         size = sizes.get(image_id) if is_id(image_id) else None
         if size is not None:
             _check_geometry(place, annotation, *size, found)
-        if size is not None and len(found.faults) == before:
+        if named and size is not None and len(found.faults) == before:
             sound.append((place, annotation))
             _note_missing(place, annotation, found)
     return sound

@@ -1,0 +1,100 @@
+"""Checked splits → a folder of COCO JSON and upright RGB images."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from app.datasets.build import JSON_NAMES, Splits
+from app.datasets.coco import Dataset, Image
+from app.datasets.duplicates import in_threads
+from app.datasets.faults import Action, Fault
+from app.datasets.images import open_image, read_header
+from app.errors import UserError
+from app.files import read_json, write_json
+
+BUILDER = "built by python -m app data build"
+
+
+def is_built(folder: Path) -> bool:
+    """Whether `write_splits` wrote this folder."""
+    try:
+        document = read_json(folder / "train" / JSON_NAMES[0])
+    except UserError:
+        return False
+    info = document.get("info") if isinstance(document, dict) else None
+    return isinstance(info, dict) and info.get("description") == BUILDER
+
+
+def write_splits(
+    splits: Splits, folder: Path, info: dict[str, Any], on_image: Callable[[int], None]
+) -> None:
+    """Write train/, valid/ and test/, each `_annotations.coco.json` and `images/`.
+
+    An image is copied byte for byte where it is upright RGB or grey, else written anew as PNG.
+
+    Args:
+        info: of each JSON's `info`, to which the split's content hash is added.
+        on_image: is told how many are written.
+    """
+    parts = {"train": splits.train, "valid": splits.valid, "test": splits.test}
+    done = 0
+    for name, dataset in parts.items():
+        if dataset is not None:
+            _write_split(dataset, folder / name, info, partial(_plus, done, on_image))
+            done += len(dataset.images)
+
+
+def _plus(before: int, on_image: Callable[[int], None], done: int) -> None:
+    on_image(before + done)
+
+
+def _write_split(
+    dataset: Dataset, folder: Path, info: dict[str, Any], on_image: Callable[[int], None]
+) -> None:
+    (folder / "images").mkdir(parents=True)
+    targets = _targets(dataset.images, folder / "images")
+    work = partial(_write_image, targets=targets)
+    list(in_threads(work, [image.path for image in dataset.images], on_image))
+    images = tuple(replace(image, path=targets[image.path]) for image in dataset.images)
+    written = replace(dataset, images=images)
+    document = written.to_json()
+    for image in document["images"]:
+        image["file_name"] = f"images/{Path(image['file_name']).name}"
+    info = {"description": BUILDER, **info, "content_hash": written.content_hash()}
+    write_json(folder / JSON_NAMES[0], {"info": info, **document})
+
+
+def _targets(images: Sequence[Image], folder: Path) -> dict[Path, Path]:
+    """A file for each image: its own name, or with its id before it where others share it."""
+    mends = {image.path: bool(read_header(image.path).mends) for image in images}
+    names = {
+        image.id: f"{image.path.stem}.png" if mends[image.path] else image.path.name
+        for image in images
+    }
+    counts = Counter(name.casefold() for name in names.values())
+    return {
+        image.path: folder / (name if counts[name.casefold()] == 1 else f"{image.id}_{name}")
+        for image, name in zip(images, names.values(), strict=True)
+    }
+
+
+def _write_image(path: Path, targets: dict[Path, Path]) -> None:
+    if read_header(path).mends:
+        open_image(path).save(targets[path])
+    else:
+        shutil.copyfile(path, targets[path])
+
+
+def counts_of(faults: Iterable[Fault]) -> dict[str, dict[str, int]]:
+    """How many of each kind were mended, and how many left out."""
+    counts = Counter((fault.action, fault.kind) for fault in faults)
+    return {
+        str(action): {kind: n for (its, kind), n in counts.items() if its is action}
+        for action in (Action.MENDED, Action.DROPPED)
+    }
