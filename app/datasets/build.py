@@ -200,9 +200,9 @@ def advise(splits: Splits, folder: Path) -> list[Fault]:
     if len(train.categories) == 1 and all(train.annotations_by_image.values()):
         name = train.class_names[0]
         remedy = (
-            f"every training image has a '{name}', the only class: the tuned model would answer any "
-            f"prompt with it. Add images without a '{name}' (listed, with no annotations), or name "
-            "other things in them as classes"
+            f"every training image has a '{name}', the only class: the tuned model would answer "
+            f"any prompt with it. Add images without a '{name}' (listed, with no annotations), or "
+            "label other things in them as classes of their own"
         )
         found.add("no negatives", "categories", name, remedy)
     return found.faults

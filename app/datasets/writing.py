@@ -71,16 +71,15 @@ def _write_split(
 
 
 def _targets(images: Sequence[Image], folder: Path) -> dict[Path, Path]:
-    """A file for each image: its own name, or with its id before it where others share it."""
-    mends = {image.path: bool(read_header(image.path).mends) for image in images}
-    names = {
-        image.id: f"{image.path.stem}.png" if mends[image.path] else image.path.name
+    """A file for each image: its own name, or with its id before it where two share one."""
+    names = [
+        f"{image.path.stem}.png" if read_header(image.path).mends else image.path.name
         for image in images
-    }
-    counts = Counter(name.casefold() for name in names.values())
+    ]
+    unique = len({name.casefold() for name in names}) == len(names)
     return {
-        image.path: folder / (name if counts[name.casefold()] == 1 else f"{image.id}_{name}")
-        for image, name in zip(images, names.values(), strict=True)
+        image.path: folder / (name if unique else f"{image.id}_{name}")
+        for image, name in zip(images, names, strict=True)
     }
 
 
