@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import copy
-import json
-import re
-import tempfile
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,9 +15,7 @@ from app.datasets.check import check as check_document
 from app.datasets.faults import Action, Findings, lines
 from app.datasets.geometry import clip_box, decode_counts
 from app.datasets.image_files import find_files
-from app.datasets.coco import Dataset, read
-from app.errors import UserError
-from tests.datasets.conftest import SQUARE, sound_document
+from tests.datasets.conftest import SQUARE
 
 DROPPED, REFUSED, MENDED = Action.DROPPED, Action.REFUSED, Action.MENDED
 
@@ -268,115 +262,3 @@ def test_a_name_longer_than_file_systems_take_is_a_missing_file(document, save):
     document["images"][0]["file_name"] = "x" * 5000
     (problem,) = files_problems(folder, document)
     assert "no such file" in problem
-
-
-ODD_NUMBERS = [None, True, 0, -1, 1, 3, 7, 2**31, 2**32, 2**63, 10**400, 0.5, 1e9, -1e9, 1e308]
-ODD_TEXTS = ["", "..", "/etc/passwd", "a.png", "b\0", "\ud800", "05L5", "0" * 300, "images", "."]
-odd = st.recursive(
-    st.sampled_from([*ODD_NUMBERS, NAN, INF, -INF, *ODD_TEXTS])
-    | st.floats()
-    | st.integers(-50, 1300),
-    lambda inner: (
-        st.lists(inner, max_size=8)
-        | st.lists(st.lists(st.floats(-90, 90), min_size=4, max_size=9), max_size=3)
-        | st.dictionaries(st.sampled_from(["size", "counts", "id", "name"]), inner, max_size=3)
-        | st.fixed_dictionaries({"size": st.builds(lambda: [30, 40]), "counts": inner})
-    ),
-    max_leaves=8,
-)
-
-
-@st.composite
-def spoiled_documents(draw: st.DrawFn) -> Any:
-    """A sound document with up to three values replaced or removed, at any depth."""
-    holder = {"document": copy.deepcopy(sound_document())}
-    for _ in range(draw(st.integers(1, 3))):
-        target: Any = holder
-        while True:
-            keys = list(target) if isinstance(target, dict) else list(range(len(target)))
-            key = draw(st.sampled_from(keys))
-            child = target[key]
-            if not isinstance(child, dict | list) or not child or draw(st.integers(0, 4)) == 0:
-                break
-            target = child
-        if target is not holder and draw(st.integers(0, 3)) == 0:
-            del target[key]
-        else:
-            target[key] = draw(odd)
-    return holder["document"]
-
-
-@pytest.fixture(scope="module")
-def fuzz_folder():
-    with tempfile.TemporaryDirectory() as name:
-        for image in ("a.png", "b.png"):
-            Image.new("RGB", (40, 30)).save(Path(name) / image)
-        yield Path(name)
-
-
-@given(spoiled_documents())
-@settings(max_examples=1000, deadline=None)
-def test_any_document_gives_a_usable_dataset_or_a_user_error(fuzz_folder, document):
-    path = fuzz_folder / "_annotations.coco.json"
-    path.write_text(json.dumps(document))
-    try:
-        dataset = read(path, [fuzz_folder])
-    except UserError as error:
-        problems = error.problems
-    else:
-        problems = []
-        assert_usable(dataset)
-    assert all(problem.startswith(str(path)) or "left out (" in problem for problem in problems)
-
-
-def assert_usable(dataset: Dataset) -> None:
-    json.dumps(dataset.to_json(), allow_nan=False)
-    for annotation in dataset.annotations:
-        x, y, w, h = annotation.bbox_xywh
-        assert w > 0
-        assert h > 0
-        assert 0 <= x <= x + w <= 40.0001
-        assert 0 <= y <= y + h <= 30.0001
-        if annotation.segmentation is not None:
-            mask = coco_mask.decode(annotation.segmentation)
-            assert mask.shape == (30, 40)
-            assert mask.any()
-            assert mask.max() == 1
-
-
-def points(low: float, high: float) -> st.SearchStrategy[list[float]]:
-    return st.lists(st.floats(low, high), min_size=6, max_size=24).map(lambda p: p[: len(p) & ~1])
-
-
-@given(st.lists(points(-30, 60), min_size=1, max_size=3))
-@settings(max_examples=300, deadline=None)
-def test_any_polygons_near_the_image_give_a_mask_or_a_user_error(fuzz_folder, polygons):
-    document = sound_document()
-    document["annotations"][0]["segmentation"] = polygons
-    path = fuzz_folder / "_annotations.coco.json"
-    path.write_text(json.dumps(document))
-    try:
-        assert_usable(read(path, [fuzz_folder]))
-    except UserError as error:
-        problems = error.problems
-    else:
-        problems = []
-    assert all(re.search("covers no pixel|left out", problem) for problem in problems)
-
-
-@given(st.lists(st.integers(0, 1200), max_size=12))
-@settings(max_examples=300, deadline=None)
-def test_any_runs_that_fill_the_mask_give_their_pixels(fuzz_folder, cuts):
-    runs = np.diff([0, *sorted(cuts), 1200])
-    flat = np.repeat(np.arange(len(runs)) % 2, runs)
-    document = sound_document()
-    rle = {"size": [30, 40], "counts": runs.tolist()}
-    document["annotations"][0]["segmentation"] = rle
-    path = fuzz_folder / "_annotations.coco.json"
-    path.write_text(json.dumps(document))
-    if not flat.any():
-        with pytest.raises(UserError, match="covers no pixel"):
-            read(path, [fuzz_folder])
-    else:
-        mask = coco_mask.decode(read(path, [fuzz_folder]).annotations[0].segmentation)
-        assert (mask.ravel(order="F") == flat).all()
