@@ -175,7 +175,10 @@ def _advice_on(splits: Splits, folder: Path, config: Config) -> list[Fault]:
 
 def _show(faults: Sequence[Fault]) -> None:
     """A table of the kinds that were found, on the terminal."""
-    table = Table("kind", "becomes", "faults", "first", "how")
+    table = Table()
+    for name, whole in (("kind", True), ("becomes", True), ("faults", True), ("first", False)):
+        table.add_column(name, no_wrap=whole)
+    table.add_column("how")
     for kind, group in by_kind(faults):
         outcome = KINDS[kind].outcome if kind in KINDS else group[0].remedy
         cells = (kind, group[0].action, str(len(group)), group[0].place, outcome)

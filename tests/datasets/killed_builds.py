@@ -19,6 +19,7 @@ from app.config import load_config
 from app.datasets.commands import build
 
 EVENTS = ("open", "os.", "shutil.", "tempfile.")
+RELATIVE = ("os.remove", "os.rmdir", "os.scandir")  # as rmtree names files: within an open folder
 Tree = dict[str, bytes]
 
 
@@ -32,7 +33,8 @@ def kill_before(operation: int, folder: Path) -> None:
 
     def count(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
-        if event.startswith(EVENTS) and str(folder) in repr(arguments):
+        inside = event in RELATIVE or str(folder) in repr(arguments)
+        if event.startswith(EVENTS) and inside:
             left -= 1
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -44,7 +46,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     config = load_config()
     logging.disable()
-    output, parts = folder / "out", f".{'out'}.part-*"
+    output, parts = folder / "out", ".out.part-*"
     build(folder / "new", output, config)
     new = contents(output)
     build(folder / "old", output, config)
