@@ -137,7 +137,7 @@ def _check_categories(document: dict[str, Any], found: Findings) -> list[Entry]:
             found.add("placeholder", f"{place}.name", name, remedy)
         elif _check_name(f"{place}.name", name, seen, found) and unique:
             sound.append((place, category))
-    if not listed(document, "categories") and listed(document, "annotations"):
+    if document.get("categories") == [] and listed(document, "annotations"):
         found.add("empty", "'categories'", [], "must name the classes of the annotations")
     return sound
 
