@@ -29,6 +29,7 @@ from app.datasets.shapes import ShapesConfig, is_shapes, make_shapes
 from app.datasets.splitting import stratify
 from app.errors import UserError
 from app.files import read_json
+from app.progress import progress
 
 JSON_NAMES = ("_annotations.coco.json", "annotations.json")
 
@@ -168,13 +169,11 @@ def make_splits(
     valid_fraction: float = 0.15,
     test_fraction: float = 0.15,
     seed: int = 0,
-    on_image: Callable[[int], None] = lambda _: None,
 ) -> Splits:
     """The splits that are given; what is missing of them is made from the training images.
 
     Args:
         valid_fraction, test_fraction, seed: as `load_splits` has them.
-        on_image: is told how many images were looked at for near-duplicates, where splits are made.
     """
     splits = _share_categories(found.splits)
     train, valid, test = (splits.get(name) for name in ("train", "valid", "test"))
@@ -182,7 +181,7 @@ def make_splits(
     if valid is not None:
         return Splits(train, valid, test, found.notes)
     fractions = {"valid": valid_fraction} | ({} if test else {"test": test_fraction})
-    parts, said = _set_aside(train, fractions, seed, on_image)
+    parts, said = _set_aside(train, fractions, seed)
     return Splits(parts["train"], parts["valid"], test or parts.get("test"), (*found.notes, *said))
 
 
@@ -359,7 +358,7 @@ def _renumber(dataset: Dataset, ids: dict[str, int], categories: tuple[Category,
 
 
 def _set_aside(
-    train: Dataset, fractions: Mapping[str, float], seed: int, on_image: Callable[[int], None]
+    train: Dataset, fractions: Mapping[str, float], seed: int
 ) -> tuple[dict[str, Dataset], list[str]]:
     """Training set, the sets made from it, and what to tell the user."""
     total = len(train.images)
@@ -372,7 +371,8 @@ def _set_aside(
         frozenset(a.category_id for a in train.annotations_by_image[image.id]) for image in images
     ]
     sizes = _sizes(total, fractions)
-    groups = group([image.path for image in images], on_image)
+    with progress("near-duplicates: image", total) as advance:
+        groups = group([image.path for image in images], lambda done: advance(done, ""))
     parts = stratify(classes, groups, sizes, seed)
     alike = len(set(parts)) < sum(size > 0 for size in sizes.values())
     if alike:

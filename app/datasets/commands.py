@@ -17,8 +17,8 @@ from app.datasets import sources
 from app.datasets.build import Splits, Survey, advise, decode, make_splits, survey
 from app.datasets.coco import Dataset
 from app.datasets.dataset_report import by_kind, render
-from app.datasets.faults import KINDS, MAX_DROP, Fault, Findings, lines, notes
-from app.datasets.writing import counts_of, is_built, write_splits
+from app.datasets.faults import KINDS, MAX_DROP, Action, Fault, Findings, counts_of, lines, notes
+from app.datasets.writing import is_built, write_splits
 from app.errors import UserError
 from app.files import atomic_folder, write_text
 from app.progress import progress
@@ -48,11 +48,16 @@ def check_command(
     faults = [*found.faults, *_advice(found, folder, config)]
     write_text(output_dir / REPORT, render(f"Dataset {folder}", found.splits, faults, found.notes))
     _show(faults)
-    for line in lines(faults):
+    for line in lines(fault for _, group in by_kind(faults) for fault in group):
         log.info("%s", line)
     log.info("report: %s", output_dir / REPORT)
-    found.require_sound(max_drop)
-    log.info("%s: %s", folder, "sound" if not found.faults else "can be trained on as it is")
+    refused = sum(fault.action is Action.REFUSED for fault in faults)
+    over = found.tally.over(max_drop)
+    if refused:
+        raise UserError(f"{folder}: {refused} of the faults above must be mended by hand")
+    if over:
+        raise UserError(over)
+    log.info("%s: %s", folder, "can be trained on as it is" if found.faults else "sound")
 
 
 @cli.command("build")
@@ -96,6 +101,9 @@ def build_command(
         "seed": seed,
     }
     asked = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    unread = [text for text in overrides or [] if not text.startswith(("dataset.", "seed="))]
+    if unread:
+        raise UserError([f"'{text}': data build reads dataset.… and seed alone" for text in unread])
     config = load_config([*(overrides or []), *asked])
     _check_output(output_dir, overwrite)
     folder = sources.fetch(config.dataset, config.seed)
@@ -190,7 +198,7 @@ def _show(faults: Sequence[Fault]) -> None:
 def _check_apart(output: Path, source: Path) -> None:
     """Neither in the other: a report or a copy must not become part of the dataset."""
     one, other = output.resolve(), source.resolve()
-    if one.is_relative_to(other) or (one / REPORT).is_relative_to(other):
+    if one.is_relative_to(other):
         raise UserError(f"--output-dir {output}: lies in the dataset {source}; name another folder")
     if other.is_relative_to(one) and is_built(one):
         raise UserError(f"--output-dir {output}: holds the dataset {source}; name another folder")

@@ -83,7 +83,13 @@ def _same_source(paths: Sequence[Path]) -> Iterator[tuple[int, int]]:
 
 
 def _alike(looks: Sequence[Look | None]) -> Iterator[tuple[int, int]]:
-    known = [(index, look) for index, look in enumerate(looks) if look is not None]
+    first: dict[tuple[int, bytes], int] = {}  # of equal looks one stands for all
+    for index, look in enumerate(looks):
+        if look is not None:
+            one = first.setdefault((look[0], look[1].tobytes()), index)
+            if one != index:
+                yield one, index
+    known = [(index, look) for index in first.values() if (look := looks[index]) is not None]
     hashes = np.array([hash for _, (hash, _) in known], dtype=np.uint64)
     colors = np.array([colors for _, (_, colors) in known])  # (images, GRID, GRID, 3)
     for band in range(BANDS):
@@ -91,8 +97,8 @@ def _alike(looks: Sequence[Look | None]) -> Iterator[tuple[int, int]]:
         order = np.argsort(keys, kind="stable")
         for bucket in np.split(order, np.flatnonzero(np.diff(keys[order])) + 1):
             for place in range(1, len(bucket)):
-                one, before = bucket[place], bucket[:place]
-                near = before[np.bitwise_count(hashes[before] ^ hashes[one]) <= MAX_BITS]
-                levels = np.abs(colors[near] - colors[one]).mean(axis=(1, 2, 3))
+                here, before = bucket[place], bucket[:place]
+                near = before[np.bitwise_count(hashes[before] ^ hashes[here]) <= MAX_BITS]
+                levels = np.abs(colors[near] - colors[here]).mean(axis=(1, 2, 3))
                 for other in near[levels <= MAX_LEVELS]:
-                    yield known[other][0], known[one][0]
+                    yield known[other][0], known[here][0]

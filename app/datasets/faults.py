@@ -65,7 +65,7 @@ KINDS = {
             image_damaged="cut short or broken: a full decode fails",
             image_enormous="more pixels than an image has: a decompression bomb",
             image_tiny="under 10 pixels a side",
-            in_two_splits="the same pixels in two splits: left out of the training images",
+            in_two_splits="the same pixels in two splits: left out of the training images, or of the test",
             image_reference="annotation of an image that is not listed",
             category_reference="annotation of a category that is not listed",
             iscrowd="neither 0 nor 1",
@@ -121,7 +121,7 @@ class Fault:
         return KINDS[self.kind].action if self.kind in KINDS else Action.REFUSED
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.place} is {self.value}: {self.remedy}".lstrip(": ")
+        return f"{self.where}: {self.place} is {self.value}: {self.remedy}"
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,12 @@ class Tally:
     kept_annotations: int = 0
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))  # noqa: B905
+        return Tally(
+            self.images + other.images,
+            self.annotations + other.annotations,
+            self.kept_images + other.kept_images,
+            self.kept_annotations + other.kept_annotations,
+        )
 
     def over(self, max_drop: float) -> list[str]:
         """What is wrong where more than that share of either is left out."""
@@ -203,15 +208,23 @@ def lines(faults: Iterable[Fault]) -> list[str]:
     return shown
 
 
-def notes(faults: Iterable[Fault]) -> list[str]:
-    """What was mended and what was left out, with how many of each: for the user of a dataset."""
+def counts_of(faults: Iterable[Fault]) -> dict[str, dict[str, int]]:
+    """How many of each kind were mended, and how many were left out."""
     counts = Counter((fault.action, fault.kind) for fault in faults)
-    said = []
-    for action in (Action.MENDED, Action.DROPPED):
-        kinds = [f"{count} x {kind}" for (its, kind), count in counts.items() if its is action]
-        if kinds:
-            said.append(f"{action}: {', '.join(kinds)} (python -m app data check says which)")
-    return said
+    return {
+        str(action): {kind: n for (its, kind), n in counts.items() if its is action}
+        for action in (Action.MENDED, Action.DROPPED)
+    }
+
+
+def notes(faults: Iterable[Fault]) -> list[str]:
+    """The same for the user of a dataset."""
+    return [
+        f"{action}: {', '.join(f'{n} x {kind}' for kind, n in kinds.items())} "
+        "(python -m app data check says which)"
+        for action, kinds in counts_of(faults).items()
+        if kinds
+    ]
 
 
 def _show(value: object) -> str:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 from app.datasets.build import JSON_NAMES, Splits
 from app.datasets.coco import Dataset, Image
 from app.datasets.duplicates import in_threads
-from app.datasets.faults import Action, Fault
 from app.datasets.images import open_image, read_header
 from app.errors import UserError
 from app.files import read_json, write_json
@@ -42,16 +40,17 @@ def write_splits(
         info: of each JSON's `info`, to which the split's content hash is added.
         on_image: is told how many are written.
     """
-    parts = {"train": splits.train, "valid": splits.valid, "test": splits.test}
     done = 0
+
+    def count(_: int) -> None:
+        nonlocal done
+        done += 1
+        on_image(done)
+
+    parts = {"train": splits.train, "valid": splits.valid, "test": splits.test}
     for name, dataset in parts.items():
         if dataset is not None:
-            _write_split(dataset, folder / name, info, partial(_plus, done, on_image))
-            done += len(dataset.images)
-
-
-def _plus(before: int, on_image: Callable[[int], None], done: int) -> None:
-    on_image(before + done)
+            _write_split(dataset, folder / name, info, count)
 
 
 def _write_split(
@@ -88,12 +87,3 @@ def _write_image(path: Path, targets: dict[Path, Path]) -> None:
         open_image(path).save(targets[path])
     else:
         shutil.copyfile(path, targets[path])
-
-
-def counts_of(faults: Iterable[Fault]) -> dict[str, dict[str, int]]:
-    """How many of each kind were mended, and how many left out."""
-    counts = Counter((fault.action, fault.kind) for fault in faults)
-    return {
-        str(action): {kind: n for (its, kind), n in counts.items() if its is action}
-        for action in (Action.MENDED, Action.DROPPED)
-    }

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +262,13 @@ def test_shapes_are_built_where_no_source_is_named(command, tmp_path, monkeypatc
     assert len(load_splits(tmp_path / "out").train.images) == 2
 
 
+def test_a_key_that_no_build_reads_is_refused(command, split_set, tmp_path):
+    words = ("data", "build", "--dataset-dir", split_set, "--output-dir", tmp_path / "out")
+    assert "training.epochs=3" in command(*words, "training.epochs=3").err
+    assert "dataset.valid_fraction" in command(*words, "dataset.valid_fractio=0.2").err
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_class_without_negatives_and_many_classes_are_warned_of(command, save, tmp_path):
     document = sound_document()
     document["annotations"] = [{**a, "category_id": 3} for a in document["annotations"]]
@@ -272,6 +281,43 @@ def test_one_class_without_negatives_and_many_classes_are_warned_of(command, sav
     done = command("data", "check", save(document, "many"), "--output-dir", tmp_path / "out")
     assert done.code == 0
     assert "dataset.max_prompts=20 towards 501" in done.out
+
+
+class Nesting(HTMLParser):
+    """Fails at a tag that closes another than the last that was opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        pass
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_counts_and_is_whole_in_itself(command, split_set, tmp_path):
+    document = load(split_set / "train")
+    del document["annotations"][0]["iscrowd"]
+    store(split_set / "train", document)
+    assert command("data", "check", split_set, "--output-dir", tmp_path / "out").code == 0
+    page = (tmp_path / "out" / PAGE).read_text()
+    nesting = Nesting()
+    nesting.feed(page)
+    assert nesting.open == []
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in page.split("<tr>")]
+    assert ["train", "4", "2", "3", "2", "1"] in rows  # images, without objects, objects, …
+    classes = {re.sub("<.*", "", row[0]): row[1:] for row in rows if len(row) == 5}
+    assert classes["dog"] == ["2", "2", "2", "6"]
+    assert classes["cat"] == ["1", "1", "1", "3"]
+    assert "40 × 30</text>" in page
+    assert "annotations[0].iscrowd is missing" in page
 
 
 def test_the_page_escapes_what_the_dataset_says(command, save, tmp_path):

@@ -31,8 +31,8 @@ def read(folder: Path, root: Path) -> Reading:
     Shapes of one label and one `group_id` are parts of one object. An object of rectangles alone
     has a box and no mask. `imageData` is ignored: the image file is read.
 
-    Raises:
-        UserError: with every problem of every file.
+    Returns:
+        What is sound, and every fault of every file.
     """
     draft = Draft(root)
     for path in sorted(folder.resolve().glob("*.json")):

@@ -30,8 +30,8 @@ def read(folder: Path, root: Path, class_name: str = DEFAULT_CLASS) -> Reading:
         class_name: of the masks that lie in `masks/`; those in a folder `masks/<class>/` are of
             the class that the folder names.
 
-    Raises:
-        UserError: with every problem of every mask.
+    Returns:
+        What is sound, and every fault of every mask.
     """
     draft, top = Draft(root), folder.resolve() / "masks"
     masks: dict[str, list[Path]] = {}

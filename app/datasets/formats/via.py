@@ -27,8 +27,8 @@ def read(folder: Path, root: Path) -> Reading:
     Polygons, circles and ellipses are masks, rects boxes alone. An object's class is the value of
     the one region attribute.
 
-    Raises:
-        UserError: with every problem of every region.
+    Returns:
+        What is sound, and every fault of every region.
     """
     path, draft = _find(folder.resolve()), Draft(root)
     document = draft.read_object(path) if path else None

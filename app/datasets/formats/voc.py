@@ -33,8 +33,8 @@ def read(folder: Path, root: Path) -> Reading:
     Object k of the XML has number k in the PNG of its name in SegmentationObject/. Images without
     an XML are not part of the dataset.
 
-    Raises:
-        UserError: with every problem of every file.
+    Returns:
+        What is sound, and every fault of every file.
     """
     draft, folder = Draft(root), folder.resolve()
     for path in sorted(_annotations(folder).glob("*.xml")):

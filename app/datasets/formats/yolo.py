@@ -63,8 +63,8 @@ def read(config: Config, split: str) -> Reading:
     A line of five numbers is a box, a longer one a polygon, whose holes and parts may be joined by
     bridges of no width.
 
-    Raises:
-        UserError: with every problem of every line.
+    Returns:
+        What is sound, and every fault of every line.
     """
     draft = Draft(config.path.parent, config.class_names)
     for source in config.splits[split]:
