@@ -31,6 +31,7 @@ from app.errors import UserError
 from app.files import read_json
 from app.progress import progress
 
+TITLES = {"valid": ("validation", "validation"), "test": ("test", "testing")}
 JSON_NAMES = ("_annotations.coco.json", "annotations.json")
 
 
@@ -366,36 +367,40 @@ def _set_aside(
         note = "no validation split, and one training image: it is validated on as well"
         only = {"train": train, "valid": train}
         return only, [f"{note}, so the figures say nothing about new images"]
-    images = sorted(train.images, key=lambda image: (image.path.name, image.id))
-    classes = [
-        frozenset(a.category_id for a in train.annotations_by_image[image.id]) for image in images
-    ]
-    sizes = _sizes(total, fractions)
-    with progress("near-duplicates: image", total) as advance:
-        groups = group([image.path for image in images], lambda done: advance(done, ""))
-    parts = stratify(classes, groups, sizes, seed)
-    alike = len(set(parts)) < sum(size > 0 for size in sizes.values())
-    if alike:
-        parts = stratify(classes, range(total), sizes, seed)
-    chosen = {
-        split: {image.id for image, part in zip(images, parts, strict=True) if part == split}
-        for split in sizes
-    }
+    chosen, alike = _assign(train, _sizes(total, fractions), seed)
     datasets = {split: _subset(train, ids) for split, ids in chosen.items() if ids}
     said = []
-    titles = {"valid": ("validation", "validation"), "test": ("test", "testing")}
     for split, fraction in fractions.items():
-        title, purpose = titles[split]
+        title, purpose = TITLES[split]
         if split in datasets:
+            count = f"{len(chosen[split])} of {total} training images"
             share = f"({fraction * 100:g} %, seed {seed}) set aside for {purpose}"
-            said.append(
-                f"no {title} split: {len(chosen[split])} of {total} training images {share}"
-            )
+            said.append(f"no {title} split: {count} {share}")
         elif fraction:
             said.append(f"no {title} split: {total} images are too few to set any aside")
     if alike:
         said.append("the images are too much alike to keep near-duplicates out of validation")
     return datasets, said
+
+
+def _assign(
+    train: Dataset, sizes: Mapping[str, int], seed: int
+) -> tuple[dict[str, set[int]], bool]:
+    """Ids of each split's images, whatever their order; whether near-duplicates had to be parted."""
+    images = sorted(train.images, key=lambda image: (image.path.name, image.id))
+    classes = [
+        frozenset(a.category_id for a in train.annotations_by_image[image.id]) for image in images
+    ]
+    with progress("near-duplicates: image", len(images)) as advance:
+        groups = group([image.path for image in images], lambda done: advance(done, ""))
+    parts = stratify(classes, groups, sizes, seed)
+    alike = len(set(parts)) < sum(size > 0 for size in sizes.values())
+    if alike:
+        parts = stratify(classes, range(len(images)), sizes, seed)
+    chosen: dict[str, set[int]] = {split: set() for split in sizes}
+    for image, part in zip(images, parts, strict=True):
+        chosen[part].add(image.id)
+    return chosen, alike
 
 
 def _sizes(total: int, fractions: Mapping[str, float]) -> dict[str, int]:

@@ -24,12 +24,7 @@ def stratify(
         sizes: images of each split; they sum to all.
         seed: of what is left to chance.
     """
-    members: dict[int, list[int]] = {}
-    for index, number in enumerate(groups):
-        members.setdefault(number, []).append(index)
-    units = list(members.values())
-    random.Random(seed).shuffle(units)
-    units.sort(key=len, reverse=True)
+    units = _units(groups, seed)
     counts = [Counter(label for i in unit for label in labels[i] or {None}) for unit in units]
     left = Counter(label for count in counts for label in count)
     wanted = _wanted(counts, sizes)
@@ -51,6 +46,16 @@ def stratify(
                 left[label] -= 1
     by_image = {i: chosen[number] for number, unit in enumerate(units) for i in unit}
     return [by_image[index] for index in range(len(labels))]
+
+
+def _units(groups: Sequence[int], seed: int) -> list[list[int]]:
+    """Images that stay together, the most of them first; else by chance."""
+    members: dict[int, list[int]] = {}
+    for index, number in enumerate(groups):
+        members.setdefault(number, []).append(index)
+    units = list(members.values())
+    random.Random(seed).shuffle(units)
+    return sorted(units, key=len, reverse=True)
 
 
 def _wanted(
