@@ -386,7 +386,7 @@ def _set_aside(
 def _assign(
     train: Dataset, sizes: Mapping[str, int], seed: int
 ) -> tuple[dict[str, set[int]], bool]:
-    """Ids of each split's images, whatever their order; whether near-duplicates had to be parted."""
+    """Ids of each split's images, by no order of theirs; whether near-duplicates are parted."""
     images = sorted(train.images, key=lambda image: (image.path.name, image.id))
     classes = [
         frozenset(a.category_id for a in train.annotations_by_image[image.id]) for image in images
