@@ -1,4 +1,4 @@
-"""The command line: `python -m app train | infer`."""
+"""The command line: `python -m app train | infer | data`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from app.datasets import commands
 from app.errors import UserError
 from app.model.upstream import prove_pin
 
@@ -20,6 +21,7 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Teach SAM 3 (Segment Anything with Concepts) to find your things.",
 )
+cli.add_typer(commands.cli, name="data")
 SIZES = "sam3, small, nano, or auto: sam3 where a GPU and its weights are at hand, else nano"
 
 

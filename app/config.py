@@ -169,6 +169,8 @@ class DatasetConfig(_Strict):
     huggingface: HuggingFaceConfig
     roboflow: str | None
     valid_fraction: float = Field(gt=0, lt=1)
+    test_fraction: float = Field(ge=0, lt=1)
+    max_drop: float = Field(ge=0, le=1)
     limit: int | None = Field(ge=1)
     prompts: str | None
     max_prompts: int = Field(ge=1)

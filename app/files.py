@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
+import glob
 import json
 import os
 import re
@@ -13,7 +16,7 @@ import tempfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -53,22 +56,103 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; move it into place only when the block succeeds.
+    """Yield a temporary folder beside `path`; swap it into place only when the block succeeds.
 
-    What stood at `path` is replaced, and is lost only once the new folder is in its place.
+    A failure or a kill at any moment leaves whatever stood at `path` before, whole. What killed
+    writers left beside it is removed by the next one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    _clear_up(path)
+    with _locked_folder(path) as temporary:
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            _swap(temporary, path)
+        finally:
+            _remove(temporary)  # nothing, or what stood at `path` before
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}.part-"
+
+
+@contextlib.contextmanager
+def _locked_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, locked while its writer lives."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
+        with _lock(folder) as locked:
+            if locked is not False and folder.is_dir():  # else another took it for left over
+                yield folder
+                return
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool | None]:
+    """Whether the folder is now ours alone, None where the file system cannot say.
+
+    The lock ends with the block, or the process.
+    """
     try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-        if path.exists():
-            path.rename(old / "replaced")
-        temporary.rename(path)
-        shutil.rmtree(old)
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    locked: bool | None = True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        locked = False
+    except OSError:  # NFS locks no folders
+        locked = None
+    try:
+        yield locked
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(handle)
+
+
+def _clear_up(path: Path) -> None:
+    """Finish what a killed writer of `path` began, and remove what it left."""
+    for folder in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
+        with _lock(folder) as unused:
+            if not unused:
+                continue
+            if folder.name.endswith(_ASIDE) and not path.exists():
+                folder.rename(path)
+            else:
+                _remove(folder)
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put `new` at `path` at one stroke; what stood there is then at `new`, or gone."""
+    if not path.exists():
+        new.rename(path)
+    elif not _exchange(new, path):
+        # Two renames: killed between them, the old one lies aside until the next writer returns it.
+        aside = new.with_name(new.name + _ASIDE)
+        path.rename(aside)
+        new.rename(path)
+        _remove(aside)
+
+
+_ASIDE = ".old"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fs.h
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two paths in one step; False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux's; some file systems lack it
+    names = os.fsencode(one), os.fsencode(other)
+    return rename is not None and not rename(
+        _AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE
+    )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _umask() -> int:
@@ -87,8 +171,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; raises UserError that names the file, the line and the column."""
+def read_json(path: Path, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Read JSON; raises UserError that names the file, the line and the column.
+
+    Args:
+        pairs_hook: makes each object from its keys and values, as in `json.loads`.
+    """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
@@ -96,7 +184,7 @@ def read_json(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs_hook)
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}. "

@@ -54,6 +54,58 @@ def test_a_killed_writer_leaves_what_was_there(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json") == {"a": 1}
 
 
+KILLED_FOLDER = """
+import os, signal, sys
+from pathlib import Path
+from app.files import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as t:
+    (t / "x").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_of_a_folder_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    with atomic_folder(folder) as temporary:
+        (temporary / "x").write_text("old")
+    done = subprocess.run([sys.executable, "-c", KILLED_FOLDER, folder], cwd=REPOSITORY)
+    assert done.returncode == -signal.SIGKILL
+    assert (folder / "x").read_text() == "old"
+    assert len([*tmp_path.iterdir()]) == 2
+    with atomic_folder(folder) as temporary:
+        (temporary / "x").write_text("new")
+    assert (folder / "x").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_writer_leaves_the_folder_of_one_that_lives_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    with atomic_folder(folder) as first:
+        (first / "x").write_text("1")
+        with atomic_folder(folder) as second:
+            (second / "x").write_text("2")
+        assert (first / "x").read_text() == "1"
+    assert (folder / "x").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_without_an_exchange_the_old_folder_comes_back(tmp_path: Path, monkeypatch) -> None:
+    """Some file systems cannot exchange: there two renames, and what lies aside is returned."""
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    folder = tmp_path / "set"
+    for text in ("1", "2"):
+        with atomic_folder(folder) as temporary:
+            (temporary / "x").write_text(text)
+    assert (folder / "x").read_text() == "2"
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+    folder.rename(tmp_path / ".set.part-abc.old")  # as a kill between the two leaves it
+    with pytest.raises(ZeroDivisionError), atomic_folder(folder):
+        assert (folder / "x").read_text() == "2"
+        _ = 1 / 0
+    assert (folder / "x").read_text() == "2"
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
 def test_what_is_written_has_the_usual_permissions(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", [])
     (tmp_path / "b").touch()

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from app.datasets.coco import Category, Dataset
+from app.datasets.coco import Category, Dataset, Reading
+from app.datasets.decoding import find_unusable
+from app.datasets.duplicates import group
+from app.datasets.faults import (
+    MAX_DROP,
+    Action,
+    Fault,
+    Findings,
+    Tally,
+    messages,
+    notes,
+    problems,
+)
 from app.datasets.formats import COCO, Source, choose
 from app.datasets.formats.coco import JSON_NAMES
 from app.datasets.shapes import ShapesConfig, is_shapes, make_shapes
+from app.datasets.splitting import stratify
 from app.errors import UserError
 from app.files import read_json
+from app.progress import progress
+
+TITLES = {"valid": ("validation", "validation"), "test": ("test", "testing")}
 
 
 @dataclass(frozen=True)
@@ -32,45 +48,167 @@ class Splits:
         return Splits(change(self.train), change(self.valid), test, self.notes)
 
 
+@dataclass(frozen=True)
+class Survey:
+    """A dataset as it was found: what is sound in each split that is given, and every fault."""
+
+    splits: dict[str, Dataset]  # train, valid, test; each with its own categories
+    faults: tuple[Fault, ...]
+    tally: Tally
+    notes: tuple[str, ...] = ()
+
+    def require_sound(self, max_drop: float) -> None:
+        """Raise UserError, with every problem, where mending would be guessing or drop too much."""
+        if said := problems(self.faults, self.tally, max_drop):
+            raise UserError(said)
+
+
 def load_splits(
     folder: Path,
     *,
     format: str = "auto",
     valid_fraction: float = 0.15,
+    test_fraction: float = 0.15,
     seed: int = 0,
     limit: int | None = None,
+    max_drop: float = MAX_DROP,
 ) -> Splits:
     """Read the dataset in `folder`: its train, valid (or val) and test folders, or itself.
+
+    What can be mended without guessing is mended; `faults.KINDS` says how. Of images the headers are read alone.
 
     Args:
         folder: holds the split folders, or one COCO JSON, which then is the training set; or the
             files of another format.
         format: a key of `formats`, or auto: COCO JSON is looked for first, then the others.
         valid_fraction: of the training images, 0 to 1, set aside where there is no validation set.
+        test_fraction: likewise for testing, where there is neither validation nor test set.
         seed: of that choice, and of `limit`'s.
         limit: train on that many images, chosen at random; None for all.
+        max_drop: most of the images and of the annotations that may be left out, 0 to 1.
 
     Raises:
         UserError: with every problem of every split, or with what was looked for and not found.
     """
-    _check_arguments(valid_fraction, limit)
-    sources, notes = _find_sources(folder, format)
-    splits = _share_categories(_read_all(sources))
-    train, test = splits["train"], splits.get("test")
-    valid = splits.get("valid")
-    if valid is None:
-        train, valid, note = _set_aside(train, valid_fraction, seed)
-        notes.append(note)
-    if limit is not None and limit < len(train.images):
-        notes.append(f"training on {limit} of {len(train.images)} images (limit, seed {seed})")
-        train = _subset(train, _choose(train, limit, seed))
-    if not train.annotations:
+    _check_arguments(valid_fraction, test_fraction, limit)
+    found = survey(folder, format)
+    found.require_sound(max_drop)
+    splits = make_splits(
+        found, valid_fraction=valid_fraction, test_fraction=test_fraction, seed=seed
+    )
+    if limit is not None and limit < len(splits.train.images):
+        total = len(splits.train.images)
+        note = f"training on {limit} of {total} images (limit, seed {seed})"
+        train = splits.train.subset(_choose(splits.train, limit, seed))
+        splits = replace(splits, train=train, notes=(*splits.notes, note))
+    if not splits.train.annotations:
         raise UserError(
-            f"{folder}: the {len(train.images)} images left to train on have no annotations; "
-            "raise limit, lower valid_fraction, or take another seed"
+            f"{folder}: the {len(splits.train.images)} images left to train on have no "
+            "annotations; raise limit, lower valid_fraction, or take another seed"
         )
-    notes += _untrained_classes(train, {"validation": valid, "test": test})
-    return Splits(train, valid, test, tuple(notes))
+    advice = [fault.remedy for fault in advise(splits, folder)]
+    return replace(splits, notes=(*splits.notes, *notes(found.faults), *advice))
+
+
+def survey(folder: Path, format: str = "auto") -> Survey:
+    """Read every split of the dataset in `folder`, with every fault of its labels and headers.
+
+    Raises:
+        UserError: there is no dataset, or no saying where its splits are.
+    """
+    sources, said = _find_sources(folder, format)
+    readings = {split: _read(source) for split, source in sources.items()}
+    faults = [fault for reading in readings.values() for fault in reading.faults]
+    for split, reading in readings.items():
+        refused = any(fault.action is Action.REFUSED for fault in reading.faults)
+        faults += [] if refused else _emptiness(split, reading, sources[split].where)
+    return Survey(
+        {split: reading.dataset for split, reading in readings.items()},
+        tuple(faults),
+        sum((reading.tally for reading in readings.values()), Tally()),
+        tuple(said),
+    )
+
+
+def decode(found: Survey, folder: Path, on_image: Callable[[int], None]) -> Survey:
+    """The survey without the images that only a full decode shows to be unusable.
+
+    Args:
+        folder: the dataset's.
+        on_image: is told how many are decoded.
+    """
+    unusable, findings = find_unusable(found.splits, folder, on_image)
+    splits, tally = {}, found.tally
+    for split, dataset in found.splits.items():
+        kept = {image.id for image in dataset.images} - unusable[split]
+        splits[split] = part = dataset.subset(kept)
+        images = len(part.images) - len(dataset.images)
+        tally += Tally(0, 0, images, len(part.annotations) - len(dataset.annotations))
+        if dataset.images and not kept:
+            findings.add("empty", split, [], "has no image left to use; replace them")
+    return replace(found, splits=splits, tally=tally, faults=(*found.faults, *findings.faults))
+
+
+def _read(source: Source) -> Reading:
+    try:
+        return source.read()
+    except UserError as error:
+        faults = messages("root", str(source.where), error)
+        return Reading(Dataset((), (), ()), tuple(faults), Tally())
+
+
+def _emptiness(split: str, reading: Reading, where: Path) -> list[Fault]:
+    found = Findings(str(where))
+    if not reading.dataset.images:
+        remedy = "lists no images; add some, or remove this split"
+        found.add("empty", "'images'", list(reading.dataset.images), remedy)
+    elif split == "train" and not reading.tally.annotations:
+        found.add("empty", "'annotations'", [], "has no annotations; label the images first")
+    return found.faults
+
+
+def make_splits(
+    found: Survey,
+    *,
+    valid_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    seed: int = 0,
+) -> Splits:
+    """The splits that are given; what is missing of them is made from the training images.
+
+    Args:
+        valid_fraction, test_fraction, seed: as `load_splits` has them.
+    """
+    splits = _share_categories(found.splits)
+    train, valid, test = (splits.get(name) for name in ("train", "valid", "test"))
+    assert train is not None, "every source has a training split"
+    if valid is not None:
+        return Splits(train, valid, test, found.notes)
+    fractions = {"valid": valid_fraction} | ({} if test else {"test": test_fraction})
+    parts, said = _set_aside(train, fractions, seed)
+    return Splits(parts["train"], parts["valid"], test or parts.get("test"), (*found.notes, *said))
+
+
+def advise(splits: Splits, folder: Path) -> list[Fault]:
+    """What makes a sound dataset train to something else than its user wants."""
+    found = Findings(str(folder))
+    for title, dataset in (("validation", splits.valid), ("test", splits.test)):
+        if dataset is not None and (
+            missing := sorted(_labelled(dataset) - _labelled(splits.train))
+        ):
+            classes = ", ".join(f"'{name}'" for name in missing)
+            remedy = f"{title} has objects of {classes}, which no training image has"
+            found.add("untrained class", title, missing, remedy)
+    train = splits.train
+    if len(train.categories) == 1 and all(train.annotations_by_image.values()):
+        name = train.class_names[0]
+        remedy = (
+            f"every training image has a '{name}', the only class: the tuned model would answer "
+            f"any prompt with it. Add images without a '{name}' (listed, with no annotations), or "
+            "label other things in them as classes of their own"
+        )
+        found.add("no negatives", "categories", name, remedy)
+    return found.faults
 
 
 def shapes_dataset(cache: Path, **shape_args: Any) -> Path:
@@ -95,14 +233,16 @@ def _is_complete(cache: Path, config: ShapesConfig) -> bool:
     return document.get("info") == config.info() and images == wanted
 
 
-def _check_arguments(valid_fraction: float, limit: int | None) -> None:
-    problems = []
+def _check_arguments(valid_fraction: float, test_fraction: float, limit: int | None) -> None:
+    wrong = []
     if not 0 < valid_fraction < 1:
-        problems.append(f"valid_fraction is {valid_fraction}: must be between 0 and 1")
+        wrong.append(f"valid_fraction is {valid_fraction}: must be between 0 and 1")
+    if not 0 <= test_fraction < 1:
+        wrong.append(f"test_fraction is {test_fraction}: must be from 0 to below 1")
     if limit is not None and limit < 1:
-        problems.append(f"limit is {limit}: must be 1 or more images")
-    if problems:
-        raise UserError(problems)
+        wrong.append(f"limit is {limit}: must be 1 or more images")
+    if wrong:
+        raise UserError(wrong)
 
 
 def _find_sources(folder: Path, key: str) -> tuple[dict[str, Source], list[str]]:
@@ -117,25 +257,6 @@ def _find_sources(folder: Path, key: str) -> tuple[dict[str, Source], list[str]]
     if key != "auto":
         return sources, [f"read as {format.name}, as dataset.format says"]
     return sources, [] if format is COCO else [f"no COCO JSON: read as {format.name}"]
-
-
-def _read_all(sources: Mapping[str, Source]) -> dict[str, Dataset]:
-    """Read every split, gathering the problems of all."""
-    datasets, problems = {}, []
-    for split, source in sources.items():
-        path = source.where
-        try:
-            datasets[split] = dataset = source.read()
-        except UserError as error:
-            problems += error.problems
-            continue
-        if not dataset.images:
-            problems.append(f"{path}: lists no images; add some, or remove this split")
-        elif split == "train" and not dataset.annotations:
-            problems.append(f"{path}: has no annotations; label the images first")
-    if problems:
-        raise UserError(problems)
-    return datasets
 
 
 def _share_categories(splits: dict[str, Dataset]) -> dict[str, Dataset]:
@@ -163,42 +284,61 @@ def _renumber(dataset: Dataset, ids: dict[str, int], categories: tuple[Category,
     return Dataset(dataset.images, annotations, categories)
 
 
-def _set_aside(train: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset, str]:
-    """Training set, validation set made from it, and what to tell the user."""
+def _set_aside(
+    train: Dataset, fractions: Mapping[str, float], seed: int
+) -> tuple[dict[str, Dataset], list[str]]:
+    """Training set, the sets made from it, and what to tell the user."""
     total = len(train.images)
     if total == 1:
         note = "no validation split, and one training image: it is validated on as well"
-        return train, train, f"{note}, so the figures say nothing about new images"
-    size = min(max(1, round(total * fraction)), total - 1)
-    chosen = _choose(train, size, seed)
-    rest = {image.id for image in train.images} - chosen
-    note = (
-        f"no validation split: {size} of {total} training images "
-        f"({fraction * 100:g} %, seed {seed}) set aside for validation"
-    )
-    return _subset(train, rest), _subset(train, chosen), note
+        only = {"train": train, "valid": train}
+        return only, [f"{note}, so the figures say nothing about new images"]
+    chosen, alike = _assign(train, _sizes(total, fractions), seed)
+    datasets = {split: train.subset(ids) for split, ids in chosen.items() if ids}
+    said = []
+    for split, fraction in fractions.items():
+        title, purpose = TITLES[split]
+        if split in datasets:
+            count = f"{len(chosen[split])} of {total} training images"
+            share = f"({fraction * 100:g} %, seed {seed}) set aside for {purpose}"
+            said.append(f"no {title} split: {count} {share}")
+        elif fraction:
+            said.append(f"no {title} split: {total} images are too few to set any aside")
+    if alike:
+        said.append("the images are too much alike to keep near-duplicates out of validation")
+    return datasets, said
+
+
+def _assign(
+    train: Dataset, sizes: Mapping[str, int], seed: int
+) -> tuple[dict[str, set[int]], bool]:
+    """Ids of each split's images, by no order of theirs; whether near-duplicates are parted."""
+    images = sorted(train.images, key=lambda image: (image.path.name, image.id))
+    classes = [
+        frozenset(a.category_id for a in train.annotations_by_image[image.id]) for image in images
+    ]
+    with progress("near-duplicates: image", len(images)) as advance:
+        groups = group([image.path for image in images], lambda done: advance(done, ""))
+    parts = stratify(classes, groups, sizes, seed)
+    alike = len(set(parts)) < sum(size > 0 for size in sizes.values())
+    if alike:
+        parts = stratify(classes, range(len(images)), sizes, seed)
+    chosen: dict[str, set[int]] = {split: set() for split in sizes}
+    for image, part in zip(images, parts, strict=True):
+        chosen[part].add(image.id)
+    return chosen, alike
+
+
+def _sizes(total: int, fractions: Mapping[str, float]) -> dict[str, int]:
+    """Images of each split: at least one to train on and one to validate on."""
+    valid = min(max(1, round(total * fractions["valid"])), total - 1)
+    test = min(round(total * fractions.get("test", 0)), total - valid - 1)
+    return {"train": total - valid - test, "valid": valid, "test": test}
 
 
 def _choose(dataset: Dataset, size: int, seed: int) -> set[int]:
     """Ids of images, chosen at random but not by their order in the JSON."""
     return set(random.Random(seed).sample(sorted(image.id for image in dataset.images), size))
-
-
-def _subset(dataset: Dataset, image_ids: Collection[int]) -> Dataset:
-    return replace(
-        dataset,
-        images=tuple(image for image in dataset.images if image.id in image_ids),
-        annotations=tuple(a for a in dataset.annotations if a.image_id in image_ids),
-    )
-
-
-def _untrained_classes(train: Dataset, others: Mapping[str, Dataset | None]) -> list[str]:
-    trained, notes = _labelled(train), []
-    for title, dataset in others.items():
-        if dataset is not None and (missing := sorted(_labelled(dataset) - trained)):
-            classes = ", ".join(f"'{name}'" for name in missing)
-            notes.append(f"{title} has objects of {classes}, which no training image has")
-    return notes
 
 
 def _labelled(dataset: Dataset) -> set[str]:

@@ -38,10 +38,10 @@ from app.model import weights
 from app.model.build import build_model, count_parameters
 from app.model.device import choose_device, choose_precision
 from app.model.upstream import COMMIT
+from app.progress import duration, progress
 from app.training import checkpoints
 from app.training.checkpoints import RunState
 from app.training.loop import Loop, build_accelerator
-from app.training.progress import duration, progress
 from app.training.tracking import Tracker
 from app.training.warm_start import warm_start
 
@@ -222,6 +222,8 @@ def read_splits(config: Config) -> Splits:
         sources.fetch(dataset, config.seed),
         format=dataset.format,
         valid_fraction=dataset.valid_fraction,
+        test_fraction=dataset.test_fraction,
+        max_drop=dataset.max_drop,
         seed=config.seed,
         limit=dataset.limit,
     )

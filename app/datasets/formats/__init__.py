@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from app.config import FormatName
-from app.datasets.coco import Dataset, read
+from app.datasets.coco import Reading, examine
 from app.datasets.folders import split_folders
 from app.datasets.formats import coco, labelme, masks, via, voc, yolo
 from app.errors import UserError, nearest
@@ -16,10 +16,10 @@ from app.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Source:
-    """One split: where it lies, and how to read it (raises UserError with all its problems)."""
+    """One split: where it lies, and how to read it."""
 
     where: Path
-    read: Callable[[], Dataset]
+    read: Callable[[], Reading]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _nothing_found(folder: Path, formats: Sequence[Format]) -> str:
 
 def _coco_sources(folder: Path) -> dict[str, Source]:
     return {
-        split: Source(path, partial(read, path, coco.image_roots(folder, path)))
+        split: Source(path, partial(examine, path, coco.image_roots(folder, path)))
         for split, path in coco.find_jsons(folder).items()
     }
 
@@ -93,7 +93,7 @@ def _by_folder(
     name: str,
     layout: str,
     recognises: Callable[[Path], bool],
-    read: Callable[[Path, Path], Dataset],
+    read: Callable[[Path, Path], Reading],
 ) -> Format:
     """A format in which each split has a folder of its own, or the dataset is one such folder.
 

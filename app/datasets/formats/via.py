@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from app.datasets.check import find_image, name_fault
-from app.datasets.coco import Dataset, Image
+from app.datasets.coco import Image, Reading
 from app.datasets.formats.draft import Draft
 from app.datasets.formats.outlines import ellipse_mask, polygon_mask
+from app.datasets.image_files import find_image, name_fault
 from app.errors import UserError
 from app.files import read_json
 
@@ -29,14 +29,14 @@ def is_via(folder: Path) -> bool:
     return _find(folder) is not None
 
 
-def read(folder: Path, root: Path) -> Dataset:
+def read(folder: Path, root: Path) -> Reading:
     """Read the VIA JSON or CSV in `folder`; its images lie beside it or in images/.
 
     Polygons, circles and ellipses are masks, rects boxes alone. An object's class is the value of
     the one region attribute.
 
-    Raises:
-        UserError: with every problem of every region.
+    Returns:
+        What is sound, and every fault of every region.
     """
     path, draft = _find(folder.resolve()), Draft(root)
     if path is None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from app.datasets.check import Findings
-from app.datasets.coco import Dataset, Image
+from app.datasets.coco import Image, Reading
+from app.datasets.faults import Findings
 from app.datasets.formats.draft import Draft, images_in
 from app.datasets.formats.outlines import polygon_mask
 from app.errors import UserError
@@ -57,14 +57,14 @@ def read_config(folder: Path) -> Config:
     return Config(path, names, splits)
 
 
-def read(config: Config, split: str) -> Dataset:
+def read(config: Config, split: str) -> Reading:
     """The images of a split and their labels; class 0 becomes category 1, and so on.
 
     A line of five numbers is a box, a longer one a polygon, whose holes and parts may be joined by
     bridges of no width.
 
-    Raises:
-        UserError: with every problem of every line.
+    Returns:
+        What is sound, and every fault of every line.
     """
     draft = Draft(config.path.parent, config.class_names)
     for source in config.splits[split]:

@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image as PILImage
 
-from app.datasets.check import MAX_SIDE, Findings
+from app.datasets.faults import Findings
+from app.datasets.geometry import MAX_SIDE
 from app.datasets.huggingface.hub import explained
 from app.datasets.huggingface.masks import open_picture, read_bytes, upright_size
 from app.datasets.huggingface.rows import Labelled, Reading, read_row
@@ -123,10 +124,8 @@ def _save(picture: PILImage.Image, data: bytes, path: Path) -> None:
 
 def _tell_faults(parts: list[_Split], where: str) -> None:
     lines = [line for part in parts for line in part.found.lines()]
-    faults = {
-        kind: sum(len(part.found.by_kind.get(kind, [])) for part in parts)
-        for kind in ("image", "object")
-    }
+    kinds = [fault.kind for part in parts for fault in part.found.faults]
+    faults = {kind: kinds.count(kind) for kind in ("image", "object")}
     sound = {
         "image": sum(len(part.images) for part in parts),
         "object": sum(len(part.objects) for part in parts),

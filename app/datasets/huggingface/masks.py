@@ -16,9 +16,9 @@ from PIL import ExifTags
 from PIL import Image as PILImage
 from pycocotools import mask as coco_mask
 
-from app.datasets.check import decode_counts, polygon_fault
 from app.datasets.formats.masks import ONE_CHANNEL
 from app.datasets.formats.outlines import Rle, encode, union
+from app.datasets.geometry import decode_counts, polygon_fault
 
 Numbers = NDArray[np.int64]  # (height, width)
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from app.datasets.check import box_fault, clip_box
 from app.datasets.formats.outlines import Rle, encode
+from app.datasets.geometry import box_fault, clip_box
 from app.datasets.huggingface.boxes import to_xywh
 from app.datasets.huggingface.columns import FIELDS, Columns
 from app.datasets.huggingface.masks import (
@@ -112,7 +112,7 @@ def _read_object(fields: dict[str, Any], reading: Reading, width: int, height: i
     boxes = numbers.astype(np.float64)[None]
     box = to_xywh(boxes, size, reading.boxes or "xywh")[0].tolist()
     if fault := box_fault(box, width, height):
-        raise ValueError(fault)
+        raise ValueError(fault[1])
     return Labelled(name, clip_box(box, width, height), None, crowd)
 
 
