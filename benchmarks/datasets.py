@@ -2,9 +2,11 @@
 
     .venv/bin/python -m benchmarks.datasets shapes
     .venv/bin/python -m benchmarks.datasets check
+    .venv/bin/python -m benchmarks.datasets decode
 
 The goals are for 1,000 images of 640 x 480 drawn, and for 5,000 of them with 100,000 polygons
-checked, on 2 cores. The check's memory must not grow with the images.
+checked, on 2 cores; and for a photograph of 640 x 640 decoded and resized to 1008 on one. The
+check's memory must not grow with the images.
 """
 
 from __future__ import annotations
@@ -17,17 +19,21 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from app.datasets.build import decode, survey
 from app.datasets.dataset_report import render
 from app.datasets.faults import MAX_DROP
+from app.datasets.images import open_image, to_square
 from app.datasets.shapes import make_shapes
 
 GOAL = 10  # seconds for IMAGES
@@ -37,6 +43,10 @@ CHECK_IMAGES = 5000
 ANNOTATIONS = 100_000
 GROWTH = 1.05  # most memory of all images to that of half of them, annotations being as many
 WIDTH, HEIGHT = 640, 480
+DECODE_GOAL = 6  # ms an image and core
+LEVELS_GOAL = 1  # grey levels between our resize and that of upstream's processor
+SIDE = 1008
+POTHOLES = Path(__file__).resolve().parents[2] / "shared" / "datasets" / "potholes"
 
 
 def time_shapes(images: int, background: str, workers: int | None) -> float:
@@ -138,15 +148,56 @@ def run_check(images: int) -> bool:
     return seconds <= goal and whole <= half * GROWTH
 
 
+def run_decode() -> bool:
+    """On the photographs of potholes, in one thread; process time, so that others do not count."""
+    paths = sorted(POTHOLES.glob("*/*.jpg"))[:60]
+    if not paths:
+        print(f"decode: skipped, {POTHOLES} is not there")
+        return True
+    torch.set_num_threads(1)
+    ours = min(_milliseconds(lambda path: to_square(open_image(path), SIDE), paths))
+    pillow = min(_milliseconds(_decode_by_pillow, paths))
+    levels = max(_distance_to_processor(open_image(path)) for path in paths[:10])
+    print(
+        f"decode and resize to {SIDE}: {ours:.2f} ms an image and core (goal {DECODE_GOAL} ms), "
+        f"Pillow alone {pillow:.2f} ms; {levels} grey levels from upstream's processor "
+        f"(goal {LEVELS_GOAL})"
+    )
+    return ours <= DECODE_GOAL and levels <= LEVELS_GOAL
+
+
+def _milliseconds(work: Callable[[Path], object], paths: list[Path]) -> Iterator[float]:
+    for _ in range(3):
+        begun = time.process_time()
+        for path in paths:
+            work(path)
+        yield 1000 * (time.process_time() - begun) / len(paths)
+
+
+def _decode_by_pillow(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+
+
+def _distance_to_processor(image: Image.Image) -> int:
+    """Upstream's own transform, up to where it turns to floats (sam3_image_processor.py)."""
+    upstream = v2.Compose(
+        [v2.ToImage(), v2.ToDtype(torch.uint8, scale=True), v2.Resize(size=(SIDE, SIDE))]
+    )
+    return int((to_square(image, SIDE).int() - upstream(image).int()).abs().max())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="?", choices=["shapes", "check"], default="shapes")
+    parser.add_argument("what", nargs="?", choices=["shapes", "check", "decode"], default="shapes")
     parser.add_argument("--images", type=int, help=f"{IMAGES} to draw, {CHECK_IMAGES} to check")
     parser.add_argument("--background", default="mixed", help="of shapes")
     parser.add_argument("--workers", type=int, help="threads that draw; one a core if not given")
     arguments = parser.parse_args()
     if arguments.what == "check":
         return 0 if run_check(arguments.images or CHECK_IMAGES) else 1
+    if arguments.what == "decode":
+        return 0 if run_decode() else 1
     images = arguments.images or IMAGES
     return 0 if run_shapes(images, arguments.background, arguments.workers) else 1
 

@@ -75,7 +75,8 @@ def load_splits(
 ) -> Splits:
     """Read the dataset in `folder`: its train, valid (or val) and test folders, or itself.
 
-    What can be mended without guessing is mended; `faults.KINDS` says how. Of images the headers are read alone.
+    What can be mended without guessing is mended; `faults.KINDS` says how. Of images the headers
+    are read alone.
 
     Args:
         folder: holds the split folders, or one COCO JSON, which then is the training set; or the
@@ -204,8 +205,9 @@ def advise(splits: Splits, folder: Path) -> list[Fault]:
         name = train.class_names[0]
         remedy = (
             f"every training image has a '{name}', the only class: the tuned model would answer "
-            f"any prompt with it. Add images without a '{name}' (listed, with no annotations), or "
-            "label other things in them as classes of their own"
+            "any prompt with it. dataset.negatives asks for other things in training; name what "
+            f"looks like a '{name}' in dataset.near_misses, or add images without one (listed, "
+            "with no annotations)"
         )
         found.add("no negatives", "categories", name, remedy)
     return found.faults

@@ -18,9 +18,10 @@ from sam3.train.data.sam3_image_dataset import (
 )
 from sam3.train.data.sam3_image_dataset import Image as DatapointImage
 from torch.utils.data import Dataset as TorchDataset
+from torchvision.transforms.v2.functional import resize, to_dtype
 
 from app.datasets.coco import Annotation, Dataset
-from app.datasets.images import open_image
+from app.datasets.images import open_image, to_square
 
 Transform = Callable[..., Datapoint]
 NO_CLASS = -1  # category id of a prompt that asks for something else
@@ -185,9 +186,29 @@ class SemanticTargets:
         return datapoint
 
 
-def resize_sizes(resolution: int, smallest: float) -> list[int]:
-    """Sizes in pixels from `smallest` x resolution to resolution, 32 apart from the top down."""
-    return list(range(resolution, round(resolution * smallest) - 1, -32))[::-1]
+class ToSquare:
+    """Stretch image, boxes and masks to the model's square, as prediction stretches images.
+
+    Args:
+        resolution: pixels.
+    """
+
+    def __init__(self, resolution: int) -> None:
+        self.resolution = resolution
+
+    def __call__(self, datapoint: Datapoint, **_: Any) -> Datapoint:
+        image, side = datapoint.images[0], self.resolution
+        width, height = image.data.size
+        pixels = to_square(image.data, side)
+        image.data = to_dtype(pixels, torch.float32, scale=True)  # (3, side, side), 0..1
+        image.size = (side, side)
+        scale = torch.tensor([side / width, side / height] * 2)
+        for thing in image.objects:
+            thing.bbox = thing.bbox.reshape(1, 4) * scale
+            thing.area *= side * side / (width * height)
+            if thing.segment is not None:
+                thing.segment = resize(thing.segment[None], [side, side], antialias=True)[0]
+        return datapoint
 
 
 def collate(batch: list[Datapoint]) -> BatchedDatapoint:

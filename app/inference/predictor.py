@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from app.config import ModelConfig
+from app.datasets.images import to_square
 from app.errors import UserError
 from app.model import weights
 from app.model.device import choose_device, choose_precision
@@ -73,15 +74,6 @@ class Predictor:
         self.device = next(model.parameters()).device
         self._text_features: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._fill_caches()
-        self._preprocess = v2.Compose(  # as upstream's Sam3Processor does
-            [
-                v2.ToImage(),
-                v2.ToDtype(torch.uint8, scale=True),
-                v2.Resize((config.resolution, config.resolution)),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize([0.5] * 3, [0.5] * 3),
-            ]
-        )
 
     @classmethod
     def load(
@@ -133,7 +125,7 @@ class Predictor:
         boxes = _normalised_boxes(boxes_xywh, image)
         with self._autocast():
             features = self.model.backbone.forward_image(
-                self._preprocess(image).unsqueeze(0).to(self.device)
+                _normalise(to_square(image, self.config.resolution)).to(self.device)
             )
             outputs = [
                 self._ground(features, prompts[start : start + PROMPTS_A_PASS], boxes)
@@ -185,6 +177,12 @@ class Predictor:
             find_target=None,
             geometric_prompt=geometry,
         )
+
+
+def _normalise(pixels: Tensor) -> Tensor:
+    """(3, R, R) uint8 → (1, 3, R, R) float32 in -1..1, in the order of upstream's Sam3Processor."""
+    scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+    return v2.functional.normalize(scaled, [0.5] * 3, [0.5] * 3)[None]
 
 
 def check_prompts(

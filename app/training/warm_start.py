@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LinearLR
 from app.config import ModelConfig, WarmStartConfig
 from app.datasets.coco import Dataset, Image
 from app.datasets.images import open_image
-from app.training.progress import progress
+from app.progress import progress
 
 log = logging.getLogger("app")
 ANCHOR_SIDE = 0.25  # of the image: width and height of the first boxes

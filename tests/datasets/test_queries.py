@@ -10,14 +10,16 @@ import torch
 from hydra.utils import instantiate
 from PIL import Image
 from pycocotools import mask as mask_utils
+from torchvision.transforms import v2
 
 from app.config import load_config
 from app.datasets.build import load_splits
 from app.datasets.coco import Annotation, Category, Dataset
 from app.datasets.coco import Image as ImageRecord
-from app.datasets.images import decoding_problems, open_image
-from app.datasets.queries import PromptChoice, QueryDataset, SemanticTargets, collate, resize_sizes
+from app.datasets.images import decoding_problems, open_image, to_square
+from app.datasets.queries import PromptChoice, QueryDataset, SemanticTargets, collate
 from app.errors import UserError
+from app.inference.predictor import _normalise
 
 
 def _transforms(*overrides: str):
@@ -143,7 +145,7 @@ def test_synonyms_are_drawn(dataset: Dataset) -> None:
 
 
 def test_an_item_depends_on_seed_epoch_and_index_alone(dataset: Dataset) -> None:
-    changes = ("transforms.augment.flip=0.5", "transforms.train.3.sizes.smallest=0.5")
+    changes = ("transforms.augment.flip=0.5", "transforms.augment.scale=[0.5,1.0]")
     items = QueryDataset(dataset, _transforms(*changes), seed=0)
     pixels = [items[(epoch, 1)].images[0].data for epoch in range(6)]
     torch.manual_seed(99)
@@ -185,9 +187,16 @@ def test_an_object_without_a_mask_leaves_its_prompt_without_a_semantic_target(tm
     assert isinstance(SemanticTargets(), SemanticTargets)
 
 
-def test_resize_sizes() -> None:
-    assert resize_sizes(128, 1.0) == [128]
-    assert resize_sizes(1008, 480 / 1008) == list(range(496, 1009, 32))
+def test_training_sees_what_prediction_sees(dataset: Dataset) -> None:
+    """To the bit; and within a grey level of upstream's processor, which resizes so itself."""
+    record = dataset.images[0]
+    trained = QueryDataset(dataset, _transforms(), seed=0)[0].images[0].data
+    image = open_image(record.path)
+    assert torch.equal(trained, _normalise(to_square(image, 64))[0])
+    upstream = v2.Compose(
+        [v2.ToImage(), v2.ToDtype(torch.uint8, scale=True), v2.Resize(size=(64, 64))]
+    )
+    assert (to_square(image, 64).int() - upstream(image).int()).abs().max() <= 1
 
 
 def test_images_come_upright_and_rgb(tmp_path: Path) -> None:
