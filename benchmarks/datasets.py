@@ -33,8 +33,9 @@ from torchvision.transforms import v2
 from app.datasets.build import decode, survey
 from app.datasets.dataset_report import render
 from app.datasets.faults import MAX_DROP
-from app.datasets.images import open_image, to_square
+from app.datasets.images import open_image
 from app.datasets.shapes import make_shapes
+from app.datasets.square import to_square
 
 GOAL = 10  # seconds for IMAGES
 IMAGES = 1000
@@ -167,7 +168,7 @@ def run_decode() -> bool:
 
 
 def _milliseconds(work: Callable[[Path], object], paths: list[Path]) -> Iterator[float]:
-    for _ in range(3):
+    for _ in range(9):
         begun = time.process_time()
         for path in paths:
             work(path)

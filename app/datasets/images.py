@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import ExifTags, Image, ImageOps
-from torch import Tensor
-from torchvision.transforms.v2.functional import resize
 
 from app.errors import UserError
 
@@ -86,16 +83,6 @@ def open_small(path: Path, side: int) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:
         raise _explain(path, error) from None
-
-
-def to_square(image: Image.Image, side: int) -> Tensor:
-    """An RGB image as (3, side, side) uint8, its sides stretched, as upstream's Sam3Processor does.
-
-    Training and prediction both see this; upstream trains on Pillow's resize, which differs from it
-    by two grey levels and takes four times as long.
-    """
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return resize(pixels, [side, side], antialias=True)
 
 
 def decoding_problems(paths: Iterable[Path]) -> dict[Path, str]:

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2.functional import resize, to_dtype
 
 from app.datasets.coco import Annotation, Dataset
-from app.datasets.images import open_image, to_square
+from app.datasets.images import open_image
+from app.datasets.square import to_square
 
 Transform = Callable[..., Datapoint]
 NO_CLASS = -1  # category id of a prompt that asks for something else

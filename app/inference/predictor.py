@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from app.config import ModelConfig
-from app.datasets.images import to_square
+from app.datasets.square import to_square
 from app.errors import UserError
 from app.model import weights
 from app.model.device import choose_device, choose_precision
