@@ -212,6 +212,14 @@ class ToSquare:
         return datapoint
 
 
+def resize_sizes(resolution: int, smallest: float) -> list[int]:
+    """Sizes in pixels from `smallest` x resolution to resolution, 32 apart from the top down.
+
+    For `configs/upstream/`: upstream's own transforms take a list.
+    """
+    return list(range(resolution, round(resolution * smallest) - 1, -32))[::-1]
+
+
 def collate(batch: list[Datapoint]) -> BatchedDatapoint:
     """Upstream's batch: img_batch (B, 3, R, R) float32 in -1..1, one find stage of all prompts."""
     batched = collate_fn_api(batch, dict_key="all", with_seg_masks=True)["all"]

@@ -122,10 +122,10 @@ class Predictor:
             UserError: neither words nor boxes, an empty prompt, a box outside the image.
         """
         prompts = check_prompts(prompts, boxes_xywh)
-        boxes = _normalised_boxes(boxes_xywh, image)
+        boxes = normalised_boxes(boxes_xywh, image)
         with self._autocast():
             features = self.model.backbone.forward_image(
-                _normalise(to_square(image, self.config.resolution)).to(self.device)
+                normalise(to_square(image, self.config.resolution)).to(self.device)
             )
             outputs = [
                 self._ground(features, prompts[start : start + PROMPTS_A_PASS], boxes)
@@ -179,7 +179,7 @@ class Predictor:
         )
 
 
-def _normalise(pixels: Tensor) -> Tensor:
+def normalise(pixels: Tensor) -> Tensor:
     """(3, R, R) uint8 → (1, 3, R, R) float32 in -1..1, in the order of upstream's Sam3Processor."""
     scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
     return v2.functional.normalize(scaled, [0.5] * 3, [0.5] * 3)[None]
@@ -199,7 +199,7 @@ def check_prompts(
     return stripped or (VISUAL_PROMPT,)
 
 
-def _normalised_boxes(boxes_xywh: Sequence[Sequence[float]], image: Image.Image) -> Tensor:
+def normalised_boxes(boxes_xywh: Sequence[Sequence[float]], image: Image.Image) -> Tensor:
     """(N, 4) cxcywh, 0..1, clipped to the image."""
     boxes = torch.tensor([list(box) for box in boxes_xywh], dtype=torch.float32).reshape(-1, 4)
     size = torch.tensor([image.width, image.height] * 2, dtype=torch.float32)

@@ -126,6 +126,8 @@ def _asked(overrides: Sequence[str], file: Path | None) -> dict[str, Any]:
     content = read_yaml(file) if file is not None else {}
     items = content.items() if isinstance(content, dict) else ()
     asked = {key: value for key, value in items if isinstance(value, str)}
+    if isinstance(content, dict) and isinstance(size := content.get("model"), dict):
+        asked |= {"model": size["name"]} if "name" in size else {}
     for text in overrides:
         key, _, value = text.partition("=")
         asked[key] = value

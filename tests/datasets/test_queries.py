@@ -17,10 +17,10 @@ from app.datasets.build import load_splits
 from app.datasets.coco import Annotation, Category, Dataset
 from app.datasets.coco import Image as ImageRecord
 from app.datasets.images import decoding_problems, open_image
-from app.datasets.queries import PromptChoice, QueryDataset, SemanticTargets, collate
+from app.datasets.queries import PromptChoice, QueryDataset, SemanticTargets, collate, resize_sizes
 from app.datasets.square import to_square
 from app.errors import UserError
-from app.inference.predictor import _normalise
+from app.inference.predictor import normalise
 
 
 def _transforms(*overrides: str):
@@ -193,11 +193,16 @@ def test_training_sees_what_prediction_sees(dataset: Dataset) -> None:
     record = dataset.images[0]
     trained = QueryDataset(dataset, _transforms(), seed=0)[0].images[0].data
     image = open_image(record.path)
-    assert torch.equal(trained, _normalise(to_square(image, 64))[0])
+    assert torch.equal(trained, normalise(to_square(image, 64))[0])
     upstream = v2.Compose(
         [v2.ToImage(), v2.ToDtype(torch.uint8, scale=True), v2.Resize(size=(64, 64))]
     )
     assert (to_square(image, 64).int() - upstream(image).int()).abs().max() <= 1
+
+
+def test_resize_sizes() -> None:
+    assert resize_sizes(128, 1.0) == [128]
+    assert resize_sizes(1008, 480 / 1008) == list(range(496, 1009, 32))
 
 
 def test_images_come_upright_and_rgb(tmp_path: Path) -> None:
