@@ -52,6 +52,9 @@ def train(
         typer.Option(metavar="image=A,objects=B", help="of --hf-dataset; see configs/train.yaml"),
     ] = None,
     format: Annotated[str | None, typer.Option(help="of --dataset-dir, decided by hand")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="train on so many images, chosen by the seed")
+    ] = None,
     augmentation: Annotated[str | None, typer.Option(help="none, light or strong")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="YAML or JSON: class: prompt, or [prompt, synonym, …]")
@@ -103,6 +106,7 @@ def train(
         "dataset.roboflow": roboflow,
         "dataset.format": format,
         "dataset.prompts": prompts,
+        "dataset.limit": limit,
         "training.warm_start.method": warm_start,
         "training.epochs": epochs,
         "training.batch_size": batch_size,

@@ -39,6 +39,7 @@ LabelBy = Literal["kind", "color", "both", "all"]
 Background = Literal["plain", "gradient", "texture", "mixed"]
 FormatName = Literal["auto", "coco", "yolo", "labelme", "via", "voc", "masks"]
 
+SHORT = {"limit": "dataset.limit"}  # keys that people write without their group
 # A configuration may come from outside: it may name upstream's parts and ours, and no other code.
 TARGETS = ("sam3.", "app.", "torch.optim.", "torch.nn.", "fvcore.common.param_scheduler.")
 
@@ -446,6 +447,7 @@ def _regroup(composed: DictConfig, group: str, choice: str) -> DictConfig:
 
 def _override(composed: DictConfig, text: str) -> DictConfig:
     key, equals, value = text.partition("=")
+    key = SHORT.get(key, key)
     known = _leaves(composed)
     if not equals:
         raise UserError(f"'{text}': an override is KEY=VALUE.{nearest(text, known)}")

@@ -57,7 +57,7 @@ def _settings(arguments: argparse.Namespace) -> list[str]:
 
 
 def _train(side: str, arguments: argparse.Namespace, folder: Path) -> Callable[[], int]:
-    config = load_config(_settings(arguments))
+    config = load_config([*_settings(arguments), "transforms=none"])  # the same on both sides
     if side == "upstream":
         return _upstream_epoch(config.model, arguments, folder)
     device = choose_device()
@@ -82,7 +82,7 @@ def _upstream_epoch(
     config = upstream_trainer.prepare(upstream_trainer.BASE_CONFIG, flags, arguments.size, None)
     for transform in config.scratch.train_transforms:
         if "sizes" in transform:
-            transform.sizes.smallest = 1.0  # the same images on both sides
+            transform.sizes.smallest = 1.0
     splits = upstream_trainer.read_splits(config, flags)
     upstream_trainer.write_dataset(config, splits, folder / "upstream")
     upstream_trainer.join_process_group()

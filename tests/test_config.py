@@ -75,6 +75,10 @@ def test_the_default_shapes_are_those_of_the_schema() -> None:
     assert set(INSIDE) == set(KINDS)
 
 
+def test_limit_may_be_said_alone() -> None:
+    assert load_config(["limit=7"]).dataset.limit == 7
+
+
 def test_a_part_takes_what_its_signature_reads() -> None:
     config = load_config(["optim.optimizer.eps=1e-6", "optim.optimizer.betas=[0.9, 0.95]"])
     assert config.optim.optimizer["eps"] == 1e-6

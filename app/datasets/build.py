@@ -213,6 +213,19 @@ def advise(splits: Splits, folder: Path) -> list[Fault]:
     return found.faults
 
 
+def many_classes(train: Dataset, most: int) -> list[Fault]:
+    """The plan where there are more classes than the `most` prompts an image and step."""
+    found, classes = Findings("dataset"), len(train.categories)
+    if classes > most:
+        remedy = (
+            f"an image trains {most} prompts a step, its own classes first, then absent ones by "
+            "chance, so that memory does not grow with the classes; where memory allows, raise "
+            f"dataset.max_prompts={most} towards {classes}"
+        )
+        found.add("many classes", "the number of classes", classes, remedy)
+    return found.faults
+
+
 def shapes_dataset(cache: Path, **shape_args: Any) -> Path:
     """The synthetic set with these settings of `make_shapes` at `cache`, made where it is not.
 

@@ -14,10 +14,10 @@ from rich.text import Text
 
 from app.config import Config, load_config
 from app.datasets import sources
-from app.datasets.build import Splits, Survey, advise, decode, make_splits, survey
+from app.datasets.build import Splits, Survey, advise, decode, make_splits, many_classes, survey
 from app.datasets.coco import Dataset
 from app.datasets.dataset_report import by_kind, render
-from app.datasets.faults import KINDS, MAX_DROP, Action, Fault, Findings, counts_of, lines, notes
+from app.datasets.faults import KINDS, MAX_DROP, Action, Fault, counts_of, lines, notes
 from app.datasets.writing import is_built, write_splits
 from app.errors import UserError
 from app.files import atomic_folder, write_text
@@ -169,16 +169,7 @@ def _advice(found: Survey, folder: Path, config: Config) -> list[Fault]:
 
 
 def _advice_on(splits: Splits, folder: Path, config: Config) -> list[Fault]:
-    found, most = Findings(str(folder)), config.dataset.max_prompts
-    classes = len(splits.train.categories)
-    if classes > most:
-        remedy = (
-            f"an image trains {most} prompts a step, its own classes first, then absent ones by "
-            "chance, so that memory does not grow with the classes; where memory allows, raise "
-            f"dataset.max_prompts={most} towards {classes}"
-        )
-        found.add("many classes", "the number of classes", classes, remedy)
-    return [*advise(splits, folder), *found.faults]
+    return [*advise(splits, folder), *many_classes(splits.train, config.dataset.max_prompts)]
 
 
 def _show(faults: Sequence[Fault]) -> None:

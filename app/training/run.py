@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from sam3.model.sam3_image import Sam3Image
 
 from app.config import Config, to_yaml
 from app.datasets import sources
-from app.datasets.build import Splits, load_splits
+from app.datasets.build import Splits, load_splits, many_classes
 from app.datasets.coco import Dataset
 from app.datasets.images import decoding_problems
 from app.datasets.prompts import name_classes, nouns_beside, read_prompts
@@ -227,6 +227,8 @@ def read_splits(config: Config) -> Splits:
         seed=config.seed,
         limit=dataset.limit,
     )
+    plan = [fault.remedy for fault in many_classes(splits.train, dataset.max_prompts)]
+    splits = replace(splits, notes=(*splits.notes, *plan))
     if dataset.prompts is not None:
         prompts = read_prompts(Path(dataset.prompts), splits.train.categories)
         splits = splits.map(lambda split: name_classes(split, prompts))
