@@ -1,4 +1,4 @@
-"""The command line: `python -m app train | infer`."""
+"""The command line: `python -m app train | infer | data`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from app.datasets import commands
 from app.errors import UserError
 from app.model.upstream import prove_pin
 
@@ -20,6 +21,7 @@ cli = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Teach SAM 3 (Segment Anything with Concepts) to find your things.",
 )
+cli.add_typer(commands.cli, name="data")
 SIZES = "sam3, small, nano, or auto: sam3 where a GPU and its weights are at hand, else nano"
 
 
@@ -31,7 +33,31 @@ def train(
     ] = None,
     dataset_dir: Annotated[
         str | None,
-        typer.Option(help="folder with train/, valid/; synthetic shapes where not given"),
+        typer.Option(help="folder or zip of labelled images; synthetic shapes where no source is"),
+    ] = None,
+    hf_dataset: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME[@REVISION]", help="from huggingface.co")
+    ] = None,
+    hf_config: Annotated[
+        str | None, typer.Option(help="configuration of --hf-dataset, where it has several")
+    ] = None,
+    hf_split: Annotated[
+        str | None, typer.Option(help="take this split of --hf-dataset alone")
+    ] = None,
+    roboflow: Annotated[
+        str | None, typer.Option(metavar="WORKSPACE/PROJECT/VERSION", help="from Roboflow")
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="image=A,objects=B", help="of --hf-dataset; see configs/train.yaml"),
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="of --dataset-dir, decided by hand")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="train on so many images, chosen by the seed")
+    ] = None,
+    augmentation: Annotated[str | None, typer.Option(help="none, light or strong")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="YAML or JSON: class: prompt, or [prompt, synonym, …]")
     ] = None,
     model: Annotated[str, typer.Option(help=SIZES)] = "auto",
     checkpoint: Annotated[
@@ -56,6 +82,12 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace the run in --output-dir")
     ] = False,
+    recipe: Annotated[
+        str | None, typer.Option(help="a YAML of configs/recipe by its name, such as nano")
+    ] = None,
+    warm_start: Annotated[
+        str | None, typer.Option(help="pixels: from random weights, the trunk learns these first")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML in our schema or in upstream's Trainer's")
     ] = None,
@@ -65,7 +97,17 @@ def train(
 ) -> None:
     """Fine-tune SAM 3 on labelled images, or score weights on them (--eval-only)."""
     flags = {
+        "transforms": augmentation,
         "dataset.dir": dataset_dir,
+        "dataset.huggingface.name": hf_dataset,
+        "dataset.huggingface.config": hf_config,
+        "dataset.huggingface.split": hf_split,
+        "dataset.huggingface.columns": columns,
+        "dataset.roboflow": roboflow,
+        "dataset.format": format,
+        "dataset.prompts": prompts,
+        "dataset.limit": limit,
+        "training.warm_start.method": warm_start,
         "training.epochs": epochs,
         "training.batch_size": batch_size,
         "training.grad_accum": grad_accum,
@@ -81,6 +123,7 @@ def train(
     start.start(
         [*(overrides or []), *asked],
         file=config,
+        recipe=recipe,
         size=model,
         lr=lr,
         base_config=use_base_config,

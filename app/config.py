@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,9 +35,11 @@ ColorName = Literal[
     "pink", "brown", "cyan", "white", "black", "gray",
 ]
 # fmt: on
-LabelBy = Literal["kind", "color", "both"]
+LabelBy = Literal["kind", "color", "both", "all"]
 Background = Literal["plain", "gradient", "texture", "mixed"]
+FormatName = Literal["auto", "coco", "yolo", "labelme", "via", "voc", "masks"]
 
+SHORT = {"limit": "dataset.limit"}  # keys that people write without their group
 # A configuration may come from outside: it may name upstream's parts and ours, and no other code.
 TARGETS = ("sam3.", "app.", "torch.optim.", "torch.nn.", "fvcore.common.param_scheduler.")
 
@@ -154,15 +156,65 @@ class ShapesConfig(_Strict):
         return self
 
 
+class HuggingFaceConfig(_Strict):
+    name: str | None
+    config: str | None
+    split: str | None
+    columns: str | None
+    streaming: Literal["auto"] | bool
+
+
 class DatasetConfig(_Strict):
     dir: str | None
+    format: FormatName
+    huggingface: HuggingFaceConfig
+    roboflow: str | None
     valid_fraction: float = Field(gt=0, lt=1)
+    test_fraction: float = Field(ge=0, lt=1)
+    max_drop: float = Field(ge=0, le=1)
     limit: int | None = Field(ge=1)
+    prompts: str | None
     max_prompts: int = Field(ge=1)
+    negatives: int = Field(ge=0)
+    near_misses: list[str]
+    nouns: bool
+    bad_images: Literal["stop", "skip"]
     shapes: ShapesConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> DatasetConfig:
+        named = {
+            "dataset.dir": self.dir,
+            "dataset.huggingface.name": self.huggingface.name,
+            "dataset.roboflow": self.roboflow,
+        }
+        given = [key for key, value in named.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given: one run takes one dataset")
+        return self
+
+
+class AugmentConfig(_Strict):
+    flip: float = Field(ge=0, le=1)
+    flip_vertical: float = Field(ge=0, le=1)
+    scale: tuple[float, float]
+    rotate: float = Field(ge=0, le=180)
+    color: float = Field(ge=0, le=1)
+    min_visible: float = Field(ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> AugmentConfig:
+        low, high = self.scale
+        if not 0.05 <= low <= high <= 20:
+            raise ValueError(
+                f"transforms.augment.scale {[low, high]} must be the least and the most, "
+                "0.05 to 20, such as [0.5, 2.0]"
+            )
+        return self
 
 
 class TransformsConfig(_Strict):
+    augment: AugmentConfig
     train: list[Node]
 
 
@@ -192,7 +244,15 @@ class OptimConfig(_Strict):
     options: Node
 
 
+class WarmStartConfig(_Strict):
+    method: Literal["none", "pixels"]
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    lr: float = Field(gt=0)
+
+
 class TrainingConfig(_Strict):
+    warm_start: WarmStartConfig
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     grad_accum: int = Field(ge=1)
@@ -247,7 +307,7 @@ def load_config(
     values = [text for text in overrides if text not in groups]
     composed = _compose("train", [_check_group(text) for text in groups])
     if file is not None:
-        composed = _merge_file(composed, file)
+        composed = _merge_file(composed, file, {_key(text) for text in groups})
     if model is not None:
         changes = _model_changes(file)
         composed.model = OmegaConf.merge(model.model_dump(), changes)
@@ -271,6 +331,17 @@ def model_config(content: Mapping[str, Any], where: str) -> ModelConfig:
 
 def model_names() -> list[str]:
     return sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+
+
+def recipe_file(name: str) -> Path:
+    """`configs/recipe/<name>.yaml`; raises UserError where there is none."""
+    recipes = sorted(path.stem for path in (CONFIGS / "recipe").glob("*.yaml"))
+    if name not in recipes:
+        raise UserError(
+            f"--recipe {name}: there is no such recipe; there are {', '.join(recipes)}."
+            f"{nearest(name, recipes)}"
+        )
+    return CONFIGS / "recipe" / f"{name}.yaml"
 
 
 def to_yaml(config: Config) -> str:
@@ -344,14 +415,16 @@ def _check_group(override: str) -> str:
     return override
 
 
-def _merge_file(composed: DictConfig, file: Path) -> DictConfig:
+def _merge_file(composed: DictConfig, file: Path, decided: Collection[str]) -> DictConfig:
+    """`file` over what is composed, but for its choice of the groups that are `decided`."""
     content = read_yaml(file)
     if not isinstance(content, dict):
         raise UserError(f"{file}: a configuration is a mapping of keys to values")
     known = _leaves(composed)
     for group in set(content) & set(_config_groups()):
         if isinstance(content[group], str):
-            composed = _regroup(composed, group, content.pop(group))
+            choice = content.pop(group)
+            composed = composed if group in decided else _regroup(composed, group, choice)
     unknown = [key for key in _leaves(content) if not _is_known(key, known)]
     if unknown:
         raise UserError([f"{file}: nothing reads '{key}'.{nearest(key, known)}" for key in unknown])
@@ -374,6 +447,7 @@ def _regroup(composed: DictConfig, group: str, choice: str) -> DictConfig:
 
 def _override(composed: DictConfig, text: str) -> DictConfig:
     key, equals, value = text.partition("=")
+    key = SHORT.get(key, key)
     known = _leaves(composed)
     if not equals:
         raise UserError(f"'{text}': an override is KEY=VALUE.{nearest(text, known)}")

@@ -25,7 +25,7 @@ from app.model.build import build_model
 
 def query_dataset(config: Config, folder: Path) -> QueryDataset:
     transforms = [instantiate(node) for node in config.transforms.train]
-    return QueryDataset(load_splits(folder).train, transforms, max_prompts=20, seed=0)
+    return QueryDataset(load_splits(folder).train, transforms, seed=0)
 
 
 def first_step_is_finite(config: Config, data: QueryDataset, seed: int) -> bool:

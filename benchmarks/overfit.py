@@ -41,6 +41,8 @@ def overfit(folder: Path, *, images: int, epochs: int, overrides: list[str]) -> 
             "optim.lr_text=1.2e-3",
             "optim.layer_decay=1.0",
             "model.activation_checkpointing=false",
+            "transforms=none",
+            "dataset.negatives=0",
             *overrides,
         ]
     )

@@ -29,7 +29,7 @@ from app.datasets.images import open_image
 from app.datasets.shapes import make_shapes
 from app.inference.predictor import Predictor
 from app.model.build import build_model
-from app.model.device import choose_device, choose_precision
+from app.model.device import choose_device
 from app.training import upstream_trainer
 from app.training.loop import Loop, build_accelerator
 from benchmarks.init import query_dataset
@@ -57,13 +57,13 @@ def _settings(arguments: argparse.Namespace) -> list[str]:
 
 
 def _train(side: str, arguments: argparse.Namespace, folder: Path) -> Callable[[], int]:
-    config = load_config(_settings(arguments))
+    config = load_config([*_settings(arguments), "transforms=none"])  # the same on both sides
     if side == "upstream":
         return _upstream_epoch(config.model, arguments, folder)
     device = choose_device()
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     data = query_dataset(config, folder)
-    accelerator = build_accelerator(device, choose_precision("auto", device, config.model))
+    accelerator = build_accelerator(device)
     loop = Loop(config, model, data, accelerator, lr_scale=0.1)
     return lambda: len(list(loop.run_epoch(0)))
 
@@ -82,7 +82,7 @@ def _upstream_epoch(
     config = upstream_trainer.prepare(upstream_trainer.BASE_CONFIG, flags, arguments.size, None)
     for transform in config.scratch.train_transforms:
         if "sizes" in transform:
-            transform.sizes.smallest = 1.0  # the same images on both sides
+            transform.sizes.smallest = 1.0
     splits = upstream_trainer.read_splits(config, flags)
     upstream_trainer.write_dataset(config, splits, folder / "upstream")
     upstream_trainer.join_process_group()

@@ -201,7 +201,7 @@ docker_command() {
   add_mount "$PWD"
   bind_output "$cache"
   bind_flags bind_output "--output-dir" "$@"
-  bind_flags bind_input "--dataset-dir --checkpoint --input --config --prompts" "$@"
+  bind_flags bind_input "--dataset-dir --hf-dataset --checkpoint --input --config --prompts" "$@"
   command+=("$image" "$@")
 }
 

@@ -75,6 +75,10 @@ def test_the_default_shapes_are_those_of_the_schema() -> None:
     assert set(INSIDE) == set(KINDS)
 
 
+def test_limit_may_be_said_alone() -> None:
+    assert load_config(["limit=7"]).dataset.limit == 7
+
+
 def test_a_part_takes_what_its_signature_reads() -> None:
     config = load_config(["optim.optimizer.eps=1e-6", "optim.optimizer.betas=[0.9, 0.95]"])
     assert config.optim.optimizer["eps"] == 1e-6
@@ -135,6 +139,14 @@ def test_a_file_is_checked_like_the_command_line(tmp_path: Path, text: str, said
     assert said in str(caught.value)
 
 
+def test_the_command_line_chooses_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("transforms: strong\noptim: {lr: 1.0e-5}\n")
+    assert load_config([], tmp_path / "c.yaml").transforms.augment.rotate == 15
+    chosen = load_config(["transforms=none", "optim.lr=1e-6"], tmp_path / "c.yaml")
+    assert chosen.transforms.augment.rotate == 0
+    assert chosen.optim.lr == 1e-6
+
+
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         load_config([], tmp_path / "none.yaml")
@@ -172,7 +184,6 @@ def test_yaml_files_explain_every_key() -> None:
     assert [line.strip().split(":")[0] for line in bare] == [
         "- model",
         "- loss",
-        "- transforms",
         "- optim",
         "epochs",
     ]

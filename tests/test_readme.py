@@ -15,6 +15,7 @@ from tests.conftest import REPOSITORY, SHARED, TINY, Command
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
 COMMANDS = [line.partition("  #")[0].strip() for line in BLOCKS.splitlines() if line.strip()]
+TABLED = re.findall(r"\| `((?:\./train\.sh|\.venv/bin/python -m app) [^`]*)`", README)
 TRAINING = [c for c in COMMANDS if c.startswith("./train.sh")]
 PREDICTING = [c for c in COMMANDS if c.startswith("./infer.sh")]
 LESS = ["dataset.limit=2", "dataset.shapes.train=2", "dataset.shapes.valid=1"]
@@ -27,6 +28,7 @@ def _words(line: str) -> list[str]:
 
 
 def test_the_readme_has_commands() -> None:
+    assert len(TABLED) == 6
     assert len(TRAINING) >= 3
     assert len(PREDICTING) >= 2
     assert set(COMMANDS) - set(TRAINING) - set(PREDICTING) == {"./build.sh", "./test.sh"}
@@ -47,6 +49,30 @@ def test_training(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch,
     done = command("train", *words, "--epochs", 2, "--output-dir", tmp_path)
     assert done.code == 0, done.err
     assert (tmp_path / "metrics.json").is_file()
+
+
+@pytest.mark.parametrize("line", TABLED)
+def test_the_sources(command: Command, tmp_path: Path, monkeypatch, line: str) -> None:
+    """What lies on this machine is used; what does not gets as far as asking for it."""
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.delenv("ROBOFLOW_API_KEY", raising=False)
+    words = shlex.split(line.removeprefix(".venv/bin/python -m app"))
+    if line.startswith("./train.sh"):
+        less = [part for part in LESS if "shapes" in part or "dataset-dir" in line]
+        words = ["train", *_words(line), *less, *TINY, "evaluation.pictures=0", "--epochs", "1"]
+    elif "../shared" in line and not SHARED.is_dir():
+        pytest.skip("../shared/datasets is not on this machine")
+    done = command(*words, "--output-dir", tmp_path / "out")
+    if "--hf-dataset" in line:
+        assert done.code == 2
+        assert "keremberke/pcb-defect-segmentation" in done.err
+    elif "--roboflow" in line:
+        assert done.code == 2
+        assert "ROBOFLOW_API_KEY" in done.err
+    else:
+        assert done.code == 0, done.err
 
 
 @pytest.mark.slow

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from app.datasets.coco import Category, Dataset, read
-from app.datasets.folders import FOLDERS, split_folders
-from app.datasets.formats import Format, Source, detect, understood
+from app.datasets.coco import Category, Dataset, Reading
+from app.datasets.decoding import find_unusable
+from app.datasets.duplicates import group
+from app.datasets.faults import (
+    MAX_DROP,
+    Action,
+    Fault,
+    Findings,
+    Tally,
+    messages,
+    notes,
+    problems,
+)
+from app.datasets.formats import COCO, Source, choose
+from app.datasets.formats.coco import JSON_NAMES
 from app.datasets.shapes import ShapesConfig, is_shapes, make_shapes
+from app.datasets.splitting import stratify
 from app.errors import UserError
 from app.files import read_json
+from app.progress import progress
 
-JSON_NAMES = ("_annotations.coco.json", "annotations.json")
+TITLES = {"valid": ("validation", "validation"), "test": ("test", "testing")}
 
 
 @dataclass(frozen=True)
@@ -29,42 +42,188 @@ class Splits:
     test: Dataset | None
     notes: tuple[str, ...]
 
+    def map(self, change: Callable[[Dataset], Dataset]) -> Splits:
+        """The splits with each dataset changed alike."""
+        test = None if self.test is None else change(self.test)
+        return Splits(change(self.train), change(self.valid), test, self.notes)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A dataset as it was found: what is sound in each split that is given, and every fault."""
+
+    splits: dict[str, Dataset]  # train, valid, test; each with its own categories
+    faults: tuple[Fault, ...]
+    tally: Tally
+    notes: tuple[str, ...] = ()
+
+    def require_sound(self, max_drop: float) -> None:
+        """Raise UserError, with every problem, where mending would be guessing or drop too much."""
+        if said := problems(self.faults, self.tally, max_drop):
+            raise UserError(said)
+
 
 def load_splits(
-    folder: Path, *, valid_fraction: float = 0.15, seed: int = 0, limit: int | None = None
+    folder: Path,
+    *,
+    format: str = "auto",
+    valid_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    seed: int = 0,
+    limit: int | None = None,
+    max_drop: float = MAX_DROP,
 ) -> Splits:
     """Read the dataset in `folder`: its train, valid (or val) and test folders, or itself.
 
-    COCO JSON is looked for first, then the other formats that `formats` knows.
+    What can be mended without guessing is mended; `faults.KINDS` says how. Of images the headers
+    are read alone.
 
     Args:
         folder: holds the split folders, or one COCO JSON, which then is the training set; or the
             files of another format.
+        format: a key of `formats`, or auto: COCO JSON is looked for first, then the others.
         valid_fraction: of the training images, 0 to 1, set aside where there is no validation set.
+        test_fraction: likewise for testing, where there is neither validation nor test set.
         seed: of that choice, and of `limit`'s.
         limit: train on that many images, chosen at random; None for all.
+        max_drop: most of the images and of the annotations that may be left out, 0 to 1.
 
     Raises:
         UserError: with every problem of every split, or with what was looked for and not found.
     """
-    _check_arguments(valid_fraction, limit)
-    sources, notes = _find_sources(folder)
-    splits = _share_categories(_read_all(sources))
-    train, test = splits["train"], splits.get("test")
-    valid = splits.get("valid")
-    if valid is None:
-        train, valid, note = _set_aside(train, valid_fraction, seed)
-        notes.append(note)
-    if limit is not None and limit < len(train.images):
-        notes.append(f"training on {limit} of {len(train.images)} images (limit, seed {seed})")
-        train = _subset(train, _choose(train, limit, seed))
-    if not train.annotations:
+    _check_arguments(valid_fraction, test_fraction, limit)
+    found = survey(folder, format)
+    found.require_sound(max_drop)
+    splits = make_splits(
+        found, valid_fraction=valid_fraction, test_fraction=test_fraction, seed=seed
+    )
+    if limit is not None and limit < len(splits.train.images):
+        total = len(splits.train.images)
+        note = f"training on {limit} of {total} images (limit, seed {seed})"
+        train = splits.train.subset(_choose(splits.train, limit, seed))
+        splits = replace(splits, train=train, notes=(*splits.notes, note))
+    if not splits.train.annotations:
         raise UserError(
-            f"{folder}: the {len(train.images)} images left to train on have no annotations; "
-            "raise limit, lower valid_fraction, or take another seed"
+            f"{folder}: the {len(splits.train.images)} images left to train on have no "
+            "annotations; raise limit, lower valid_fraction, or take another seed"
         )
-    notes += _untrained_classes(train, {"validation": valid, "test": test})
-    return Splits(train, valid, test, tuple(notes))
+    advice = [fault.remedy for fault in advise(splits, folder)]
+    return replace(splits, notes=(*splits.notes, *notes(found.faults), *advice))
+
+
+def survey(folder: Path, format: str = "auto") -> Survey:
+    """Read every split of the dataset in `folder`, with every fault of its labels and headers.
+
+    Raises:
+        UserError: there is no dataset, or no saying where its splits are.
+    """
+    sources, said = _find_sources(folder, format)
+    readings = {split: _read(source) for split, source in sources.items()}
+    faults = [fault for reading in readings.values() for fault in reading.faults]
+    for split, reading in readings.items():
+        refused = any(fault.action is Action.REFUSED for fault in reading.faults)
+        faults += [] if refused else _emptiness(split, reading, sources[split].where)
+    return Survey(
+        {split: reading.dataset for split, reading in readings.items()},
+        tuple(faults),
+        sum((reading.tally for reading in readings.values()), Tally()),
+        tuple(said),
+    )
+
+
+def decode(found: Survey, folder: Path, on_image: Callable[[int], None]) -> Survey:
+    """The survey without the images that only a full decode shows to be unusable.
+
+    Args:
+        folder: the dataset's.
+        on_image: is told how many are decoded.
+    """
+    unusable, findings = find_unusable(found.splits, folder, on_image)
+    splits, tally = {}, found.tally
+    for split, dataset in found.splits.items():
+        kept = {image.id for image in dataset.images} - unusable[split]
+        splits[split] = part = dataset.subset(kept)
+        images = len(part.images) - len(dataset.images)
+        tally += Tally(0, 0, images, len(part.annotations) - len(dataset.annotations))
+        if dataset.images and not kept:
+            findings.add("empty", split, [], "has no image left to use; replace them")
+    return replace(found, splits=splits, tally=tally, faults=(*found.faults, *findings.faults))
+
+
+def _read(source: Source) -> Reading:
+    try:
+        return source.read()
+    except UserError as error:
+        faults = messages("root", str(source.where), error)
+        return Reading(Dataset((), (), ()), tuple(faults), Tally())
+
+
+def _emptiness(split: str, reading: Reading, where: Path) -> list[Fault]:
+    found = Findings(str(where))
+    if not reading.dataset.images:
+        remedy = "lists no images; add some, or remove this split"
+        found.add("empty", "'images'", list(reading.dataset.images), remedy)
+    elif split == "train" and not reading.tally.annotations:
+        found.add("empty", "'annotations'", [], "has no annotations; label the images first")
+    return found.faults
+
+
+def make_splits(
+    found: Survey,
+    *,
+    valid_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    seed: int = 0,
+) -> Splits:
+    """The splits that are given; what is missing of them is made from the training images.
+
+    Args:
+        valid_fraction, test_fraction, seed: as `load_splits` has them.
+    """
+    splits = _share_categories(found.splits)
+    train, valid, test = (splits.get(name) for name in ("train", "valid", "test"))
+    assert train is not None, "every source has a training split"
+    if valid is not None:
+        return Splits(train, valid, test, found.notes)
+    fractions = {"valid": valid_fraction} | ({} if test else {"test": test_fraction})
+    parts, said = _set_aside(train, fractions, seed)
+    return Splits(parts["train"], parts["valid"], test or parts.get("test"), (*found.notes, *said))
+
+
+def advise(splits: Splits, folder: Path) -> list[Fault]:
+    """What makes a sound dataset train to something else than its user wants."""
+    found = Findings(str(folder))
+    for title, dataset in (("validation", splits.valid), ("test", splits.test)):
+        if dataset is not None and (
+            missing := sorted(_labelled(dataset) - _labelled(splits.train))
+        ):
+            classes = ", ".join(f"'{name}'" for name in missing)
+            remedy = f"{title} has objects of {classes}, which no training image has"
+            found.add("untrained class", title, missing, remedy)
+    train = splits.train
+    if len(train.categories) == 1 and all(train.annotations_by_image.values()):
+        name = train.class_names[0]
+        remedy = (
+            f"every training image has a '{name}', the only class: the tuned model would answer "
+            "any prompt with it. dataset.negatives asks for other things in training; name what "
+            f"looks like a '{name}' in dataset.near_misses, or add images without one (listed, "
+            "with no annotations)"
+        )
+        found.add("no negatives", "categories", name, remedy)
+    return found.faults
+
+
+def many_classes(train: Dataset, most: int) -> list[Fault]:
+    """The plan where there are more classes than the `most` prompts an image and step."""
+    found, classes = Findings("dataset"), len(train.categories)
+    if classes > most:
+        remedy = (
+            f"an image trains {most} prompts a step, its own classes first, then absent ones by "
+            "chance, so that memory does not grow with the classes; where memory allows, raise "
+            f"dataset.max_prompts={most} towards {classes}"
+        )
+        found.add("many classes", "the number of classes", classes, remedy)
+    return found.faults
 
 
 def shapes_dataset(cache: Path, **shape_args: Any) -> Path:
@@ -89,124 +248,30 @@ def _is_complete(cache: Path, config: ShapesConfig) -> bool:
     return document.get("info") == config.info() and images == wanted
 
 
-def _check_arguments(valid_fraction: float, limit: int | None) -> None:
-    problems = []
+def _check_arguments(valid_fraction: float, test_fraction: float, limit: int | None) -> None:
+    wrong = []
     if not 0 < valid_fraction < 1:
-        problems.append(f"valid_fraction is {valid_fraction}: must be between 0 and 1")
+        wrong.append(f"valid_fraction is {valid_fraction}: must be between 0 and 1")
+    if not 0 <= test_fraction < 1:
+        wrong.append(f"test_fraction is {test_fraction}: must be from 0 to below 1")
     if limit is not None and limit < 1:
-        problems.append(f"limit is {limit}: must be 1 or more images")
-    if problems:
-        raise UserError(problems)
+        wrong.append(f"limit is {limit}: must be 1 or more images")
+    if wrong:
+        raise UserError(wrong)
 
 
-def _find_sources(folder: Path) -> tuple[dict[str, Source], list[str]]:
-    """Each split that is there, `train` always; and a note where the format is not COCO."""
+def _find_sources(folder: Path, key: str) -> tuple[dict[str, Source], list[str]]:
+    """Each split that is there, `train` always; and a note where the format is not plain COCO."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the one that holds the dataset")
-    if not _has_coco(folder) and (format := detect(folder)):
-        return _sources_of(format, folder), [f"no COCO JSON: read as {format.name}"]
-    jsons = _find_jsons(folder)
-    return {
-        split: Source(path, partial(read, path, _image_roots(folder, path)))
-        for split, path in jsons.items()
-    }, []
-
-
-def _has_coco(folder: Path) -> bool:
-    """Whether a COCO JSON, by its name or by what it holds, is in the folder or in a split's."""
-    names = [name for split in FOLDERS.values() for name in split]
-    return any(_holds_coco(path) for path in (folder, *(folder / name for name in names)))
-
-
-def _holds_coco(folder: Path) -> bool:
-    if any((folder / name).is_file() for name in JSON_NAMES):
-        return True
-    paths = list(folder.glob("*.json"))
-    try:
-        document = read_json(paths[0]) if len(paths) == 1 else None
-    except UserError:
-        return False
-    return isinstance(document, dict) and "images" in document and "annotations" in document
-
-
-def _sources_of(format: Format, folder: Path) -> dict[str, Source]:
+    format = choose(folder, key)
     sources = format.sources(folder)
     if "train" not in sources:
         there = ", ".join(f"'{source.where.name}'" for source in sources.values())
         raise UserError(f"{folder}: no 'train' folder to train on; there is {there}")
-    return sources
-
-
-def _find_jsons(folder: Path) -> dict[str, Path]:
-    """The COCO JSON of each split that is there; `train` always is."""
-    folders = split_folders(folder)
-    jsons = {split: _find_json(path) for split, path in folders.items()}
-    found = {split: path for split, path in jsons.items() if path is not None}
-    if not found:
-        if (own := _find_json(folder)) is None:
-            raise UserError(_nothing_found(folder))
-        return {"train": own}
-    problems = [
-        f"{folders[split]}: no COCO JSON ({' or '.join(JSON_NAMES)}) is in it; "
-        "add it or remove the folder"
-        for split in folders
-        if split not in found
-    ]
-    if "train" not in folders:
-        problems.append(
-            f"{folder}: no 'train' folder to train on; there is "
-            + ", ".join(f"'{path.name}'" for path in folders.values())
-        )
-    if problems:
-        raise UserError(problems)
-    return found
-
-
-def _find_json(folder: Path) -> Path | None:
-    for name in JSON_NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    paths = sorted(folder.glob("*.json"))
-    if len(paths) > 1:
-        names = ", ".join(path.name for path in paths)
-        raise UserError(
-            f"{folder}: has several JSON files ({names}); name the one to use {JSON_NAMES[0]}"
-        )
-    return paths[0] if paths else None
-
-
-def _nothing_found(folder: Path) -> str:
-    there = sorted(path.name for path in folder.iterdir())
-    listed = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
-    return (
-        f"{folder}: no dataset found. Looked for {' or '.join(JSON_NAMES)}, or a single *.json, "
-        "in it and in its folders train, valid, val and test; and for other formats: "
-        f"{understood()}. There is: {listed or 'nothing'}"
-    )
-
-
-def _read_all(sources: Mapping[str, Source]) -> dict[str, Dataset]:
-    """Read every split, gathering the problems of all."""
-    datasets, problems = {}, []
-    for split, source in sources.items():
-        path = source.where
-        try:
-            datasets[split] = dataset = source.read()
-        except UserError as error:
-            problems += error.problems
-            continue
-        if not dataset.images:
-            problems.append(f"{path}: lists no images; add some, or remove this split")
-        elif split == "train" and not dataset.annotations:
-            problems.append(f"{path}: has no annotations; label the images first")
-    if problems:
-        raise UserError(problems)
-    return datasets
-
-
-def _image_roots(folder: Path, json_path: Path) -> list[Path]:
-    """Beside the JSON, then in the dataset's folder."""
-    return list(dict.fromkeys([json_path.parent, folder]))
+    if key != "auto":
+        return sources, [f"read as {format.name}, as dataset.format says"]
+    return sources, [] if format is COCO else [f"no COCO JSON: read as {format.name}"]
 
 
 def _share_categories(splits: dict[str, Dataset]) -> dict[str, Dataset]:
@@ -234,42 +299,61 @@ def _renumber(dataset: Dataset, ids: dict[str, int], categories: tuple[Category,
     return Dataset(dataset.images, annotations, categories)
 
 
-def _set_aside(train: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset, str]:
-    """Training set, validation set made from it, and what to tell the user."""
+def _set_aside(
+    train: Dataset, fractions: Mapping[str, float], seed: int
+) -> tuple[dict[str, Dataset], list[str]]:
+    """Training set, the sets made from it, and what to tell the user."""
     total = len(train.images)
     if total == 1:
         note = "no validation split, and one training image: it is validated on as well"
-        return train, train, f"{note}, so the figures say nothing about new images"
-    size = min(max(1, round(total * fraction)), total - 1)
-    chosen = _choose(train, size, seed)
-    rest = {image.id for image in train.images} - chosen
-    note = (
-        f"no validation split: {size} of {total} training images "
-        f"({fraction * 100:g} %, seed {seed}) set aside for validation"
-    )
-    return _subset(train, rest), _subset(train, chosen), note
+        only = {"train": train, "valid": train}
+        return only, [f"{note}, so the figures say nothing about new images"]
+    chosen, alike = _assign(train, _sizes(total, fractions), seed)
+    datasets = {split: train.subset(ids) for split, ids in chosen.items() if ids}
+    said = []
+    for split, fraction in fractions.items():
+        title, purpose = TITLES[split]
+        if split in datasets:
+            count = f"{len(chosen[split])} of {total} training images"
+            share = f"({fraction * 100:g} %, seed {seed}) set aside for {purpose}"
+            said.append(f"no {title} split: {count} {share}")
+        elif fraction:
+            said.append(f"no {title} split: {total} images are too few to set any aside")
+    if alike:
+        said.append("the images are too much alike to keep near-duplicates out of validation")
+    return datasets, said
+
+
+def _assign(
+    train: Dataset, sizes: Mapping[str, int], seed: int
+) -> tuple[dict[str, set[int]], bool]:
+    """Ids of each split's images, by no order of theirs; whether near-duplicates are parted."""
+    images = sorted(train.images, key=lambda image: (image.path.name, image.id))
+    classes = [
+        frozenset(a.category_id for a in train.annotations_by_image[image.id]) for image in images
+    ]
+    with progress("near-duplicates: image", len(images)) as advance:
+        groups = group([image.path for image in images], lambda done: advance(done, ""))
+    parts = stratify(classes, groups, sizes, seed)
+    alike = len(set(parts)) < sum(size > 0 for size in sizes.values())
+    if alike:
+        parts = stratify(classes, range(len(images)), sizes, seed)
+    chosen: dict[str, set[int]] = {split: set() for split in sizes}
+    for image, part in zip(images, parts, strict=True):
+        chosen[part].add(image.id)
+    return chosen, alike
+
+
+def _sizes(total: int, fractions: Mapping[str, float]) -> dict[str, int]:
+    """Images of each split: at least one to train on and one to validate on."""
+    valid = min(max(1, round(total * fractions["valid"])), total - 1)
+    test = min(round(total * fractions.get("test", 0)), total - valid - 1)
+    return {"train": total - valid - test, "valid": valid, "test": test}
 
 
 def _choose(dataset: Dataset, size: int, seed: int) -> set[int]:
     """Ids of images, chosen at random but not by their order in the JSON."""
     return set(random.Random(seed).sample(sorted(image.id for image in dataset.images), size))
-
-
-def _subset(dataset: Dataset, image_ids: Collection[int]) -> Dataset:
-    return replace(
-        dataset,
-        images=tuple(image for image in dataset.images if image.id in image_ids),
-        annotations=tuple(a for a in dataset.annotations if a.image_id in image_ids),
-    )
-
-
-def _untrained_classes(train: Dataset, others: Mapping[str, Dataset | None]) -> list[str]:
-    trained, notes = _labelled(train), []
-    for title, dataset in others.items():
-        if dataset is not None and (missing := sorted(_labelled(dataset) - trained)):
-            classes = ", ".join(f"'{name}'" for name in missing)
-            notes.append(f"{title} has objects of {classes}, which no training image has")
-    return notes
 
 
 def _labelled(dataset: Dataset) -> set[str]:

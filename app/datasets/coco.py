@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from app.datasets.check import (
-    Findings,
-    check,
-    check_files,
-    clip_box,
-    decode_counts,
-    is_absent,
-    placeholder_ids,
-)
+from app.datasets import corners
+from app.datasets.check import Entry, check, is_area, is_id, keep_doubled, listed
+from app.datasets.faults import MAX_DROP, Fault, Findings, Tally, problems
+from app.datasets.geometry import clip_box, decode_counts, is_absent
+from app.datasets.image_files import find_files
 from app.errors import UserError
 from app.files import read_json, write_json
 
@@ -60,8 +58,11 @@ class Annotation:
 
 @dataclass(frozen=True)
 class Category:
+    """A class: what the model is asked for, and other words for it, drawn in training."""
+
     id: int
     name: str
+    synonyms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,13 @@ class Dataset:
     @property
     def class_names(self) -> list[str]:
         return [category.name for category in self.categories]
+
+    def subset(self, image_ids: Iterable[int]) -> Dataset:
+        """These images and their annotations; all categories."""
+        kept = set(image_ids)
+        images = tuple(image for image in self.images if image.id in kept)
+        annotations = tuple(a for a in self.annotations if a.image_id in kept)
+        return Dataset(images, annotations, self.categories)
 
     def content_hash(self) -> str:
         """Hex SHA-256 of the labels and of each image's name and bytes: wherever it lies.
@@ -122,59 +130,138 @@ def write(dataset: Dataset, path: Path) -> None:
     write_json(path, dataset.to_json())
 
 
-def read(json_path: Path, image_roots: Sequence[Path]) -> Dataset:
-    """Read a COCO JSON and check it whole.
+@dataclass(frozen=True)
+class Reading:
+    """A split as it was read: what of it is sound, and every fault of the rest.
 
-    Polygons and uncompressed RLE become compressed RLE; missing `iscrowd`, `area` and `bbox` are
-    filled in; boxes are clipped to their image; placeholder categories are dropped.
+    Attributes:
+        tally: how much the split lists, and how much of that is in `dataset`.
+    """
+
+    dataset: Dataset
+    faults: tuple[Fault, ...]
+    tally: Tally
+
+    def sound(self, max_drop: float = MAX_DROP) -> Dataset:
+        """The dataset; raises UserError with every problem where it must not be used."""
+        if said := problems(self.faults, self.tally, max_drop):
+            raise UserError(said)
+        return self.dataset
+
+
+def read(json_path: Path, image_roots: Sequence[Path], max_drop: float = MAX_DROP) -> Dataset:
+    """Read a COCO JSON and check it whole; `faults.KINDS` says what is mended and left out.
 
     Args:
         json_path: the COCO JSON.
         image_roots: folders in which its images are looked for, as the JSON names them, then
             under `images/`.
+        max_drop: most of the images and of the annotations that may be left out, 0 to 1.
 
     Raises:
         UserError: with every problem of the file and of its images.
     """
-    document = read_json(json_path)
-    problems = check(document, str(json_path))
-    files: dict[int, Path] = {}
-    if isinstance(document, dict):
-        files, file_problems = check_files(document, str(json_path), image_roots)
-        problems += file_problems
-    if problems:
-        raise UserError(problems)
+    return examine(json_path, image_roots).sound(max_drop)
+
+
+def examine(json_path: Path, image_roots: Sequence[Path]) -> Reading:
+    """Like `read`, but the faults come back with what is sound instead of being raised.
+
+    Polygons and uncompressed RLE become compressed RLE.
+    """
+    found = Findings(str(json_path))
+    document = _parse(json_path, found)
+    if document is None:
+        return Reading(Dataset((), (), ()), tuple(found.faults), Tally())
+    sound = check(document, found)
+    files = find_files(sound.images, image_roots, found)
     images = tuple(
         Image(entry["id"], files[entry["id"]], entry["width"], entry["height"])
-        for entry in document["images"]
+        for _, entry in sound.images
+        if entry["id"] in files
     )
-    dropped = placeholder_ids(document)
     categories = tuple(
-        Category(entry["id"], entry["name"].strip())
-        for entry in document["categories"]
-        if entry["id"] not in dropped
+        Category(entry["id"], entry["name"].strip()) for _, entry in sound.categories
     )
-    annotations = _read_annotations(document["annotations"], images, str(json_path))
-    return Dataset(images, annotations, categories)
+    usable = {category.id for category in categories}
+    entries = [
+        (place, entry)
+        for place, entry in sound.annotations
+        if entry["image_id"] in files and entry["category_id"] in usable
+    ]
+    annotations = _read_annotations(entries, images, found)
+    dataset = Dataset(images, annotations, categories)
+    total, labelled = (len(listed(document, key)) for key in ("images", "annotations"))
+    tally = Tally(total, labelled, len(images), len(annotations))
+    return Reading(dataset, tuple(found.faults), tally)
+
+
+def _parse(json_path: Path, found: Findings) -> Any:
+    """The document; None, reported, where it is no JSON."""
+    try:
+        document = read_json(json_path, keep_doubled)
+    except UserError as error:
+        found.add_error("JSON", error)
+        return None
+    if document is None:
+        found.add("root", "the file", None, "must be a COCO JSON object; export it again")
+    with json_path.open("rb") as file:
+        if file.read(3) == codecs.BOM_UTF8:
+            found.add("BOM", "the file's start", "a byte order mark", "is passed over")
+    return document
 
 
 def _read_annotations(
-    entries: list[dict[str, Any]], images: Sequence[Image], where: str
+    entries: Sequence[Entry], images: Sequence[Image], found: Findings
 ) -> tuple[Annotation, ...]:
     sizes = {image.id: (image.width, image.height) for image in images}
-    # pycocotools takes a match with annotation 0 for no match (cocoeval.py, `dtm`), and Roboflow
-    # counts from 0: a perfect detection of that object would score AP 0.
-    shift = max(0, 1 - min((entry["id"] for entry in entries), default=1))
-    found, annotations = Findings(where), []
-    for index, entry in enumerate(entries):
-        annotation = _read_annotation(entry, entry["id"] + shift, *sizes[entry["image_id"]])
+    plain = [
+        (entry["bbox"], sizes[entry["image_id"]])
+        for _, entry in entries
+        if is_absent(entry.get("segmentation"))
+    ]
+    suspects = corners.are_corners(plain)
+    annotations = []
+    for (place, entry), id in zip(entries, _free_ids(entries), strict=True):
+        annotation = _read_annotation(entry, id, *sizes[entry["image_id"]])
         if annotation.segmentation is not None and not coco_mask.area(annotation.segmentation):
-            place, remedy = f"annotations[{index}].segmentation", "covers no pixel; delete it"
-            found.add("segmentation", place, entry["segmentation"], remedy)
-        annotations.append(annotation)
-    if problems := found.lines():
-        raise UserError(problems)
+            remedy = "covers no pixel; delete it"
+            found.add("zero area", f"{place}.segmentation", entry["segmentation"], remedy)
+        elif _is_corners(annotation, box := entry.get("bbox"), suspects):
+            remedy = "is two corners, as it seems: COCO's boxes are x, y, width, height"
+            found.add("xyxy", f"{place}.bbox", box, remedy)
+        else:
+            if box and corners.leaves(box, sizes[annotation.image_id]):
+                found.add("bbox clipped", f"{place}.bbox", box, "is cut off at the image's edge")
+            annotations.append(annotation)
     return tuple(annotations)
+
+
+def _is_corners(annotation: Annotation, box: Any, suspects: bool) -> bool:
+    """The mask tells where there is one; else what all boxes of the file tell together."""
+    if is_absent(box):
+        return False
+    if annotation.segmentation is None:
+        return suspects
+    return corners.is_corners_of(box, coco_mask.toBbox(annotation.segmentation).tolist())
+
+
+def _free_ids(entries: Sequence[Entry]) -> list[int]:
+    """An id for each annotation: its own where it is a whole number that none before it has.
+
+    pycocotools takes a match with annotation 0 for no match (cocoeval.py, `dtm`), and Roboflow
+    counts from 0: a perfect detection of that object would score AP 0. So no id is below 1.
+    """
+    own = [entry["id"] for _, entry in entries if is_id(entry.get("id"))]
+    if min(own, default=1) < 1:
+        return list(range(1, len(entries) + 1))
+    taken = set(own)
+    free = (number for number in count(1) if number not in taken)
+    ids: dict[int, None] = {}  # in order
+    for _, entry in entries:
+        id = entry.get("id")
+        ids[id if is_id(id) and id not in ids else next(free)] = None
+    return list(ids)
 
 
 def _read_annotation(entry: dict[str, Any], id: int, width: int, height: int) -> Annotation:
@@ -182,7 +269,7 @@ def _read_annotation(entry: dict[str, Any], id: int, width: int, height: int) ->
     box: list[float] = entry.get("bbox") or coco_mask.toBbox(segmentation).tolist()
     bbox_xywh = clip_box(box, width, height)
     area = entry.get("area")
-    if area is None:
+    if not is_area(area):
         area = coco_mask.area(segmentation) if segmentation else bbox_xywh[2] * bbox_xywh[3]
     return Annotation(
         id=id,

@@ -3,49 +3,150 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from app.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# What Pillow may decode: some of its other decoders start programs, as that of EPS does.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+MAX_PIXELS = 2**27  # more is no photograph but a decompression bomb
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+
+# `_open` refuses bombs itself: turning the warning into an error is not safe in threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class ImageError(UserError):
+    """A file that is no image to be used; `kind` is its fault's name in `faults.KINDS`."""
+
+    def __init__(self, kind: str, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: cannot be read as an image ({reason}). Replace or remove it.")
+        self.kind = kind
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Header:
+    """An image file's sides in pixels, and what decoding must mend, as `faults.KINDS` names it.
+
+    Attributes:
+        size: width and height once turned upright by the EXIF orientation.
+        stored: as the file has them.
+    """
+
+    size: tuple[int, int]
+    stored: tuple[int, int]
+    mends: tuple[str, ...]
+
+
+def read_header(path: Path) -> Header:
+    """Read the header alone, not the pixels.
+
+    Raises:
+        ImageError: no image, or too large to be one.
+    """
+    try:
+        with _open(path) as image:
+            turn = image.getexif().get(ExifTags.Base.Orientation, 1)
+            size = image.size[::-1] if turn in (5, 6, 7, 8) else image.size
+            turned = ("EXIF",) if turn in range(2, 9) else ()
+            return Header(size, image.size, turned + _conversions(image))
+    except Exception as error:  # Pillow raises nearly anything on a damaged header
+        raise _explain(path, error) from None
 
 
 def open_image(path: Path) -> Image.Image:
     """Decode an image whole, turn it upright by its EXIF orientation, convert it to RGB.
 
     Raises:
-        UserError: missing, not an image, cut short, or too large to be one.
+        ImageError: missing, not an image, cut short, or too large to be one.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such image") from None
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error
-        raise UserError(
-            f"{path}: cannot be read as an image ({error}). Replace or remove it."
-        ) from None
+        with _open(path) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # its decoders raise OSError, ValueError, SyntaxError, struct.error
+        raise _explain(path, error) from None
 
 
-def upright_size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, turned by the EXIF orientation; reads the header alone.
-
-    Raises:
-        UserError: not an image, or too large to be one.
-    """
+def open_small(path: Path, side: int) -> Image.Image:
+    """Like `open_image`, but JPEG may be decoded at a fraction of its size, not below `side`."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-                return (image.height, image.width) if turned else (image.width, image.height)
-    except Exception as error:  # Pillow raises nearly anything on a damaged header
-        raise UserError(
-            f"{path}: cannot be opened as an image ({error}). Replace or remove it."
-        ) from None
+        with _open(path) as image:
+            image.draft("RGB", (side, side))
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:
+        raise _explain(path, error) from None
+
+
+def decoding_problems(paths: Iterable[Path]) -> dict[Path, str]:
+    """What keeps images from being decoded whole, by path; as many at once as there are cores."""
+    with ThreadPoolExecutor() as pool:
+        problems = pool.map(_decoding_problem, paths := list(paths))
+        return {path: text for path, text in zip(paths, problems, strict=True) if text}
+
+
+def _decoding_problem(path: Path) -> str | None:
+    try:
+        open_image(path)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _open(path: Path) -> Image.Image:
+    image = Image.open(path, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    return image
+
+
+def _conversions(image: Image.Image) -> tuple[str, ...]:
+    kinds = []
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+        kinds.append("CMYK")
+    if image.mode in ("P", "PA"):
+        kinds.append("palette")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        kinds.append("alpha")
+    if image.mode.startswith(("I", "F")):
+        kinds.append("bits")
+    return tuple(kinds)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Pillow clips 16 bits at 255, which leaves a white image: scaled here (its issue 3011)."""
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).clip(0, 65535) / 257
+        image = Image.fromarray(levels.round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _explain(path: Path, error: Exception) -> ImageError:
+    """What the file is instead of an image; the decoder's own words where it is broken."""
+    if isinstance(error, FileNotFoundError):
+        return ImageError("image missing", path, "no such image")
+    if isinstance(error, Image.DecompressionBombError):
+        return ImageError("image enormous", path, str(error))
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as failure:
+        return ImageError("image damaged", path, failure.strerror or str(failure))
+    if not head:
+        return ImageError("image empty", path, "it has 0 bytes")
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if b"<svg" in text:
+        return ImageError("no image", path, "it is SVG; export it as PNG")
+    if text.startswith((b"<!doctype html", b"<html", b"<head")):
+        return ImageError("no image", path, "it is a web page (HTML); download the image itself")
+    if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
+        return ImageError("no image", path, "it is HEIC; export it as JPEG")
+    kind = "no image" if isinstance(error, Image.UnidentifiedImageError) else "image damaged"
+    return ImageError(kind, path, " ".join(str(error).replace(str(path), "it").split()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,40 +18,71 @@ from sam3.train.data.sam3_image_dataset import (
 )
 from sam3.train.data.sam3_image_dataset import Image as DatapointImage
 from torch.utils.data import Dataset as TorchDataset
+from torchvision.transforms.v2.functional import resize, to_dtype
 
 from app.datasets.coco import Annotation, Dataset
 from app.datasets.images import open_image
+from app.datasets.square import to_square
 
 Transform = Callable[..., Datapoint]
+NO_CLASS = -1  # category id of a prompt that asks for something else
+
+
+@dataclass(frozen=True)
+class PromptChoice:
+    """Which prompts an image is asked in a step.
+
+    Attributes:
+        most: prompts an image: bounds the memory, whatever the number of classes.
+        negatives: of them kept for what the image lacks, drawn from the absent classes, the near
+            misses and the nouns, each of these three alike.
+        near_misses: words for things that look like a class and are none.
+        nouns: words for things that no image shows.
+    """
+
+    most: int = 20
+    negatives: int = 0
+    near_misses: tuple[str, ...] = ()
+    nouns: tuple[str, ...] = ()
 
 
 class QueryDataset(TorchDataset):
     """One item an image: upstream's `Datapoint`, with a query for each prompt.
 
-    Every class is a prompt; those that the image lacks are its negatives. The same seed, epoch and
+    Every class is a prompt; those that the image lacks are its negatives. Beyond `choice.most`,
+    present classes come first, and which of them is drawn anew each time. The same seed, epoch and
     index give the same item, whatever the number of workers.
 
     Args:
         dataset: a checked dataset.
         transforms: upstream's transforms, applied in order.
-        max_prompts: most prompts an image: present classes first, then absent ones at random.
+        choice: of prompts.
         seed: of augmentation and of the choice of prompts.
     """
 
     def __init__(
-        self, dataset: Dataset, transforms: Sequence[Transform], *, max_prompts: int, seed: int
+        self,
+        dataset: Dataset,
+        transforms: Sequence[Transform],
+        *,
+        seed: int,
+        choice: PromptChoice | None = None,
     ) -> None:
         self.dataset = dataset
         self.transforms = transforms
-        self.max_prompts = max_prompts
+        self.choice = choice or PromptChoice()
         self.seed = seed
-        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.dataset.images)
 
     def __getitem__(self, key: tuple[int, int] | int) -> Datapoint:
-        """Item `(epoch, index)`, or `index` of epoch 0."""
+        """Item `(epoch, index)`, or `index` of epoch 0.
+
+        Raises:
+            UserError: its image cannot be decoded; never another image in its place, as upstream
+                does (sam3_image_dataset.py:518).
+        """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         python_state, torch_state = random.getstate(), torch.get_rng_state()
         random.seed(f"{self.seed}/{epoch}/{index}")
@@ -94,14 +126,34 @@ class QueryDataset(TorchDataset):
         return Datapoint(find_queries=queries, images=[pixels])
 
     def _prompts(self, annotations: Sequence[Annotation]) -> list[tuple[int, str]]:
-        names = {category.id: category.name for category in self.dataset.categories}
+        """Category id (NO_CLASS for none) and words of each prompt."""
+        classes = {category.id: category for category in self.dataset.categories}
         present = sorted({annotation.category_id for annotation in annotations})
-        absent = [category_id for category_id in names if category_id not in present]
+        absent = [category_id for category_id in classes if category_id not in present]
         random.shuffle(absent)
-        if len(present) > self.max_prompts:
-            present = sorted(random.sample(present, self.max_prompts))
-        chosen = present + absent[: self.max_prompts - len(present)]
-        return [(category_id, names[category_id]) for category_id in chosen]
+        lacking = self._lacking(absent)
+        room = max(self.choice.most - len(lacking), 1)
+        if len(present) > room:
+            present = sorted(random.sample(present, room))
+        asked = [(id, random.choice((classes[id].name, *classes[id].synonyms))) for id in present]
+        asked += lacking[: self.choice.most - len(asked)]
+        rest = [(id, classes[id].name) for id in absent if (id, classes[id].name) not in asked]
+        return asked + rest[: self.choice.most - len(asked)]
+
+    def _lacking(self, absent: Sequence[int]) -> list[tuple[int, str]]:
+        """Up to `choice.negatives` prompts for what the image lacks, each once."""
+        names = {category.id: category.name for category in self.dataset.categories}
+        pools = [
+            [(id, names[id]) for id in absent],
+            [(NO_CLASS, word) for word in self.choice.near_misses],
+            [(NO_CLASS, word) for word in self.choice.nouns],
+        ]
+        drawn: list[tuple[int, str]] = []
+        for _ in range(self.choice.negatives):
+            left = [[prompt for prompt in pool if prompt not in drawn] for pool in pools]
+            if left := [pool for pool in left if pool]:
+                drawn.append(random.choice(random.choice(left)))
+        return drawn
 
 
 def _object(index: int, annotation: Annotation, width: int, height: int) -> Object:
@@ -135,8 +187,36 @@ class SemanticTargets:
         return datapoint
 
 
+class ToSquare:
+    """Stretch image, boxes and masks to the model's square, as prediction stretches images.
+
+    Args:
+        resolution: pixels.
+    """
+
+    def __init__(self, resolution: int) -> None:
+        self.resolution = resolution
+
+    def __call__(self, datapoint: Datapoint, **_: Any) -> Datapoint:
+        image, side = datapoint.images[0], self.resolution
+        width, height = image.data.size
+        pixels = to_square(image.data, side)
+        image.data = to_dtype(pixels, torch.float32, scale=True)  # (3, side, side), 0..1
+        image.size = (side, side)
+        scale = torch.tensor([side / width, side / height] * 2)
+        for thing in image.objects:
+            thing.bbox = thing.bbox.reshape(1, 4) * scale
+            thing.area *= side * side / (width * height)
+            if thing.segment is not None:
+                thing.segment = resize(thing.segment[None], [side, side], antialias=True)[0]
+        return datapoint
+
+
 def resize_sizes(resolution: int, smallest: float) -> list[int]:
-    """Sizes in pixels from `smallest` x resolution to resolution, 32 apart from the top down."""
+    """Sizes in pixels from `smallest` x resolution to resolution, 32 apart from the top down.
+
+    For `configs/upstream/`: upstream's own transforms take a list.
+    """
     return list(range(resolution, round(resolution * smallest) - 1, -32))[::-1]
 
 

@@ -34,7 +34,8 @@ class ShapesConfig:
         seed: the same settings and seed give the same bytes.
         kinds: shapes to draw.
         colors: named colors to draw them in; None for any color.
-        label_by: a category is a kind ("circle"), a color ("red thing") or both ("red circle").
+        label_by: a category is a kind ("circle"), a color ("red thing") or both ("red circle");
+            with "all" each shape is labelled three times, once for each of these.
         exclude: pairs never drawn, as "red circle".
         background: its style, or mixed: each image takes one.
     """
@@ -86,7 +87,7 @@ class ShapesConfig:
                     f"shapes: {key} is '{value}': must be one of {', '.join(known)}."
                     f"{nearest(value, known)}"
                 )
-        if self.colors is None and self.label_by in ("color", "both"):
+        if self.colors is None and self.label_by != "kind" and self.label_by in get_args(LabelBy):
             problems.append(f"shapes: label_by is {self.label_by}: needs colors, which names none")
         pairs = [f"{color} {kind}" for color in self.colors or () for kind in self.kinds]
         problems += [
@@ -97,24 +98,39 @@ class ShapesConfig:
         return problems
 
     def _check_classes(self) -> list[str]:
-        categories, room = list(self.categories()), self.train * self.max_shapes
-        if not categories:
+        drawn, room = list(self.drawn()), self.train * self.max_shapes
+        if not drawn:
             return ["shapes: exclude leaves nothing to draw; take a pair from it"]
-        if room < len(categories):
+        if room < len(drawn):
             return [
                 f"shapes: {self.train} training images of at most {self.max_shapes} shapes cannot "
-                f"hold each of {', '.join(categories)}; raise train or max_shapes"
+                f"hold each of {', '.join(drawn)}; raise train or max_shapes"
             ]
         return []
 
-    def categories(self) -> dict[str, list[Thing]]:
-        """What may be drawn for each category, in the order of their ids; 1 is the first."""
+    def things(self) -> list[Thing]:
+        """Every kind in every color, without the pairs that are left out."""
+        pairs = [Thing(kind, color) for kind in self.kinds for color in self.colors or (None,)]
+        return [thing for thing in pairs if f"{thing.color} {thing.kind}" not in self.exclude]
+
+    def names(self, thing: Thing) -> tuple[str, ...]:
+        """The categories that a thing is labelled with."""
+        names = {
+            "kind": thing.kind,
+            "color": f"{thing.color} thing",
+            "both": f"{thing.color} {thing.kind}",
+        }
+        return tuple(names.values()) if self.label_by == "all" else (names[self.label_by],)
+
+    def categories(self) -> list[str]:
+        """Names in the order of their ids; 1 is the first."""
+        return list(dict.fromkeys(name for t in self.things() for name in self.names(t)))
+
+    def drawn(self) -> dict[str, list[Thing]]:
+        """What may be drawn for each category; of three for a thing, for the narrowest."""
         grouped: dict[str, list[Thing]] = {}
-        for kind in self.kinds:
-            for color in self.colors or (None,):
-                if f"{color} {kind}" not in self.exclude:
-                    names = {"kind": kind, "color": f"{color} thing", "both": f"{color} {kind}"}
-                    grouped.setdefault(names[self.label_by], []).append(Thing(kind, color))
+        for thing in self.things():
+            grouped.setdefault(self.names(thing)[-1], []).append(thing)
         return grouped
 
     def info(self) -> dict[str, Any]:
@@ -178,16 +194,17 @@ def _write_split(
     def write(image_id: int) -> list[dict[str, Any]]:
         random = np.random.default_rng([*seed, image_id])  # its own: whichever thread draws it
         path = folder / _file_name(image_id)
-        return _write_image(path, [thing for _, thing in plan[image_id - 1]], config, random)
+        return _write_image(path, plan[image_id - 1], config, random)
 
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id, masks in enumerate(pool.map(write, range(1, count + 1)), start=1):
         size = {"width": config.width, "height": config.height}
         images.append({"id": image_id, "file_name": _file_name(image_id), **size})
-        for (name, _), mask in zip(plan[image_id - 1], masks, strict=True):
-            keys = {"id": len(annotations) + 1, "image_id": image_id, "category_id": ids[name]}
-            annotations.append({**keys, **mask})
+        for thing, mask in zip(plan[image_id - 1], masks, strict=True):
+            for name in config.names(thing):
+                keys = {"id": len(annotations) + 1, "image_id": image_id, "category_id": ids[name]}
+                annotations.append({**keys, **mask})
     categories = [{"id": id, "name": name} for name, id in ids.items()]
     document = {"info": config.info(), "images": images, "annotations": annotations}
     write_json(folder / "_annotations.coco.json", {**document, "categories": categories})
@@ -197,23 +214,21 @@ def _file_name(image_id: int) -> str:
     return f"images/{image_id:06d}.png"
 
 
-def _plan(
-    count: int, config: ShapesConfig, random: np.random.Generator
-) -> list[list[tuple[str, Thing]]]:
-    """Category and thing of each shape of each image; every class occurs where there is room."""
-    categories = config.categories()
-    names, most = list(categories), config.max_shapes
-    plan: list[list[tuple[str, Thing]]] = []
+def _plan(count: int, config: ShapesConfig, random: np.random.Generator) -> list[list[Thing]]:
+    """The things of each image; every class occurs where there is room."""
+    drawn = config.drawn()
+    names, most = list(drawn), config.max_shapes
+    plan: list[list[Thing]] = []
     deck: list[int] = []  # classes still to be drawn before any is drawn again
-    drawn = 0
+    done = 0
     for left in range(count - 1, -1, -1):
-        owed = min(len(names) - drawn - left * most, most)  # more than the images left can hold
+        owed = min(len(names) - done - left * most, most)  # more than the images left can hold
         shapes = max(int(random.integers(config.min_shapes, most + 1)), owed)
         while len(deck) < shapes:
             deck += random.permutation(len(names)).tolist()
-        chosen, deck = [names[index] for index in deck[:shapes]], deck[shapes:]
-        plan.append([(n, categories[n][random.integers(len(categories[n]))]) for n in chosen])
-        drawn += shapes
+        chosen, deck = [drawn[names[index]] for index in deck[:shapes]], deck[shapes:]
+        plan.append([things[random.integers(len(things))] for things in chosen])
+        done += shapes
     return plan
 
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from app.datasets.coco import Dataset
 from app.datasets.images import open_image
-from app.inference.outputs import color_of, draw_objects
+from app.datasets.overlay import color_of, draw_objects
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from app.config import ModelConfig
+from app.datasets.square import to_square
 from app.errors import UserError
 from app.model import weights
 from app.model.device import choose_device, choose_precision
@@ -73,15 +74,6 @@ class Predictor:
         self.device = next(model.parameters()).device
         self._text_features: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._fill_caches()
-        self._preprocess = v2.Compose(  # as upstream's Sam3Processor does
-            [
-                v2.ToImage(),
-                v2.ToDtype(torch.uint8, scale=True),
-                v2.Resize((config.resolution, config.resolution)),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize([0.5] * 3, [0.5] * 3),
-            ]
-        )
 
     @classmethod
     def load(
@@ -130,10 +122,10 @@ class Predictor:
             UserError: neither words nor boxes, an empty prompt, a box outside the image.
         """
         prompts = check_prompts(prompts, boxes_xywh)
-        boxes = _normalised_boxes(boxes_xywh, image)
+        boxes = normalised_boxes(boxes_xywh, image)
         with self._autocast():
             features = self.model.backbone.forward_image(
-                self._preprocess(image).unsqueeze(0).to(self.device)
+                normalise(to_square(image, self.config.resolution)).to(self.device)
             )
             outputs = [
                 self._ground(features, prompts[start : start + PROMPTS_A_PASS], boxes)
@@ -187,6 +179,12 @@ class Predictor:
         )
 
 
+def normalise(pixels: Tensor) -> Tensor:
+    """(3, R, R) uint8 → (1, 3, R, R) float32 in -1..1, in the order of upstream's Sam3Processor."""
+    scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+    return v2.functional.normalize(scaled, [0.5] * 3, [0.5] * 3)[None]
+
+
 def check_prompts(
     prompts: Sequence[str], boxes_xywh: Sequence[Sequence[float]] = ()
 ) -> tuple[str, ...]:
@@ -201,7 +199,7 @@ def check_prompts(
     return stripped or (VISUAL_PROMPT,)
 
 
-def _normalised_boxes(boxes_xywh: Sequence[Sequence[float]], image: Image.Image) -> Tensor:
+def normalised_boxes(boxes_xywh: Sequence[Sequence[float]], image: Image.Image) -> Tensor:
     """(N, 4) cxcywh, 0..1, clipped to the image."""
     boxes = torch.tensor([list(box) for box in boxes_xywh], dtype=torch.float32).reshape(-1, 4)
     size = torch.tensor([image.width, image.height] * 2, dtype=torch.float32)

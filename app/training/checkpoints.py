@@ -60,15 +60,10 @@ def save(
         shutil.rmtree(old)
 
 
-def find_newest(folder: Path) -> Path:
-    """The newest checkpoint in `folder`; raises UserError where there is none."""
+def find_newest(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder`; None where a run was stopped before its first."""
     epochs = _epochs(folder)
-    if not epochs:
-        raise UserError(
-            f"--resume: no checkpoint in {folder}. Give --output-dir of the run to resume, or "
-            "leave out --resume to start one."
-        )
-    return epochs[-1]
+    return epochs[-1] if epochs else None
 
 
 def restore(

@@ -17,14 +17,18 @@ from omegaconf import OmegaConf
 from sam3.model.data_misc import BatchedDatapoint
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.utils.misc import copy_data_to_device
+from sam3.train.data.sam3_image_dataset import Datapoint
 from sam3.train.optim.optimizer import construct_optimizer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
 
 from app.config import Config, OptimConfig
 from app.datasets.queries import QueryDataset, collate
+from app.errors import UserError
+from app.model.device import choose_precision
 from app.model.guard import finite_outputs
 from app.training.schedule import learning_rate_factor
 
@@ -58,6 +62,26 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return ((self.epoch, i) for i in itertools.islice(padded, self.rank, None, self.processes))
 
 
+class _Items(TorchDataset):
+    """Hands a UserError on as a value: raised in a loading process, it comes with a traceback."""
+
+    def __init__(self, data: QueryDataset) -> None:
+        self.data = data
+
+    def __getitem__(self, key: tuple[int, int]) -> Datapoint | UserError:
+        try:
+            return self.data[key]
+        except UserError as error:
+            return error
+
+
+def _collate(items: list[Datapoint | UserError]) -> BatchedDatapoint | UserError:
+    errors = [item for item in items if isinstance(item, UserError)]
+    if errors:
+        return UserError([problem for error in errors for problem in error.problems])
+    return collate([item for item in items if not isinstance(item, UserError)])
+
+
 class Loop:
     """Trains one model; every process of a run has one."""
 
@@ -72,6 +96,9 @@ class Loop:
     ) -> None:
         self.config = config
         self.accelerator = accelerator
+        self.precision = choose_precision(
+            config.training.precision, accelerator.device, config.model
+        )
         self.criterion: nn.Module = instantiate(config.loss.criterion, _convert_="all")
         self.sampler = EpochSampler(
             len(data), config.seed, accelerator.process_index, accelerator.num_processes
@@ -80,11 +107,11 @@ class Loop:
         if workers == "auto":
             workers = 4 if accelerator.device.type == "cuda" else 0
         self.loader: DataLoader[Any] = DataLoader(
-            data,
+            _Items(data),
             batch_size=config.training.batch_size,
             sampler=self.sampler,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=_collate,
             pin_memory=accelerator.device.type == "cuda",
         )
         optimizer = build_optimizer(model, config.optim, lr_scale)
@@ -97,11 +124,17 @@ class Loop:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
 
     def run_epoch(self, epoch: int) -> Iterator[StepResult]:
-        """Train on every image once; yields after each update."""
+        """Train on every image once; yields after each update.
+
+        Raises:
+            UserError: images that cannot be decoded, each by its path.
+        """
         self.sampler.epoch = epoch
         self.model.train()
         batches = iter(self.loader)
         while group := list(itertools.islice(batches, self.config.training.grad_accum)):
+            if bad := [batch for batch in group if isinstance(batch, UserError)]:
+                raise bad[0]
             yield self._update(group)
 
     def _update(self, group: list[BatchedDatapoint]) -> StepResult:
@@ -133,7 +166,11 @@ class Loop:
         batch = copy_data_to_device(batch, self.accelerator.device, non_blocking=True)
         module = self.accelerator.unwrap_model(self.model)
         guard = finite_outputs(module, enabled=self.config.training.check_finite)
-        with guard, self.accelerator.autocast():
+        # Not accelerate's: its conversion of outputs to float32 cannot rebuild a SAM3Output.
+        autocast = torch.autocast(
+            self.accelerator.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16
+        )
+        with guard, autocast:
             outputs = self.model(batch)
             targets = [module.back_convert(target) for target in batch.find_targets]
             return self.criterion(outputs, targets)["core_loss"]
@@ -169,8 +206,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> O
     return optimizer
 
 
-def build_accelerator(device: torch.device, precision: torch.dtype) -> Accelerator:
-    """Device, precision and process group of this process.
+def build_accelerator(device: torch.device) -> Accelerator:
+    """Device and process group of this process.
 
     On a CPU the same seed gives the same weights to the bit, for any number of threads.
     """
@@ -179,6 +216,6 @@ def build_accelerator(device: torch.device, precision: torch.dtype) -> Accelerat
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision="bf16" if precision == torch.bfloat16 else "no",
+        mixed_precision="no",
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )

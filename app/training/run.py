@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import logging
-import os
 import platform
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,10 +22,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sam3.model.sam3_image import Sam3Image
 
-from app.config import Config, ShapesConfig, to_yaml
-from app.datasets.build import Splits, load_splits, shapes_dataset
+from app.config import Config, to_yaml
+from app.datasets import sources
+from app.datasets.build import Splits, load_splits, many_classes
 from app.datasets.coco import Dataset
-from app.datasets.queries import QueryDataset
+from app.datasets.images import decoding_problems
+from app.datasets.prompts import name_classes, nouns_beside, read_prompts
+from app.datasets.queries import PromptChoice, QueryDataset
 from app.errors import UserError, nearest
 from app.evaluation import report
 from app.evaluation.validate import validate
@@ -38,17 +38,15 @@ from app.model import weights
 from app.model.build import build_model, count_parameters
 from app.model.device import choose_device, choose_precision
 from app.model.upstream import COMMIT
+from app.progress import duration, progress
 from app.training import checkpoints
 from app.training.checkpoints import RunState
 from app.training.loop import Loop, build_accelerator
-from app.training.progress import duration, progress
 from app.training.tracking import Tracker
+from app.training.warm_start import warm_start
 
 log = logging.getLogger("app")
 
-HOME = Path(__file__).resolve().parents[2]
-# Of the project where it can be written; in an image it cannot, and the working folder is mounted.
-DATA = (HOME if os.access(HOME, os.W_OK) else Path.cwd()) / "data"
 # What a run leaves in its folder; --overwrite removes these and nothing else.
 LEAVES = (
     *("config.yaml", "config_resolved.yaml", "environment.json", "train.log", "metrics.csv"),
@@ -78,30 +76,30 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
     begun = time.monotonic()
     device = choose_device(config.training.device)
     precision = choose_precision(config.training.precision, device, config.model)
-    accelerator = build_accelerator(device, precision)
+    accelerator = build_accelerator(device)
     folder = Path(config.output_dir)
     main = accelerator.is_main_process
 
+    newest = checkpoints.find_newest(folder / "checkpoints") if resume else None
+    if resume and newest is None:
+        log.info("nothing was saved yet in %s: from the beginning", folder)
     set_seed(config.seed)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     if start is not None:
         weights.load_into(model, start)
+    elif config.training.warm_start.method == "pixels" and newest is None:
+        model.to(device)
+        warm_start(model, config.model, splits.train, config.training.warm_start, config.seed)
     header = weights.Header(
         model=config.model,
         prompts=splits.train.class_names,
         data_hash=splits.train.content_hash(),
     )
     lr_scale = config.optim.lr_scale or (1.0 if start is None else 0.1)
-    data = QueryDataset(
-        splits.train,
-        [instantiate(node) for node in config.transforms.train],
-        max_prompts=config.dataset.max_prompts,
-        seed=config.seed,
-    )
+    data = query_dataset(config, splits.train)
     loop = Loop(config, model, data, accelerator, lr_scale=lr_scale)
     state = RunState()
-    if resume:
-        newest = checkpoints.find_newest(folder / "checkpoints")
+    if newest is not None:
         state = checkpoints.restore(newest, model, loop.optimizer, loop.scheduler)
         log.info("resumed from %s, after epoch %d", newest, state.epoch)
     if main:
@@ -112,9 +110,16 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
     def score(title: str) -> tuple[Figures, list[dict[str, Any]]]:
         return _validate(Predictor(model, config.model, precision), splits.valid, config, title)
 
+    def save_checkpoint() -> None:
+        checkpoints.save(
+            folder / "checkpoints", state, model, header, loop.optimizer, loop.scheduler
+        )
+
     if main and not state.baseline:
         state.baseline, _ = score("before training")
         log.info("before training: %s", _summary(state.baseline))
+        if config.training.warm_start.method != "none":
+            save_checkpoint()
     for epoch in range(state.epoch, config.training.epochs):
         row = _train_epoch(loop, epoch, config)
         state.epoch = epoch + 1
@@ -128,9 +133,7 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
             tracker.log_epoch(state.rows)
             if _is_due(state.epoch, config.training.save_every, config):
                 weights.save(model, folder / "weights" / "last", header)
-                checkpoints.save(
-                    folder / "checkpoints", state, model, header, loop.optimizer, loop.scheduler
-                )
+                save_checkpoint()
         accelerator.wait_for_everyone()
     figures: Figures = {}
     if main:
@@ -170,6 +173,11 @@ def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         for name in present:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif resume and not present:
+        raise UserError(
+            f"--resume: no run in {folder}. Give --output-dir of the run to resume, or leave out "
+            "--resume to start one."
+        )
     elif present and not resume:
         raise UserError(
             f"--output-dir {folder}: holds a run already ({', '.join(present[:3])}, …). "
@@ -210,20 +218,47 @@ def write_settings(folder: Path, config: Config, overrides: Sequence[str]) -> No
 def read_splits(config: Config) -> Splits:
     """The dataset that is named, or the synthetic shapes."""
     dataset = config.dataset
-    if dataset.dir is None:
-        name = f"shapes-{_shapes_name(dataset.shapes, config.seed)}"
-        folder = shapes_dataset(DATA / name, **dataset.shapes.model_dump(), seed=config.seed)
-    else:
-        folder = Path(dataset.dir)
-    return load_splits(
-        folder, valid_fraction=dataset.valid_fraction, seed=config.seed, limit=dataset.limit
+    splits = load_splits(
+        sources.fetch(dataset, config.seed),
+        format=dataset.format,
+        valid_fraction=dataset.valid_fraction,
+        test_fraction=dataset.test_fraction,
+        max_drop=dataset.max_drop,
+        seed=config.seed,
+        limit=dataset.limit,
     )
+    plan = [fault.remedy for fault in many_classes(splits.train, dataset.max_prompts)]
+    splits = replace(splits, notes=(*splits.notes, *plan))
+    if dataset.prompts is not None:
+        prompts = read_prompts(Path(dataset.prompts), splits.train.categories)
+        splits = splits.map(lambda split: name_classes(split, prompts))
+    if dataset.bad_images == "skip":
+        splits = splits.map(_without_bad_images)
+    return splits
 
 
-def _shapes_name(shapes: ShapesConfig, seed: int) -> str:
-    """Short and safe as a folder's name; others for other settings."""
-    settings = json.dumps({**shapes.model_dump(), "seed": seed}, sort_keys=True)
-    return hashlib.sha256(settings.encode()).hexdigest()[:12]
+def _without_bad_images(dataset: Dataset) -> Dataset:
+    """The images that can be decoded; the others are reported, and counted."""
+    bad = decoding_problems([image.path for image in dataset.images])
+    for problem in bad.values():
+        log.warning("note: left out (dataset.bad_images=skip): %s", problem)
+    if bad:
+        log.warning("note: %d of %d images left out", len(bad), len(dataset.images))
+    return dataset.subset(image.id for image in dataset.images if image.path not in bad)
+
+
+def query_dataset(config: Config, dataset: Dataset) -> QueryDataset:
+    """What the configuration makes of a split for training."""
+    settings = config.dataset
+    names = [name for c in dataset.categories for name in (c.name, *c.synonyms)]
+    choice = PromptChoice(
+        most=settings.max_prompts,
+        negatives=settings.negatives,
+        near_misses=tuple(settings.near_misses),
+        nouns=tuple(nouns_beside(names)) if settings.nouns else (),
+    )
+    transforms = [instantiate(node) for node in config.transforms.train]
+    return QueryDataset(dataset, transforms, seed=config.seed, choice=choice)
 
 
 def check_masks(config: Config, dataset: Dataset) -> None:

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from app.config import Config, load_config, load_model_config, model_names, read_yaml
+from app.config import (
+    Config,
+    load_config,
+    load_model_config,
+    model_names,
+    read_yaml,
+    recipe_file,
+)
 from app.errors import UserError, nearest
 from app.model import weights
 from app.model.device import choose_device
@@ -24,6 +31,7 @@ def start(
     overrides: Sequence[str],
     *,
     file: Path | None,
+    recipe: str | None,
     size: str,
     lr: float | None,
     base_config: bool,
@@ -36,10 +44,13 @@ def start(
     Raises:
         UserError: whatever the user must mend, before anything is written.
     """
-    if base_config and file is not None:
-        raise UserError("--use-base-config and --config: give one of them")
+    given = {"--use-base-config": base_config, "--config": file, "--recipe": recipe}
+    if len(named := [flag for flag, value in given.items() if value]) > 1:
+        raise UserError(f"{' and '.join(named)}: give one of them")
     if base_config:
         file = upstream_trainer.BASE_CONFIG
+    if recipe is not None:
+        file = recipe_file(recipe)
     if file is not None and upstream_trainer.is_upstream_schema(file):
         upstream_trainer.start(
             overrides,
@@ -99,6 +110,11 @@ def configure(
     config = load_config(overrides, file, model)
     if lr is not None:
         config = load_config([*overrides, f"optim.lr_scale={lr / config.optim.lr}"], file, model)
+    if weights_file and config.training.warm_start.method != "none":
+        raise UserError(
+            f"training.warm_start.method={config.training.warm_start.method}: is for random "
+            f"weights, and would spoil those of {weights_file}; leave it out, or --checkpoint none"
+        )
     if "output_dir" not in asked:
         folder = Path("outputs/eval" if eval_only else config.output_dir)
         config = config.model_copy(update={"output_dir": str(run.free_folder(folder))})
@@ -110,6 +126,8 @@ def _asked(overrides: Sequence[str], file: Path | None) -> dict[str, Any]:
     content = read_yaml(file) if file is not None else {}
     items = content.items() if isinstance(content, dict) else ()
     asked = {key: value for key, value in items if isinstance(value, str)}
+    if isinstance(content, dict) and isinstance(size := content.get("model"), dict):
+        asked |= {"model": size["name"]} if "name" in size else {}
     for text in overrides:
         key, _, value = text.partition("=")
         asked[key] = value

@@ -197,8 +197,8 @@ def _apply(config: DictConfig, flags: dict[str, str], lr: float | None) -> None:
         flags["output_dir"] = str(run.free_folder(Path("outputs/train")))
     known = sorted(_names(OmegaConf.to_container(config, resolve=False)))
     for key, value in flags.items():
-        if key == "dataset.dir":
-            continue
+        if key.startswith("dataset."):
+            continue  # ours: `read_splits` checks and reads them
         target = _KEYS.get(key, key)
         if target not in known and target != "launcher.experiment_log_dir":
             raise UserError(f"'{key}': this YAML has no such key.{nearest_key(key, known)}")
@@ -284,12 +284,12 @@ def _mend(node: DictConfig, target: str) -> None:
 
 
 def read_splits(config: DictConfig, flags: dict[str, str]) -> run.Splits:
-    """The dataset of --dataset-dir, else of the YAML's paths; `valid/` where `test/` is missing."""
+    """The dataset of our own keys, else of the YAML's paths; `valid/` where `test/` is missing."""
     named = {split: _annotations(config, split) for split in ("train", "val")}
     files = {split: file for split, file in named.items() if file is not None}
-    folder = flags.get("dataset.dir")
-    if folder is not None or len(files) < 2:
-        return run.read_splits(load_config([f"dataset.dir={folder}"] if folder else []))
+    ours = [f"{key}={value}" for key, value in flags.items() if key.startswith("dataset.")]
+    if ours or len(files) < 2:
+        return run.read_splits(load_config(ours))
     missing = [f"{split}: no annotations at {f}" for split, f in files.items() if not f.is_file()]
     if missing:
         raise UserError([*missing, "Set the YAML's paths, or give --dataset-dir."])

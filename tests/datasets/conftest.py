@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -44,6 +45,12 @@ def sound_document() -> dict[str, Any]:
     }
 
 
+def noise(seed: str, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """An image like no other: those of other seeds are no near-duplicates."""
+    pixels = np.random.default_rng(list(seed.encode())).integers(0, 256, (*size[::-1], 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
 @pytest.fixture
 def document() -> dict[str, Any]:
     return sound_document()
@@ -57,7 +64,7 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / name
         folder.mkdir(parents=True, exist_ok=True)
         for image in document["images"]:
-            Image.new("RGB", (40, 30)).save(folder / image["file_name"])
+            noise(f"{name}/{image['file_name']}").save(folder / image["file_name"])
         (folder / "_annotations.coco.json").write_text(json.dumps(document))
         return folder
 

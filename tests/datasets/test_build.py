@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from PIL import Image
 from app.datasets.build import load_splits, shapes_dataset
 from app.datasets.coco import Category
 from app.errors import UserError
+from tests.datasets.conftest import noise
 
 SMALL = {"train": 3, "valid": 1, "width": 64, "height": 64}
 
@@ -45,15 +47,95 @@ def test_potholes_in_their_mixed_layouts(potholes):
 def test_a_validation_set_is_made_from_train_and_said(save):
     folder = save(many_images(20))
     splits = load_splits(folder)
-    assert len(splits.valid.images) == 3  # 15 % of 20
-    assert ids(splits.train) | ids(splits.valid) == set(range(20))
-    assert not ids(splits.train) & ids(splits.valid)
-    for split in (splits.train, splits.valid):
+    assert splits.test is not None
+    assert (len(splits.valid.images), len(splits.test.images)) == (3, 3)  # 15 % of 20 each
+    assert ids(splits.train) | ids(splits.valid) | ids(splits.test) == set(range(20))
+    for split in (splits.train, splits.valid, splits.test):
         assert {a.image_id for a in split.annotations} == ids(split)
-    assert splits.notes == (
+    assert splits.notes[:2] == (
         "no validation split: 3 of 20 training images (15 %, seed 0) set aside for validation",
+        "no test split: 3 of 20 training images (15 %, seed 0) set aside for testing",
     )
-    assert splits.test is None
+
+
+def test_only_validation_is_made_where_a_test_set_is_given(save, tmp_path):
+    save(many_images(20), "set/train")
+    save(many_images(4), "set/test")
+    splits = load_splits(tmp_path / "set")
+    assert splits.test is not None
+    assert [len(s.images) for s in (splits.train, splits.valid, splits.test)] == [17, 3, 4]
+    assert not any("test split" in note for note in splits.notes)
+
+
+@pytest.mark.parametrize("count", range(2, 8))
+def test_a_few_images_are_split_as_far_as_they_go_and_that_is_said(save, count):
+    splits = load_splits(save(many_images(count)))
+    tested = len(splits.test.images) if splits.test else 0
+    assert len(splits.train.images) + len(splits.valid.images) + tested == count
+    assert len(splits.train.images) >= max(1, count // 2)
+    assert (tested == 0) == any("too few to set any aside" in note for note in splits.notes)
+
+
+def test_classes_are_shared_out_as_the_images_are(save):
+    """Twenty images in each of two classes, six of a rare one: by chance a part would lack it."""
+    document = many_images(46)
+    document["categories"] = [{"id": i, "name": f"class {i}"} for i in (1, 2, 3)]
+    for index, annotation in enumerate(document["annotations"]):
+        annotation["category_id"] = 3 if index >= 40 else 1 + index % 2
+    folder = save(document)
+    for seed in range(5):
+        splits = load_splits(folder, seed=seed)
+        assert splits.test is not None
+        counts = [
+            Counter(a.category_id for a in split.annotations)
+            for split in (splits.train, splits.valid, splits.test)
+        ]
+        assert [count[3] for count in counts] == [4, 1, 1]
+        assert all(2 <= count[i] <= 4 for count in counts[1:] for i in (1, 2))
+
+
+def test_near_duplicates_stay_on_one_side(save):
+    """Ten scenes, each thrice: as it is, compressed, and a copy that Roboflow has turned."""
+    document = many_images(30)
+    folder = save(document)
+    for scene in range(10):
+        names = [f"{scene}.png", f"{scene}_copy.jpg", f"{scene}_a.rf.1.png", f"{scene}_a.rf.2.png"]
+        smooth = noise(f"scene {scene}", (8, 6)).resize((40, 30), Image.Resampling.BICUBIC)
+        smooth.save(folder / names[0])
+        smooth.save(folder / names[1], quality=80)
+        other = noise(f"other {scene}", (8, 6)).resize((40, 30), Image.Resampling.BICUBIC)
+        other.save(folder / names[2])
+        other.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / names[3])
+        for image, name in zip(document["images"][scene * 3 :], names[:2], strict=False):
+            image["file_name"] = name
+        document["images"][scene * 3 + 2]["file_name"] = names[2]
+        document["images"].append(
+            {**document["images"][0], "id": 30 + scene} | {"file_name": names[3]}
+        )
+    (folder / "_annotations.coco.json").write_text(json.dumps(document))
+    for seed in range(5):
+        splits = load_splits(folder, seed=seed)
+        assert splits.test is not None
+        sides = {
+            image.path.name.replace("_copy", "").split(".")[0]: set()
+            for image in splits.train.images
+        }
+        for number, split in enumerate((splits.train, splits.valid, splits.test)):
+            for image in split.images:
+                stem = image.path.name.replace("_copy", "").split(".")[0]
+                sides.setdefault(stem, set()).add(number)
+        assert all(len(side) == 1 for side in sides.values())
+        assert len(splits.valid.images) in (5, 6, 7)
+
+
+def test_images_that_are_all_alike_are_split_with_a_note(save):
+    document = many_images(10)
+    folder = save(document)
+    for image in document["images"]:
+        Image.new("RGB", (40, 30), "gray").save(folder / image["file_name"])
+    splits = load_splits(folder)
+    assert len(splits.valid.images) == 2
+    assert any("too much alike" in note for note in splits.notes)
 
 
 def test_the_split_follows_the_seed_and_not_the_order_of_the_json(save):
@@ -70,7 +152,8 @@ def test_the_split_follows_the_seed_and_not_the_order_of_the_json(save):
     ("count", "fraction", "valid"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.5, 5), (7, 0.15, 1)]
 )
 def test_both_sides_of_the_split_have_images(save, count, fraction, valid):
-    splits = load_splits(save(many_images(count)), valid_fraction=fraction)
+    splits = load_splits(save(many_images(count)), valid_fraction=fraction, test_fraction=0)
+    assert splits.test is None
     assert (len(splits.train.images), len(splits.valid.images)) == (count - valid, valid)
 
 
@@ -91,14 +174,14 @@ def test_limit_takes_a_seeded_subset_of_train_alone(save):
     assert ids(limited.train) < ids(whole.train)
     assert ids(limited.train) != ids(other.train)
     assert limited.valid == whole.valid
-    assert limited.notes[1] == "training on 4 of 17 images (limit, seed 0)"
+    assert limited.notes[2] == "training on 4 of 14 images (limit, seed 0)"
     assert load_splits(folder, limit=99).train == whole.train
 
 
 def test_arguments_out_of_range_are_all_named(tmp_path):
     with pytest.raises(UserError) as caught:
-        load_splits(tmp_path, valid_fraction=1.5, limit=0)
-    assert len(caught.value.problems) == 2
+        load_splits(tmp_path, valid_fraction=1.5, test_fraction=1, limit=0)
+    assert len(caught.value.problems) == 3
 
 
 def test_val_is_taken_for_valid_and_images_may_lie_in_the_datasets_folder(save, tmp_path):
@@ -115,9 +198,9 @@ def test_val_is_taken_for_valid_and_images_may_lie_in_the_datasets_folder(save, 
 
 @pytest.mark.parametrize("name", ["annotations.json", "my labels.json"])
 def test_other_names_of_the_json(save, name):
-    folder = save(many_images(4))
+    folder = save(many_images(3))
     (folder / "_annotations.coco.json").rename(folder / name)
-    assert len(load_splits(folder).train.images) == 3
+    assert len(load_splits(folder).train.images) == 2
 
 
 def test_several_json_files_of_unknown_names(save):
@@ -141,7 +224,7 @@ def test_splits_that_disagree_on_ids_share_those_of_train(save, tmp_path):
     assert splits.train.categories == splits.valid.categories == expected
     assert [a.category_id for a in splits.train.annotations] == [1, 1, 1]
     assert [a.category_id for a in splits.valid.annotations] == [3, 1]
-    assert splits.notes == ("validation has objects of 'cow', which no training image has",)
+    assert splits.notes[-1] == "validation has objects of 'cow', which no training image has"
 
 
 def test_category_0_that_one_split_does_not_use_is_kept(save, tmp_path):
@@ -200,7 +283,8 @@ def test_problems_of_all_splits_come_together(save, tmp_path):
     with pytest.raises(UserError) as caught:
         load_splits(tmp_path / "set")
     assert [p.split(":")[0] for p in caught.value.problems] == [
-        str(tmp_path / "set" / split / "_annotations.coco.json") for split in ("train", "valid")
+        *(str(tmp_path / "set" / split / "_annotations.coco.json") for split in ("train", "valid")),
+        "2 of 4 annotations would be left out (50 %), and 1 % may be",
     ]
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
-import copy
 import json
-import tempfile
+import shutil
+import struct
+import zlib
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,24 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from app.datasets.check import check, check_files, clip_box, decode_counts
-from app.datasets.coco import Dataset, read
-from app.errors import UserError
-from tests.datasets.conftest import SQUARE, sound_document
+from app.datasets.build import decode, survey
+from app.datasets.check import check as check_document
+from app.datasets.faults import KINDS, Action, Findings, lines
+from app.datasets.geometry import clip_box, decode_counts
+from app.datasets.image_files import find_files
+from app.datasets.images import open_image
+from tests.conftest import REPOSITORY
+from tests.datasets.conftest import SQUARE, noise, sound_document
+
+DROPPED, REFUSED = Action.DROPPED, Action.REFUSED
+
+
+def check(document: Any, where: str) -> list[str]:
+    """What is said of a document's own faults, those that only mend it left out."""
+    found = Findings(where)
+    check_document(document, found)
+    return lines(fault for fault in found.faults if fault.action in (DROPPED, REFUSED))
+
 
 NAN, INF = float("nan"), float("inf")
 
@@ -73,15 +89,12 @@ BAD_VALUES = [
     ("categories.0.name", 5, "class's name"),
     ("categories.0.name", "cat ", "also the name of"),
     ("annotations.0", [], "must be a JSON object"),
-    ("annotations.0.id", 2, "taken by annotations[0]"),
-    ("annotations.0.image_id", 9, "no sound image"),
-    ("annotations.0.image_id", [1], "no sound image"),
+    ("annotations.0.iscrowd", "1", "0 or 1"),
+    ("annotations.0.image_id", 9, "no image"),
+    ("annotations.0.image_id", [1], "no image"),
     ("annotations.0.category_id", 9, "no category"),
     ("annotations.0.category_id", "3", "no category"),
     ("annotations.0.iscrowd", 2, "0 or 1"),
-    ("annotations.0.area", NAN, "square pixels"),
-    ("annotations.0.area", -1, "square pixels"),
-    ("annotations.0.area", "9", "square pixels"),
     ("annotations.0.bbox", [1, 2, 3], "four finite numbers"),
     ("annotations.0.bbox", [1, 2, 3, "4"], "four finite numbers"),
     ("annotations.0.bbox", [1, 2, NAN, 4], "four finite numbers"),
@@ -140,7 +153,7 @@ def test_all_problems_are_listed_and_a_thousand_of_one_kind_are_counted(document
     problems = check(document, "f.json")
     assert len(problems) == 22
     assert "images[1].width is -1" in problems[0]
-    assert problems[-1] == "f.json: and 980 more problems of this kind (bbox)"
+    assert problems[-1] == "f.json: and 980 more problems of this kind (bbox empty)"
 
 
 def test_long_values_are_cut_short(document):
@@ -188,7 +201,10 @@ def test_decode_counts_takes_only_strings_that_fill_the_mask(counts):
 
 
 def files_problems(folder: Path, document: dict[str, Any]) -> list[str]:
-    return check_files(document, "f.json", [folder])[1]
+    found = Findings("f.json")
+    entries = [(f"images[{i}]", entry) for i, entry in enumerate(document["images"])]
+    find_files(entries, [folder], found)
+    return lines(fault for fault in found.faults if fault.action in (DROPPED, REFUSED))
 
 
 def test_a_missing_image_names_the_folders_searched(document, save):
@@ -256,113 +272,259 @@ def test_a_name_longer_than_file_systems_take_is_a_missing_file(document, save):
     assert "no such file" in problem
 
 
-ODD_NUMBERS = [None, True, 0, -1, 1, 3, 7, 2**31, 2**32, 2**63, 10**400, 0.5, 1e9, -1e9, 1e308]
-ODD_TEXTS = ["", "..", "/etc/passwd", "a.png", "b\0", "\ud800", "05L5", "0" * 300, "images", "."]
-odd = st.recursive(
-    st.sampled_from([*ODD_NUMBERS, NAN, INF, -INF, *ODD_TEXTS])
-    | st.floats()
-    | st.integers(-50, 1300),
-    lambda inner: (
-        st.lists(inner, max_size=8)
-        | st.lists(st.lists(st.floats(-90, 90), min_size=4, max_size=9), max_size=3)
-        | st.dictionaries(st.sampled_from(["size", "counts", "id", "name"]), inner, max_size=3)
-        | st.fixed_dictionaries({"size": st.builds(lambda: [30, 40]), "counts": inner})
+# --- each fault of a dataset: its kind, what becomes of it, and where it is said to be ------------
+
+
+def faults_of(folder: Path) -> list[tuple[str, str, str]]:
+    """Kind, action and place of every fault that a check finds, pixels included."""
+    found = decode(survey(folder), folder, lambda _: None)
+    return [(fault.kind, str(fault.action), fault.place) for fault in found.faults]
+
+
+def removed(path: str) -> Callable[[Any], None]:
+    """A change of a document: the key at `a.1.b` is gone."""
+
+    def remove(document: Any) -> None:
+        *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+        for part in parents:
+            document = document[part]
+        del document[last]
+
+    return remove
+
+
+def changed(path: str, value: Any) -> Callable[[Any], None]:
+    return lambda document: spoil(document, path, value)
+
+
+BOXES = "annotations[0].bbox"
+MASKS = "annotations[0].segmentation"
+CORNERS = [10, 5, 20, 15]  # of the sound document's square
+EACH_FAULT = [
+    (changed("annotations.0.segmentation.0.2", NAN), "polygon", "dropped", MASKS),
+    (changed("annotations.0.segmentation.0.2", INF), "polygon", "dropped", MASKS),
+    (changed("annotations.0.segmentation.0.2", 1e9), "polygon", "dropped", MASKS),
+    (changed("annotations.0.segmentation.0", SQUARE[:7]), "polygon", "dropped", MASKS),
+    (changed("annotations.0.segmentation.0", SQUARE[:4]), "polygon", "dropped", MASKS),
+    (changed("annotations.2.bbox", None), "no geometry", "dropped", "annotations[2].bbox"),
+    (changed("annotations.0.segmentation", {**RLE, "counts": [9, 9]}), "RLE", "dropped", MASKS),
+    (changed("annotations.0.segmentation", {**RLE, "counts": [1201]}), "RLE", "dropped", MASKS),
+    (
+        changed("annotations.0.segmentation", {"size": [40, 30], "counts": [600, 600]}),
+        *("RLE", "dropped", MASKS),
     ),
-    max_leaves=8,
-)
+    (changed("images.0.width", 0), "image size", "refused", "images[0].width"),
+    (changed("images.0.height", -30), "image size", "refused", "images[0].height"),
+    (changed("images.0.width", 10**9), "image size", "refused", "images[0].width"),
+    (changed("images.1.width", 41), "other size", "refused", "images[1].file_name"),
+    (
+        changed("annotations.0.segmentation", {**RLE, "counts": [1200]}),
+        *("zero area", "dropped", MASKS),
+    ),
+    (removed("annotations.0.iscrowd"), "no iscrowd", "mended", "annotations[0].iscrowd"),
+    (removed("annotations.0.area"), "no area", "mended", "annotations[0].area"),
+    (changed("annotations.0.area", NAN), "no area", "mended", "annotations[0].area"),
+    (changed("annotations.0.area", -1), "no area", "mended", "annotations[0].area"),
+    (removed("annotations.0.bbox"), "no bbox", "mended", BOXES),
+    (removed("annotations.0.id"), "annotation id", "mended", "annotations[0].id"),
+    (changed("annotations.0.id", "1"), "annotation id", "mended", "annotations[0].id"),
+    (changed("annotations.1.id", 1), "annotation id", "mended", "annotations[1].id"),
+    (changed("annotations.0.iscrowd", 2), "iscrowd", "dropped", "annotations[0].iscrowd"),
+    (changed("annotations.0.bbox", [10, 5, -10, 10]), "bbox empty", "dropped", BOXES),
+    (changed("annotations.0.bbox", [10, 5, 0, 10]), "bbox empty", "dropped", BOXES),
+    (changed("annotations.0.bbox", [50, 5, 9, 9]), "bbox outside", "dropped", BOXES),
+    (changed("annotations.0.bbox", [-5, 5, 25, 10]), "bbox clipped", "mended", BOXES),
+    (changed("annotations.0.bbox", [1, NAN, 3, 4]), "bbox", "dropped", BOXES),
+    (changed("annotations.0.bbox", CORNERS), "xyxy", "refused", BOXES),
+    (changed("images.1.id", 1), "image id", "refused", "images[1].id"),
+    (removed("images.1.id"), "image id", "refused", "images[1].id"),
+    (changed("categories.1.id", 3), "category id", "refused", "categories[1].id"),
+    (
+        changed("annotations.0.image_id", 9),
+        *("image reference", "dropped", "annotations[0].image_id"),
+    ),
+    (
+        changed("annotations.0.category_id", 9),
+        *("category reference", "dropped", "annotations[0].category_id"),
+    ),
+    (changed("images", []), "empty", "refused", "'images'"),
+    (changed("annotations", []), "empty", "refused", "'annotations'"),
+    (changed("categories", []), "empty", "refused", "'categories'"),
+    (removed("images"), "root", "refused", "'images'"),
+    (removed("annotations"), "root", "refused", "'annotations'"),
+    (removed("categories"), "root", "refused", "'categories'"),
+    (changed("categories.0.name", ""), "category name", "refused", "categories[0].name"),
+    (changed("categories.0.name", "x" * 10_240), "category name", "refused", "categories[0].name"),
+    (changed("categories.0.name", "cat"), "alike names", "refused", "categories[1].name"),
+    (changed("categories.1.name", "DOG"), "alike names", "refused", "categories[1].name"),
+    (changed("categories.0.name", "dog "), "space in name", "mended", "categories[0].name"),
+    (changed("images.0.file_name", "../a.png"), "file name", "refused", "images[0].file_name"),
+    (changed("images.0.file_name", "/a.png"), "file name", "refused", "images[0].file_name"),
+    (changed("images.0.file_name", "a\0.png"), "file name", "refused", "images[0].file_name"),
+    (changed("images.0.file_name", "c.png"), "image missing", "dropped", "images[0].file_name"),
+    (changed("images.0.file_name", "b.png"), "listed twice", "refused", "images[1].file_name"),
+    (
+        changed("categories", [{"id": 0, "name": "things"}, *sound_document()["categories"]]),
+        *("placeholder", "mended", "categories[0].name"),
+    ),
+]
 
 
-@st.composite
-def spoiled_documents(draw: st.DrawFn) -> Any:
-    """A sound document with up to three values replaced or removed, at any depth."""
-    holder = {"document": copy.deepcopy(sound_document())}
-    for _ in range(draw(st.integers(1, 3))):
-        target: Any = holder
-        while True:
-            keys = list(target) if isinstance(target, dict) else list(range(len(target)))
-            key = draw(st.sampled_from(keys))
-            child = target[key]
-            if not isinstance(child, dict | list) or not child or draw(st.integers(0, 4)) == 0:
-                break
-            target = child
-        if target is not holder and draw(st.integers(0, 3)) == 0:
-            del target[key]
-        else:
-            target[key] = draw(odd)
-    return holder["document"]
+@pytest.mark.parametrize(("change", "kind", "action", "place"), EACH_FAULT)
+def test_each_fault_of_a_json_has_its_kind(complete, save, change, kind, action, place):
+    folder = save(complete)
+    change(complete)
+    (folder / "_annotations.coco.json").write_text(json.dumps(complete))
+    assert (kind, action, place) in faults_of(folder)
+    others = {found[0] for found in faults_of(folder)} - {kind}
+    # a second id for one image makes the annotations of the id that is gone dangle
+    assert others <= {"image reference", "category reference"}
 
 
-@pytest.fixture(scope="module")
-def fuzz_folder():
-    with tempfile.TemporaryDirectory() as name:
-        for image in ("a.png", "b.png"):
-            Image.new("RGB", (40, 30)).save(Path(name) / image)
-        yield Path(name)
+@pytest.fixture
+def complete(document):
+    """The sound document with every key that may be left out, and so without any fault."""
+    document["annotations"][1].update(bbox=[1, 2, 2, 3], area=6)
+    document["annotations"][2].update(iscrowd=0, area=30)
+    return document
 
 
-@given(spoiled_documents())
-@settings(max_examples=1000, deadline=None)
-def test_any_document_gives_a_usable_dataset_or_a_user_error(fuzz_folder, document):
-    path = fuzz_folder / "_annotations.coco.json"
-    path.write_text(json.dumps(document))
-    try:
-        dataset = read(path, [fuzz_folder])
-    except UserError as error:
-        problems = error.problems
-    else:
-        problems = []
-        assert_usable(dataset)
-    assert all(problem.startswith(str(path)) for problem in problems)
+def test_the_complete_document_has_no_fault(complete, save):
+    assert faults_of(save(complete)) == []
 
 
-def assert_usable(dataset: Dataset) -> None:
-    json.dumps(dataset.to_json(), allow_nan=False)
-    for annotation in dataset.annotations:
-        x, y, w, h = annotation.bbox_xywh
-        assert w > 0
-        assert h > 0
-        assert 0 <= x <= x + w <= 40.0001
-        assert 0 <= y <= y + h <= 30.0001
-        if annotation.segmentation is not None:
-            mask = coco_mask.decode(annotation.segmentation)
-            assert mask.shape == (30, 40)
-            assert mask.any()
-            assert mask.max() == 1
+def test_corners_without_masks_are_told_from_the_whole_file(complete, save):
+    """Boxes alone: many that are inside as corners and leave as sizes; a few that leave are cut."""
+    random = np.random.default_rng(0)
+    template = {"category_id": 3, "iscrowd": 0, "area": 9, "image_id": 1}
+    corners = np.concatenate([random.integers(0, 15, (20, 2)), random.integers(18, 30, (20, 2))], 1)
+    complete["annotations"] = [
+        {**template, "id": i + 1, "bbox": box.tolist()} for i, box in enumerate(corners)
+    ]
+    assert {(kind, action) for kind, action, _ in faults_of(save(complete))} == {
+        ("xyxy", "refused")
+    }
+    for annotation in complete["annotations"]:
+        x1, y1, x2, y2 = annotation["bbox"]
+        annotation["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+    complete["annotations"][0]["bbox"] = [30, 20, 38, 28]
+    assert faults_of(save(complete)) == [("bbox clipped", "mended", "annotations[0].bbox")]
 
 
-def points(low: float, high: float) -> st.SearchStrategy[list[float]]:
-    return st.lists(st.floats(low, high), min_size=6, max_size=24).map(lambda p: p[: len(p) & ~1])
+RAW = [
+    ('{"images": [', "JSON", "refused"),
+    ('\ufeff{"images": [], "annotations": [], "categories": []}', "BOM", "mended"),
+    ("[]", "root", "refused"),
+    ("null", "root", "refused"),
+    ('{"images": [], "images": [], "annotations": []}', "duplicate key", "refused"),
+    ('{"images": [{"id": 1, "id": 2}], "annotations": []}', "duplicate key", "refused"),
+    ('{"images": [7], "annotations": [], "categories": []}', "entry", "refused"),
+]
 
 
-@given(st.lists(points(-30, 60), min_size=1, max_size=3))
-@settings(max_examples=300, deadline=None)
-def test_any_polygons_near_the_image_give_a_mask_or_a_user_error(fuzz_folder, polygons):
-    document = sound_document()
-    document["annotations"][0]["segmentation"] = polygons
-    path = fuzz_folder / "_annotations.coco.json"
-    path.write_text(json.dumps(document))
-    try:
-        assert_usable(read(path, [fuzz_folder]))
-    except UserError as error:
-        problems = error.problems
-    else:
-        problems = []
-    assert all("covers no pixel" in problem for problem in problems)
+@pytest.mark.parametrize(("text", "kind", "action"), RAW)
+def test_each_fault_of_the_files_text(tmp_path, text, kind, action):
+    (tmp_path / "_annotations.coco.json").write_text(text)
+    assert (kind, action) in {found[:2] for found in faults_of(tmp_path)}
 
 
-@given(st.lists(st.integers(0, 1200), max_size=12))
-@settings(max_examples=300, deadline=None)
-def test_any_runs_that_fill_the_mask_give_their_pixels(fuzz_folder, cuts):
-    runs = np.diff([0, *sorted(cuts), 1200])
-    flat = np.repeat(np.arange(len(runs)) % 2, runs)
-    document = sound_document()
-    rle = {"size": [30, 40], "counts": runs.tolist()}
-    document["annotations"][0]["segmentation"] = rle
-    path = fuzz_folder / "_annotations.coco.json"
-    path.write_text(json.dumps(document))
-    if not flat.any():
-        with pytest.raises(UserError, match="covers no pixel"):
-            read(path, [fuzz_folder])
-    else:
-        mask = coco_mask.decode(read(path, [fuzz_folder]).annotations[0].segmentation)
-        assert (mask.ravel(order="F") == flat).all()
+def test_a_key_twice_in_an_annotation_is_placed(complete, save):
+    folder = save(complete)
+    path = folder / "_annotations.coco.json"
+    path.write_text(
+        path.read_text().replace('"bbox": [0, 0', '"bbox": [1, 1, 2, 2], "bbox": [0, 0')
+    )
+    assert faults_of(folder) == [("duplicate key", "refused", "annotations[2]: 'bbox'")]
+
+
+def save_as(mode: str, **options: Any) -> Callable[[Path], None]:
+    return lambda path: noise("a").convert(mode).save(path, **options)
+
+
+def bomb(path: Path) -> None:
+    """A few bytes that say they are 60,000 x 60,000 pixels."""
+    noise("a").save(path)
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    content = path.read_bytes()
+    path.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+
+
+def truncated(path: Path) -> None:
+    """Cut within its pixels: the header is whole, and `verify` has nothing to say of JPEG."""
+    noise("a").save(path, "JPEG")
+    path.write_bytes(path.read_bytes()[:-400])
+    with Image.open(path) as image:
+        image.verify()
+
+
+EACH_IMAGE = [
+    (truncated, "image damaged", "dropped"),
+    (lambda path: path.write_bytes(b""), "image empty", "dropped"),
+    (lambda path: path.write_text("<html>not found</html>"), "no image", "dropped"),
+    (
+        lambda path: path.write_text('<svg xmlns="http://www.w3.org/2000/svg"/>'),
+        "no image",
+        "dropped",
+    ),
+    (lambda path: path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(40)), "no image", "dropped"),
+    (bomb, "image enormous", "dropped"),
+    (save_as("CMYK", format="JPEG"), "CMYK", "mended"),
+    (save_as("P", format="PNG"), "palette", "mended"),
+    (save_as("RGBA", format="PNG"), "alpha", "mended"),
+    (save_as("LA", format="PNG"), "alpha", "mended"),
+    (save_as("I;16", format="PNG"), "bits", "mended"),
+    (lambda path: noise("a", (8, 30)).save(path), "image tiny", "dropped"),
+]
+
+
+@pytest.mark.parametrize(("spoil_file", "kind", "action"), EACH_IMAGE)
+def test_each_fault_of_an_image_file(complete, save, spoil_file, kind, action):
+    folder = save(complete)
+    spoil_file(folder / "a.png")
+    found = faults_of(folder)
+    assert [fault[:2] for fault in found] == [(kind, action)]
+    assert found[0][2] in ("images[0].file_name", "a.png")
+
+
+def test_exif_is_mended_and_a_link_out_is_refused(complete, save, tmp_path):
+    folder = save(complete)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise("a", (30, 40)).save(folder / "a.png", exif=exif)
+    assert faults_of(folder) == [("EXIF", "mended", "images[0].file_name")]
+    (folder / "a.png").rename(tmp_path / "a.png")
+    (folder / "a.png").symlink_to(tmp_path / "a.png")
+    assert faults_of(folder) == [("link", "refused", "images[0].file_name")]
+
+
+def test_one_image_in_two_splits_is_told_by_its_pixels(complete, save, tmp_path):
+    for split in ("train", "valid"):
+        save(complete, f"set/{split}")
+    folder = tmp_path / "set"
+    assert faults_of(folder) == []
+    Image.open(folder / "valid" / "b.png").save(folder / "train" / "a.png", compress_level=1)
+    assert faults_of(folder) == [("in two splits", "dropped", "train/a.png")]
+    shutil.copyfile(folder / "train" / "b.png", folder / "train" / "a.png")
+    ((kind, action, place),) = faults_of(folder)
+    assert (kind, action) == ("image twice", "warning")
+    assert place == "train/b.png"
+
+
+def test_a_split_without_images_is_refused(complete, save, tmp_path):
+    save(complete, "set/train")
+    empty = {**complete, "images": [], "annotations": []}
+    save(empty, "set/test")
+    assert faults_of(tmp_path / "set") == [("empty", "refused", "'images'")]
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
+    levels = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(levels).save(tmp_path / "deep.png")
+    pixels = np.asarray(open_image(tmp_path / "deep.png"))
+    assert (pixels[..., 0].ravel() == np.arange(256)).all()
+
+
+def test_the_documented_table_is_that_of_the_code():
+    documented = (REPOSITORY / "docs" / "faults.md").read_text()
+    rows = [f"| {k.name} | {k.action} | {k.outcome} |" for k in KINDS.values()]
+    assert [line for line in documented.splitlines() if line.startswith("| ")][1:] == rows

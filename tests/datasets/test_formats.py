@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import csv
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from app.config import FormatName, load_config
 from app.datasets.build import load_splits
 from app.datasets.coco import Annotation, Category, Dataset, read
 from app.datasets.coco import Image as DatasetImage
-from app.datasets.formats import detect
+from app.datasets.formats import FORMATS, detect
 from app.datasets.formats.outlines import ellipse_mask, polygon_mask
+from app.datasets.formats.via import CSV_HEADER
 from app.datasets.formats.yolo_export import outline, write_yolo
 from app.errors import UserError
 
@@ -49,7 +53,7 @@ def whole(folder: Path) -> Dataset:
     """The training split, before any is set aside from it."""
     found = detect(folder)
     assert found is not None
-    return found.sources(folder)["train"].read()
+    return found.sources(folder)["train"].read().dataset
 
 
 def problems(folder: Path) -> list[str]:
@@ -133,6 +137,26 @@ def test_yolo_bad_lines_are_all_named(tmp_path):
         assert any(f"labels/train/a.txt line {number} " in line for line in lines), number
     assert any("labels/val/c.txt line 1 " in line for line in lines)
     assert len(lines) == len(bad) + 1
+
+
+@pytest.mark.parametrize("sign", ["roboflow: {project: p}\n", "README.roboflow.txt"])
+@pytest.mark.parametrize("prefix", ["../", "/content/cats-1/", "cats-1/"])
+def test_yolo_as_roboflow_and_its_package_write_it(tmp_path, sign, prefix):
+    """All three splits are named, wherever they were; only train is here."""
+    picture(tmp_path / "train/images/a.png")
+    text(tmp_path / "train/labels/a.txt", "0 0.5 0.5 0.5 0.5\n")
+    lines = f"train: {prefix}train/images\nval: {prefix}valid/images\ntest: ../test/images\n"
+    text(tmp_path / "data.yaml", f"{lines}names: [cat]\n")
+    assert "'val'" in problems(tmp_path)[-2]  # not Roboflow's: taken at its word
+    if sign.endswith(".txt"):
+        (tmp_path / sign).touch()
+    else:
+        text(tmp_path / "data.yaml", f"{lines}names: [cat]\n{sign}")
+    splits = load_splits(tmp_path)
+    assert (len(splits.train.annotations), splits.test) == (1, None)
+    assert "no validation split" in splits.notes[1]
+    (tmp_path / "train").rename(tmp_path / "gone")
+    assert "'train' is 'train/images': must be a folder" in problems(tmp_path)[0]
 
 
 def test_yolo_bad_config(tmp_path):
@@ -364,7 +388,7 @@ def test_voc_bad_input(tmp_path):
     )
     text(tmp_path / "Annotations/g.xml", "<annotation><filename>g.png</filename></annotation>")
     voc(tmp_path, name="h")
-    picture(tmp_path / "JPEGImages/h.png", (5, 5))
+    picture(tmp_path / "JPEGImages/h.png", (12, 12))
     found = problems(tmp_path)
     assert sum("DOCTYPE" in line for line in found) == 2
     for part in ("object[0]", "object[1]", "object[2]", "b.png's number", "e.xml", "f.xml"):
@@ -453,6 +477,58 @@ def test_via_shapes(tmp_path, project):
     assert load_splits(tmp_path).notes[0] == "no COCO JSON: read as VGG Image Annotator"
 
 
+def via_csv(folder: Path, *rows: tuple[str, object, object], header: str = "filename") -> Path:
+    picture(folder / "a.png")
+    picture(folder / "images" / "b.png")
+    with (folder / "via_export_csv.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow([header, *CSV_HEADER[1:]])
+        for index, (name, shape, attributes) in enumerate(rows):
+            cells = [shape, attributes]
+            texts = [c if isinstance(c, str) else json.dumps(c) for c in cells]
+            table.writerow([name, 123, "{}", len(rows), index, *texts])
+    return folder
+
+
+@pytest.mark.parametrize("header", ["filename", "#filename"])
+def test_via_csv_reads_as_its_json_does(tmp_path, header):
+    polygon = {"name": "polygon", "all_points_x": [10, 20, 20], "all_points_y": [5, 5, 15]}
+    rect = {"name": "rect", "x": 2, "y": 3, "width": 4, "height": 5}
+    folder = via_csv(
+        tmp_path / "csv",
+        ("a.png", polygon, {"kind": "dog"}),
+        ("b.png", {}, {}),
+        ("a.png", rect, {"kind": "cat, or\nso"}),
+        header=header,
+    )
+    dataset = whole(folder)
+    regions = [region("dog", **polygon), region("cat, or\nso", **rect)]
+    assert dataset.annotations == whole(via(tmp_path / "json", regions)).annotations
+    assert dataset.class_names == ["cat, or\nso", "dog"]
+    assert {name: len(found) for name, found in by_image(dataset).items()} == {
+        **{"a.png": 2, "b.png": 0}
+    }
+    assert load_splits(folder).notes[0] == "no COCO JSON: read as VGG Image Annotator"
+
+
+def test_via_csv_bad_input(tmp_path):
+    rect = {"name": "rect", "x": 2, "y": 3, "width": 4, "height": 5}
+    folder = via_csv(
+        tmp_path,
+        ("a.png", '{"name": "re', {"kind": "dog"}),
+        ("a.png", rect, {"kind": ""}),
+        ("c.png", rect, {"kind": "dog"}),
+        ("b.png", [1], {"kind": "dog"}),
+    )
+    with (folder / "via_export_csv.csv").open("a") as file:
+        file.write("a.png,1\n" + "x" * 200_000 + "\n")
+    said = ["line 2 ", "a.png: regions[0].kind", "c.png", "b.png: regions[0]", "line 6 ", "line 7 "]
+    found = problems(folder)
+    for part in said:
+        assert any(part in line for line in found), part
+    assert len(found) == len(said)
+
+
 def test_via_bad_input(tmp_path):
     regions = [
         region("dog", name="polygon", all_points_x=[10, 20], all_points_y=[5, 5, 15]),
@@ -474,6 +550,71 @@ def test_via_bad_input(tmp_path):
     assert "colour, kind" in problems(via(tmp_path / "two", regions))[0]
 
 
+# --- COCO in CVAT's layout ------------------------------------------------------------------------
+
+
+def coco_file(path: Path, name: str, category: str = "dog") -> None:
+    """As CVAT writes it: one object in one image."""
+    keys = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10.0, 5.0, 10.0, 10.0]}
+    mask = {"segmentation": [[10.0, 5.0, 20.0, 5.0, 20.0, 15.0, 10.0, 15.0]], "area": 100.0}
+    size = {"width": WIDTH, "height": HEIGHT, "license": 0, "coco_url": "", "date_captured": 0}
+    document = {
+        "licenses": [{"name": "", "id": 0, "url": ""}],
+        "info": {"contributor": "", "date_created": ""},
+        "categories": [{"id": 1, "name": category, "supercategory": ""}],
+        "images": [{"id": 1, "file_name": name, **size}],
+        "annotations": [{**keys, **mask, "iscrowd": 0, "attributes": {"occluded": False}}],
+    }
+    text(path, document)
+
+
+@pytest.mark.parametrize("place", ["images/a.png", "images/default/a.png"])
+def test_cvat_exports_one_subset(tmp_path, place):
+    picture(tmp_path / place)
+    coco_file(tmp_path / "annotations/instances_default.json", "a.png")
+    splits = load_splits(tmp_path)
+    assert splits.train.class_names == ["dog"]
+    assert np.array_equal(pixels(splits.train.annotations[0]), area(10, 5, 20, 15))
+    assert not any("read as" in note for note in splits.notes)
+
+
+@pytest.mark.parametrize(
+    ("subsets", "folder"),
+    [
+        ({"Train": "train", "Validation": "valid", "Test": "test"}, "images/{}"),
+        ({"train2017": "train", "val2017": "valid"}, "{}"),
+        ({"default": "train", "val": "valid"}, "images/{}"),
+    ],
+)
+def test_subsets_are_told_by_the_names_of_their_files(tmp_path, subsets, folder):
+    """Each has an image of the same name, in a folder of its own."""
+    for subset, split in subsets.items():
+        picture(tmp_path / folder.format(subset) / "frame_000000.png")
+        coco_file(tmp_path / f"annotations/instances_{subset}.json", "frame_000000.png", split)
+    splits = load_splits(tmp_path)
+    found = {"train": splits.train, "valid": splits.valid, "test": splits.test}
+    for subset, split in subsets.items():
+        dataset = found[split]
+        assert [i.path.parent.name for i in dataset.images] == [subset]
+        names = {c.id: c.name for c in dataset.categories}
+        assert [names[a.category_id] for a in dataset.annotations] == [split]
+
+
+def test_subsets_that_are_no_splits(tmp_path):
+    for subset in ("train", "default", "val", "night"):
+        picture(tmp_path / "images" / subset / "a.png")
+        coco_file(tmp_path / f"annotations/instances_{subset}.json", "a.png")
+    found = problems(tmp_path)
+    assert len(found) == 2
+    assert "instances_night.json: must be instances_ and one of" in found[0]
+    assert "instances_train.json: is for train, as instances_default.json is" in found[1]
+    for subset in ("train", "default", "night"):
+        (tmp_path / f"annotations/instances_{subset}.json").unlink()
+    assert whole(tmp_path).class_names == ["dog"]  # one alone is to train on
+    coco_file(tmp_path / "annotations/instances_test.json", "a.png")
+    assert "no instances_train.json to train on" in problems(tmp_path)[0]
+
+
 # --- detection and outlines -----------------------------------------------------------------------
 
 
@@ -490,7 +631,7 @@ def test_coco_comes_first(save, document):
 
 def test_the_rules_of_splits_hold_and_what_is_read_can_be_written(tmp_path):
     folder = yolo(tmp_path / "set", "train: images\n")
-    splits = load_splits(folder, limit=1, valid_fraction=0.3)
+    splits = load_splits(folder, limit=1, valid_fraction=0.3, seed=1)
     assert len(splits.train.images) == 1
     assert splits.notes[1].startswith("no validation split: 1 of 3")
     text(tmp_path / "set.json", whole(folder).to_json())
@@ -499,6 +640,32 @@ def test_the_rules_of_splits_hold_and_what_is_read_can_be_written(tmp_path):
         image["file_name"] = str(Path(image["file_name"]).relative_to(tmp_path.resolve()))
     text(tmp_path / "set.json", document)
     assert read(tmp_path / "set.json", [tmp_path]) == whole(folder)
+
+
+def test_the_format_can_be_decided_by_hand(save, document):
+    folder = save(document)
+    yolo(folder)
+    splits = load_splits(folder, format="yolo")
+    assert splits.train.categories == (Category(1, "cat"), Category(2, "dog"))
+    assert splits.notes == ("read as YOLO, as dataset.format says",)
+    assert load_splits(folder, format="coco").notes[0] == "read as COCO, as dataset.format says"
+    with pytest.raises(UserError) as caught:
+        load_splits(folder, format="voc")
+    assert "Looked for Pascal VOC (Annotations/*.xml and JPEGImages/). There is: " in str(
+        caught.value
+    )
+    assert "YOLO" not in str(caught.value)
+    assert str(caught.value).endswith("It looks like coco")
+
+
+def test_a_format_that_there_is_not(tmp_path):
+    with pytest.raises(
+        UserError, match=r"'yolov8': there are auto, coco, .* Did you mean 'yolo'\?"
+    ):
+        load_splits(tmp_path, format="yolov8")
+    with pytest.raises(UserError, match=r"dataset\.format: .*'masks'"):
+        load_config(["dataset.format=yolov8"])
+    assert {*get_args(FormatName)} == {"auto", *(format.key for format in FORMATS)}
 
 
 def test_an_unknown_folder_is_told_what_is_understood(tmp_path):

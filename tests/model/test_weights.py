@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from app.config import load_config
+from app.datasets.square import to_square
 from app.errors import UserError
-from app.inference.predictor import Predictor
+from app.inference.predictor import Predictor, normalise
 from app.model import weights
 from app.model.build import build_model
 from tests.conftest import TINY
@@ -43,7 +44,7 @@ def _state(model) -> dict[str, torch.Tensor]:
 def _outputs(model) -> dict[str, torch.Tensor]:
     predictor = Predictor(model, CONFIG)
     noise = np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)
-    pixels = predictor._preprocess(Image.fromarray(noise)).unsqueeze(0)
+    pixels = normalise(to_square(Image.fromarray(noise), CONFIG.resolution))
     with torch.no_grad():
         features = model.backbone.forward_image(pixels)
         return predictor._ground(features, ["circle", "dog"], torch.zeros(0, 4))

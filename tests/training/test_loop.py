@@ -20,10 +20,10 @@ from tests.conftest import TINY
 def _loop(shapes: Path, *overrides: str) -> tuple[Loop, QueryDataset]:
     config = load_config([*TINY, *overrides])
     transforms = [instantiate(node) for node in config.transforms.train]
-    data = QueryDataset(load_splits(shapes).train, transforms, max_prompts=20, seed=0)
+    data = QueryDataset(load_splits(shapes).train, transforms, seed=0)
     torch.manual_seed(0)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
-    accelerator = build_accelerator(torch.device("cpu"), torch.float32)
+    accelerator = build_accelerator(torch.device("cpu"))
     return Loop(config, model, data, accelerator, lr_scale=1.0), data
 
 
@@ -50,6 +50,22 @@ def test_accumulated_gradients_are_a_mean(shapes: Path) -> None:
     for name, gradient in seen[0].items():
         mean = sum(grads[name] for grads in separate) / 3
         assert torch.allclose(gradient, mean, rtol=1e-3, atol=1e-7 * scale), name
+
+
+def test_steps_in_bfloat16(shapes: Path) -> None:
+    """As on a GPU: the loss is near that of float32, the weights stay in float32 and move."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        loop, data = _loop(shapes, f"training.precision={precision}")
+        before = {name: p.clone() for name, p in loop.model.named_parameters()}
+        loop.model.train()
+        torch.manual_seed(7)
+        losses[precision] = loop._update([collate([data[0], data[1]])]).loss
+        after = dict(loop.model.named_parameters())
+        assert {p.dtype for p in after.values()} == {torch.float32}
+        assert any(not torch.equal(after[name], before[name]) for name in before)
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    assert losses["bf16"] != losses["fp32"]
 
 
 def test_an_epoch_takes_every_image_once(shapes: Path) -> None:

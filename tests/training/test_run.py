@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(train, tmp_path: Path) -> Non
 def test_resume_without_a_run(train, tmp_path: Path) -> None:
     done = train("--resume")
     assert done.code == 2
-    assert "no checkpoint in" in done.err
+    assert "no run in" in done.err
 
 
 def test_nothing_is_overwritten_unasked(train, tmp_path: Path) -> None:
@@ -303,3 +304,54 @@ def test_an_output_folder_that_cannot_be_written(command, shapes, tmp_path: Path
     done = command("train", "--dataset-dir", shapes, "--output-dir", tmp_path / "file" / "out")
     assert done.code == 2
     assert "cannot be written" in done.err
+
+
+@pytest.fixture
+def damaged(shapes: Path, tmp_path: Path) -> Path:
+    """The shapes with one training image cut short: a JPEG, whose header says nothing of it."""
+    shutil.copytree(shapes, tmp_path / "set")
+    image = tmp_path / "set" / "train" / "images" / "000002.png"
+    Image.open(image).save(tmp_path / "whole.jpg", quality=95)
+    image.write_bytes((tmp_path / "whole.jpg").read_bytes()[:-600])
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_image_stops_the_run(damaged, tmp_path: Path, command, workers: int) -> None:
+    """By its path, without a traceback, also out of a loading process; nothing in its place."""
+    done = command(
+        *("train", "--dataset-dir", damaged, "--output-dir", tmp_path / "out", *TINY),
+        *("--epochs", 1, f"training.num_workers={workers}"),
+    )
+    assert done.code == 2
+    errors = [line for line in done.err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert "000002.png: cannot be read as an image" in errors[0]
+    assert "Traceback" not in done.out + done.err
+
+
+def test_bad_images_are_left_out_when_asked(damaged, tmp_path: Path, command) -> None:
+    done = command(
+        *("train", "--dataset-dir", damaged, "--output-dir", tmp_path / "out", *TINY),
+        *("--epochs", 1, "dataset.bad_images=skip", "evaluation.pictures=0"),
+    )
+    assert done.code == 0, done.err
+    assert "000002.png" in done.out
+    assert "1 of 4 images left out" in done.out
+    assert "3 training and 2 validation images" in done.out
+
+
+def test_prompts_of_a_file_are_trained_and_kept(shapes, tmp_path: Path, command) -> None:
+    """The header carries the words that the weights know, not the dataset's names."""
+    (tmp_path / "p.json").write_text('{"circle": ["disc", "round thing"]}')
+    done = command(
+        *("train", "--dataset-dir", shapes, "--output-dir", tmp_path / "out", *TINY),
+        *("--epochs", 1, "--prompts", tmp_path / "p.json", "evaluation.pictures=0"),
+        *("--augmentation", "strong"),
+    )
+    assert done.code == 0, done.err
+    header = weights.describe(weights.find_file(tmp_path / "out" / "weights" / "best"))
+    assert "disc" in header.prompts
+    assert "circle" not in header.prompts
+    resolved = yaml.safe_load((tmp_path / "out" / "config_resolved.yaml").read_text())
+    assert resolved["transforms"]["augment"]["rotate"] == 15.0

@@ -1,29 +1,37 @@
-"""Labelled images in other formats than COCO JSON → the project's `Dataset`."""
+"""Labelled images in any format that is understood → the project's `Dataset`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from app.datasets.coco import Dataset
+from app.config import FormatName
+from app.datasets.coco import Reading, examine
 from app.datasets.folders import split_folders
-from app.datasets.formats import labelme, masks, via, voc, yolo
+from app.datasets.formats import coco, labelme, masks, via, voc, yolo
+from app.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
 class Source:
-    """One split: where it lies, and how to read it (raises UserError with all its problems)."""
+    """One split: where it lies, and how to read it."""
 
     where: Path
-    read: Callable[[], Dataset]
+    read: Callable[[], Reading]
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format's name, what its folders look like, and its splits: train, valid, test."""
+    """A format, what its folders look like, and its splits: train, valid, test.
 
+    Attributes:
+        key: what `dataset.format` calls it.
+        name: what people call it.
+    """
+
+    key: FormatName
     name: str
     layout: str
     recognises: Callable[[Path], bool]
@@ -35,9 +43,42 @@ def detect(folder: Path) -> Format | None:
     return next((format for format in FORMATS if format.recognises(folder)), None)
 
 
-def understood() -> str:
-    """The formats and their layouts, for an error message."""
-    return "; ".join(f"{format.name} ({format.layout})" for format in FORMATS)
+def choose(folder: Path, key: str) -> Format:
+    """The format of that key, or for `auto` the one that the files tell.
+
+    Raises:
+        UserError: no such key, or no dataset of that format in `folder`: says what was looked for.
+    """
+    known = {format.key: format for format in FORMATS}
+    if key != "auto" and key not in known:
+        choices = ["auto", *known]
+        raise UserError(f"format '{key}': there are {', '.join(choices)}.{nearest(key, choices)}")
+    formats = [format for format in FORMATS if key in ("auto", format.key)]
+    for format in formats:
+        if format.recognises(folder):
+            return format
+    # a single JSON that is broken, or of no known kind: reading it says what is wrong with it
+    if COCO in formats and coco.find_jsons(folder):
+        return COCO
+    raise UserError(_nothing_found(folder, formats))
+
+
+def _nothing_found(folder: Path, formats: Sequence[Format]) -> str:
+    there = sorted(path.name for path in folder.iterdir())
+    listed = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
+    looked_for = "; ".join(f"{format.name} ({format.layout})" for format in formats)
+    other = f". It looks like {found.key}" if (found := detect(folder)) else ""
+    return (
+        f"{folder}: no dataset found, in it or in its folders train, valid, val and test. "
+        f"Looked for {looked_for}. There is: {listed or 'nothing'}{other}"
+    )
+
+
+def _coco_sources(folder: Path) -> dict[str, Source]:
+    return {
+        split: Source(path, partial(examine, path, coco.image_roots(folder, path)))
+        for split, path in coco.find_jsons(folder).items()
+    }
 
 
 def _yolo_sources(folder: Path) -> dict[str, Source]:
@@ -48,10 +89,11 @@ def _yolo_sources(folder: Path) -> dict[str, Source]:
 
 
 def _by_folder(
+    key: FormatName,
     name: str,
     layout: str,
     recognises: Callable[[Path], bool],
-    read: Callable[[Path, Path], Dataset],
+    read: Callable[[Path, Path], Reading],
 ) -> Format:
     """A format in which each split has a folder of its own, or the dataset is one such folder.
 
@@ -69,13 +111,31 @@ def _by_folder(
             for split, part in (parts or {"train": folder}).items()
         }
 
-    return Format(name, layout, recognises_any, sources)
+    return Format(key, name, layout, recognises_any, sources)
 
 
+COCO = Format(
+    "coco",
+    "COCO",
+    f"{' or '.join(coco.JSON_NAMES)}, a single *.json, or annotations/instances_*.json",
+    coco.is_coco,
+    _coco_sources,
+)
 FORMATS = (
-    Format("YOLO", "data.yaml, images/ and labels/", yolo.is_yolo, _yolo_sources),
-    _by_folder("VGG Image Annotator", "via_region_data.json or project", via.is_via, via.read),
-    _by_folder("LabelMe", "a JSON with 'shapes' an image", labelme.is_labelme, labelme.read),
-    _by_folder("Pascal VOC", "Annotations/*.xml and JPEGImages/", voc.is_voc, voc.read),
-    _by_folder("mask PNGs", "images/ and masks/*.png of object ids", masks.is_masks, masks.read),
+    COCO,
+    Format("yolo", "YOLO", "data.yaml, images/ and labels/", yolo.is_yolo, _yolo_sources),
+    _by_folder(
+        "via",
+        "VGG Image Annotator",
+        "via_region_data.json or .csv, or a project",
+        via.is_via,
+        via.read,
+    ),
+    _by_folder(
+        "labelme", "LabelMe", "a JSON with 'shapes' an image", labelme.is_labelme, labelme.read
+    ),
+    _by_folder("voc", "Pascal VOC", "Annotations/*.xml and JPEGImages/", voc.is_voc, voc.read),
+    _by_folder(
+        "masks", "mask PNGs", "images/ and masks/*.png of object ids", masks.is_masks, masks.read
+    ),
 )

@@ -1,4 +1,4 @@
-"""What a reader finds, gathered and checked → a `Dataset`, or every problem at once."""
+"""What a reader finds, gathered and checked → a `Reading`: what is sound, and every fault."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 from pycocotools import mask as coco_mask
 
-from app.datasets.check import MAX_SIDE, Findings, box_fault, clip_box
-from app.datasets.coco import Annotation, Category, Dataset, Image
+from app.datasets.coco import Annotation, Category, Dataset, Image, Reading
+from app.datasets.faults import Findings, Tally
 from app.datasets.formats.outlines import Rle
-from app.datasets.images import EXTENSIONS, upright_size
+from app.datasets.geometry import box_fault, clip_box
+from app.datasets.image_files import usable_header
+from app.datasets.images import EXTENSIONS
 from app.errors import UserError
 from app.files import read_json
 
@@ -30,6 +32,8 @@ class Draft:
         self._class_names = list(class_names)
         self._images: dict[Path, Image] = {}
         self._objects: list[tuple[str, Annotation]] = []
+        self._named: set[Path] = set()
+        self._left_out = 0
 
     def place(self, path: Path) -> str:
         """The file as problems name it: relative to the dataset's folder."""
@@ -67,7 +71,7 @@ class Draft:
         try:
             document = read_json(path)
         except UserError as error:
-            self.found.by_kind.setdefault("JSON", []).extend(error.problems)
+            self.found.add_error("JSON", error)
             return None
         if not isinstance(document, dict):
             self.found.add("JSON", self.place(path), document, "must be a JSON object")
@@ -80,22 +84,18 @@ class Draft:
         Args:
             place: what names the image, for the problem.
         """
+        self._named.add(path)
         if not self.contains(path, place):
             return None
         path = path.resolve()
         if path in self._images:
-            self.found.add("image", place, path.name, "is named twice; list each image once")
+            remedy = "is named twice; list each image once"
+            self.found.add("listed twice", place, path.name, remedy)
             return None
-        try:
-            width, height = upright_size(path)
-        except UserError as error:
-            self.found.by_kind.setdefault("image", []).extend(error.problems)
+        header = usable_header(path, place, path.name, self.found)
+        if header is None:
             return None
-        if max(width, height) > MAX_SIDE:
-            remedy = f"must have at most {MAX_SIDE} pixels a side"
-            self.found.add("image", place, (width, height), remedy)
-            return None
-        image = self._images[path] = Image(len(self._images) + 1, path, width, height)
+        image = self._images[path] = Image(len(self._images) + 1, path, *header.size)
         return image
 
     def check_size(self, image: Image, size: tuple[object, object], place: str) -> None:
@@ -111,7 +111,8 @@ class Draft:
     def add_box(self, image: Image, name: str, box_xywh: list[Any], place: str) -> None:
         """An object with a box alone: x, y, width, height in pixels; cut off at the image."""
         if fault := box_fault(box_xywh, image.width, image.height):
-            self.found.add("box", place, box_xywh, fault)
+            self.found.add(fault[0], place, box_xywh, fault[1])
+            self._left_out += 1
             return
         x, y, w, h = clip_box(box_xywh, image.width, image.height)
         self._add(image, name, (x, y, w, h), None, w * h, place)
@@ -138,10 +139,8 @@ class Draft:
         )
         self._objects.append((name.strip(), annotation))
 
-    def finish(self) -> Dataset:
-        """The dataset; raises UserError with all that was reported."""
-        if problems := self.found.lines():
-            raise UserError(problems)
+    def finish(self) -> Reading:
+        """All that was read, and all that was reported."""
         names = self._class_names or sorted({name for name, _ in self._objects})
         ids = {name: id for id, name in enumerate(names, start=1)}
         annotations = tuple(
@@ -149,7 +148,10 @@ class Draft:
             for name, annotation in self._objects
         )
         categories = tuple(Category(id, name) for name, id in ids.items())
-        return Dataset(tuple(self._images.values()), annotations, categories)
+        dataset = Dataset(tuple(self._images.values()), annotations, categories)
+        total = (len(self._named), len(annotations) + self._left_out)
+        tally = Tally(*total, len(dataset.images), len(annotations))
+        return Reading(dataset, tuple(self.found.faults), tally)
 
 
 def images_in(folder: Path) -> list[Path]:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from app.datasets.coco import Dataset, Image
+from app.datasets.coco import Image, Reading
 from app.datasets.formats.draft import Draft
 from app.datasets.formats.outlines import Rle, ellipse_mask, polygon_mask, union
 from app.errors import UserError
@@ -25,14 +25,14 @@ def is_labelme(folder: Path) -> bool:
     return isinstance(document, dict) and isinstance(document.get("shapes"), list)
 
 
-def read(folder: Path, root: Path) -> Dataset:
+def read(folder: Path, root: Path) -> Reading:
     """Read every JSON in `folder`; images without one are not part of the dataset.
 
     Shapes of one label and one `group_id` are parts of one object. An object of rectangles alone
     has a box and no mask. `imageData` is ignored: the image file is read.
 
-    Raises:
-        UserError: with every problem of every file.
+    Returns:
+        What is sound, and every fault of every file.
     """
     draft = Draft(root)
     for path in sorted(folder.resolve().glob("*.json")):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from app.datasets.coco import Dataset, Image
+from app.datasets.coco import Image, Reading
 from app.datasets.formats.draft import Draft, images_in
 from app.datasets.formats.outlines import encode
 
@@ -21,7 +21,7 @@ def is_masks(folder: Path) -> bool:
     return (folder / "images").is_dir() and any((folder / "masks").rglob("*.png"))
 
 
-def read(folder: Path, root: Path, class_name: str = DEFAULT_CLASS) -> Dataset:
+def read(folder: Path, root: Path, class_name: str = DEFAULT_CLASS) -> Reading:
     """Read each image of `images/` with the mask of its name: an object for each number but 0.
 
     An image without a mask has no objects.
@@ -30,8 +30,8 @@ def read(folder: Path, root: Path, class_name: str = DEFAULT_CLASS) -> Dataset:
         class_name: of the masks that lie in `masks/`; those in a folder `masks/<class>/` are of
             the class that the folder names.
 
-    Raises:
-        UserError: with every problem of every mask.
+    Returns:
+        What is sound, and every fault of every mask.
     """
     draft, top = Draft(root), folder.resolve() / "masks"
     masks: dict[str, list[Path]] = {}

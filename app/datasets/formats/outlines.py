@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from app.datasets.check import polygon_fault
+from app.datasets.geometry import polygon_fault
 
 Rle = dict[str, Any]
 

@@ -1,19 +1,27 @@
-"""VGG Image Annotator: one JSON of all images' regions, exported or saved as a project."""
+"""VGG Image Annotator: one JSON or CSV of all images' regions, or a saved project's JSON."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from app.datasets.check import find_image, name_fault
-from app.datasets.coco import Dataset, Image
+from app.datasets.coco import Image, Reading
 from app.datasets.formats.draft import Draft
 from app.datasets.formats.outlines import ellipse_mask, polygon_mask
+from app.datasets.image_files import find_image, name_fault
 from app.errors import UserError
 from app.files import read_json
 
 DEFAULT_CLASS = "object"  # where no region has an attribute
+# VIA 1 puts a # before it
+CSV_HEADER = (
+    *("filename", "file_size", "file_attributes", "region_count", "region_id"),
+    *("region_shape_attributes", "region_attributes"),
+)
 Region = tuple[str, dict[str, Any]]  # place, region
 
 
@@ -21,20 +29,23 @@ def is_via(folder: Path) -> bool:
     return _find(folder) is not None
 
 
-def read(folder: Path, root: Path) -> Dataset:
-    """Read the VIA JSON in `folder`; its images lie beside it or in images/.
+def read(folder: Path, root: Path) -> Reading:
+    """Read the VIA JSON or CSV in `folder`; its images lie beside it or in images/.
 
     Polygons, circles and ellipses are masks, rects boxes alone. An object's class is the value of
     the one region attribute.
 
-    Raises:
-        UserError: with every problem of every region.
+    Returns:
+        What is sound, and every fault of every region.
     """
     path, draft = _find(folder.resolve()), Draft(root)
-    document = draft.read_object(path) if path else None
-    if document is None:
-        return draft.finish()
-    entries = list(_entries(draft, _metadata(document)))
+    if path is None:
+        metadata: dict[str, Any] = {}
+    elif path.suffix == ".csv":
+        metadata = _read_csv(draft, path)
+    else:
+        metadata = _metadata(draft.read_object(path) or {})
+    entries = list(_entries(draft, metadata))
     attribute = _class_attribute(draft, [region for _, regions in entries for region in regions])
     for entry, regions in entries:
         image = _add_image(draft, entry, folder.resolve())
@@ -44,10 +55,19 @@ def read(folder: Path, root: Path) -> Dataset:
 
 
 def _find(folder: Path) -> Path | None:
-    """The folder's first VIA JSON: by its usual name, else by what the first few hold."""
+    """The folder's first VIA file: by its usual name, else by what the first few hold."""
     usual = folder / "via_region_data.json"
     candidates = [usual] if usual.is_file() else sorted(folder.glob("*.json"))[:3]
-    return next((path for path in candidates if _holds_regions(path)), None)
+    tables = (path for path in sorted(folder.glob("*.csv"))[:3] if _has_header(path))
+    return next((path for path in candidates if _holds_regions(path)), next(tables, None))
+
+
+def _has_header(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            return file.readline().strip().lstrip("#") == ",".join(CSV_HEADER)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _holds_regions(path: Path) -> bool:
@@ -66,6 +86,42 @@ def _metadata(document: dict[str, Any]) -> dict[str, Any]:
     """The images' entries: a project has them under a key of their own."""
     entries = document.get("_via_img_metadata", document)
     return entries if isinstance(entries, dict) else {}
+
+
+def _read_csv(draft: Draft, path: Path) -> dict[str, Any]:
+    """The images' entries, as in the JSON, from a table with a row for each region.
+
+    An image without regions has one row, with empty attributes.
+    """
+    metadata: dict[str, Any] = {}
+    rows = csv.reader(io.StringIO(draft.read_text(path) or "", newline=""))
+    try:
+        for row in rows:
+            if rows.line_num > 1 and row:
+                _add_row(draft, metadata, row, f"{draft.place(path)} line {rows.line_num}")
+    except csv.Error as error:
+        remedy = "must be CSV as VIA writes it; export JSON instead"
+        draft.found.add("CSV", f"{draft.place(path)} line {rows.line_num}", str(error), remedy)
+    return metadata
+
+
+def _add_row(draft: Draft, metadata: dict[str, Any], row: list[str], place: str) -> None:
+    if len(row) != len(CSV_HEADER):
+        draft.found.add("CSV", place, row, f"must have the {len(CSV_HEADER)} columns of its header")
+        return
+    name, *_, shape, attributes = row
+    regions = metadata.setdefault(name, {"filename": name, "regions": []})["regions"]
+    try:
+        region = {
+            "shape_attributes": json.loads(shape),
+            "region_attributes": json.loads(attributes),
+        }
+    except (ValueError, RecursionError):
+        remedy = "must be JSON in the last two columns; export it again"
+        draft.found.add("CSV", place, [shape, attributes], remedy)
+        return
+    if region["shape_attributes"]:
+        regions.append(region)
 
 
 def _entries(

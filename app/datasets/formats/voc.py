@@ -9,7 +9,7 @@ from xml.parsers import expat
 import numpy as np
 from numpy.typing import NDArray
 
-from app.datasets.coco import Dataset, Image
+from app.datasets.coco import Image, Reading
 from app.datasets.formats.draft import Draft
 from app.datasets.formats.masks import read_numbers
 from app.datasets.formats.outlines import encode
@@ -26,15 +26,15 @@ def is_voc(folder: Path) -> bool:
         return False
 
 
-def read(folder: Path, root: Path) -> Dataset:
+def read(folder: Path, root: Path) -> Reading:
     """Read every XML, its image, and its masks where there are any.
 
     Boxes are of whole pixels counted from 1, as VOC has them: xmin 1 and xmax W span the image.
     Object k of the XML has number k in the PNG of its name in SegmentationObject/. Images without
     an XML are not part of the dataset.
 
-    Raises:
-        UserError: with every problem of every file.
+    Returns:
+        What is sound, and every fault of every file.
     """
     draft, folder = Draft(root), folder.resolve()
     for path in sorted(_annotations(folder).glob("*.xml")):

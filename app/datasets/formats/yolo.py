@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from app.datasets.check import Findings
-from app.datasets.coco import Dataset, Image
+from app.datasets.coco import Image, Reading
+from app.datasets.faults import Findings
 from app.datasets.formats.draft import Draft, images_in
 from app.datasets.formats.outlines import polygon_mask
 from app.errors import UserError
@@ -43,7 +43,7 @@ def read_config(folder: Path) -> Config:
     path = _config_path(folder)
     assert path is not None, "called for a folder that is_yolo"
     found = Findings(str(path))
-    document = _load_yaml(path)
+    document = _as_roboflow_means(_load_yaml(path), folder)
     names = _class_names(document.get("names"), found)
     splits = {}
     for split, keys in SPLIT_KEYS.items():
@@ -57,14 +57,14 @@ def read_config(folder: Path) -> Config:
     return Config(path, names, splits)
 
 
-def read(config: Config, split: str) -> Dataset:
+def read(config: Config, split: str) -> Reading:
     """The images of a split and their labels; class 0 becomes category 1, and so on.
 
     A line of five numbers is a box, a longer one a polygon, whose holes and parts may be joined by
     bridges of no width.
 
-    Raises:
-        UserError: with every problem of every line.
+    Returns:
+        What is sound, and every fault of every line.
     """
     draft = Draft(config.path.parent, config.class_names)
     for source in config.splits[split]:
@@ -121,6 +121,24 @@ def _class_names(names: object, found: Findings) -> tuple[str, ...]:
         elif name in names[:number]:
             found.add("names", f"names[{number}]", name, "is another class's name too; rename one")
     return tuple(str(name).strip() for name in names)
+
+
+def _as_roboflow_means(document: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The same, with the splits of Roboflow's export where they are, and without those it lacks.
+
+    They lie in train/, valid/ and test/ beside data.yaml, which names all three, there or not;
+    Roboflow's Python package writes paths of its machine into it (roboflow-python#125).
+    """
+    if "roboflow" not in document and not (folder / "README.roboflow.txt").is_file():
+        return document
+    meant, base = dict(document), str(document.get("path") or ".")
+    for key in (key for keys in SPLIT_KEYS.values() for key in keys):
+        entry = str(document.get(key))
+        match = re.search(r"(?:^|/)((train|valid|test)/images)$", entry)
+        if match and _locate(entry, base, folder.resolve()) is None:
+            there = (folder / match[1]).is_dir()
+            meant[key] = match[1] if there or key == "train" else None
+    return meant
 
 
 def _locate_all(

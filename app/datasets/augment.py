@@ -1,0 +1,135 @@
+"""Flip, scale, crop, rotation and colour, with boxes and masks in step.
+
+Upstream's own transforms lose objects without a mask (basic_for_api.py:1075), print warnings, and
+resample once for each change; here one warp makes all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+from sam3.train.data.sam3_image_dataset import Datapoint, Object
+from torch import Tensor
+from torchvision.transforms import v2
+
+GROUND = (128, 128, 128)  # RGB beyond the image's edge: zero once normalised
+Matrix = NDArray[np.float64]  # (2, 3), of points of the image to points of the window, in pixels
+
+
+class Augment:
+    """A transform between `DecodeRle` and the resize to the model's square.
+
+    An object of which less than `min_visible` is left in view is taken from its prompt's answers.
+
+    Args:
+        flip, flip_vertical: 0..1, share of images mirrored.
+        scale: least and most size of an object beside its own; above 1 the image is cropped, below
+            1 it has a border.
+        rotate: degrees, most, either way.
+        color: 0..1, most change of brightness, contrast and saturation; hue takes a fifth of it.
+        min_visible: 0..1, of an object's area.
+    """
+
+    def __init__(
+        self,
+        *,
+        flip: float,
+        flip_vertical: float,
+        scale: tuple[float, float],
+        rotate: float,
+        color: float,
+        min_visible: float,
+    ) -> None:
+        self.flip, self.flip_vertical = flip, flip_vertical
+        self.scale = scale
+        self.rotate = rotate
+        self.min_visible = min_visible
+        self.jitter = v2.ColorJitter(color, color, color, color / 5) if color else None
+
+    def __call__(self, datapoint: Datapoint, **_: Any) -> Datapoint:
+        image = datapoint.images[0]
+        if self.jitter is not None:
+            image.data = self.jitter(image.data)
+        matrix, (width, height) = self._draw(*image.data.size)
+        if _is_identity(matrix, (width, height), image.data.size):
+            return datapoint
+        pixels = _warp(np.asarray(image.data), matrix, (width, height), cv2.INTER_LINEAR, GROUND)
+        for thing in image.objects:
+            _move(thing, matrix, (width, height), self.min_visible)
+        image.data, image.size = PILImage.fromarray(pixels), (height, width)
+        return datapoint
+
+    def _draw(self, width: int, height: int) -> tuple[Matrix, tuple[int, int]]:
+        """A window of the image at the image's own sampling, and the way into it."""
+        low, high = self.scale
+        zoom = math.exp(random.uniform(math.log(low), math.log(high)))
+        window = max(round(width / zoom), 1), max(round(height / zoom), 1)
+        angle = math.radians(random.uniform(-self.rotate, self.rotate))
+        across = -1 if random.random() < self.flip else 1
+        down = -1 if random.random() < self.flip_vertical else 1
+        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        linear = turn @ np.diag([across, down])
+        room = np.array([window[0] - width, window[1] - height])
+        centre = np.array(window) / 2 + room * [random.uniform(-0.5, 0.5) for _ in room]
+        offset = centre - linear @ (np.array([width, height]) / 2)
+        if not self.rotate:
+            offset = np.round(offset)  # whole pixels: nothing is resampled
+        return np.column_stack([linear, offset]), window
+
+
+def _is_identity(matrix: Matrix, window: tuple[int, int], size: tuple[int, int]) -> bool:
+    return window == size and np.array_equal(matrix, np.eye(2, 3))
+
+
+def _warp(
+    pixels: NDArray[np.uint8],
+    matrix: Matrix,
+    window: tuple[int, int],
+    interpolation: int,
+    ground: tuple[int, ...],
+) -> NDArray[np.uint8]:
+    """OpenCV counts from pixels' centers, boxes from their corners: half a pixel either side."""
+    shifted = matrix.copy()
+    shifted[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5
+    warped = cv2.warpAffine(pixels, shifted, window, flags=interpolation, borderValue=ground)
+    return np.asarray(warped, dtype=np.uint8)
+
+
+def _move(thing: Object, matrix: Matrix, window: tuple[int, int], min_visible: float) -> None:
+    """Box and mask of one object into the window; area 0, which drops it, where too little is left.
+
+    The box is the mask's; without a mask, the one around the turned box.
+    """
+    if thing.segment is not None:
+        before = float(thing.segment.sum())
+        mask = _warp(thing.segment.numpy(), matrix, window, cv2.INTER_NEAREST, (0,))
+        thing.segment = torch.from_numpy(mask)
+        thing.bbox = _box_of(mask)
+        share = float(mask.sum()) / max(before, 1.0)
+    else:
+        x0, y0, x1, y1 = thing.bbox.flatten().tolist()
+        corners = np.array([[x0, y0, 1], [x1, y0, 1], [x0, y1, 1], [x1, y1, 1]]) @ matrix.T
+        whole = np.concatenate([corners.min(axis=0), corners.max(axis=0)])
+        thing.bbox = torch.tensor(np.clip(whole, 0, [*window, *window]), dtype=torch.float32)
+        share = _area(thing.bbox) / max((whole[2] - whole[0]) * (whole[3] - whole[1]), 1e-6)
+    thing.area = _area(thing.bbox) if share >= min_visible else 0.0
+
+
+def _box_of(mask: NDArray[np.uint8]) -> Tensor:
+    """(4,) xyxy, pixels; zeros where the mask is empty."""
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    if not len(columns):
+        return torch.zeros(4)
+    return torch.tensor([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], dtype=torch.float32)
+
+
+def _area(box_xyxy: Tensor) -> float:
+    x0, y0, x1, y1 = box_xyxy.tolist()
+    return float((x1 - x0) * (y1 - y0))

@@ -1,0 +1,65 @@
+"""Every image decoded whole, once: damage that headers hide, and images that are there twice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from app.datasets.coco import Dataset
+from app.datasets.duplicates import in_threads
+from app.datasets.faults import Findings
+from app.datasets.images import ImageError, open_image
+
+
+def find_unusable(
+    splits: Mapping[str, Dataset], folder: Path, on_image: Callable[[int], None]
+) -> tuple[dict[str, set[int]], Findings]:
+    """Ids of each split's images that are to be left out, and why.
+
+    An image that is in another split as well is left out of the training images: the figures of
+    the others would be too good. Memory does not grow with the images' size or number.
+
+    Args:
+        folder: the dataset's; images are named relative to it.
+        on_image: is told how many are done.
+    """
+    found = Findings(str(folder))
+    unusable: dict[str, set[int]] = {split: set() for split in splits}
+    owners: dict[bytes, tuple[str, str]] = {}  # of these pixels: split and place
+    # training images last, so that those of the other splits are known
+    order = sorted(splits, key=lambda split: split == "train")
+    listed = [(split, image) for split in order for image in splits[split].images]
+    results = in_threads(_digest, [image.path for _, image in listed], on_image)
+    for (split, image), digest in zip(listed, results, strict=True):
+        place = _place(image.path, folder)
+        if isinstance(digest, ImageError):
+            remedy = "cannot be decoded whole; replace the file, or leave it out of the labels"
+            found.add(digest.kind, place, digest.reason, remedy)
+            unusable[split].add(image.id)
+            continue
+        owner, first = owners.setdefault(digest, (split, place))
+        if owner != split:
+            remedy = f"has the pixels of {first}; keep it in one split"
+            found.add("in two splits", place, image.path.name, remedy)
+            unusable[split].add(image.id)
+        elif first != place:
+            remedy = f"has the pixels of {first}; list each image once"
+            found.add("image twice", place, image.path.name, remedy)
+    return unusable, found
+
+
+def _digest(path: Path) -> bytes | ImageError:
+    """Of the upright RGB pixels and their shape: the same in another format or folder."""
+    try:
+        image = open_image(path)
+    except ImageError as error:
+        return error
+    digest = hashlib.sha256(repr(image.size).encode())
+    digest.update(image.tobytes())
+    return digest.digest()
+
+
+def _place(path: Path, folder: Path) -> str:
+    root = folder.resolve()
+    return str(path.relative_to(root) if path.is_relative_to(root) else path)

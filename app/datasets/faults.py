@@ -1,0 +1,236 @@
+"""What can be wrong with a dataset, and what becomes of it: the one table, and the one verdict."""
+
+from __future__ import annotations
+
+import reprlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from app.errors import UserError
+
+SHOWN_PER_KIND = 20
+MAX_DROP = 0.01  # of the images, and of the annotations
+
+
+class Action(StrEnum):
+    """What becomes of a fault, in training and in `data build` alike."""
+
+    REFUSED = "refused"  # mending it would be guessing
+    DROPPED = "dropped"  # its image or annotation is left out, and counted against the cap
+    MENDED = "mended"
+    WARNED = "warning"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of fault: its name, what becomes of it, and how."""
+
+    name: str
+    action: Action
+    outcome: str
+
+
+def _kinds(action: Action, **outcomes: str) -> list[Kind]:
+    return [Kind(name.replace("_", " "), action, text) for name, text in outcomes.items()]
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        *_kinds(
+            Action.REFUSED,
+            JSON="broken, cut short, not UTF-8: export it again",
+            root="no COCO object with images, annotations and categories: export it again",
+            duplicate_key="a key twice in one object: which of them holds is not known",
+            entry="no JSON object where one must be",
+            empty="no images, annotations or categories, or a split without any: add some",
+            image_id="missing, no whole number, or taken: annotations point to it",
+            image_size="width or height missing, 0, negative or enormous",
+            other_size="the file has other pixels than the JSON says: export it again",
+            file_name="empty, absolute, with '..' or NUL: a path inside the dataset",
+            link="leads out of the dataset: copy the file there",
+            listed_twice="two entries for one file: list each image once",
+            category_id="missing, no whole number, or taken: annotations point to it",
+            category_name="empty, no text, or too long: a short name, as you would say it",
+            alike_names="the same but for case or space: merge or rename",
+            xyxy="boxes are corners (x1 y1 x2 y2), not COCO's x y width height: convert all",
+        ),
+        *_kinds(
+            Action.DROPPED,
+            image_missing="no such file",
+            image_empty="a file of 0 bytes",
+            no_image="a web page, SVG, HEIC or anything else that is no image: convert it",
+            image_damaged="cut short or broken: a full decode fails",
+            image_enormous="more pixels than an image has: a decompression bomb",
+            image_tiny="under 10 pixels a side",
+            in_two_splits="the same pixels in two splits: left out of train, else of test",
+            image_reference="annotation of an image that is not listed",
+            category_reference="annotation of a category that is not listed",
+            iscrowd="neither 0 nor 1",
+            no_geometry="neither box nor mask",
+            bbox="not four finite numbers",
+            bbox_empty="no width or no height",
+            bbox_outside="wholly outside its image",
+            segmentation="neither polygons nor RLE",
+            polygon="not finite, odd, fewer than six numbers, or far outside its image",
+            RLE="too short, too long, damaged, or of another size than its image",
+            zero_area="a mask that covers no pixel",
+        ),
+        *_kinds(
+            Action.MENDED,
+            BOM="byte order mark: passed over",
+            annotation_id="missing or taken: numbered",
+            no_iscrowd="0, as COCO's default is",
+            no_area="missing or no number of pixels: the mask's, else the box's",
+            no_bbox="the mask's",
+            bbox_clipped="cut off at the image's edge",
+            space_in_name="space around a class's name: cut off",
+            placeholder="a category that names no class, as Roboflow adds: left out",
+            EXIF="turned upright once; labels are those of the upright image",
+            CMYK="converted to RGB",
+            palette="converted to RGB",
+            alpha="transparency left out",
+            bits="16 bits a pixel: scaled to 8",
+        ),
+        *_kinds(
+            Action.WARNED,
+            image_twice="the same pixels twice in one split",
+            no_negatives="a model tuned on one class that every image has answers any prompt",
+            many_classes="more classes than prompts an image and step",
+            untrained_class="evaluated and never trained on",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault: its kind, the file and the place in it, the value found, and the remedy."""
+
+    kind: str
+    where: str
+    place: str
+    value: str
+    remedy: str
+
+    @property
+    def action(self) -> Action:
+        """A reader's own kinds, which the table lacks, are refused."""
+        return KINDS[self.kind].action if self.kind in KINDS else Action.REFUSED
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.place} is {self.value}: {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Message(Fault):
+    """A fault that is already said in full by the UserError that told of it."""
+
+    def __str__(self) -> str:
+        return self.remedy
+
+
+def messages(kind: str, where: str, error: UserError) -> list[Fault]:
+    return [Message(kind, where, "", "", problem) for problem in error.problems]
+
+
+class Findings:
+    """Collects the faults of one file or folder."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.faults: list[Fault] = []
+
+    def add(self, kind: str, place: str, value: object, remedy: str) -> None:
+        self.faults.append(Fault(kind, self.where, place, _show(value), remedy))
+
+    def add_error(self, kind: str, error: UserError) -> None:
+        self.faults += messages(kind, self.where, error)
+
+    def lines(self) -> list[str]:
+        return lines(self.faults)
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many images and annotations a dataset lists, and how many of them are kept."""
+
+    images: int = 0
+    annotations: int = 0
+    kept_images: int = 0
+    kept_annotations: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.images + other.images,
+            self.annotations + other.annotations,
+            self.kept_images + other.kept_images,
+            self.kept_annotations + other.kept_annotations,
+        )
+
+    def over(self, max_drop: float) -> list[str]:
+        """What is wrong where more than that share of either is left out."""
+        pairs = {
+            "images": (self.images - self.kept_images, self.images),
+            "annotations": (self.annotations - self.kept_annotations, self.annotations),
+        }
+        return [
+            f"{dropped} of {total} {what} would be left out ({dropped / total * 100:.3g} %), and "
+            f"{max_drop * 100:g} % may be: mend them, or allow it with --max-drop "
+            f"{min(1.0, dropped / total + 0.005):.2f} (in training dataset.max_drop)"
+            for what, (dropped, total) in pairs.items()
+            if dropped > max_drop * total
+        ]
+
+
+def problems(faults: Sequence[Fault], tally: Tally, max_drop: float) -> list[str]:
+    """Why a dataset is refused, all at once; empty where it is not."""
+    refused = [fault for fault in faults if fault.action is Action.REFUSED]
+    dropped = [fault for fault in faults if fault.action is Action.DROPPED]
+    if refused:  # the tally lacks what is refused as well, and says nothing of the drops alone
+        return lines([*refused, *dropped])
+    over = tally.over(max_drop)
+    return lines(dropped) + over if over else []
+
+
+def lines(faults: Iterable[Fault]) -> list[str]:
+    """A line a fault: at most SHOWN_PER_KIND a kind and file, then a count of the rest."""
+    grouped: dict[tuple[str, str], list[Fault]] = {}
+    for fault in faults:
+        grouped.setdefault((fault.where, fault.kind), []).append(fault)
+    shown = []
+    for (where, kind), group in grouped.items():
+        shown += [str(fault) for fault in group[:SHOWN_PER_KIND]]
+        if (rest := len(group) - SHOWN_PER_KIND) > 0:
+            shown.append(f"{where}: and {rest} more problems of this kind ({kind})")
+    return shown
+
+
+def counts_of(faults: Iterable[Fault]) -> dict[str, dict[str, int]]:
+    """How many of each kind were mended, and how many were left out."""
+    counts = Counter((fault.action, fault.kind) for fault in faults)
+    return {
+        str(action): {kind: n for (its, kind), n in counts.items() if its is action}
+        for action in (Action.MENDED, Action.DROPPED)
+    }
+
+
+def notes(faults: Iterable[Fault]) -> list[str]:
+    """The same for the user of a dataset."""
+    return [
+        f"{action}: {', '.join(f'{n} x {kind}' for kind, n in kinds.items())} "
+        "(python -m app data check says which)"
+        for action, kinds in counts_of(faults).items()
+        if kinds
+    ]
+
+
+def _show(value: object) -> str:
+    """The value on one line, cut short; control characters escaped."""
+    return "missing" if value is None else _short.repr(value)
+
+
+_short = reprlib.Repr()
+_short.maxstring = 80

@@ -1,0 +1,72 @@
+"""Which images train, validate and test: by class alike, near-duplicates together, seeded."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+
+Labels = frozenset[Hashable]
+
+
+def stratify(
+    labels: Sequence[Labels], groups: Sequence[int], sizes: Mapping[str, int], seed: int
+) -> list[str]:
+    """The split of each image, so that each class is shared out as the images are.
+
+    Iterative stratification (Sechidis et al., "On the Stratification of Multi-Label Data", 2011):
+    the rarest class first, each image to the split that lacks most of it. The sizes are kept but
+    for groups that fit nowhere.
+
+    Args:
+        labels: the classes of each image; none is a class as well.
+        groups: a number for each image; those of one number stay together.
+        sizes: images of each split; they sum to all.
+        seed: of what is left to chance.
+    """
+    units = _units(groups, seed)
+    counts = [Counter(label for i in unit for label in labels[i] or {None}) for unit in units]
+    left = Counter(label for count in counts for label in count)
+    wanted = _wanted(counts, sizes)
+    room = dict(sizes)
+    chosen: dict[int, str] = {}
+    waiting = {label: [n for n, count in enumerate(counts) if label in count] for label in wanted}
+    while waiting:
+        rarest = min(waiting, key=lambda label: (left[label], str(label)))
+        for number in waiting.pop(rarest):
+            if number in chosen:
+                continue
+            size = len(units[number])
+            fitting = [s for s in room if room[s] >= size] or [max(room, key=lambda s: room[s])]
+            best = max(fitting, key=lambda s: (wanted[rarest][s], room[s]))
+            chosen[number] = best
+            room[best] -= size
+            for label, times in counts[number].items():
+                wanted[label][best] -= times
+                left[label] -= 1
+    by_image = {i: chosen[number] for number, unit in enumerate(units) for i in unit}
+    return [by_image[index] for index in range(len(labels))]
+
+
+def _units(groups: Sequence[int], seed: int) -> list[list[int]]:
+    """Images that stay together, the most of them first; else by chance."""
+    members: dict[int, list[int]] = {}
+    for index, number in enumerate(groups):
+        members.setdefault(number, []).append(index)
+    units = list(members.values())
+    random.Random(seed).shuffle(units)
+    return sorted(units, key=len, reverse=True)
+
+
+def _wanted(
+    counts: Sequence[Counter[Hashable]], sizes: Mapping[str, int]
+) -> dict[Hashable, dict[str, float]]:
+    """How many images of each class each split should have."""
+    totals = Counter[Hashable]()
+    for count in counts:
+        totals.update(count)
+    images = sum(sizes.values())
+    return {
+        label: {split: total * size / images for split, size in sizes.items()}
+        for label, total in totals.items()
+    }

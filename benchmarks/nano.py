@@ -1,0 +1,209 @@
+"""What the nano that the project carries can do, beside what is asked of it.
+
+    .venv/bin/python -m benchmarks.nano                  # all of it: some 25 minutes on 2 cores
+    .venv/bin/python -m benchmarks.nano known absent     # parts, by name
+    .venv/bin/python -m benchmarks.nano known --weights outputs/nano/weights/best
+
+Exits 1 where a figure misses its least value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from app.config import load_config, recipe_file
+from app.datasets.build import Splits, load_splits
+from app.datasets.coco import Dataset
+from app.datasets.images import open_image
+from app.datasets.prompts import nouns_beside
+from app.datasets.shapes import make_shapes
+from app.evaluation.validate import validate
+from app.files import read_json
+from app.inference.predictor import Predictor
+from app.model import weights
+from app.training import run
+
+SEED = 1_000_000  # of images that the recipe has not drawn
+SHAPES = load_config([], recipe_file("nano")).dataset.shapes
+PAIRS = [f"{color} {kind}" for color in SHAPES.colors or () for kind in SHAPES.kinds]
+NEW_KINDS = ["star", "ring"]
+NEW_EPOCHS, POTHOLES_EPOCHS = 60, 60  # what 3 and 10 minutes on 2 cores hold
+POTHOLES = Path(__file__).resolve().parents[2] / "shared" / "datasets" / "potholes"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A value beside the one that is hoped for and the one that is asked."""
+
+    name: str
+    value: float
+    goal: float | None = None
+    least: float | None = None
+    lower_is_better: bool = False
+
+    @property
+    def reached(self) -> bool:
+        if self.least is None:
+            return True
+        return self.value <= self.least if self.lower_is_better else self.value >= self.least
+
+    def __str__(self) -> str:
+        sign = "<=" if self.lower_is_better else ">="
+        asked = "" if self.least is None else f" (goal {sign} {self.goal}, least {self.least})"
+        return f"{self.name}: {self.value:.3f}{asked}{'' if self.reached else '  MISSED'}"
+
+
+def draw(folder: Path, *, train: int, valid: int, **settings: object) -> Splits:
+    """Images like the recipe's, but for `settings`; none of them was trained on."""
+    images = {"train": train, "valid": valid, "seed": SEED}
+    make_shapes(folder, **(SHAPES.model_dump() | images | settings))
+    return load_splits(folder)
+
+
+def known(start: Path, folder: Path) -> list[Figure]:
+    """New images of the shapes that were trained."""
+    dataset = draw(folder, train=300, valid=1, label_by="kind").train
+    figures, _ = validate(Predictor.load(start), dataset, max_detections=100)
+    return [
+        Figure("known shapes, box AP", figures["bbox/AP"], 0.85, 0.65),
+        Figure("known shapes, mask AP", figures["segm/AP"], 0.90, 0.70),
+    ]
+
+
+def pairs(start: Path, folder: Path) -> list[Figure]:
+    """Colour and shape: each was trained, but never together."""
+    seen = [pair for pair in PAIRS if pair not in SHAPES.exclude]
+    dataset = draw(folder, train=100, valid=1, label_by="both", exclude=seen).train
+    figures, _ = validate(Predictor.load(start), dataset, max_detections=100)
+    return [Figure("pairs never seen together, box AP", figures["bbox/AP"], 0.70, 0.45)]
+
+
+def absent(start: Path, folder: Path) -> list[Figure]:
+    """Asked for a shape, a colour, a pair and a noun that the image lacks, one of each."""
+    dataset = draw(folder, train=100, valid=1).train
+    names = {category.id: category.name for category in dataset.categories}
+    pools: list[list[str]] = [
+        list(SHAPES.kinds),
+        [f"{color} thing" for color in SHAPES.colors or ()],
+        [pair for pair in PAIRS if pair not in SHAPES.exclude],
+        nouns_beside(names.values()),
+    ]
+    predictor, choose, found = Predictor.load(start), random.Random(SEED), 0
+    for image in dataset.images:
+        present = {names[a.category_id] for a in dataset.annotations_by_image[image.id]}
+        prompts = [choose.choice([word for word in pool if word not in present]) for pool in pools]
+        found += len(predictor.predict(open_image(image.path), prompts, threshold=0.5))
+    mean = found / len(dataset.images)
+    return [Figure("detections of what is not there, an image", mean, 0.02, 0.10, True)]
+
+
+def new(start: Path, folder: Path) -> list[Figure]:
+    """Two shapes that were kept out, learnt from 20 images; and the same from random weights."""
+    splits = draw(folder / "set", train=20, valid=100, kinds=NEW_KINDS, exclude=[], label_by="kind")
+    tuned = fine_tune(splits, folder / "tuned", start, epochs=NEW_EPOCHS)
+    scratch = fine_tune(splits, folder / "scratch", None, epochs=NEW_EPOCHS)
+    ratio = tuned["bbox/AP"] / max(scratch["bbox/AP"], 1e-3)
+    return [
+        Figure("new shapes before, box AP", tuned["baseline/bbox/AP"]),
+        Figure("new shapes after 20 images, box AP", tuned["bbox/AP"], 0.70, 0.40),
+        Figure("new shapes after 20 images, mask AP", tuned["segm/AP"]),
+        Figure("  its seconds", tuned["seconds"], 180, 180, True),
+        Figure("new shapes from random weights, box AP", scratch["bbox/AP"]),
+        Figure("  tuned beside random weights (counted as 0.001 at least)", ratio, 5.0, 5.0),
+    ]
+
+
+def potholes(start: Path, folder: Path) -> list[Figure]:
+    """Photographs, which it has never seen; on valid and test together."""
+    if not POTHOLES.is_dir():
+        print(f"potholes: skipped, {POTHOLES} is not there")
+        return []
+    given = load_splits(POTHOLES)
+    assert given.test is not None
+    splits = replace(given, valid=join(given.valid, given.test))
+    tuned = fine_tune(splits, folder / "tuned", start, epochs=POTHOLES_EPOCHS)
+    scratch = fine_tune(splits, folder / "scratch", None, epochs=POTHOLES_EPOCHS)
+    random_ap = scratch["bbox/AP50"]
+    return [
+        Figure("potholes, box AP50", tuned["bbox/AP50"], 0.30, random_ap),
+        Figure("  its seconds", tuned["seconds"], 600, 600, True),
+        Figure("potholes from random weights, box AP50", random_ap),
+    ]
+
+
+def speed(start: Path, folder: Path) -> list[Figure]:
+    """One image, one prompt: the median of 50."""
+    dataset = draw(folder, train=50, valid=1, label_by="kind", width=640, height=480).train
+    predictor, seconds = Predictor.load(start), []
+    images = [open_image(image.path) for image in dataset.images]
+    for image in [images[0], *images]:
+        begun = time.monotonic()
+        predictor.predict(image, ["circle"])
+        seconds.append(time.monotonic() - begun)
+    return [Figure("one prediction, ms", 1000 * statistics.median(seconds[1:]), 60, 150, True)]
+
+
+def fine_tune(splits: Splits, folder: Path, start: Path | None, *, epochs: int) -> dict[str, float]:
+    """Returns what metrics.json then holds."""
+    config = load_config(
+        [
+            f"output_dir={folder}",
+            f"training.epochs={epochs}",
+            f"evaluation.every={epochs}",
+            f"training.save_every={epochs}",
+            "training.batch_size=4",
+            "evaluation.pictures=0",
+            "optim.max_grad_norm=1.0",
+            "optim.schedule.name=linear",
+        ]
+    )
+    run.prepare_folder(folder, resume=False, overwrite=False)
+    run.train(config, splits, start)
+    return read_json(folder / "metrics.json")
+
+
+def join(first: Dataset, second: Dataset) -> Dataset:
+    """Both datasets' images, numbered anew; they share their categories."""
+    images, annotations = [], []
+    for dataset in (first, second):
+        for image in dataset.images:
+            images.append(replace(image, id=len(images) + 1))
+            for annotation in dataset.annotations_by_image[image.id]:
+                number = {"id": len(annotations) + 1, "image_id": len(images)}
+                annotations.append(replace(annotation, **number))
+    return Dataset(tuple(images), tuple(annotations), first.categories)
+
+
+PARTS: dict[str, Callable[[Path, Path], list[Figure]]] = {
+    part.__name__: part for part in (known, pairs, absent, new, potholes, speed)
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="|".join(PARTS))
+    parser.add_argument("--weights", type=Path, help="others than the project's own")
+    arguments = parser.parse_args()
+    start = arguments.weights or weights.carried_nano()
+    figures: list[Figure] = []
+    for name in arguments.parts or PARTS:
+        with tempfile.TemporaryDirectory() as folder:
+            found = PARTS[name](start, Path(folder) / "work")
+        for figure in found:
+            print(figure, flush=True)
+        figures += found
+    return 0 if all(figure.reached for figure in figures) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

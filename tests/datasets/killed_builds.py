@@ -1,0 +1,84 @@
+"""Builds killed at each of their file operations: `python -m tests.datasets.killed_builds FOLDER`.
+
+FOLDER holds two datasets, `old` and `new`. Each build of `new` over a build of `old` is a child
+that kills itself, for real, before its k-th operation on a file under FOLDER.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from app.config import load_config
+from app.datasets.commands import build
+
+EVENTS = ("open", "os.", "shutil.", "tempfile.")
+RELATIVE = ("os.remove", "os.rmdir", "os.scandir")  # as rmtree names files: within an open folder
+Tree = dict[str, bytes]
+
+
+def contents(folder: Path) -> Tree:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def kill_before(operation: int, folder: Path) -> None:
+    """Kill this process before its operation of that number on a file under `folder`."""
+    left = operation
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        inside = event in RELATIVE or str(folder) in repr(arguments)
+        if event.startswith(EVENTS) and inside:
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    config = load_config()
+    logging.disable()
+    output, parts = folder / "out", ".out.part-*"
+    build(folder / "new", output, config)
+    new = contents(output)
+    build(folder / "old", output, config)
+    old = contents(output)
+    shutil.copytree(output, folder / "kept")
+    kills = swaps = 0
+    status = 1
+    while status:
+        child = os.fork()
+        if child == 0:
+            kill_before(kills + 1, folder)
+            build(folder / "new", output, config)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        assert status in (0, signal.SIGKILL), status
+        found = contents(output)
+        assert found in (old, new), f"kill {kills + 1} left {sorted(found)}"
+        if status == 0:
+            break
+        kills += 1
+        if found == new:
+            swaps += 1
+            shutil.rmtree(output)
+            shutil.copytree(folder / "kept", output)
+        if kills % 3:  # every third build also finds, and clears up, what the one before it left
+            for path in folder.glob(parts):
+                shutil.rmtree(path)
+    assert contents(output) == new
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["kept", "new", "old", "out"], left
+    print(json.dumps({"kills": kills, "after the swap": swaps}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Ten thousand malformed datasets: a UserError or a sound dataset, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+EXAMPLES = 10_000
+
+
+@pytest.mark.slow
+def test_ten_thousand_malformed_datasets() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz.examples", str(EXAMPLES)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    assert "Traceback" not in done.stderr
+    ran = json.loads(done.stdout)
+    # Hypothesis stops early where it has seen all that a strategy can give.
+    assert sum(ran.values()) >= EXAMPLES, ran

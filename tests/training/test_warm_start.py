@@ -1,0 +1,117 @@
+"""The warm start: targets that say what the images show, a trunk that learns them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+from torch.nn import functional as F
+
+from app.config import WarmStartConfig, load_model_config
+from app.datasets.build import load_splits
+from app.datasets.shapes import make_shapes
+from app.model.build import build_model
+from app.training.warm_start import batches, lay_anchors, warm_start
+from tests.conftest import TINY, Command
+
+NANO = load_model_config("nano", TINY)
+
+
+def _config(**changes) -> WarmStartConfig:
+    return WarmStartConfig(
+        **{"method": "pixels", "steps": 3, "batch_size": 4, "lr": 1e-3, **changes}
+    )
+
+
+def test_targets_are_the_shares_of_the_masks(tmp_path: Path) -> None:
+    """Whole over the image, each class's share is its masks' area, mirrored or not."""
+    make_shapes(tmp_path / "s", train=3, valid=1, width=96, height=64, background="plain")
+    dataset = load_splits(tmp_path / "s").train
+    truth = set()
+    for image in dataset.images:
+        areas = np.zeros(len(dataset.categories))
+        for annotation in dataset.annotations_by_image[image.id]:
+            area = coco_mask.area(annotation.segmentation) / (image.width * image.height)
+            areas[annotation.category_id - 1] += area
+        truth.add(tuple(areas.round(3)))
+    seen = set()
+    for pixels, shares, covered in batches(dataset, NANO, _config(), seed=0):
+        assert pixels.shape == (4, 3, 64, 64)
+        assert shares.shape == (4, 3, 8, 8)
+        assert covered.shape == (4, 64, 8, 8)
+        assert pixels.min() >= -1
+        assert pixels.max() <= 1
+        seen |= {tuple(row.numpy().round(3)) for row in shares.mean(dim=(2, 3))}
+        # A cell's own pixels say the same as the classes' shares of it.
+        assert (shares.sum(dim=1) - covered.mean(dim=1)).abs().max() < 0.35
+        # Covered pixels differ from the ground, which is of one colour.
+        flat = F.pixel_shuffle(covered, 8)[:, 0]
+        for image, cover in zip(pixels, flat, strict=True):
+            ground = image[:, cover == 0].median(dim=1).values
+            assert (image[:, cover == 1] - ground[:, None]).abs().amax(dim=0).mean() > 0.2
+    for row in seen:
+        assert min(np.abs(np.array(row) - t).max() for t in truth) < 0.002
+
+
+def test_anchors_lie_on_a_grid() -> None:
+    points = torch.zeros(6, 4)
+    lay_anchors(points)
+    boxes = points.sigmoid()
+    assert torch.allclose(boxes[:, 2:], torch.full((6, 2), 0.25))
+    assert boxes[:, 0].reshape(2, 3).tolist() == [pytest.approx([1 / 6, 0.5, 5 / 6])] * 2
+    assert boxes[:, 1].reshape(2, 3).T.tolist() == [pytest.approx([0.25, 0.75])] * 3
+
+
+def test_the_trunk_learns_and_nothing_else_moves(shapes: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model(NANO)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    dataset = load_splits(shapes).train
+    right = warm_start(model, NANO, dataset, _config(steps=60, batch_size=8), seed=0)
+    assert right > 0.93
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    trunk = "backbone.vision_backbone.trunk."
+    assert all(n.startswith(trunk) or n.endswith("decoder.reference_points.weight") for n in moved)
+    assert len([n for n in moved if n.startswith(trunk)]) > 40
+
+
+def test_a_run_resumes_from_its_warm_start(shapes: Path, tmp_path: Path, command: Command) -> None:
+    """A checkpoint follows the warm start; before it, --resume starts from the beginning."""
+    words = [
+        *("train", "--dataset-dir", shapes, "--model", "nano", "--epochs", 1, *TINY),
+        *("--warm-start", "pixels", "training.warm_start.steps=2"),
+        *("training.warm_start.batch_size=2", "evaluation.pictures=0"),
+    ]
+    whole = command(*words, "--output-dir", tmp_path / "a")
+    assert whole.code == 0, whole.err
+    assert "warm start: 2 steps" in whole.out
+    start = tmp_path / "a" / "checkpoints" / "epoch-0000"
+    assert (start / "state.pt").is_file()
+    cut = tmp_path / "b"
+    (cut / "checkpoints").mkdir(parents=True)
+    (cut / "config.yaml").write_text("")
+    start.rename(cut / "checkpoints" / "epoch-0000")
+    resumed = command(*words, "--output-dir", cut, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "warm start" not in resumed.out
+    weights = [
+        folder / "weights" / "last" / "model.safetensors" for folder in (tmp_path / "a", cut)
+    ]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    again = command(*words, "--output-dir", cut, "--overwrite")
+    assert again.code == 0, again.err
+    for path in cut.rglob("state.pt"):
+        path.unlink()
+    anew = command(*words, "--output-dir", cut, "--resume")
+    assert anew.code == 0, anew.err
+    assert "from the beginning" in anew.out
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_trained_weights_are_not_warmed(tiny_run: Path, command: Command) -> None:
+    done = command("train", "--checkpoint", tiny_run / "weights" / "best", "--warm-start", "pixels")
+    assert done.code == 2
+    assert "is for random weights" in done.err
