@@ -173,6 +173,17 @@ def infer(
         raise typer.Exit(3)
 
 
+@cli.command()
+def pack(
+    weights: Annotated[Path, typer.Argument(help="weights folder or file of a run")],
+    output_dir: Annotated[Path, typer.Option(help="folder for the packed ones")],
+) -> None:
+    """Write weights as float16: half as large, with their SHA-256 beside."""
+    from app.model import carried
+
+    log.info("packed: %s", carried.pack(weights, output_dir))
+
+
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     handler: Any = logging.StreamHandler(sys.stdout)

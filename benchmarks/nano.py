@@ -28,7 +28,7 @@ from app.datasets.shapes import make_shapes
 from app.evaluation.validate import validate
 from app.files import read_json
 from app.inference.predictor import Predictor
-from app.model import weights
+from app.model.carried import carried_nano
 from app.training import run
 
 SEED = 1_000_000  # of images that the recipe has not drawn
@@ -194,7 +194,9 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="|".join(PARTS))
     parser.add_argument("--weights", type=Path, help="others than the project's own")
     arguments = parser.parse_args()
-    start = arguments.weights or weights.carried_nano()
+    start = arguments.weights or carried_nano()
+    if start is None:
+        parser.error("the project carries no nano yet: give --weights")
     figures: list[Figure] = []
     for name in arguments.parts or PARTS:
         with tempfile.TemporaryDirectory() as folder:

@@ -21,6 +21,7 @@ from app.config import (
 )
 from app.errors import UserError, nearest
 from app.model import weights
+from app.model.carried import carried_nano
 from app.model.device import choose_device
 from app.training import launch, run, upstream_trainer
 
@@ -149,5 +150,8 @@ def _default_weights(size: str, *, random: bool) -> tuple[str, Path | None]:
         return size, None
     if size == "sam3":
         return size, weights.published_sam3()
+    if size == "nano" and (nano := carried_nano()) is not None:
+        log.info("weights: %s (the project's own; --checkpoint none for random ones)", nano)
+        return size, weights.find_file(nano)
     log.info("weights: random; size %s has no published ones (--checkpoint names yours)", size)
     return size, None
