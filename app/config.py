@@ -176,8 +176,8 @@ class DatasetConfig(_Strict):
     prompts: str | None
     max_prompts: int = Field(ge=1)
     negatives: int = Field(ge=0)
+    foreign: float = Field(ge=0, le=1)
     near_misses: list[str]
-    nouns: bool
     bad_images: Literal["stop", "skip"]
     shapes: ShapesConfig
 

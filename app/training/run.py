@@ -254,8 +254,9 @@ def query_dataset(config: Config, dataset: Dataset) -> QueryDataset:
     choice = PromptChoice(
         most=settings.max_prompts,
         negatives=settings.negatives,
+        foreign=settings.foreign,
         near_misses=tuple(settings.near_misses),
-        nouns=tuple(nouns_beside(names)) if settings.nouns else (),
+        nouns=tuple(nouns_beside(names)),
     )
     transforms = [instantiate(node) for node in config.transforms.train]
     return QueryDataset(dataset, transforms, seed=config.seed, choice=choice)
