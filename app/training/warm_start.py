@@ -78,9 +78,12 @@ def warm_start(
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
             right = float(((scores[:, classes:] > 0) == (covered > 0.5)).float().mean())
-            advance(step, f"loss {loss.item():.3g}, {right:.1%} of pixels right")
+            named = _named_right(nearness, shares)
+            advance(step, f"loss {loss.item():.3g}, pixels right {right:.1%}, names {named:.1%}")
     log.info(
-        "warm start: %d steps, ground told from objects at %.1f %% of pixels", step, 100 * right
+        "warm start: %d steps; ground told from objects at %.1f %% of pixels, objects named right "
+        "in %.1f %% of cells",
+        *(step, 100 * right, 100 * named),
     )
     return right
 
