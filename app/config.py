@@ -456,13 +456,13 @@ def _merge_file(composed: DictConfig, file: Path, decided: Collection[str]) -> D
     content = read_yaml(file)
     if not isinstance(content, dict):
         raise UserError(f"{file}: a configuration is a mapping of keys to values")
-    known = _leaves(composed)
     for group in set(content) & set(_config_groups()):
         choice = _choice(group, content[group])
         if isinstance(content[group], str) or (choice and group in decided):
             del content[group]
         if choice and group not in decided:
             composed = _regroup(composed, group, choice)
+    known = _leaves(composed)
     unknown = [key for key in _leaves(content) if not _is_known(key, known)]
     if unknown:
         raise UserError([f"{file}: nothing reads '{key}'.{nearest(key, known)}" for key in unknown])

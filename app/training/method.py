@@ -21,10 +21,10 @@ def prepare(model: Sam3Image, config: MethodConfig, start: Path | None) -> None:
 
     Args:
         model: holds the weights of `start`.
+        config: one that `check` lets pass.
         start: weights file; None for random ones, of which by default nothing is frozen: a text
             encoder that has learnt nothing would tell no prompt from another.
     """
-    check(config, start)
     if config.lora is not None:
         assert start is not None
         adapters.apply_lora(model, config.lora, weights.base_reference(start))

@@ -203,7 +203,7 @@ def write_settings(folder: Path, config: Config, overrides: Sequence[str]) -> No
     """config.yaml (what was asked for), config_resolved.yaml (all of it), environment.json."""
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.from_dotlist(list(overrides))))
     write_text(folder / "config_resolved.yaml", to_yaml(config))
-    packages = ("torch", "torchvision", "sam3", "accelerate", "hotcoco", "numpy")
+    packages = ("torch", "torchvision", "sam3", "accelerate", "peft", "hotcoco", "numpy")
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -56,11 +56,16 @@ EVERY = {"vision", "text", "detector", "geometry", "masks", "scoring"}
         (["method=full"], EVERY - {"text"}, True),
         (["method=full"], EVERY, False),
         (["method=full", "method.freeze=[]"], EVERY, True),
-        (["method=full", "method.freeze=[detector,geometry]"], EVERY - {"detector", "geometry"}, 1),
+        (
+            ["method=full", "method.freeze=[detector,geometry]"],
+            EVERY - {"detector", "geometry"},
+            True,
+        ),
         (["method=head"], {"detector", "masks", "scoring"}, True),
         (["method=head"], {"detector", "masks", "scoring"}, False),
         (["method=lora-minimal"], {"detector"}, True),
         (["method=lora", "method.lora.dropout=0.1"], {"vision", "detector"}, True),
+        (["method=lora", "training.precision=bf16"], {"vision", "detector"}, True),
         (["method=lora", "method.lora.parts.text=true"], {"vision", "text", "detector"}, True),
     ],
 )
@@ -90,6 +95,24 @@ def test_what_is_frozen_stays(shapes: Path, base: Path, overrides, trained, from
         assert any(id(after[name]) in inside for name in changed) is (part in trained), part
 
 
+def test_adapters_and_activation_checkpointing(shapes: Path, base: Path) -> None:
+    """What is recomputed in the backward pass is recomputed with the adapter."""
+    gradients = []
+    for checkpointing in ("true", "false"):
+        words = (
+            "method=lora-full",
+            "method.lora.parts.text=true",
+            f"model.activation_checkpointing={checkpointing}",
+        )
+        loop = _loop(shapes, base, *words)
+        method.set_training(loop.model)
+        loop._loss(next(iter(loop.loader))).backward()
+        gradients.append({n: p.grad for n, p in loop.model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-5), name
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients[0].values())
+
+
 def test_frozen_components_are_in_evaluation_mode(shapes: Path, base: Path) -> None:
     """So that none of their outputs is dropped."""
     loop = _loop(shapes, base, "method=head", "model.dropout=0.3")
@@ -113,7 +136,7 @@ def test_nothing_left_to_train(base: Path) -> None:
         (["method.freeze=[visoin]"], "method.freeze.0"),
         (["method=lora", "method.freeze=[vision]"], "LoRA freezes all of the model"),
         (["method=lora", "method.lora.rank=0"], "method.lora.rank"),
-        (["method=lora", "method.lora.part=x"], "Did you mean 'method.lora.parts"),
+        (["method=lora", "method.lora.rnk=3"], "Did you mean 'method.lora.rank'"),
     ],
 )
 def test_settings_that_are_refused(overrides, said: str) -> None:
