@@ -219,7 +219,7 @@ def _read_settings(folder: Path) -> peft.LoraConfig:
         settings = peft.LoraConfig(**content)
     except (TypeError, ValueError) as error:
         raise UserError(f"{folder / CONFIG}: not the settings of a LoRA ({error})") from None
-    if settings.peft_type != peft.PeftType.LORA or content.get("peft_type") != "LORA":
+    if content.get("peft_type") != "LORA":
         raise UserError(f"{folder / CONFIG}: peft_type must be LORA")
     return settings
 

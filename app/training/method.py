@@ -8,10 +8,10 @@ from pathlib import Path
 
 from sam3.model.sam3_image import Sam3Image
 
-from app.config import MethodConfig
+from app.config import Config, MethodConfig
 from app.errors import UserError
 from app.model import adapters, weights
-from app.model.build import components, count_parameters
+from app.model.build import build_model, components, count_parameters
 
 log = logging.getLogger("app")
 
@@ -34,20 +34,29 @@ def prepare(model: Sam3Image, config: MethodConfig, start: Path | None) -> None:
         freeze(model, ["text"])
 
 
-def check(config: MethodConfig, start: Path | None) -> None:
-    """Refuse an adapter on weights that cannot be its base."""
-    if config.lora is None:
-        return
-    if start is None:
+def check(config: Config, start: Path | None) -> None:
+    """Refuse what cannot be trained, before anything is made or written.
+
+    Raises:
+        UserError: an adapter on weights that cannot be its base, patterns that match nothing, or
+            nothing left to train.
+    """
+    name, lora = config.method.name, config.method.lora
+    model = build_model(config.model, device="meta")
+    if lora is None:
+        freeze(model, config.method.freeze or [])
+    elif start is None:
         raise UserError(
-            f"--method {config.name}: adapts trained weights, and these are random. Give them by "
+            f"--method {name}: adapts trained weights, and these are random. Give them by "
             "--checkpoint, or --method full"
         )
-    if start.name == adapters.FILE:
+    elif start.name == adapters.FILE:
         raise UserError(
-            f"--checkpoint {start.parent}: is an adapter, and --method {config.name} adapts plain "
+            f"--checkpoint {start.parent}: is an adapter, and --method {name} adapts plain "
             f"weights. Merge it first: python -m app merge '{start.parent}' --output-dir FOLDER"
         )
+    else:
+        adapters.find_targets(model, lora)
 
 
 def freeze(model: Sam3Image, names: Collection[str]) -> None:

@@ -67,7 +67,7 @@ def start(
         launch.relaunch(config.training.num_gpus, sys.argv[1:])
     choose_device(config.training.device)
     if not eval_only:
-        method.check(config.method, weights_file)
+        method.check(config, weights_file)
     splits = run.read_splits(config)
     if not eval_only:
         run.check_masks(config, splits.train)

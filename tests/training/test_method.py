@@ -123,12 +123,6 @@ def test_frozen_components_are_in_evaluation_mode(shapes: Path, base: Path) -> N
     assert loop.model.training
 
 
-def test_nothing_left_to_train(base: Path) -> None:
-    model = build_model(load_config(TINY).model)
-    with pytest.raises(UserError, match="leaves nothing to train"):
-        method.freeze(model, EVERY)
-
-
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -158,7 +152,8 @@ def test_the_resolved_yaml_of_a_method(tmp_path: Path) -> None:
 @pytest.fixture
 def train(command: Command, shapes: Path, base: Path, tmp_path: Path):
     def run(*words: object, folder: str = "out", start: object = base) -> Result:
-        first = ("train", "--dataset-dir", shapes, "--checkpoint", start)
+        words = ("--checkpoint", start, *words)
+        first = ("train", "--dataset-dir", shapes)
         fast = ("evaluation.pictures=0", *TINY)
         return command(*first, "--output-dir", tmp_path / folder, *words, *fast)
 
@@ -225,8 +220,16 @@ def test_flags_of_freezing(train, base: Path, tmp_path: Path) -> None:
     assert "text: 3.30 M of 3.30 M trained" in every.out
 
 
-def test_lora_needs_trained_weights(train, tmp_path: Path) -> None:
-    done = train("--method", "lora", start="none")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "lora", "--checkpoint", "none"], "adapts trained weights, and these are"),
+        (["--method", "lora", "method.lora.targets=['*.qvk']"], "Near: '*.qkv'"),
+        (["--freeze", "vision,text,detector,geometry,masks,scoring"], "leaves nothing to train"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_nothing(train, tmp_path: Path, words, said: str) -> None:
+    done = train(*words)
     assert done.code == 2
-    assert "adapts trained weights, and these are random" in done.err
+    assert said in done.err
     assert not (tmp_path / "out").exists()
