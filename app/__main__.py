@@ -1,4 +1,4 @@
-"""The command line: `python -m app train | infer | data`."""
+"""The command line: `python -m app train | infer | merge | data`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,16 @@ def train(
         int | None, typer.Option(min=1, help="train on so many images, chosen by the seed")
     ] = None,
     augmentation: Annotated[str | None, typer.Option(help="none, light or strong")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="full, head, lora-minimal, lora or lora-full")
+    ] = None,
+    freeze: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART,…",
+            help="not trained: vision, text, detector, geometry, masks, scoring; or none of them",
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="YAML or JSON: class: prompt, or [prompt, synonym, …]")
     ] = None,
@@ -98,6 +108,8 @@ def train(
     """Fine-tune SAM 3 on labelled images, or score weights on them (--eval-only)."""
     flags = {
         "transforms": augmentation,
+        "method": method,
+        "method.freeze": None if freeze is None else f"[{'' if freeze == 'none' else freeze}]",
         "dataset.dir": dataset_dir,
         "dataset.huggingface.name": hf_dataset,
         "dataset.huggingface.config": hf_config,
@@ -182,6 +194,18 @@ def pack(
     from app.model import carried
 
     log.info("packed: %s", carried.pack(weights, output_dir))
+
+
+@cli.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="folder of a LoRA, such as RUN/weights/best")],
+    output_dir: Annotated[Path, typer.Option(help="folder for model.safetensors")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is there")] = False,
+) -> None:
+    """Join a LoRA with its base into plain weights."""
+    from app.model import weights
+
+    log.info("weights: %s", weights.merge(adapter, output_dir, overwrite=overwrite).parent)
 
 
 def main() -> None:

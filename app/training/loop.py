@@ -30,6 +30,7 @@ from app.datasets.queries import QueryDataset, collate
 from app.errors import UserError
 from app.model.device import choose_precision
 from app.model.guard import finite_outputs
+from app.training.method import set_training
 from app.training.schedule import learning_rate_factor
 
 
@@ -130,7 +131,7 @@ class Loop:
             UserError: images that cannot be decoded, each by its path.
         """
         self.sampler.epoch = epoch
-        self.model.train()
+        set_training(self.accelerator.unwrap_model(self.model))
         batches = iter(self.loader)
         while group := list(itertools.islice(batches, self.config.training.grad_accum)):
             if bad := [batch for batch in group if isinstance(batch, UserError)]:
@@ -189,7 +190,11 @@ class Loop:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> Optimizer:
-    """AdamW with upstream's groups: three learning rates, layer decay, no decay of biases."""
+    """AdamW with upstream's groups: three learning rates, layer decay, no decay of biases.
+
+    What is frozen is in none of them. It is taken out afterwards: upstream asserts that its groups
+    cover all parameters, and that each of its patterns matches (optimizer.py:183, 241).
+    """
     parts = OmegaConf.create(
         {
             "optimizer": config.optimizer,
@@ -203,6 +208,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> O
     ).optimizer
     for group in optimizer.param_groups:
         group["lr"] *= lr_scale
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
     return optimizer
 
 

@@ -39,7 +39,7 @@ from app.model.build import build_model, count_parameters
 from app.model.device import choose_device, choose_precision
 from app.model.upstream import COMMIT
 from app.progress import duration, progress
-from app.training import checkpoints
+from app.training import checkpoints, method
 from app.training.checkpoints import RunState
 from app.training.loop import Loop, build_accelerator
 from app.training.tracking import Tracker
@@ -90,12 +90,14 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
     elif config.training.warm_start.method == "pixels" and newest is None:
         model.to(device)
         warm_start(model, config.model, splits.train, config.training.warm_start, config.seed)
+    method.prepare(model, config.method, start)
     header = weights.Header(
         model=config.model,
         prompts=splits.train.class_names,
         data_hash=splits.train.content_hash(),
     )
-    lr_scale = config.optim.lr_scale or (1.0 if start is None else 0.1)
+    new = start is None or config.method.lora is not None  # what is trained has learnt nothing yet
+    lr_scale = config.optim.lr_scale or (1.0 if new else 0.1)
     data = query_dataset(config, splits.train)
     loop = Loop(config, model, data, accelerator, lr_scale=lr_scale)
     state = RunState()
@@ -155,7 +157,7 @@ def evaluate(config: Config, splits: Splits, start: Path | None) -> Outcome:
     set_seed(config.seed)
     model = build_model(config.model)
     if start is not None:
-        weights.load_into(model, start)
+        weights.load_into(model, start, merge=False)
     predictor = Predictor(model.to(device), config.model, precision)
     figures, results = _validate(predictor, splits.valid, config, "validation")
     folder = Path(config.output_dir)
@@ -201,7 +203,7 @@ def write_settings(folder: Path, config: Config, overrides: Sequence[str]) -> No
     """config.yaml (what was asked for), config_resolved.yaml (all of it), environment.json."""
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.from_dotlist(list(overrides))))
     write_text(folder / "config_resolved.yaml", to_yaml(config))
-    packages = ("torch", "torchvision", "sam3", "accelerate", "hotcoco", "numpy")
+    packages = ("torch", "torchvision", "sam3", "accelerate", "peft", "hotcoco", "numpy")
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -294,6 +296,7 @@ def _describe(
         str(precision).removeprefix("torch."),
         accelerator.num_processes,
     )
+    method.describe(model, config.method.name)
     log.info(
         "data: %d training and %d validation images; classes: %s",
         len(splits.train.images),

@@ -23,7 +23,7 @@ from app.errors import UserError, nearest
 from app.model import weights
 from app.model.carried import carried_nano
 from app.model.device import choose_device
-from app.training import launch, run, upstream_trainer
+from app.training import launch, method, run, upstream_trainer
 
 log = logging.getLogger("app")
 
@@ -67,6 +67,8 @@ def start(
     if config.training.num_gpus > 1 and not launch.is_launched() and not eval_only:
         launch.relaunch(config.training.num_gpus, sys.argv[1:])
     choose_device(config.training.device)
+    if not eval_only:
+        method.check(config, weights_file)
     splits = run.read_splits(config)
     if not eval_only:
         run.check_masks(config, splits.train)
