@@ -13,6 +13,7 @@ import torch
 
 from app.config import (
     Config,
+    Resume,
     load_config,
     load_model_config,
     model_names,
@@ -22,7 +23,8 @@ from app.config import (
 from app.errors import UserError, nearest
 from app.model import weights
 from app.model.device import choose_device
-from app.training import launch, run, upstream_trainer
+from app.training import checkpoints, launch, run, upstream_trainer
+from app.training.signals import StopRequest
 
 log = logging.getLogger("app")
 
@@ -36,8 +38,9 @@ def start(
     lr: float | None,
     base_config: bool,
     eval_only: bool,
-    resume: bool,
+    resume: Resume | None,
     overwrite: bool,
+    stop: StopRequest,
 ) -> None:
     """Check everything that can be checked, then train, score, or hand over to upstream.
 
@@ -70,8 +73,12 @@ def start(
     if not eval_only:
         run.check_masks(config, splits.train)
     folder = Path(config.output_dir)
+    if resume:
+        run.check_resume(config, splits, resume, int(os.environ.get("WORLD_SIZE", "1")))
     if os.environ.get("RANK", "0") == "0":
         run.prepare_folder(folder, resume=resume, overwrite=overwrite)
+        if not eval_only:
+            checkpoints.check_space(folder, config)
         run.write_settings(folder, config, overrides)
         log.addHandler(logging.FileHandler(folder / "train.log", encoding="utf-8"))
     else:
@@ -79,7 +86,7 @@ def start(
     if eval_only:
         run.evaluate(config, splits, weights_file)
     else:
-        run.train(config, splits, weights_file, resume=resume)
+        run.train(config, splits, weights_file, resume=resume, stop=stop)
 
 
 def configure(

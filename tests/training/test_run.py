@@ -54,8 +54,8 @@ def test_what_a_run_leaves(tiny_run: Path, shapes: Path) -> None:
         "metrics.json",
         "weights/best/model.safetensors",
         "weights/last/model.safetensors",
-        "checkpoints/epoch-0001/model.safetensors",
-        "checkpoints/epoch-0001/state.pt",
+        "checkpoints/update-00000002/model.safetensors",
+        "checkpoints/update-00000002/state.pt",
         "predictions/valid.json",
         "plots/loss.png",
         "plots/ap.png",
@@ -111,7 +111,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(train, tmp_path: Path) -> Non
     whole = tmp_path / "out"
     assert train("--epochs", 3, folder="cut").code == 0
     cut = tmp_path / "cut"
-    for name in ("checkpoints/epoch-0003", "weights"):
+    for name in ("checkpoints/update-00000006", "weights"):
         for path in (cut / name).rglob("*.safetensors"):
             path.unlink()
         for path in (cut / name).glob("state.pt"):
