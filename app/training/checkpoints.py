@@ -16,7 +16,7 @@ from sam3.model.sam3_image import Sam3Image
 
 from app.config import Config
 from app.errors import UserError
-from app.files import atomic_folder, read_json, write_json
+from app.files import atomic_folder, clear_up, read_json, write_json
 from app.model import weights
 from app.model.build import build_model
 from app.training.fingerprint import Fingerprint
@@ -70,6 +70,7 @@ def save(
     Returns:
         The checkpoint's folder.
     """
+    _clear_up(folder)
     checkpoint = path(folder, state)
     with atomic_folder(checkpoint) as temporary:
         weights.save(model, temporary, header)
@@ -79,8 +80,8 @@ def save(
         for part in (temporary / "state.pt", temporary):  # the others are flushed already
             _flush(part)
     _flush(folder)
-    for old in _all(folder)[:-KEEP]:
-        shutil.rmtree(old)
+    others = [old for old in _all(folder) if old != checkpoint]
+    drop_all_but(checkpoint, *others[1 - KEEP :])
     return checkpoint
 
 
@@ -89,8 +90,17 @@ def path(folder: Path, state: RunState) -> Path:
     return folder / f"update-{state.updates:08d}"
 
 
+def drop_all_but(*kept: Path) -> None:
+    """Remove the other checkpoints beside these."""
+    for other in kept[0].parent.glob("update-*"):
+        if other not in kept:
+            (other / "state.pt").unlink(missing_ok=True)  # first: half of one is none
+            shutil.rmtree(other)
+
+
 def find_newest(folder: Path) -> Path | None:
     """The newest checkpoint in `folder`; None where a run was stopped before its first."""
+    _clear_up(folder)
     found = _all(folder)
     return found[-1] if found else None
 
@@ -113,13 +123,6 @@ def restore(checkpoint: Path, loop: Loop, rank: int) -> RunState:
             "settings it was started with, or take its weights alone: --resume=weights"
         ) from None
     return read(checkpoint)[0]
-
-
-def drop_all_but(checkpoint: Path) -> None:
-    """Remove the other checkpoints beside this one."""
-    for other in _all(checkpoint.parent):
-        if other != checkpoint:
-            shutil.rmtree(other)
 
 
 def check_space(folder: Path, config: Config) -> None:
@@ -171,6 +174,12 @@ def _cannot_write(folder: Path, error: Exception) -> UserError:
 
 def _all(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("update-*") if (path / "state.pt").is_file())
+
+
+def _clear_up(folder: Path) -> None:
+    """Finish or remove what a killed `save` left, whichever checkpoint it was."""
+    for part in folder.glob(".update-*.part-*"):
+        clear_up(folder / part.name[1:].partition(".")[0])
 
 
 def _flush(path: Path) -> None:

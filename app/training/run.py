@@ -202,6 +202,8 @@ def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> N
             f"--output-dir {folder}: holds a run already ({', '.join(present[:3])}, …). "
             "Go on with --resume, replace it with --overwrite, or name another folder."
         )
+    for killed in folder.glob("weights/*/.model.safetensors.*"):
+        killed.unlink()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()

@@ -141,7 +141,7 @@ def test_another_run_is_refused_by_name(train, tmp_path) -> None:
     assert "  seed: 0 then, 4 now" in done.err
     assert "  training.batch_size: 1 then, 2 now" in done.err
     assert "  optim.lr_scale: null then, 1.25 now" in done.err
-    assert '  training data: "4 images of circle, rectangle, triangle (' in done.err
+    assert '  training data: "4 images of circle; rectangle; triangle (' in done.err
     assert "--resume=weights" in done.err
     assert (tmp_path / "cut" / "config_resolved.yaml").read_bytes() == settings
 
