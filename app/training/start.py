@@ -80,6 +80,7 @@ def start(
         if not eval_only:
             checkpoints.check_space(folder, config)
         run.write_settings(folder, config, overrides)
+        logging.raiseExceptions = False  # a full disk is told once, not by each line of the log
         log.addHandler(logging.FileHandler(folder / "train.log", encoding="utf-8"))
     else:
         log.setLevel(logging.WARNING)

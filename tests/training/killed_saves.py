@@ -1,7 +1,7 @@
 """Saves killed at random moments: `python -m tests.training.killed_saves FOLDER KILLS`.
 
-Each child, forked from this warm process, goes on from the newest checkpoint as a run does, and
-saves after each of its updates until it is killed, for real.
+After each kill the newest checkpoint is loaded, as a resumed run does. Each child, forked from this
+warm process, goes on from there and saves after each of its updates until it is killed, for real.
 """
 
 from __future__ import annotations
@@ -30,12 +30,18 @@ from app.training.loop import Loop, build_accelerator
 from app.training.random_state import random_state
 from tests.conftest import TINY
 
+# Saves and loads in a blink, so that most of the time goes into saves.
+SMALL = (
+    *("model.text.width=8", "model.text.num_heads=1", "model.vision.embed_dim=32"),
+    *("model.d_model=16", "model.num_heads=2", "model.feedforward=16"),
+)
+
 
 def main() -> None:
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])
     logging.disable()
     torch.set_num_threads(1)
-    config = load_config(TINY)
+    config = load_config([*TINY, *SMALL])
     make_shapes(folder / "set", train=2, valid=1, width=64, height=64, seed=0)
     transforms = [instantiate(node) for node in config.transforms.train]
     data = QueryDataset(load_splits(folder / "set").train, transforms, seed=0)
@@ -62,23 +68,25 @@ def main() -> None:
         assert (first == state.updates).all(), "weights and state are of two saves"
         return state
 
-    save(RunState())
+    state = RunState()
+    save(state)
     moments = random.Random(0)
     partial = 0
     for _ in range(kills):
         child = os.fork()
         if child == 0:
-            state = load()
             while True:
                 state.updates += 1
                 save(state)
-        time.sleep(moments.uniform(0, 0.25))
+        time.sleep(moments.uniform(0, 0.12))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         partial += any((folder / "run").glob(".update-*.part-*"))
-        load()
-        assert len(list((folder / "run").iterdir())) <= checkpoints.KEEP + 1
-    print(json.dumps({"kills": kills, "within a save": partial, "updates": load().updates}))
+        state = load()
+    state.updates += 1
+    save(state)
+    assert len(list((folder / "run").iterdir())) == checkpoints.KEEP  # nothing is left behind
+    print(json.dumps({"kills": kills, "within a save": partial, "updates": state.updates}))
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def test_a_signal_before_there_is_a_run(start, tmp_path: Path) -> None:
     process = start()
     _wait_for(tmp_path / "out" / "train.log", process)
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert "Traceback" not in err
 
