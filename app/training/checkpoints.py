@@ -74,7 +74,7 @@ def save(
     checkpoint = path(folder, state)
     with atomic_folder(checkpoint) as temporary:
         weights.save(model, temporary, header)
-        torch.save({**loop.state_dict(), "random": list(random_states)}, temporary / "state.pt")
+        _write({**loop.state_dict(), "random": list(random_states)}, temporary / "state.pt")
         content = {"state": asdict(state), "fingerprint": fingerprint}
         write_json(temporary / "run.json", content)
         for part in (temporary / "state.pt", temporary):  # the others are flushed already
@@ -155,21 +155,21 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise _cannot_write(folder, error) from None
+        newest = find_newest(folder / "checkpoints")
+        kept = f"The last checkpoint is whole: {newest}" if newest else "There is no checkpoint yet"
+        raise UserError(
+            f"--output-dir {folder}: could not be written ({error}). {kept}. Free "
+            "space on its disk, then go on with the same command and --resume."
+        ) from None
+
+
+def _write(content: dict[str, Any], file: Path) -> None:
+    """`torch.save`, whose errors do not say that a disk is full."""
+    try:
+        torch.save(content, file)
     except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error):  # what torch.save says of a full disk
-            raise
-        raise _cannot_write(folder, error) from None
-
-
-def _cannot_write(folder: Path, error: Exception) -> UserError:
-    newest = find_newest(folder / "checkpoints")
-    free = shutil.disk_usage(folder).free / 1e9 if folder.is_dir() else 0.0
-    kept = f"The last checkpoint is whole: {newest}" if newest else "There is no checkpoint yet"
-    return UserError(
-        f"--output-dir {folder}: could not be written ({error}); {free:.2f} GB are free. {kept}. "
-        "Free some space, then go on with the same command and --resume."
-    )
+        free = shutil.disk_usage(file.parent).free / 1e9
+        raise OSError(f"{file.name} was cut short; {free:.2f} GB are free") from error
 
 
 def _all(folder: Path) -> list[Path]:

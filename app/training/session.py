@@ -83,7 +83,7 @@ class Session:
             FloatingPointError: a loss or gradient is not finite; the state before is saved.
             UserError: the disk is full; the last checkpoint is whole.
         """
-        with self.stop.deferred(), checkpoints.disk_errors(self.folder):
+        with self.stop.deferred():
             try:
                 self._score_start()
                 while not self._is_finished():
@@ -103,15 +103,16 @@ class Session:
         """A checkpoint of where the run is, with the random states of all processes."""
         random_states = gather_object([random_state()])
         if self.accelerator.is_main_process:
-            checkpoints.save(
-                self.folder / "checkpoints",
-                self.state,
-                self.model,
-                self.header,
-                self.loop,
-                fingerprint=self.fingerprint,
-                random_states=random_states,
-            )
+            with checkpoints.disk_errors(self.folder):
+                checkpoints.save(
+                    self.folder / "checkpoints",
+                    self.state,
+                    self.model,
+                    self.header,
+                    self.loop,
+                    fingerprint=self.fingerprint,
+                    random_states=random_states,
+                )
         self._saved_at = time.monotonic()
 
     def _is_finished(self) -> bool:
@@ -179,7 +180,8 @@ class Session:
         if self._is_stale():
             log.info("no better in %d validations (training.patience): the end", state.stale)
         if self.tracker is not None:
-            self.tracker.log_epoch(state.rows)
+            with checkpoints.disk_errors(self.folder):
+                self.tracker.log_epoch(state.rows)
         if self._is_finished() or state.epoch % self.config.training.save_every == 0:
             self._save_weights("last")
             self.save()
@@ -226,7 +228,7 @@ class Session:
 
     def _save_weights(self, name: str) -> None:
         if self.accelerator.is_main_process:
-            with self._kept_weights():
+            with self._kept_weights(), checkpoints.disk_errors(self.folder):
                 weights.save(self.model, self.folder / "weights" / name, self.header)
 
 
