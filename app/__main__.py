@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from app.config import Resume
 from app.datasets import commands
 from app.errors import UserError
 from app.model.upstream import prove_pin
+from app.training import signals
 
 log = logging.getLogger("app")
 cli = typer.Typer(
@@ -87,8 +90,13 @@ def train(
     seed: Annotated[int | None, typer.Option()] = None,
     eval_only: Annotated[bool, typer.Option("--eval-only", help="score, do not train")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on from the newest checkpoint in --output-dir")
-    ] = False,
+        Resume | None,
+        typer.Option(
+            metavar="[=auto|weights]",
+            help="go on from the newest checkpoint in --output-dir; auto: if there is one; "
+            "weights: from its weights alone, with other data or settings",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace the run in --output-dir")
     ] = False,
@@ -130,19 +138,21 @@ def train(
         "seed": seed,
     }
     asked = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    from app.training import start
+    with signals.watch() as stop:
+        from app.training import start
 
-    start.start(
-        [*(overrides or []), *asked],
-        file=config,
-        recipe=recipe,
-        size=model,
-        lr=lr,
-        base_config=use_base_config,
-        eval_only=eval_only,
-        resume=resume,
-        overwrite=overwrite,
-    )
+        start.start(
+            [*(overrides or []), *asked],
+            file=config,
+            recipe=recipe,
+            size=model,
+            lr=lr,
+            base_config=use_base_config,
+            eval_only=eval_only,
+            resume=resume,
+            overwrite=overwrite,
+            stop=stop,
+        )
 
 
 @cli.command()
@@ -208,6 +218,11 @@ def merge(
     log.info("weights: %s", weights.merge(adapter, output_dir, overwrite=overwrite).parent)
 
 
+def _spell_out_resume(words: Sequence[str]) -> list[str]:
+    """`--resume` alone means `--resume=all`: typer has no options whose value may be left out."""
+    return ["--resume=all" if word == "--resume" else word for word in words]
+
+
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     handler: Any = logging.StreamHandler(sys.stdout)
@@ -217,7 +232,7 @@ def main() -> None:
     log.propagate = False
     try:
         prove_pin()
-        cli()
+        cli(_spell_out_resume(sys.argv[1:]))
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}" if not problem.startswith(" ") else problem, file=sys.stderr)
@@ -225,6 +240,8 @@ def main() -> None:
     except FloatingPointError as error:  # a loss that is not finite
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except signals.Stopped:
+        sys.exit(signals.EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(130)
 

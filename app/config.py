@@ -38,6 +38,8 @@ ColorName = Literal[
 LabelBy = Literal["kind", "color", "both", "all"]
 Background = Literal["plain", "gradient", "texture", "mixed"]
 Component = Literal["vision", "text", "detector", "geometry", "masks", "scoring"]  # of the model
+# --resume: everything; "auto": if there is a run, else start one; "weights": nothing but them.
+Resume = Literal["all", "auto", "weights"]
 FormatName = Literal["auto", "coco", "yolo", "labelme", "via", "voc", "masks"]
 
 SHORT = {"limit": "dataset.limit"}  # keys that people write without their group
@@ -297,6 +299,9 @@ class TrainingConfig(_Strict):
     precision: Literal["auto", "fp32", "bf16"]
     check_finite: bool
     save_every: int = Field(ge=1)
+    save_minutes: float | None = Field(ge=0)
+    patience: int | None = Field(ge=1)
+    ema: float | None = Field(gt=0, lt=1)
 
 
 class EvaluationConfig(_Strict):

@@ -165,7 +165,7 @@ def fine_tune(splits: Splits, folder: Path, start: Path | None, *, epochs: int) 
             "optim.schedule.name=linear",
         ]
     )
-    run.prepare_folder(folder, resume=False, overwrite=False)
+    run.prepare_folder(folder, resume=None, overwrite=False)
     run.train(config, splits, start)
     return read_json(folder / "metrics.json")
 

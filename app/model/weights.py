@@ -193,6 +193,10 @@ def find_file(path: Path) -> Path:
     raise UserError(f"{path}: no such checkpoint (a file, or a folder with {FILE})")
 
 
+def is_adapter(path: Path) -> bool:
+    return find_file(path).name == adapters.FILE
+
+
 def read_header(path: Path) -> Header | None:
     """The header of our weights; None for a checkpoint from elsewhere."""
     file = find_file(path)

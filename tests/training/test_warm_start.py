@@ -112,12 +112,12 @@ def test_a_run_resumes_from_its_warm_start(shapes: Path, tmp_path: Path, command
     whole = command(*words, "--output-dir", tmp_path / "a")
     assert whole.code == 0, whole.err
     assert "warm start: 2 steps" in whole.out
-    start = tmp_path / "a" / "checkpoints" / "epoch-0000"
+    start = tmp_path / "a" / "checkpoints" / "update-00000000"
     assert (start / "state.pt").is_file()
     cut = tmp_path / "b"
     (cut / "checkpoints").mkdir(parents=True)
     (cut / "config.yaml").write_text("")
-    start.rename(cut / "checkpoints" / "epoch-0000")
+    start.rename(cut / "checkpoints" / "update-00000000")
     resumed = command(*words, "--output-dir", cut, "--resume")
     assert resumed.code == 0, resumed.err
     assert "warm start" not in resumed.out
