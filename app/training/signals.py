@@ -56,8 +56,9 @@ class StopRequest:
         self.asked, self._since = True, time.monotonic()
         if not self._is_deferred:
             raise Stopped
-        # Not by logging, which a handler may have interrupted.
-        os.write(2, b"stopping: the step is finished and saved; once more ends at once\n")
+        if os.environ.get("RANK", "0") == "0":
+            # Not by logging, which a handler may have interrupted.
+            os.write(2, b"stopping: the step is finished and saved; once more ends at once\n")
 
 
 @contextlib.contextmanager

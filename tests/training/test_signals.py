@@ -79,7 +79,7 @@ def test_a_signal_before_there_is_a_run(start, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(start, tmp_path: Path) -> None:
-    """Long before the warm start's thousand steps are done, or a save."""
+    """Wherever it is, in a save as well: the checkpoint before it is whole."""
     process = start("training.save_minutes=0")
     folder = tmp_path / "out" / "checkpoints"
     _wait_for(folder / "update-00000002", process)
