@@ -76,6 +76,9 @@ def train(
     num_gpus: Annotated[int | None, typer.Option(help="processes to train with")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     eval_only: Annotated[bool, typer.Option("--eval-only", help="score, do not train")] = False,
+    split: Annotated[
+        str | None, typer.Option(help="what --eval-only scores: train, valid or test")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the newest checkpoint in --output-dir")
     ] = False,
@@ -115,6 +118,7 @@ def train(
         "model.resolution": resolution,
         "output_dir": output_dir,
         "checkpoint": checkpoint,
+        "evaluation.split": split,
         "seed": seed,
     }
     asked = [f"{key}={value}" for key, value in flags.items() if value is not None]
@@ -144,7 +148,10 @@ def infer(
     box: Annotated[
         list[str] | None, typer.Option(metavar="X,Y,W,H", help="example box in pixels; several")
     ] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="least score")] = 0.5,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="least score; the weights' own unless given, else 0.5"),
+    ] = None,
     max_detections: Annotated[int, typer.Option(min=1, help="an image")] = 100,
     model: Annotated[str, typer.Option(help="size, for weights that do not say theirs")] = "auto",
     resolution: Annotated[int | None, typer.Option(help="pixels, square")] = None,

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from sam3.model.sam3_image import Sam3Image
 
 from app.config import Config, to_yaml
-from app.datasets import sources
+from app.datasets import coco, sources
 from app.datasets.build import Splits, load_splits, many_classes
 from app.datasets.coco import Dataset
 from app.datasets.images import decoding_problems
@@ -31,7 +31,9 @@ from app.datasets.prompts import name_classes, nouns_beside, read_prompts
 from app.datasets.queries import PromptChoice, QueryDataset
 from app.errors import UserError, nearest
 from app.evaluation import report
-from app.evaluation.validate import validate
+from app.evaluation.off_prompt import choose_nouns
+from app.evaluation.scoring import THRESHOLD
+from app.evaluation.validate import Validation, validate
 from app.files import write_json, write_text
 from app.inference.predictor import Predictor
 from app.model import weights
@@ -107,8 +109,9 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
 
     tracker = Tracker(folder) if main else None
 
-    def score(title: str) -> tuple[Figures, list[dict[str, Any]]]:
-        return _validate(Predictor(model, config.model, precision), splits.valid, config, title)
+    def score(title: str) -> Figures:
+        predictor = Predictor(model, config.model, precision)
+        return _validate(predictor, splits.valid, config, title).figures
 
     def save_checkpoint() -> None:
         checkpoints.save(
@@ -116,7 +119,7 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
         )
 
     if main and not state.baseline:
-        state.baseline, _ = score("before training")
+        state.baseline = score("before training")
         log.info("before training: %s", _summary(state.baseline))
         if config.training.warm_start.method != "none":
             save_checkpoint()
@@ -126,7 +129,8 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
         if main:
             assert tracker is not None
             if _is_due(state.epoch, config.evaluation.every, config):
-                row |= score(f"epoch {state.epoch}")[0]
+                row |= score(f"epoch {state.epoch}")
+                header = header.model_copy(update={"threshold": row.get(THRESHOLD)})
                 _keep_best(state, row, model, header, config)
             state.rows.append(row)
             log.info("epoch %d/%d: %s", state.epoch, config.training.epochs, _summary(row))
@@ -149,7 +153,8 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
 
 
 def evaluate(config: Config, splits: Splits, start: Path | None) -> Outcome:
-    """Score weights on the validation split, without training."""
+    """Score weights on the split `evaluation.split`, without training."""
+    dataset = choose_split(config, splits)
     device = choose_device(config.training.device)
     precision = choose_precision(config.training.precision, device, config.model)
     set_seed(config.seed)
@@ -157,13 +162,24 @@ def evaluate(config: Config, splits: Splits, start: Path | None) -> Outcome:
     if start is not None:
         weights.load_into(model, start)
     predictor = Predictor(model.to(device), config.model, precision)
-    figures, results = _validate(predictor, splits.valid, config, "validation")
+    scored = _validate(predictor, dataset, config, config.evaluation.split)
     folder = Path(config.output_dir)
-    _write_predictions(folder, splits.valid, results, config)
-    write_json(folder / "metrics.json", figures)
-    log.info("%s", _summary(figures))
+    _write_predictions(folder, dataset, scored.results, config, config.evaluation.split)
+    write_json(folder / "metrics.json", scored.figures)
+    log.info("%s", _summary(scored.figures))
     log.info("figures: %s", folder / "metrics.json")
-    return Outcome(folder, figures)
+    return Outcome(folder, scored.figures)
+
+
+def choose_split(config: Config, splits: Splits) -> Dataset:
+    """The split `evaluation.split`; raises UserError where the dataset has none."""
+    name = config.evaluation.split
+    dataset: Dataset | None = getattr(splits, name)
+    if dataset is None:
+        raise UserError(
+            f"evaluation.split={name}: the dataset has no {name} split; there are train and valid"
+        )
+    return dataset
 
 
 def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -332,14 +348,14 @@ def _is_due(epoch: int, every: int, config: Config) -> bool:
     return epoch % every == 0 or epoch == config.training.epochs
 
 
-def _validate(
-    predictor: Predictor, dataset: Dataset, config: Config, title: str
-) -> tuple[Figures, list[dict[str, Any]]]:
+def _validate(predictor: Predictor, dataset: Dataset, config: Config, title: str) -> Validation:
     with progress(f"{title}: image", len(dataset.images)) as advance:
         return validate(
             predictor,
             dataset,
             max_detections=config.evaluation.max_detections,
+            threshold=config.prediction.threshold,
+            nouns=choose_nouns(dataset, config.evaluation.off_prompts, config.seed),
             on_image=lambda done, _: advance(done, ""),
         )
 
@@ -373,21 +389,23 @@ def _finish(
     folder = Path(config.output_dir)
     best, header = weights.load(folder / "weights" / "best")
     predictor = Predictor(best.to(device), header.model, precision)
-    figures, results = _validate(predictor, dataset, config, "best weights, reloaded")
-    again = figures[_metric(figures, config)]
+    scored = _validate(predictor, dataset, config, "best weights, reloaded")
+    again = scored.figures[_metric(scored.figures, config)]
     # Kernels on CUDA add in any order; on a CPU the figures are the same to the bit.
     tolerance = 0.0 if device.type == "cpu" else 0.005
     if state.best is None or abs(again - state.best) > tolerance:
         raise RuntimeError(f"weights/best reloaded give {again}, and gave {state.best} when saved")
-    _write_predictions(folder, dataset, results, config)
+    _write_predictions(folder, dataset, scored.results, config, "valid")
     report.plot_curves(state.rows, folder / "plots")
-    return figures
+    return scored.figures
 
 
 def _write_predictions(
-    folder: Path, dataset: Dataset, results: list[dict[str, Any]], config: Config
+    folder: Path, dataset: Dataset, results: list[dict[str, Any]], config: Config, split: str
 ) -> None:
-    write_json(folder / "predictions" / "valid.json", results)
+    """What the figures stand on: the results, and the truth that they were scored against."""
+    write_json(folder / "predictions" / f"{split}.json", results)
+    coco.write(dataset, folder / "predictions" / f"{split}_truth.json")
     report.draw_comparisons(
         dataset,
         results,
@@ -416,6 +434,8 @@ def _summary(figures: Figures) -> str:
         "bbox/AP50": "box AP50",
         "segm/AP": "mask AP",
         "segm/AP50": "mask AP50",
+        "segm/cgF1": "cgF1",
+        "off_prompt/firing": "off-prompt firing",
     }
     return ", ".join(f"{n} {figures[key]:.3f}" for key, n in names.items() if key in figures)
 

@@ -67,7 +67,9 @@ def start(
         launch.relaunch(config.training.num_gpus, sys.argv[1:])
     choose_device(config.training.device)
     splits = run.read_splits(config)
-    if not eval_only:
+    if eval_only:
+        run.choose_split(config, splits)
+    else:
         run.check_masks(config, splits.train)
     folder = Path(config.output_dir)
     if os.environ.get("RANK", "0") == "0":
