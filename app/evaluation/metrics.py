@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,3 +82,23 @@ def _nothing_found(truth: Dataset, iou_type: str) -> dict[str, float]:
     present = {annotation.category_id for annotation in truth.annotations}
     names = [f"AP/{category.name}" for category in truth.categories if category.id in present]
     return {f"{iou_type}/{name}": 0.0 for name in [*_FIGURES, *names]}
+
+
+def by_class(truth: Dataset, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a class: its name, its objects, and AP, AP50, AR_100 of boxes and of masks."""
+    objects = Counter(a.category_id for a in truth.annotations if not a.iscrowd)
+    rows: dict[int, dict[str, Any]] = {
+        c.id: {"class": c.name, "objects": objects[c.id]} for c in truth.categories
+    }
+    for iou_type in iou_types(truth, results) if results else ():
+        evaluation = accumulate(truth, results, iou_type)
+        computed: Any = evaluation.eval
+        precision, recall = (np.asarray(computed[key]) for key in ("precision", "recall"))
+        for index, category_id in enumerate(evaluation.params.cat_ids):
+            figures = {
+                "AP": _mean(precision[:, :, index, 0, -1]),
+                "AP50": _mean(precision[0, :, index, 0, -1]),
+                "AR_100": _mean(recall[:, index, 0, -1]),
+            }
+            rows[category_id] |= {f"{iou_type}/{name}": value for name, value in figures.items()}
+    return list(rows.values())

@@ -78,7 +78,9 @@ def _problem(entry: Any, images: Mapping[int, Image], categories: set[int]) -> s
 
 
 def _is_box(box: object) -> bool:
-    return isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) and min(box[2:]) >= 0
+    return (
+        isinstance(box, list) and len(box) == 4 and all(map(is_number, box)) and min(box[2:]) >= 0
+    )
 
 
 def _read(entry: Mapping[str, Any], image: Image) -> dict[str, Any]:

@@ -23,15 +23,17 @@ from omegaconf import OmegaConf
 from sam3.model.sam3_image import Sam3Image
 
 from app.config import Config, to_yaml
-from app.datasets import coco, sources
+from app.datasets import sources
 from app.datasets.build import Splits, load_splits, many_classes
 from app.datasets.coco import Dataset
 from app.datasets.images import decoding_problems
 from app.datasets.prompts import name_classes, nouns_beside, read_prompts
 from app.datasets.queries import PromptChoice, QueryDataset
 from app.errors import UserError, nearest
-from app.evaluation import report
+from app.evaluation import record, report
 from app.evaluation.off_prompt import choose_nouns
+from app.evaluation.record import Record
+from app.evaluation.report_page import write_report
 from app.evaluation.scoring import THRESHOLD
 from app.evaluation.validate import Validation, validate
 from app.files import write_json, write_text
@@ -52,7 +54,8 @@ log = logging.getLogger("app")
 # What a run leaves in its folder; --overwrite removes these and nothing else.
 LEAVES = (
     *("config.yaml", "config_resolved.yaml", "environment.json", "train.log", "metrics.csv"),
-    *("metrics.json", "weights", "checkpoints", "predictions", "plots", "tensorboard"),
+    *("metrics.json", "metrics_by_class.csv", "report.html", "weights", "checkpoints"),
+    *("predictions", "plots", "tensorboard"),
     *("dataset", "dumps", "logs"),  # of upstream's Trainer
 )
 Figures = dict[str, float]
@@ -145,7 +148,10 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
         figures = _finish(config, splits.valid, state, precision, device)
         tracker.finish(_all_figures(figures, state, time.monotonic() - begun))
         log.info(
-            "done in %s; figures in %s", duration(time.monotonic() - begun), folder / "metrics.json"
+            "done in %s; figures in %s, report in %s",
+            duration(time.monotonic() - begun),
+            folder / "metrics.json",
+            write_report(folder),
         )
         say_where(folder / "weights" / "best", splits)
     accelerator.end_training()
@@ -167,7 +173,7 @@ def evaluate(config: Config, splits: Splits, start: Path | None) -> Outcome:
     _write_predictions(folder, dataset, scored.results, config, config.evaluation.split)
     write_json(folder / "metrics.json", scored.figures)
     log.info("%s", _summary(scored.figures))
-    log.info("figures: %s", folder / "metrics.json")
+    log.info("figures: %s; report: %s", folder / "metrics.json", write_report(folder))
     return Outcome(folder, scored.figures)
 
 
@@ -404,8 +410,7 @@ def _write_predictions(
     folder: Path, dataset: Dataset, results: list[dict[str, Any]], config: Config, split: str
 ) -> None:
     """What the figures stand on: the results, and the truth that they were scored against."""
-    write_json(folder / "predictions" / f"{split}.json", results)
-    coco.write(dataset, folder / "predictions" / f"{split}_truth.json")
+    record.write(folder, Record(split, dataset, results))
     report.draw_comparisons(
         dataset,
         results,
