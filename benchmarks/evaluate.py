@@ -3,8 +3,9 @@
     .venv/bin/python -m benchmarks.evaluate
 
 The goal is for box AP, AP50, AP75, by size, AR and by class of 35,000 detections in 5,000 images of
-80 classes, from the results in memory to the figures. Beside it: pycocotools on the same, and all
-that a validation computes.
+80 classes, from results in memory to the figures, in seconds of processor time over all threads:
+no less than the time on an idle machine, and others on a busy one do not count. Beside it:
+pycocotools on the same, and all that a validation computes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from app.datasets.coco import Annotation, Category, Dataset, Image
 from app.evaluation.metrics import evaluate
 from app.evaluation.scoring import score
 
-GOAL = 0.3  # seconds
+GOAL = 0.3  # seconds of processor time
 DETECTIONS, IMAGES, CLASSES = 35_000, 5_000, 80
 
 
@@ -62,9 +63,9 @@ def seconds(work: Callable[[], object], times: int) -> float:
     """The shortest of several."""
     taken = []
     for _ in range(times):
-        begun = time.perf_counter()
+        begun = time.process_time()
         work()
-        taken.append(time.perf_counter() - begun)
+        taken.append(time.process_time() - begun)
     return min(taken)
 
 
@@ -72,8 +73,10 @@ def main() -> int:
     truth, results = example()
     ours = seconds(lambda: evaluate(truth, results), 5)
     whole = seconds(lambda: score(truth, results, threshold=0.5), 1)
-    theirs = seconds(lambda: pycocotools(truth, results), 1)
-    difference = abs(evaluate(truth, results)["bbox/AP"] - pycocotools(truth, results))
+    begun = time.process_time()
+    expected = pycocotools(truth, results)
+    theirs = time.process_time() - begun
+    difference = abs(evaluate(truth, results)["bbox/AP"] - expected)
     print(f"{DETECTIONS} detections in {IMAGES} images: {ours:.3f} s (goal {GOAL} s)")
     print(f"pycocotools: {theirs:.1f} s; its AP differs by {difference:.1g} (goal 1e-6)")
     print(f"with cgF1, off-prompt firing and calibration: {whole:.2f} s")

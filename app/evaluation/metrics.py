@@ -46,8 +46,8 @@ def accumulate(truth: Dataset, results: Sequence[dict[str, Any]], iou_type: str)
     """COCO's evaluation, evaluated and accumulated; of one result or more."""
     ground_truth = COCO(truth.to_json())
     # loadRes derives area from segmentation when both are there, and boxes must be scored by boxes.
-    keys = ("image_id", "category_id", "score", "segmentation" if iou_type == "segm" else "bbox")
-    plain = [{key: result[key] for key in keys} for result in results]
+    other = "bbox" if iou_type == "segm" else "segmentation"
+    plain = [{k: v for k, v in r.items() if k != other} if other in r else r for r in results]
     evaluation = COCOeval(ground_truth, ground_truth.load_res(plain), iou_type)
     evaluation.evaluate()
     evaluation.accumulate()
