@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -72,8 +73,12 @@ def _legend(axes: Axes) -> None:
 
 
 def _svg(draw: Callable[[Axes], None]) -> str:
-    # Names come from outside: a $ in one must not start a formula.
-    with matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False}):
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "report",  # the same ids, and so the same page, each time
+        "text.parse_math": False,  # names come from outside: a $ in one must not start a formula
+    }
+    with matplotlib.rc_context(settings):
         figure = Figure(figsize=(5, 3.2), layout="constrained")
         draw(figure.subplots())
         buffer = io.StringIO()
