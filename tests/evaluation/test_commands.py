@@ -63,10 +63,8 @@ def test_results_from_elsewhere(command: Command, files: tuple[Path, Path], tmp_
     assert figures["off_prompt/firing"] == pytest.approx(1 / 3)
     with (output / "metrics_by_class.csv").open() as lines:
         rows = list(csv.DictReader(lines))
-    assert [(r["class"], r["objects"], float(r["segm/AP"])) for r in rows] == [
-        ("a", "1", 1.0),
-        ("b", "1", 0.0),
-    ]
+    assert [(row["class"], row["objects"]) for row in rows] == [("a", "1"), ("b", "1")]
+    assert [float(row["segm/AP"]) for row in rows] == pytest.approx([1.0, 0.0])
     assert (output / "report.html").is_file()
     refused = command(*_words(files, output))
     assert (refused.code, "--overwrite" in refused.err) == (2, True)
