@@ -1,4 +1,4 @@
-"""The command line: `python -m app train | infer | merge | data`."""
+"""The command line: `python -m app train | infer | evaluate | report | compare | merge | pack | data`."""
 
 from __future__ import annotations
 
@@ -89,6 +89,9 @@ def train(
     num_gpus: Annotated[int | None, typer.Option(help="processes to train with")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     eval_only: Annotated[bool, typer.Option("--eval-only", help="score, do not train")] = False,
+    split: Annotated[
+        str | None, typer.Option(help="what --eval-only scores: train, valid or test")
+    ] = None,
     resume: Annotated[
         Resume | None,
         typer.Option(
@@ -135,6 +138,7 @@ def train(
         "model.resolution": resolution,
         "output_dir": output_dir,
         "checkpoint": checkpoint,
+        "evaluation.split": split,
         "seed": seed,
     }
     asked = [f"{key}={value}" for key, value in flags.items() if value is not None]
@@ -166,7 +170,10 @@ def infer(
     box: Annotated[
         list[str] | None, typer.Option(metavar="X,Y,W,H", help="example box in pixels; several")
     ] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="least score")] = 0.5,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="least score; the weights' own unless given, else 0.5"),
+    ] = None,
     max_detections: Annotated[int, typer.Option(min=1, help="an image")] = 100,
     model: Annotated[str, typer.Option(help="size, for weights that do not say theirs")] = "auto",
     resolution: Annotated[int | None, typer.Option(help="pixels, square")] = None,
@@ -193,6 +200,88 @@ def infer(
     )
     if failed:
         raise typer.Exit(3)
+
+
+@cli.command()
+def evaluate(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="any key of configs/train.yaml"),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="weights file or folder to score; none for random ones")
+    ] = None,
+    dataset_dir: Annotated[str | None, typer.Option(help="folder of labelled images")] = None,
+    split: Annotated[str, typer.Option(help="train, valid or test")] = "valid",
+    truth: Annotated[
+        Path | None, typer.Option(help="COCO JSON, to score --predictions against")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="COCO results JSON, from anywhere")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="score above which off-prompt firing is counted")
+    ] = 0.5,
+    model: Annotated[str, typer.Option(help="size, for weights that do not say theirs")] = "auto",
+    output_dir: Annotated[
+        Path | None, typer.Option(help="folder for figures and report; outputs/eval unless given")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace earlier ones")] = False,
+) -> None:
+    """Score weights on a dataset, or COCO results from elsewhere; write figures and a report."""
+    if (truth is None) != (predictions is None):
+        raise UserError("--truth and --predictions: give both of them, or --checkpoint")
+    if truth is not None and predictions is not None:
+        given = {"--checkpoint": checkpoint, "--dataset-dir": dataset_dir, "KEY=VALUE": overrides}
+        if idle := [flag for flag, value in given.items() if value]:
+            raise UserError(f"{', '.join(idle)}: nothing reads it beside --truth and --predictions")
+        from app.evaluation.commands import score_files
+
+        folder = output_dir or Path("outputs/eval")
+        score_files(truth, predictions, folder, threshold=threshold, overwrite=overwrite)
+        return
+    flags = {
+        "checkpoint": checkpoint,
+        "dataset.dir": dataset_dir,
+        "evaluation.split": split,
+        "prediction.threshold": threshold,
+        "output_dir": output_dir,
+    }
+    asked = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    from app.training import start
+
+    start.start(
+        [*(overrides or []), *asked],
+        file=None,
+        recipe=None,
+        size=model,
+        lr=None,
+        base_config=False,
+        eval_only=True,
+        resume=None,
+        overwrite=overwrite,
+    )
+
+
+@cli.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run or evaluation")],
+) -> None:
+    """Write a run's report.html anew, from what its folder holds."""
+    from app.evaluation.report_page import write_report
+
+    log.info("report: %s", write_report(run))
+
+
+@cli.command()
+def compare(
+    run: Annotated[Path, typer.Argument(help="folder of a run or evaluation")],
+    other: Annotated[Path, typer.Argument(help="another, on the same images")],
+) -> None:
+    """Print two runs' figures side by side, and what of their difference chance could explain."""
+    from app.evaluation.commands import show_comparison
+
+    show_comparison(run, other)
 
 
 @cli.command()

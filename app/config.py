@@ -308,6 +308,8 @@ class EvaluationConfig(_Strict):
     every: int = Field(ge=1)
     metric: str
     max_detections: int = Field(ge=1)
+    split: Literal["train", "valid", "test"]
+    off_prompts: int = Field(ge=0)
     pictures: int = Field(ge=0)
 
 

@@ -71,7 +71,7 @@ def draw(folder: Path, *, train: int, valid: int, **settings: object) -> Splits:
 def known(start: Path, folder: Path) -> list[Figure]:
     """New images of the shapes that were trained."""
     dataset = draw(folder, train=300, valid=1, label_by="kind").train
-    figures, _ = validate(Predictor.load(start), dataset, max_detections=100)
+    figures = validate(Predictor.load(start), dataset, max_detections=100).figures
     return [
         Figure("known shapes, box AP", figures["bbox/AP"], 0.85, 0.65),
         Figure("known shapes, mask AP", figures["segm/AP"], 0.90, 0.70),
@@ -82,7 +82,7 @@ def pairs(start: Path, folder: Path) -> list[Figure]:
     """Colour and shape: each was trained, but never together."""
     seen = [pair for pair in PAIRS if pair not in SHAPES.exclude]
     dataset = draw(folder, train=100, valid=1, label_by="both", exclude=seen).train
-    figures, _ = validate(Predictor.load(start), dataset, max_detections=100)
+    figures = validate(Predictor.load(start), dataset, max_detections=100).figures
     return [Figure("pairs never seen together, box AP", figures["bbox/AP"], 0.70, 0.45)]
 
 

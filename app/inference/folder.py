@@ -17,11 +17,13 @@ from app.errors import UserError
 from app.files import atomic_path, write_json
 from app.inference.outputs import coco_results, draw_detections
 from app.inference.predictor import Predictor, check_prompts
+from app.model import weights
 from app.model.build import build_model
 from app.model.device import choose_device, choose_precision
 
 log = logging.getLogger("app")
 RESULTS = "predictions.json"
+THRESHOLD = 0.5  # where the weights say none
 
 
 def predict_folder(
@@ -31,7 +33,7 @@ def predict_folder(
     *,
     prompts: Sequence[str],
     boxes: Sequence[str],
-    threshold: float,
+    threshold: float | None,
     max_detections: int,
     size: str | None,
     resolution: int | None,
@@ -56,6 +58,8 @@ def predict_folder(
             "another folder."
         )
     predictor = _predictor(checkpoint, size, resolution, device, precision)
+    if threshold is None:
+        threshold = _threshold(checkpoint)
     begun = time.monotonic()
     results: list[dict[str, Any]] = []
     failed: list[str] = []
@@ -142,6 +146,19 @@ def _predictor(
     target = choose_device(device)
     model = build_model(config).to(target)
     return Predictor(model, config, choose_precision(precision, target, config))
+
+
+def _threshold(checkpoint: str) -> float:
+    """The threshold that the weights were calibrated to, or the usual one; says which."""
+    header = weights.read_header(Path(checkpoint)) if checkpoint != "none" else None
+    if header is None or header.threshold is None:
+        log.info("threshold: %g (--threshold decides by hand)", THRESHOLD)
+        return THRESHOLD
+    log.info(
+        "threshold: %.3f, the best on the validation images (--threshold decides by hand)",
+        header.threshold,
+    )
+    return header.threshold
 
 
 def _names(images: Sequence[Path]) -> list[str]:

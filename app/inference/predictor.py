@@ -73,6 +73,7 @@ class Predictor:
         self.precision = precision
         self.device = next(model.parameters()).device
         self._text_features: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._encoded: tuple[Image.Image, dict[str, Any]] | None = None
         self._fill_caches()
 
     @classmethod
@@ -124,9 +125,7 @@ class Predictor:
         prompts = check_prompts(prompts, boxes_xywh)
         boxes = normalised_boxes(boxes_xywh, image)
         with self._autocast():
-            features = self.model.backbone.forward_image(
-                normalise(to_square(image, self.config.resolution)).to(self.device)
-            )
+            features = self._image(image)
             outputs = [
                 self._ground(features, prompts[start : start + PROMPTS_A_PASS], boxes)
                 for start in range(0, len(prompts), PROMPTS_A_PASS)
@@ -142,6 +141,13 @@ class Predictor:
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16
         )
+
+    def _image(self, image: Image.Image) -> dict[str, Any]:
+        """Features of the image; the last one's are kept, for a second question about it."""
+        if self._encoded is None or self._encoded[0] is not image:
+            pixels = normalise(to_square(image, self.config.resolution)).to(self.device)
+            self._encoded = image, self.model.backbone.forward_image(pixels)
+        return self._encoded[1]
 
     def _text(self, prompts: tuple[str, ...]) -> dict[str, Tensor]:
         if prompts not in self._text_features:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from sam3.model.sam3_image import Sam3Image
@@ -40,7 +40,11 @@ _COMPUTED = ".freqs_cis"
 
 
 class Header(BaseModel):
-    """What the weights are: carried as JSON in the safetensors metadata."""
+    """What the weights are: carried as JSON in the safetensors metadata.
+
+    `threshold` is the score that maximised F1 on the validation images; None where nothing was
+    found on them, or from weights made before it was kept.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -48,6 +52,7 @@ class Header(BaseModel):
     prompts: list[str] = []
     pin: str = COMMIT
     data_hash: str = ""
+    threshold: float | None = Field(default=None, ge=0, le=1)
     version: str = __version__
 
 

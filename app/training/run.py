@@ -30,7 +30,9 @@ from app.datasets.images import decoding_problems
 from app.datasets.prompts import name_classes, nouns_beside, read_prompts
 from app.datasets.queries import PromptChoice, QueryDataset
 from app.errors import UserError
-from app.evaluation import report
+from app.evaluation import record, report
+from app.evaluation.record import Record
+from app.evaluation.report_page import write_report
 from app.files import write_json, write_text
 from app.inference.predictor import Predictor
 from app.model import weights
@@ -52,7 +54,8 @@ log = logging.getLogger("app")
 # What a run leaves in its folder; --overwrite removes these and nothing else.
 LEAVES = (
     *("config.yaml", "config_resolved.yaml", "environment.json", "train.log", "metrics.csv"),
-    *("metrics.json", "weights", "checkpoints", "predictions", "plots", "tensorboard"),
+    *("metrics.json", "metrics_by_class.csv", "report.html", "weights", "checkpoints"),
+    *("predictions", "plots", "tensorboard"),
     *("dataset", "dumps", "logs"),  # of upstream's Trainer
 )
 
@@ -140,7 +143,10 @@ def train(
             figures = _finish(config, splits.valid, state, precision, device)
             session.tracker.finish(_all_figures(figures, state, time.monotonic() - begun))
         log.info(
-            "done in %s; figures in %s", duration(time.monotonic() - begun), folder / "metrics.json"
+            "done in %s; figures in %s, report in %s",
+            duration(time.monotonic() - begun),
+            folder / "metrics.json",
+            write_report(folder),
         )
         say_where(folder / "weights" / "best", splits)
     accelerator.end_training()
@@ -173,7 +179,8 @@ def check_resume(config: Config, splits: Splits, resume: Resume, processes: int)
 
 
 def evaluate(config: Config, splits: Splits, start: Path | None) -> Outcome:
-    """Score weights on the validation split, without training."""
+    """Score weights on the split `evaluation.split`, without training."""
+    dataset = choose_split(config, splits)
     device = choose_device(config.training.device)
     precision = choose_precision(config.training.precision, device, config.model)
     set_seed(config.seed)
@@ -181,13 +188,24 @@ def evaluate(config: Config, splits: Splits, start: Path | None) -> Outcome:
     if start is not None:
         weights.load_into(model, start, merge=False)
     predictor = Predictor(model.to(device), config.model, precision)
-    figures, results = score(predictor, splits.valid, config, "validation")
+    scored = score(predictor, dataset, config, config.evaluation.split)
     folder = Path(config.output_dir)
-    _write_predictions(folder, splits.valid, results, config)
-    write_json(folder / "metrics.json", figures)
-    log.info("%s", summary(figures))
-    log.info("figures: %s", folder / "metrics.json")
-    return Outcome(folder, figures)
+    _write_predictions(folder, dataset, scored.results, config, config.evaluation.split)
+    write_json(folder / "metrics.json", scored.figures)
+    log.info("%s", summary(scored.figures))
+    log.info("figures: %s; report: %s", folder / "metrics.json", write_report(folder))
+    return Outcome(folder, scored.figures)
+
+
+def choose_split(config: Config, splits: Splits) -> Dataset:
+    """The split `evaluation.split`; raises UserError where the dataset has none."""
+    name = config.evaluation.split
+    dataset: Dataset | None = getattr(splits, name)
+    if dataset is None:
+        raise UserError(
+            f"evaluation.split={name}: the dataset has no {name} split; there are train and valid"
+        )
+    return dataset
 
 
 def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> None:
@@ -342,21 +360,22 @@ def _finish(
     folder = Path(config.output_dir)
     best, header = weights.load(folder / "weights" / "best")
     predictor = Predictor(best.to(device), header.model, precision)
-    figures, results = score(predictor, dataset, config, "best weights, reloaded")
-    again = figures[metric_name(figures, config)]
+    scored = score(predictor, dataset, config, "best weights, reloaded")
+    again = scored.figures[metric_name(scored.figures, config)]
     # Kernels on CUDA add in any order; on a CPU the figures are the same to the bit.
     tolerance = 0.0 if device.type == "cpu" else 0.005
     if state.best is None or abs(again - state.best) > tolerance:
         raise RuntimeError(f"weights/best reloaded give {again}, and gave {state.best} when saved")
-    _write_predictions(folder, dataset, results, config)
+    _write_predictions(folder, dataset, scored.results, config, "valid")
     report.plot_curves(state.rows, folder / "plots")
-    return figures
+    return scored.figures
 
 
 def _write_predictions(
-    folder: Path, dataset: Dataset, results: list[dict[str, Any]], config: Config
+    folder: Path, dataset: Dataset, results: list[dict[str, Any]], config: Config, split: str
 ) -> None:
-    write_json(folder / "predictions" / "valid.json", results)
+    """What the figures stand on: the results, and the truth that they were scored against."""
+    record.write(folder, Record(split, dataset, results))
     report.draw_comparisons(
         dataset,
         results,

@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +19,9 @@ from sam3.model.sam3_image import Sam3Image
 from app.config import Config
 from app.datasets.coco import Dataset
 from app.errors import UserError, nearest
-from app.evaluation.validate import validate
+from app.evaluation.off_prompt import choose_nouns
+from app.evaluation.scoring import THRESHOLD
+from app.evaluation.validate import Validation, validate
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.progress import progress
@@ -74,6 +75,8 @@ class Session:
     def restore(self, checkpoint: Path) -> None:
         """Go on from a checkpoint of the same run, whose weights the model has already."""
         self.state = checkpoints.restore(checkpoint, self.loop, self.accelerator.process_index)
+        validated = [row for row in self.state.rows if THRESHOLD in row]
+        self._keep_threshold(validated[-1] if validated else {})
 
     def run(self) -> None:
         """Train all epochs that are left, or until it no longer gets better.
@@ -172,6 +175,7 @@ class Session:
         row = self._row()
         if self._is_due(self.config.evaluation.every):
             row |= self._score(f"epoch {state.epoch + 1}")
+            self._keep_threshold(row)
             self._keep_best(row)
         state.rows.append(row)
         state.epoch += 1
@@ -207,7 +211,8 @@ class Session:
         if self.accelerator.is_main_process:
             with contextlib.suppress(Stopped), self._kept_weights():
                 predictor = Predictor(self.model, self.config.model, self.precision)
-                found = [score(predictor, self.valid, self.config, title, self.stop.check)[0]]
+                scored = score(predictor, self.valid, self.config, title, self.stop.check)
+                found = [scored.figures]
         broadcast_object_list(found)
         if found[0] is None:
             raise Stopped
@@ -217,6 +222,10 @@ class Session:
         """The weights that are validated and kept: the average, where there is one."""
         average = self.loop.average
         return average.in_place() if average is not None else contextlib.nullcontext()
+
+    def _keep_threshold(self, row: Figures) -> None:
+        """The score at which F1 is highest goes with the weights."""
+        self.header = self.header.model_copy(update={"threshold": row.get(THRESHOLD)})
 
     def _keep_best(self, row: Figures) -> None:
         """Save `weights/best` when the chosen figure improves; at equal figures the later stays."""
@@ -238,7 +247,7 @@ def score(
     config: Config,
     title: str,
     check: Callable[[], None] = lambda: None,
-) -> tuple[Figures, list[dict[str, Any]]]:
+) -> Validation:
     """What `validate` returns, with progress; `check` is called after each image."""
 
     def on_image(done: int, _total: int) -> None:
@@ -250,6 +259,8 @@ def score(
             predictor,
             dataset,
             max_detections=config.evaluation.max_detections,
+            threshold=config.prediction.threshold,
+            nouns=choose_nouns(dataset, config.evaluation.off_prompts, config.seed),
             on_image=on_image,
         )
 
@@ -275,5 +286,7 @@ def summary(figures: Figures) -> str:
         "bbox/AP50": "box AP50",
         "segm/AP": "mask AP",
         "segm/AP50": "mask AP50",
+        "segm/cgF1": "cgF1",
+        "off_prompt/firing": "off-prompt firing",
     }
     return ", ".join(f"{n} {figures[key]:.3f}" for key, n in names.items() if key in figures)

@@ -73,7 +73,9 @@ def start(
     if not eval_only:
         method.check(config, weights_file)
     splits = run.read_splits(config)
-    if not eval_only:
+    if eval_only:
+        run.choose_split(config, splits)
+    else:
         run.check_masks(config, splits.train)
     folder = Path(config.output_dir)
     if resume:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as mask_utils
+from safetensors.torch import load_file, save_file
 
 from app.errors import UserError
 from app.inference.folder import find_images, parse_box
+from app.model import weights
 
 
 @pytest.fixture
@@ -132,3 +134,33 @@ def test_boxes() -> None:
     assert parse_box("1,2.5,3,4") == (1, 2.5, 3, 4)
     with pytest.raises(UserError, match="four numbers"):
         parse_box("a,b,c,d")
+
+
+def test_the_weights_own_threshold(command, tiny_run: Path, images: Path, tmp_path: Path) -> None:
+    """Used where none is given, said, and 0.5 for weights without one."""
+    state = load_file(tiny_run / "weights" / "best" / "model.safetensors")
+    header = weights.read_header(tiny_run / "weights" / "best")
+    assert header is not None
+    found = {}
+    for name, threshold, words in (
+        ("own", 0.0, ()),
+        ("none", None, ()),
+        ("given", 0.0, ("--threshold", 1)),
+    ):
+        content = header.model_copy(update={"threshold": threshold}).model_dump_json()
+        file = tmp_path / f"{name}.safetensors"
+        save_file(state, file, metadata={"sam3-finetuning": content})
+        done = command(
+            *("infer", "--checkpoint", file, "--input", images / "a.png", "--prompt", "circle"),
+            *("--output-dir", tmp_path / name, *words),
+        )
+        assert done.code == 0, done.err
+        said = [line for line in done.out.splitlines() if line.startswith("threshold: ")]
+        results = json.loads((tmp_path / name / "predictions.json").read_text())
+        found[name] = said, len(results), min([r["score"] for r in results], default=1.0)
+    assert found["own"][:2] == (
+        ["threshold: 0.000, the best on the validation images (--threshold decides by hand)"], 100
+    )  # fmt: skip
+    assert found["none"][0] == ["threshold: 0.5 (--threshold decides by hand)"]
+    assert found["none"][2] > 0.5
+    assert found["given"][:2] == ([], 0)

@@ -166,9 +166,9 @@ def test_a_run_with_lora(train, command, shapes, base: Path, tmp_path: Path) -> 
     assert "method lora: 0.12 M of 5.37 M parameters trained" in done.out
     assert "text: 3.30 M frozen" in done.out
     assert "lr_scale 1" in done.out
-    for folder in ("weights/best", "weights/last", "checkpoints/epoch-0001"):
+    for folder in ("weights/best", "weights/last", "checkpoints/update-00000002"):
         names = {path.name for path in (tmp_path / "out" / folder).iterdir()}
-        assert names - {"state.pt"} == {adapters.FILE, adapters.CONFIG}
+        assert names - {"state.pt", "run.json"} == {adapters.FILE, adapters.CONFIG}
     kept = sum(p.stat().st_size for p in (tmp_path / "out/checkpoints").rglob("*.*") if p.is_file())
     assert kept < base.stat().st_size / 10
     found = command(

@@ -57,7 +57,10 @@ def test_what_a_run_leaves(tiny_run: Path, shapes: Path) -> None:
         "weights/last/model.safetensors",
         "checkpoints/update-00000002/model.safetensors",
         "checkpoints/update-00000002/state.pt",
+        "metrics_by_class.csv",
+        "report.html",
         "predictions/valid.json",
+        "predictions/valid_truth.json",
         "plots/loss.png",
         "plots/ap.png",
         "plots/valid_001.png",
@@ -71,6 +74,10 @@ def test_what_a_run_leaves(tiny_run: Path, shapes: Path) -> None:
     assert header.prompts == ["circle", "rectangle", "triangle"]
     assert header.data_hash == load_splits(shapes).train.content_hash()
     assert header.model.resolution == 64
+    assert header.threshold == figures.get("calibration/threshold")
+    for name in ("segm/cgF1", "segm/pmF1", "bbox/IL_MCC", "off_prompt/firing", "off_prompt/nouns"):
+        assert name in figures
+        assert f"baseline/{name}" in figures
     log = (tiny_run / "train.log").read_text()
     assert "weights/best" in log
     assert "./infer.sh --checkpoint" in log
