@@ -1,4 +1,4 @@
-"""The command line: `python -m app train | infer | evaluate | report | compare | merge | pack | data`."""
+"""The command line: `python -m app train`, `infer`, `evaluate`, `data` and the others."""
 
 from __future__ import annotations
 
@@ -248,19 +248,21 @@ def evaluate(
         "output_dir": output_dir,
     }
     asked = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    from app.training import start
+    from app.training import signals, start
 
-    start.start(
-        [*(overrides or []), *asked],
-        file=None,
-        recipe=None,
-        size=model,
-        lr=None,
-        base_config=False,
-        eval_only=True,
-        resume=None,
-        overwrite=overwrite,
-    )
+    with signals.watch() as stop:
+        start.start(
+            [*(overrides or []), *asked],
+            file=None,
+            recipe=None,
+            size=model,
+            lr=None,
+            base_config=False,
+            eval_only=True,
+            resume=None,
+            overwrite=overwrite,
+            stop=stop,
+        )
 
 
 @cli.command()
