@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from app.datasets.coco import Dataset
@@ -47,6 +47,20 @@ def find_unusable(
             remedy = f"has the pixels of {first}; list each image once"
             found.add("image twice", place, image.path.name, remedy)
     return unusable, found
+
+
+def decoding_problems(paths: Sequence[Path]) -> dict[Path, str]:
+    """What keeps images from being decoded whole, by path; sound ones are not in it."""
+    problems = in_threads(_damage, paths, lambda _: None)
+    return {path: text for path, text in zip(paths, problems, strict=True) if text}
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        open_image(path)
+    except ImageError as error:
+        return str(error)
+    return None
 
 
 def _digest(path: Path) -> bytes | ImageError:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,21 +81,6 @@ def open_small(path: Path, side: int) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:
         raise _explain(path, error) from None
-
-
-def decoding_problems(paths: Iterable[Path]) -> dict[Path, str]:
-    """What keeps images from being decoded whole, by path; as many at once as there are cores."""
-    with ThreadPoolExecutor() as pool:
-        problems = pool.map(_decoding_problem, paths := list(paths))
-        return {path: text for path, text in zip(paths, problems, strict=True) if text}
-
-
-def _decoding_problem(path: Path) -> str | None:
-    try:
-        open_image(path)
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def _open(path: Path) -> Image.Image:

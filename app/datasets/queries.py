@@ -75,6 +75,7 @@ class QueryDataset(TorchDataset):
         self.transforms = transforms
         self.choice = choice or PromptChoice()
         self.seed = seed
+        self._classes = {category.id: category for category in dataset.categories}
         pairs = {(a.image_id, a.category_id) for a in dataset.annotations}
         self._images_with = Counter(category_id for _, category_id in pairs)
 
@@ -132,7 +133,7 @@ class QueryDataset(TorchDataset):
 
     def _prompts(self, annotations: Sequence[Annotation]) -> list[tuple[int, str]]:
         """Category id (NO_CLASS for none) and words of each prompt."""
-        classes = {category.id: category for category in self.dataset.categories}
+        classes = self._classes
         present = sorted({annotation.category_id for annotation in annotations})
         absent = [category_id for category_id in classes if category_id not in present]
         random.shuffle(absent)
@@ -147,17 +148,16 @@ class QueryDataset(TorchDataset):
 
     def _lacking(self, absent: Sequence[int]) -> list[tuple[int, str]]:
         """Up to `choice.negatives` prompts for what the image lacks, each once."""
-        names = {category.id: category.name for category in self.dataset.categories}
         drawn: list[tuple[int, str]] = []
         for _ in range(self.choice.negatives):
-            classes = [id for id in absent if (id, names[id]) not in drawn]
+            classes = [id for id in absent if (id, self._classes[id].name) not in drawn]
             pools = [[w for w in pool if (NO_CLASS, w) not in drawn] for pool in self._foreign()]
             words = random.choice([pool for pool in pools if pool] or [[]])
             if words and (not classes or random.random() < self.choice.foreign):
                 drawn.append((NO_CLASS, random.choice(words)))
             elif classes:
                 id = random.choices(classes, [self._images_with[id] + 1 for id in classes])[0]
-                drawn.append((id, names[id]))
+                drawn.append((id, self._classes[id].name))
         return drawn
 
     def _foreign(self) -> list[Sequence[str]]:

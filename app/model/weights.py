@@ -104,7 +104,7 @@ def load(
 
 def merge(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
     """Write an adapter and its base as one plain `folder/model.safetensors`."""
-    if find_file(path).name != adapters.FILE:
+    if not is_adapter(path):
         raise UserError(f"{path}: is no adapter (a folder with {adapters.FILE}); nothing to merge")
     if (folder / FILE).exists() and not overwrite:
         raise UserError(

@@ -26,7 +26,7 @@ from app.config import Config, Resume, to_yaml
 from app.datasets import sources
 from app.datasets.build import Splits, load_splits, many_classes
 from app.datasets.coco import Dataset
-from app.datasets.images import decoding_problems
+from app.datasets.decoding import decoding_problems
 from app.datasets.prompts import name_classes, nouns_beside, read_prompts
 from app.datasets.queries import PromptChoice, QueryDataset
 from app.errors import UserError

@@ -16,7 +16,8 @@ from app.config import load_config
 from app.datasets.build import load_splits
 from app.datasets.coco import Annotation, Category, Dataset
 from app.datasets.coco import Image as ImageRecord
-from app.datasets.images import decoding_problems, open_image
+from app.datasets.decoding import decoding_problems
+from app.datasets.images import open_image
 from app.datasets.queries import PromptChoice, QueryDataset, SemanticTargets, collate, resize_sizes
 from app.datasets.square import to_square
 from app.errors import UserError

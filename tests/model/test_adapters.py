@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import peft
 import pytest
 import torch
 from PIL import Image
 
 from app.config import LoraConfig, load_config, load_model_config
-from app.datasets.square import to_square
 from app.errors import UserError
-from app.inference.predictor import Predictor, normalise
+from app.inference.predictor import Predictor
 from app.model import adapters, weights
 from app.model.adapters import apply_lora, find_targets, load_lora, merge_lora, save_lora
 from app.model.build import build_model, count_parameters
 from tests.conftest import TINY, Command
+from tests.model.outputs import raw_outputs
 
 CONFIG = load_config(TINY).model
 EVERYWHERE = ("method.lora.parts.text=true", "method.lora.targets=[dot_prod_scoring.hs_proj]")
@@ -28,15 +27,6 @@ def _lora(name: str = "lora", *overrides: str) -> LoraConfig:
     lora = load_config([f"method={name}", *overrides]).method.lora
     assert lora is not None
     return lora
-
-
-def _outputs(model) -> dict[str, torch.Tensor]:
-    predictor = Predictor(model, CONFIG)
-    noise = np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)
-    pixels = normalise(to_square(Image.fromarray(noise), CONFIG.resolution))
-    with torch.no_grad():
-        features = model.backbone.forward_image(pixels)
-        return predictor._ground(features, ["circle", "dog"], torch.zeros(0, 4))
 
 
 def _differ(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
@@ -130,24 +120,24 @@ def test_output_projections_of_packed_attention_are_no_targets() -> None:
 
 def test_an_adapter_starts_as_nothing_and_then_matters(base: Path) -> None:
     plain, _ = weights.load(base)
-    before = _outputs(plain)
+    before = raw_outputs(plain)
     apply_lora(plain, _lora("lora-full", *EVERYWHERE))
-    assert _differ(before, _outputs(plain)) < 1e-5  # torch takes another kernel
+    assert _differ(before, raw_outputs(plain)) < 1e-5  # torch takes another kernel
     _learn(plain)
-    assert _differ(before, _outputs(plain)) > 0.01
+    assert _differ(before, raw_outputs(plain)) > 0.01
 
 
 def test_every_adapted_matrix_matters(base: Path) -> None:
     """Each alone changes what the model says: none is beside the way that the data takes."""
     model, _ = weights.load(base)
     apply_lora(model, _lora("lora-full", *EVERYWHERE))
-    before = _outputs(model)
+    before = raw_outputs(model)
     layers = [name for name, _ in model.named_parameters() if "lora_B" in name]
     for name in layers:
         matrix = model.get_parameter(name)
         matrix.data.fill_(0.05)
         model.get_parameter(name.replace("lora_B", "lora_A")).data.normal_()
-        assert _differ(before, _outputs(model)) > 0, name
+        assert _differ(before, raw_outputs(model)) > 0, name
         matrix.data.zero_()
 
 
@@ -156,10 +146,10 @@ def test_saved_and_loaded_to_the_bit(adapter: Path, base: Path) -> None:
     apply_lora(model, _lora("lora-full", *EVERYWHERE), weights.base_reference(base))
     weights.load_into(model, adapter)
     loaded, header = weights.load(adapter)
-    assert _differ(_outputs(loaded), _outputs(model)) == 0
+    assert _differ(raw_outputs(loaded), raw_outputs(model)) == 0
     weights.save(model, adapter, header)
     again, _ = weights.load(adapter)
-    assert _differ(_outputs(loaded), _outputs(again)) == 0
+    assert _differ(raw_outputs(loaded), raw_outputs(again)) == 0
     assert header.prompts == ["circle"]
     assert header.model == CONFIG
     assert {path.name for path in adapter.iterdir()} == {adapters.FILE, adapters.CONFIG}
@@ -169,7 +159,7 @@ def test_peft_itself_loads_the_folder(adapter: Path, base: Path) -> None:
     plain, _ = weights.load(base)
     theirs = peft.PeftModel.from_pretrained(plain, str(adapter)).base_model.model
     ours, _ = weights.load(adapter)
-    assert _differ(_outputs(ours), _outputs(theirs)) == 0
+    assert _differ(raw_outputs(ours), raw_outputs(theirs)) == 0
 
 
 def test_merged_it_predicts_alike(adapter: Path, base: Path, command: Command, tmp_path) -> None:
@@ -177,7 +167,7 @@ def test_merged_it_predicts_alike(adapter: Path, base: Path, command: Command, t
     assert done.code == 0, done.err
     merged, header = weights.load(tmp_path / "merged")
     unmerged, _ = weights.load(adapter)
-    assert _differ(_outputs(merged), _outputs(unmerged)) < 1e-5
+    assert _differ(raw_outputs(merged), raw_outputs(unmerged)) < 1e-5
     assert header.prompts == ["circle"]
     assert merged.state_dict().keys() == build_model(CONFIG).state_dict().keys()
     assert (tmp_path / "merged" / weights.FILE).stat().st_size < 1.01 * base.stat().st_size
@@ -273,7 +263,7 @@ def test_dropout_is_in_training_alone(base: Path, tmp_path: Path) -> None:
     assert torch.equal(layer.eval()(values), layer(values))
     weights.save(model, tmp_path / "adapter", header)
     loaded, _ = weights.load(tmp_path / "adapter")
-    assert _differ(_outputs(model), _outputs(loaded)) == 0
+    assert _differ(raw_outputs(model), raw_outputs(loaded)) == 0
 
 
 def test_the_base_is_bit_equal_after_use(base: Path) -> None:
@@ -282,7 +272,7 @@ def test_the_base_is_bit_equal_after_use(base: Path) -> None:
     apply_lora(model, _lora("lora-full", *EVERYWHERE))
     _learn(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    _outputs(model)
+    raw_outputs(model)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 

@@ -6,7 +6,6 @@ import json
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from app.config import load_config
-from app.datasets.square import to_square
 from app.errors import UserError
-from app.inference.predictor import Predictor, normalise
+from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model
 from tests.conftest import TINY
+from tests.model.outputs import raw_outputs
 
 CONFIG = load_config(TINY).model
 
@@ -41,20 +40,11 @@ def _state(model) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
-def _outputs(model) -> dict[str, torch.Tensor]:
-    predictor = Predictor(model, CONFIG)
-    noise = np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8)
-    pixels = normalise(to_square(Image.fromarray(noise), CONFIG.resolution))
-    with torch.no_grad():
-        features = model.backbone.forward_image(pixels)
-        return predictor._ground(features, ["circle", "dog"], torch.zeros(0, 4))
-
-
 def test_what_is_reloaded_answers_to_the_bit(model, saved: Path) -> None:
     loaded, header = weights.load(saved)
     assert header.model == CONFIG
     assert (header.prompts, header.data_hash) == (["circle"], "abc")
-    ours, theirs = _outputs(model), _outputs(loaded.eval())
+    ours, theirs = raw_outputs(model), raw_outputs(loaded.eval())
     for key in ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks", "semantic_seg"):
         assert torch.equal(ours[key], theirs[key]), key
 
