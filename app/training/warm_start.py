@@ -1,8 +1,9 @@
 """A start for a SAM 3 without pretrained weights: pixels and words are told apart first.
 
 From random weights the detector has nothing to attend to and learns for thousands of steps that
-everything looks alike; after some minutes of classifying pixels its trunk has features, and its
-text encoder puts each class where the pixels of that class are.
+everything looks alike; after some minutes of classifying pixels its trunk has features, its text
+encoder puts each class where the pixels of that class are, and the encoder that joins both marks
+the cells which a prompt means.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ from __future__ import annotations
 import logging
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -30,61 +34,75 @@ from app.progress import progress
 log = logging.getLogger("app")
 ENCODED = 2  # the level of the neck that the detector's encoder reads: one cell a patch
 ANCHOR_SIDE = 0.25  # of the image: width and height of the first boxes
+MEANT_WEIGHT = 5.0  # of what the encoder tells, beside the other losses
+_SAYS = "pixels right {:.1%}, cells named right {:.1%}, prompted cells IoU {:.2f}"
 Floats = NDArray[np.float32]
+
+
+class Told(NamedTuple):
+    """What was right of the last batch, each 0..1."""
+
+    pixels: float  # share of the pixels, told whether they are covered
+    names: float  # share of the cells in objects, nearest to a name of theirs
+    prompts: float  # IoU of the cells that a prompt means
 
 
 def warm_start(
     model: Sam3Image, size: ModelConfig, dataset: Dataset, config: WarmStartConfig, seed: int
-) -> float:
+) -> Told:
     """Train trunk and text encoder to classify pixels, with heads that are then dropped.
 
     A cell (patch) has two targets: the share of it that each class covers, and which of its pixels
     are covered at all. A linear head tells both from the trunk; and the share is told a second time
     by how near a class's words are to the cell, as SigLIP has it (arXiv 2303.15343, equation 1).
-    The decoder's anchors are laid on a grid.
+    The encoder tells it a third time, prompted with one class that the image has and one that it
+    lacks. The decoder's anchors are laid on a grid.
 
     Args:
         model: trained in place, on its own device.
         size: of the model.
         dataset: to train on; objects without a mask count as ground.
-
-    Returns:
-        Share of the pixels of the last batch of which it is told right whether they are covered.
     """
     lay_anchors(model.transformer.decoder.reference_points.weight)
     vision, names = model.backbone.train().vision_backbone, dataset.class_names
     classes, cell = len(names), size.vision.patch_size**2
     device = next(model.parameters()).device
     head = nn.Conv2d(size.vision.embed_dim, classes + cell, 1).to(device)
+    meant_head = nn.Linear(size.d_model, 1).to(device)
     scale, bias = (nn.Parameter(torch.tensor(x, device=device)) for x in (math.log(10), -5.0))
     trained = [vision.trunk, vision.convs[ENCODED], model.backbone.language_backbone, head]
+    trained += [model.geometry_encoder, model.transformer.encoder, meant_head]
     parameters = [scale, bias, *(p for part in trained for p in part.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, fused=True)
     scheduler = LinearLR(optimizer, 1.0, 0.05, total_iters=config.steps)
-    right = named = 0.0
+    right = Told(0.0, 0.0, 0.0)
     with progress("warm start: step", config.steps) as advance:
         for step, batch in enumerate(batches(dataset, size, config, seed), 1):
-            pixels, shares, covered = (tensor.to(device) for tensor in batch)
+            pixels, shares, covered, asked = (tensor.to(device) for tensor in batch)
             features = vision.trunk(pixels)[-1]
             scores = head(features.float())  # (B, classes + cell, g, g)
-            nearness = _nearness(model, vision.convs[ENCODED](features), names)
+            cells = vision.convs[ENCODED](features)
+            text = model.backbone.forward_text(names, device=device)
+            nearness = _nearness(text, cells)
             loss = F.binary_cross_entropy_with_logits(scores[:, classes:], covered)
             for told in (scores[:, :classes], nearness * scale.exp() + bias):
                 # Few of many classes are in a cell: summed, they weigh as much as its pixels do.
                 loss = loss + classes * F.binary_cross_entropy_with_logits(told, shares)
+            marks = meant_head(_prompted(model, text, cells, asked).float())[..., 0]  # (B, 2, g, g)
+            wanted = shares.gather(1, asked[..., None, None].expand_as(marks))
+            loss = loss + MEANT_WEIGHT * F.binary_cross_entropy_with_logits(marks, wanted)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
-            right = float(((scores[:, classes:] > 0) == (covered > 0.5)).float().mean())
-            named = _named_right(nearness, shares)
-            advance(step, f"loss {loss.item():.3g}, pixels right {right:.1%}, names {named:.1%}")
-    log.info(
-        "warm start: %d steps; ground told from objects at %.1f %% of pixels, objects named right "
-        "in %.1f %% of cells",
-        *(step, 100 * right, 100 * named),
-    )
+            right = Told(
+                float(((scores[:, classes:] > 0) == (covered > 0.5)).float().mean()),
+                _named_right(nearness, shares),
+                _overlap(marks > 0, wanted > 0.5),
+            )
+            advance(step, f"loss {loss.item():.3g}, " + _SAYS.format(*right))
+    log.info("warm start: %d steps; %s", step, _SAYS.format(*right))
     return right
 
 
@@ -95,13 +113,31 @@ def _named_right(nearness: Tensor, shares: Tensor) -> float:
     return float((top > 0.8)[inside].float().mean()) if inside.any() else 0.0
 
 
-def _nearness(model: Sam3Image, cells: Tensor, names: list[str]) -> Tensor:
+def _overlap(found: Tensor, truth: Tensor) -> float:
+    """IoU of all cells of a batch together."""
+    return float((found & truth).sum() / (found | truth).sum().clamp(min=1))
+
+
+def _nearness(text: dict[str, Tensor], cells: Tensor) -> Tensor:
     """(B, classes, g, g): cosines of cells (B, d, g, g) and names, each the mean of its tokens."""
-    text = model.backbone.forward_text(names, device=cells.device)
     tokens = text["language_features"]  # (L, classes, d)
     inside = (~text["language_mask"]).T[..., None]  # (L, classes, 1)
     pooled = (tokens * inside).sum(dim=0) / inside.sum(dim=0)
     return torch.einsum("bdhw,kd->bkhw", F.normalize(cells, dim=1), F.normalize(pooled, dim=1))
+
+
+def _prompted(model: Sam3Image, text: dict[str, Tensor], cells: Tensor, asked: Tensor) -> Tensor:
+    """(B, K, g, g, d): cells (B, d, g, g) encoded with each of the classes asked, (B, K) int64."""
+    (batch, each), side = asked.shape, cells.shape[-1]
+    images = torch.arange(batch, device=cells.device).repeat_interleave(each)
+    queries = SimpleNamespace(img_ids=images, text_ids=asked.flatten())
+    position = model.backbone.vision_backbone.position_encoding(cells).to(cells.dtype)
+    known = {**text, "backbone_fpn": [cells], "vision_pos_enc": [position]}
+    no_boxes = model._get_dummy_prompt(batch * each)
+    prompt, mask, known = model._encode_prompt(known, queries, no_boxes)
+    _, encoded, _ = model._run_encoder(known, queries, prompt, mask)
+    memory = encoded["encoder_hidden_states"]  # (g * g, B * K, d)
+    return memory.transpose(0, 1).reshape(batch, each, side, side, -1)
 
 
 @torch.no_grad()
@@ -118,21 +154,38 @@ def lay_anchors(reference_points: Tensor) -> None:
 
 def batches(
     dataset: Dataset, size: ModelConfig, config: WarmStartConfig, seed: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """`config.steps` batches of images, each mirrored at random, in an order that the seed decides.
 
     Yields:
         Pixels (B, 3, R, R) float32 in -1..1; shares (B, classes, g, g) float32 in 0..1, of each
-        cell, and covered (B, patch², g, g) float32, 0 or 1, of each of its pixels.
+        cell, and covered (B, patch², g, g) float32, 0 or 1, of each of its pixels; asked (B, 2)
+        int64, a class that the image has and one that it lacks, as often as others have it.
     """
     order = random.Random(f"warm start/{seed}")
+    rows = {category.id: row for row, category in enumerate(dataset.categories)}
+    present = [
+        {rows[a.category_id] for a in dataset.annotations_by_image[image.id]}
+        for image in dataset.images
+    ]
+    images_with = Counter(row for has in present for row in has)
     for _ in range(config.steps):
-        images = order.choices(dataset.images, k=config.batch_size)
-        arrays = [_load(dataset, image, size, order) for image in images]
+        drawn = order.choices(range(len(present)), k=config.batch_size)
+        arrays = [_load(dataset, dataset.images[index], size, order) for index in drawn]
+        asked = [_asked(present[index], images_with, order) for index in drawn]
         pixels, shares, covered = (
             torch.from_numpy(np.stack(parts)) for parts in zip(*arrays, strict=True)
         )
-        yield pixels, shares, F.pixel_unshuffle(covered[:, None], size.vision.patch_size)
+        whole = F.pixel_unshuffle(covered[:, None], size.vision.patch_size)
+        yield pixels, shares, whole, torch.tensor(asked)
+
+
+def _asked(present: set[int], images_with: Counter[int], order: random.Random) -> tuple[int, int]:
+    """A class that is present and one that is not; any, where there is none such."""
+    everything = sorted(images_with) or [0]
+    absent = [row for row in everything if row not in present] or everything
+    lacking = order.choices(absent, [images_with[row] or 1 for row in absent])[0]
+    return order.choice(sorted(present) or everything), lacking
 
 
 def _load(dataset: Dataset, image: Image, size: ModelConfig, order: random.Random) -> list[Floats]:
