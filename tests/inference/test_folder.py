@@ -10,9 +10,6 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_utils
 
-from app.errors import UserError
-from app.inference.folder import find_images, parse_box
-
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
@@ -104,31 +101,3 @@ def test_bad_input(command, tiny_run, images, tmp_path, words, said) -> None:
     assert said in done.err
     assert "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
-
-
-def test_inputs(images: Path) -> None:
-    assert [p.name for p in find_images(str(images))] == ["a.png", "b.jpg", "ä.JPG"]
-    assert [p.name for p in find_images(str(images / "*.jpg"))] == ["b.jpg"]
-    assert [p.name for p in find_images(str(images / "a.png"))] == ["a.png"]
-    assert len(find_images(str(images.parent / "**" / "*"))) == 3
-
-
-@pytest.mark.parametrize(
-    ("source", "said"),
-    [
-        ("nowhere", "no such file, folder or glob"),
-        ("nowhere/*.png", "no such file, folder or glob"),
-        ("https://example.org/a.png", "addresses are not fetched"),
-        (".", "no images in this folder"),
-    ],
-)
-def test_no_images(tmp_path: Path, monkeypatch, source: str, said: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=said):
-        find_images(source)
-
-
-def test_boxes() -> None:
-    assert parse_box("1,2.5,3,4") == (1, 2.5, 3, 4)
-    with pytest.raises(UserError, match="four numbers"):
-        parse_box("a,b,c,d")

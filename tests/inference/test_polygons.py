@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import cv2
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ def fill(found: list[Polygon], height: int, width: int) -> np.ndarray:
     """Pixels whose centre a polygon covers, even-odd, by crossings counted to their left."""
     covered = np.zeros((height, width), dtype=bool)
     for ring in (ring for polygon in found for ring in polygon):
-        for (x1, y1), (x2, y2) in zip(ring, ring[1:], strict=False):
+        for (x1, y1), (x2, y2) in itertools.pairwise(ring):
             assert x1 == x2 or y1 == y2  # along pixel edges
             covered[min(y1, y2) : max(y1, y2), x1:] ^= True
     return covered

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -22,7 +24,7 @@ def test_tiles_cover_the_image_and_overlap(width, height, side, overlap) -> None
     assert seen.min() >= 1
     for values in ({t.left for t in tiles}, {t.top for t in tiles}):
         ordered = sorted(values)
-        steps = [after - before for before, after in zip(ordered, ordered[1:], strict=False)]
+        steps = [after - before for before, after in itertools.pairwise(ordered)]
         assert max(steps, default=0) <= side * (1 - overlap) + 1
 
 
