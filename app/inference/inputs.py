@@ -21,7 +21,8 @@ Box = tuple[float, float, float, float]  # x, y, w, h in pixels
 def find_images(source: str) -> list[Path]:
     """The images that a file, a folder, a glob or a list stands for, in the order of their names.
 
-    A list is a `.txt` with a path a line, relative to the current folder or to its own.
+    A list is a `.txt` with a path a line, relative to the current folder or to its own; its order
+    is kept.
 
     Raises:
         UserError: an address, no images, or a list that names what is not there.
@@ -56,7 +57,7 @@ def _listed(file: Path) -> list[Path]:
         raise UserError(problems)
     if not found:
         raise UserError(f"--input {file}: an empty list; give the path of an image a line")
-    return sorted({path for path in found.values() if path is not None})
+    return list(dict.fromkeys(path for path in found.values() if path is not None))
 
 
 def parse_box(text: str, flag: str = "--box") -> Box:
