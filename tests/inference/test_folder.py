@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import psutil
 import pytest
@@ -14,7 +17,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as mask_utils
 
+from app.inference import Detections
 from app.inference import folder as folder_module
+from app.inference.masks import place
+from app.inference.settings import Settings
 
 
 def _visible(folder: Path) -> list[str]:
@@ -309,6 +315,39 @@ def test_tiles_of_a_large_image(command, words, tmp_path) -> None:
             assert result["segmentation"]["size"] == [100, 150]
     assert found["1"] == found["out"]
     assert max(r["bbox"][0] for r in found["6"]) > 64
+
+
+class RedFinder:
+    """A predictor that needs no training: it finds what is red, part by part."""
+
+    def predict_batch(self, images, prompts, **_) -> list[Detections]:
+        return [self._find(np.array(image), tuple(prompts)) for image in images]
+
+    def _find(self, pixels: np.ndarray, prompts: tuple[str, ...]) -> Detections:
+        height, width = pixels.shape[:2]
+        count, labels = cv2.connectedComponents((pixels[..., 0] > 128).astype(np.uint8))
+        masks = [place(labels == label, 0, 0, height, width) for label in range(1, count)]
+        boxes = np.array([mask_utils.toBbox(mask) for mask in masks], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        ones, zeros = np.ones(len(masks), np.float32), np.zeros(len(masks), np.int64)
+        return Detections(boxes, ones, zeros, prompts, masks, width, height)
+
+
+def test_tiles_find_what_the_whole_image_has() -> None:
+    random = np.random.default_rng(0)
+    canvas = np.zeros((700, 900, 3), dtype=np.uint8)
+    for x, y in itertools.product(range(40, 900, 80), range(40, 700, 80)):
+        radius = int(random.integers(4, 36))
+        cv2.circle(canvas, (x, y), radius, (255, 0, 0), int(random.choice([-1, 3])))
+    image, settings = Image.fromarray(canvas), Settings("none", ("red",))
+    (whole,) = folder_module._find(RedFinder(), settings, [image])
+    assert len(whole) == 11 * 9
+    for side, overlap in ((300, 0.2), (256, 0.5), (1008, 0.2), (200, 0.4)):
+        tiled = replace(settings, tile=side, overlap=overlap)
+        (found,) = folder_module._find(RedFinder(), tiled, [image])
+        assert {m["counts"] for m in found.masks} == {m["counts"] for m in whole.masks}
+        assert len(found) == len(whole)
+        assert sorted(found.boxes_xyxy.tolist()) == sorted(whole.boxes_xyxy.tolist())
 
 
 def test_suppression_leaves_one_of_each(command, words, tmp_path) -> None:
