@@ -57,6 +57,9 @@ class Outcome:
     failed: tuple[str, ...]
 
 
+Work = Callable[[Sequence[Sequence[Job]]], Iterator[Outcome]]  # batches → what became of each
+
+
 def predict_folder(
     source: str,
     output: Path,
@@ -82,22 +85,11 @@ def predict_folder(
     begun = time.monotonic()
     with (
         _ended_by_sigterm(),
-        _unwritable_said(output),
         _work(settings, output, processes) as (work, precision),
+        _unwritable_said(output),
         Journal(output, settings.identity(), overwrite=overwrite) as journal,
     ):
-        todo = [job for job in jobs if journal.read(job.image) is None]
-        if len(todo) < len(jobs):
-            log.info("%d of %d images were done before", len(jobs) - len(todo), len(jobs))
-        batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
-        failed: list[str] = []
-        with progress("images", len(jobs), done := len(jobs) - len(todo)) as advance:
-            for batch, outcome in zip(batches, work(batches), strict=True):
-                for entry in outcome.entries:
-                    journal.add(entry)
-                failed += outcome.failed
-                done += len(batch)
-                advance(done, "")
+        failed = _do_what_is_left(jobs, work, journal, batch_size)
         if not len(journal):
             raise UserError(failed)
         found = _write_tables(output, journal, images, settings)
@@ -108,6 +100,26 @@ def predict_folder(
         *(len(images) - len(failed), len(images), found),
         *(duration(time.monotonic() - begun), precision, output),
     )
+    return failed
+
+
+def _do_what_is_left(
+    jobs: Sequence[Job], work: Work, journal: Journal, batch_size: int
+) -> list[str]:
+    """Predict on the images that are not done; returns what went wrong with single ones."""
+    todo = [job for job in jobs if journal.read(job.image) is None]
+    before = len(jobs) - len(todo)
+    if before:
+        log.info("%d of %d images were done before", before, len(jobs))
+    batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
+    failed: list[str] = []
+    with progress("images", len(jobs), before) as advance:
+        for number, outcome in enumerate(work(batches), start=1):
+            for entry in outcome.entries:
+                journal.add(entry)
+            failed += outcome.failed
+            done = min(before + number * batch_size, len(jobs))
+            advance(done, f"({len(failed)} failed)")
     return failed
 
 
@@ -238,8 +250,6 @@ def _unwritable_said(output: Path) -> Iterator[None]:
 
 
 # --- processes -----------------------------------------------------------------------------------
-
-Work = Callable[[Sequence[Sequence[Job]]], Iterator[Outcome]]
 
 
 @contextlib.contextmanager
