@@ -52,6 +52,8 @@ def _encode(logits: Floats, rows: Axis, columns: Axis) -> Rle:
     if not len(ys):
         return place(np.zeros((0, 0), dtype=bool), 0, 0, height, width)
     down, across = _reached(rows, ys[0], ys[-1]), _reached(columns, xs[0], xs[-1])
+    if (down.stop - down.start) * (across.stop - across.start) > height * width / 2:
+        return place(plain_mask(logits, height, width), 0, 0, height, width)  # nothing to save
     resized, peak = _resize(logits, rows, columns, down, across)
     if np.abs(resized).min(initial=np.inf) < DOUBT * peak:
         return place(plain_mask(logits, height, width), 0, 0, height, width)

@@ -54,11 +54,14 @@ def test_a_pixel_on_the_threshold_goes_the_plain_way(monkeypatch) -> None:
     asked = []
     plain = masks_module.plain_mask
     monkeypatch.setattr(masks_module, "plain_mask", lambda *a: asked.append(a) or plain(*a))
-    logits = torch.tensor([[[-1.0, 1.0], [-1.0, 1.0]], [[-1.0, 1.5], [-1.0, 1.5]]])
-    assert encode_masks(logits, 6, 6) == _plain(logits, 6, 6)
+    logits = torch.full((2, 2, 12), -1.0)
+    logits[0, :, -1], logits[1, :, -1] = 1.5, 1.0
+    assert encode_masks(logits[:1], 6, 30) == _plain(logits[:1], 6, 30)
     assert len(asked) == 0
-    assert encode_masks(logits, 5, 5) == _plain(logits, 5, 5)  # a middle column, of 0 in the first
+    assert encode_masks(logits[1:], 6, 30) == _plain(logits[1:], 6, 30)  # 0 at column 27
     assert len(asked) == 1
+    assert encode_masks(-logits[:1], 6, 30) == _plain(-logits[:1], 6, 30)  # most of the image
+    assert len(asked) == 2
 
 
 @pytest.mark.slow
