@@ -373,7 +373,7 @@ def test_many_images_take_no_more_memory_than_few(command, words, images, tmp_pa
     Image.new("RGB", (1000, 800), (90, 60, 30)).save(images / "a.png")  # 2.4 MB each, if kept
     process = psutil.Process()
     sizes = []
-    for count in (60, 60, 240):  # the first call is for what is loaded once
+    for count in (20, 20, 80):  # the first call is for what is loaded once
         paths = images / "many.txt"
         folder = tmp_path / f"{len(sizes)}"
         folder.mkdir()
