@@ -9,6 +9,7 @@
 #   SAM3_RUNTIME          docker or local; unset: docker where an engine answers and has the image
 #   SAM3_IMAGE            the image (sam3-finetuning)
 #   GPUS                  for docker: auto, none, all, or a list such as 0,1 (auto)
+#   SAM3_BASE             file of the weights that a LoRA belongs to, where they were moved
 #   HF_TOKEN, ROBOFLOW_API_KEY, MLFLOW_TRACKING_URI    passed on
 #
 # In docker only the current folder and the paths given to flags are visible, and of a folder of

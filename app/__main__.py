@@ -1,17 +1,20 @@
-"""The command line: `python -m app train | infer | data`."""
+"""The command line: `python -m app train`, `infer`, `evaluate`, `data` and the others."""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from app.config import Resume
 from app.datasets import commands
 from app.errors import UserError
 from app.model.upstream import prove_pin
+from app.training import signals
 
 log = logging.getLogger("app")
 cli = typer.Typer(
@@ -56,6 +59,16 @@ def train(
         int | None, typer.Option(min=1, help="train on so many images, chosen by the seed")
     ] = None,
     augmentation: Annotated[str | None, typer.Option(help="none, light or strong")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="full, head, lora-minimal, lora or lora-full")
+    ] = None,
+    freeze: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART,…",
+            help="not trained: vision, text, detector, geometry, masks, scoring; or none of them",
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="YAML or JSON: class: prompt, or [prompt, synonym, …]")
     ] = None,
@@ -76,9 +89,17 @@ def train(
     num_gpus: Annotated[int | None, typer.Option(help="processes to train with")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     eval_only: Annotated[bool, typer.Option("--eval-only", help="score, do not train")] = False,
+    split: Annotated[
+        str | None, typer.Option(help="what --eval-only scores: train, valid or test")
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on from the newest checkpoint in --output-dir")
-    ] = False,
+        Resume | None,
+        typer.Option(
+            metavar="[=auto|weights]",
+            help="go on from the newest checkpoint in --output-dir; auto: if there is one; "
+            "weights: from its weights alone, with other data or settings",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace the run in --output-dir")
     ] = False,
@@ -98,6 +119,8 @@ def train(
     """Fine-tune SAM 3 on labelled images, or score weights on them (--eval-only)."""
     flags = {
         "transforms": augmentation,
+        "method": method,
+        "method.freeze": None if freeze is None else f"[{'' if freeze == 'none' else freeze}]",
         "dataset.dir": dataset_dir,
         "dataset.huggingface.name": hf_dataset,
         "dataset.huggingface.config": hf_config,
@@ -115,22 +138,25 @@ def train(
         "model.resolution": resolution,
         "output_dir": output_dir,
         "checkpoint": checkpoint,
+        "evaluation.split": split,
         "seed": seed,
     }
     asked = [f"{key}={value}" for key, value in flags.items() if value is not None]
-    from app.training import start
+    with signals.watch() as stop:
+        from app.training import start
 
-    start.start(
-        [*(overrides or []), *asked],
-        file=config,
-        recipe=recipe,
-        size=model,
-        lr=lr,
-        base_config=use_base_config,
-        eval_only=eval_only,
-        resume=resume,
-        overwrite=overwrite,
-    )
+        start.start(
+            [*(overrides or []), *asked],
+            file=config,
+            recipe=recipe,
+            size=model,
+            lr=lr,
+            base_config=use_base_config,
+            eval_only=eval_only,
+            resume=resume,
+            overwrite=overwrite,
+            stop=stop,
+        )
 
 
 @cli.command()
@@ -154,7 +180,10 @@ def infer(
     negative_box: Annotated[
         list[str] | None, typer.Option(metavar="X,Y,W,H", help="box of what is not meant; several")
     ] = None,
-    threshold: Annotated[float, typer.Option(min=0, max=1, help="least score")] = 0.5,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="least score; the weights' own unless given, else 0.5"),
+    ] = None,
     max_detections: Annotated[int, typer.Option(min=1, help="an image, or a tile")] = 100,
     nms: Annotated[
         float | None,
@@ -214,6 +243,118 @@ def infer(
         raise typer.Exit(3)
 
 
+@cli.command()
+def evaluate(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="any key of configs/train.yaml"),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="weights file or folder to score; none for random ones")
+    ] = None,
+    dataset_dir: Annotated[str | None, typer.Option(help="folder of labelled images")] = None,
+    split: Annotated[str, typer.Option(help="train, valid or test")] = "valid",
+    truth: Annotated[
+        Path | None, typer.Option(help="COCO JSON, to score --predictions against")
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="COCO results JSON, from anywhere")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="score above which off-prompt firing is counted")
+    ] = 0.5,
+    model: Annotated[str, typer.Option(help="size, for weights that do not say theirs")] = "auto",
+    output_dir: Annotated[
+        Path | None, typer.Option(help="folder for figures and report; outputs/eval unless given")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace earlier ones")] = False,
+) -> None:
+    """Score weights on a dataset, or COCO results from elsewhere; write figures and a report."""
+    if (truth is None) != (predictions is None):
+        raise UserError("--truth and --predictions: give both of them, or --checkpoint")
+    if truth is not None and predictions is not None:
+        given = {"--checkpoint": checkpoint, "--dataset-dir": dataset_dir, "KEY=VALUE": overrides}
+        if idle := [flag for flag, value in given.items() if value]:
+            raise UserError(f"{', '.join(idle)}: nothing reads it beside --truth and --predictions")
+        from app.evaluation.commands import score_files
+
+        folder = output_dir or Path("outputs/eval")
+        score_files(truth, predictions, folder, threshold=threshold, overwrite=overwrite)
+        return
+    flags = {
+        "checkpoint": checkpoint,
+        "dataset.dir": dataset_dir,
+        "evaluation.split": split,
+        "prediction.threshold": threshold,
+        "output_dir": output_dir,
+    }
+    asked = [f"{key}={value}" for key, value in flags.items() if value is not None]
+    from app.training import signals, start
+
+    with signals.watch() as stop:
+        start.start(
+            [*(overrides or []), *asked],
+            file=None,
+            recipe=None,
+            size=model,
+            lr=None,
+            base_config=False,
+            eval_only=True,
+            resume=None,
+            overwrite=overwrite,
+            stop=stop,
+        )
+
+
+@cli.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="folder of a finished run or evaluation")],
+) -> None:
+    """Write a run's report.html anew, from what its folder holds."""
+    from app.evaluation.report_page import write_report
+
+    log.info("report: %s", write_report(run))
+
+
+@cli.command()
+def compare(
+    run: Annotated[Path, typer.Argument(help="folder of a run or evaluation")],
+    other: Annotated[Path, typer.Argument(help="another, on the same images")],
+) -> None:
+    """Print two runs' figures side by side, and what of their difference chance could explain."""
+    from app.evaluation.commands import show_comparison
+
+    show_comparison(run, other)
+
+
+@cli.command()
+def pack(
+    weights: Annotated[Path, typer.Argument(help="weights folder or file of a run")],
+    output_dir: Annotated[Path, typer.Option(help="folder for the packed ones")],
+) -> None:
+    """Write weights as float16: half as large, with their SHA-256 beside."""
+    from app.model import carried
+
+    log.info("packed: %s", carried.pack(weights, output_dir))
+
+
+@cli.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="folder of a LoRA, such as RUN/weights/best")],
+    output_dir: Annotated[Path, typer.Option(help="folder for model.safetensors")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is there")] = False,
+) -> None:
+    """Join a LoRA with its base into plain weights."""
+    from app.model import weights
+
+    log.info("weights: %s", weights.merge(adapter, output_dir, overwrite=overwrite).parent)
+
+
+def _spell_out_resume(words: Sequence[str]) -> list[str]:
+    """`--resume` alone means `--resume=all`: typer has no options whose value may be left out."""
+    return ["--resume=all" if word == "--resume" else word for word in words]
+
+
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     handler: Any = logging.StreamHandler(sys.stdout)
@@ -223,7 +364,7 @@ def main() -> None:
     log.propagate = False
     try:
         prove_pin()
-        cli()
+        cli(_spell_out_resume(sys.argv[1:]))
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}" if not problem.startswith(" ") else problem, file=sys.stderr)
@@ -231,6 +372,8 @@ def main() -> None:
     except FloatingPointError as error:  # a loss that is not finite
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except signals.Stopped:
+        sys.exit(signals.EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(130)
 

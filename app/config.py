@@ -37,6 +37,9 @@ ColorName = Literal[
 # fmt: on
 LabelBy = Literal["kind", "color", "both", "all"]
 Background = Literal["plain", "gradient", "texture", "mixed"]
+Component = Literal["vision", "text", "detector", "geometry", "masks", "scoring"]  # of the model
+# --resume: everything; "auto": if there is a run, else start one; "weights": nothing but them.
+Resume = Literal["all", "auto", "weights"]
 FormatName = Literal["auto", "coco", "yolo", "labelme", "via", "voc", "masks"]
 
 SHORT = {"limit": "dataset.limit"}  # keys that people write without their group
@@ -176,8 +179,8 @@ class DatasetConfig(_Strict):
     prompts: str | None
     max_prompts: int = Field(ge=1)
     negatives: int = Field(ge=0)
+    foreign: float = Field(ge=0, le=1)
     near_misses: list[str]
-    nouns: bool
     bad_images: Literal["stop", "skip"]
     shapes: ShapesConfig
 
@@ -244,6 +247,40 @@ class OptimConfig(_Strict):
     options: Node
 
 
+class LoraPartsConfig(_Strict):
+    vision: bool
+    text: bool
+    encoder: bool
+    decoder: bool
+
+
+class LoraConfig(_Strict):
+    """What is adapted, and by how much; peft's own of that name is made from it."""
+
+    rank: int = Field(ge=1)
+    alpha: int = Field(ge=1)
+    dropout: float = Field(ge=0, lt=1)
+    parts: LoraPartsConfig
+    attention: bool
+    mlp: bool
+    targets: list[str]
+
+
+class MethodConfig(_Strict):
+    name: str
+    freeze: list[Component] | None
+    lora: LoraConfig | None
+
+    @model_validator(mode="after")
+    def _check(self) -> MethodConfig:
+        if self.lora is not None and self.freeze is not None:
+            raise ValueError(
+                f"method.freeze {self.freeze} and method.lora are both given: LoRA freezes all of "
+                "the model; choose what it adapts, such as method.lora.parts.vision=false"
+            )
+        return self
+
+
 class WarmStartConfig(_Strict):
     method: Literal["none", "pixels"]
     steps: int = Field(ge=1)
@@ -262,12 +299,17 @@ class TrainingConfig(_Strict):
     precision: Literal["auto", "fp32", "bf16"]
     check_finite: bool
     save_every: int = Field(ge=1)
+    save_minutes: float | None = Field(ge=0)
+    patience: int | None = Field(ge=1)
+    ema: float | None = Field(gt=0, lt=1)
 
 
 class EvaluationConfig(_Strict):
     every: int = Field(ge=1)
     metric: str
     max_detections: int = Field(ge=1)
+    split: Literal["train", "valid", "test"]
+    off_prompts: int = Field(ge=0)
     pictures: int = Field(ge=0)
 
 
@@ -283,6 +325,7 @@ class Config(_Strict):
     transforms: TransformsConfig
     loss: LossConfig
     optim: OptimConfig
+    method: MethodConfig
     training: TrainingConfig
     evaluation: EvaluationConfig
     prediction: PredictionConfig
@@ -420,17 +463,27 @@ def _merge_file(composed: DictConfig, file: Path, decided: Collection[str]) -> D
     content = read_yaml(file)
     if not isinstance(content, dict):
         raise UserError(f"{file}: a configuration is a mapping of keys to values")
-    known = _leaves(composed)
     for group in set(content) & set(_config_groups()):
-        if isinstance(content[group], str):
-            choice = content.pop(group)
-            composed = composed if group in decided else _regroup(composed, group, choice)
+        choice = _choice(group, content[group])
+        if isinstance(content[group], str) or (choice and group in decided):
+            del content[group]
+        if choice and group not in decided:
+            composed = _regroup(composed, group, choice)
+    known = _leaves(composed)
     unknown = [key for key in _leaves(content) if not _is_known(key, known)]
     if unknown:
         raise UserError([f"{file}: nothing reads '{key}'.{nearest(key, known)}" for key in unknown])
     merged = OmegaConf.merge(composed, OmegaConf.create(content))
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _choice(group: str, value: Any) -> str | None:
+    """The YAML that a file's `group: choice` names, or `group: {name: choice, …}` starts from."""
+    if isinstance(value, str):
+        return value
+    name = str(value.get("name")) if isinstance(value, Mapping) else ""
+    return name if (CONFIGS / group / f"{name}.yaml").is_file() else None
 
 
 def _model_changes(file: Path | None) -> Mapping[str, Any]:

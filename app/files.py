@@ -62,7 +62,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     writers left beside it is removed by the next one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _clear_up(path)
+    clear_up(path)
     with _locked_folder(path) as temporary:
         try:
             yield temporary
@@ -111,7 +111,7 @@ def _lock(folder: Path) -> Iterator[bool | None]:
         os.close(handle)
 
 
-def _clear_up(path: Path) -> None:
+def clear_up(path: Path) -> None:
     """Finish what a killed writer of `path` began, and remove what it left."""
     for folder in path.parent.glob(f"{glob.escape(_prefix(path))}*"):
         with _lock(folder) as unused:

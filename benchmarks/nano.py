@@ -28,7 +28,7 @@ from app.datasets.shapes import make_shapes
 from app.evaluation.validate import validate
 from app.files import read_json
 from app.inference.predictor import Predictor
-from app.model import weights
+from app.model.carried import carried_nano
 from app.training import run
 
 SEED = 1_000_000  # of images that the recipe has not drawn
@@ -71,7 +71,7 @@ def draw(folder: Path, *, train: int, valid: int, **settings: object) -> Splits:
 def known(start: Path, folder: Path) -> list[Figure]:
     """New images of the shapes that were trained."""
     dataset = draw(folder, train=300, valid=1, label_by="kind").train
-    figures, _ = validate(Predictor.load(start), dataset, max_detections=100)
+    figures = validate(Predictor.load(start), dataset, max_detections=100).figures
     return [
         Figure("known shapes, box AP", figures["bbox/AP"], 0.85, 0.65),
         Figure("known shapes, mask AP", figures["segm/AP"], 0.90, 0.70),
@@ -82,7 +82,7 @@ def pairs(start: Path, folder: Path) -> list[Figure]:
     """Colour and shape: each was trained, but never together."""
     seen = [pair for pair in PAIRS if pair not in SHAPES.exclude]
     dataset = draw(folder, train=100, valid=1, label_by="both", exclude=seen).train
-    figures, _ = validate(Predictor.load(start), dataset, max_detections=100)
+    figures = validate(Predictor.load(start), dataset, max_detections=100).figures
     return [Figure("pairs never seen together, box AP", figures["bbox/AP"], 0.70, 0.45)]
 
 
@@ -165,7 +165,7 @@ def fine_tune(splits: Splits, folder: Path, start: Path | None, *, epochs: int) 
             "optim.schedule.name=linear",
         ]
     )
-    run.prepare_folder(folder, resume=False, overwrite=False)
+    run.prepare_folder(folder, resume=None, overwrite=False)
     run.train(config, splits, start)
     return read_json(folder / "metrics.json")
 
@@ -194,7 +194,9 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="|".join(PARTS))
     parser.add_argument("--weights", type=Path, help="others than the project's own")
     arguments = parser.parse_args()
-    start = arguments.weights or weights.carried_nano()
+    start = arguments.weights or carried_nano()
+    if start is None:
+        parser.error("the project carries no nano yet: give --weights")
     figures: list[Figure] = []
     for name in arguments.parts or PARTS:
         with tempfile.TemporaryDirectory() as folder:

@@ -46,7 +46,7 @@ def overfit(folder: Path, *, images: int, epochs: int, overrides: list[str]) -> 
             *overrides,
         ]
     )
-    run.prepare_folder(Path(config.output_dir), resume=False, overwrite=False)
+    run.prepare_folder(Path(config.output_dir), resume=None, overwrite=False)
     return run.train(config, dataclasses.replace(splits, valid=splits.train), None).figures
 
 

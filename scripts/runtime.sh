@@ -195,13 +195,14 @@ docker_command() {
   esac
   if [ -t 0 ] && [ -t 1 ]; then command+=(-it); fi
   command+=(-e HOME=/tmp/home -e "HF_HOME=$(absolute "$cache")")
-  command+=(-e HF_TOKEN -e ROBOFLOW_API_KEY -e MLFLOW_TRACKING_URI)
+  command+=(-e HF_TOKEN -e ROBOFLOW_API_KEY -e MLFLOW_TRACKING_URI -e SAM3_BASE)
   add_gpus
   command+=(--workdir "$PWD")
   add_mount "$PWD"
   bind_output "$cache"
   bind_flags bind_output "--output-dir" "$@"
   bind_flags bind_input "--dataset-dir --hf-dataset --checkpoint --input --config --prompts" "$@"
+  if [ -n "${SAM3_BASE:-}" ]; then bind_input "$SAM3_BASE"; fi
   command+=("$image" "$@")
 }
 

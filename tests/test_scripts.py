@@ -21,7 +21,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = ["train.sh", "infer.sh", "test.sh", "build.sh", ".ci/run"]
-PASSED_ON = ["HF_TOKEN", "ROBOFLOW_API_KEY", "MLFLOW_TRACKING_URI"]
+PASSED_ON = ["HF_TOKEN", "ROBOFLOW_API_KEY", "MLFLOW_TRACKING_URI", "SAM3_BASE"]
 
 
 def make_executable(path: Path, text: str) -> None:

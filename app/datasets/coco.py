@@ -164,17 +164,21 @@ def read(json_path: Path, image_roots: Sequence[Path], max_drop: float = MAX_DRO
     return examine(json_path, image_roots).sound(max_drop)
 
 
-def examine(json_path: Path, image_roots: Sequence[Path]) -> Reading:
+def examine(json_path: Path, image_roots: Sequence[Path] | None) -> Reading:
     """Like `read`, but the faults come back with what is sound instead of being raised.
 
-    Polygons and uncompressed RLE become compressed RLE.
+    Polygons and uncompressed RLE become compressed RLE. Without roots the images need not be
+    there: their paths are as the JSON names them, from its own folder.
     """
     found = Findings(str(json_path))
     document = _parse(json_path, found)
     if document is None:
         return Reading(Dataset((), (), ()), tuple(found.faults), Tally())
     sound = check(document, found)
-    files = find_files(sound.images, image_roots, found)
+    if image_roots is not None:
+        files = find_files(sound.images, image_roots, found)
+    else:
+        files = {entry["id"]: json_path.parent / entry["file_name"] for _, entry in sound.images}
     images = tuple(
         Image(entry["id"], files[entry["id"]], entry["width"], entry["height"])
         for _, entry in sound.images
@@ -265,7 +269,7 @@ def _free_ids(entries: Sequence[Entry]) -> list[int]:
 
 
 def _read_annotation(entry: dict[str, Any], id: int, width: int, height: int) -> Annotation:
-    segmentation = _compress(entry.get("segmentation"), width, height)
+    segmentation = compress(entry.get("segmentation"), width, height)
     box: list[float] = entry.get("bbox") or coco_mask.toBbox(segmentation).tolist()
     bbox_xywh = clip_box(box, width, height)
     area = entry.get("area")
@@ -282,7 +286,7 @@ def _read_annotation(entry: dict[str, Any], id: int, width: int, height: int) ->
     )
 
 
-def _compress(segmentation: Any, width: int, height: int) -> dict[str, Any] | None:
+def compress(segmentation: Any, width: int, height: int) -> dict[str, Any] | None:
     """Checked polygons or RLE as one compressed RLE; None where there is no segmentation."""
     if is_absent(segmentation):
         return None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 
 import cv2
 import numpy as np
@@ -19,26 +16,13 @@ from app.datasets.faults import KINDS, SHOWN_PER_KIND, Action, Fault
 from app.datasets.images import open_small
 from app.datasets.overlay import color_of, draw_objects
 from app.errors import UserError
+from app.page import page, picture, readable, table, text
 
 SAMPLES = {"train": 8, "valid": 4, "test": 4}
 THUMBNAIL = 480  # pixels of the longer side
 SHOWN_CLASSES = 200
 SIZES = (16, 32, 64, 96, 128, 256, 512)  # pixels, lower ends
 OBJECTS = (1, 2, 3, 4, 5, 6, 11, 21, 51)  # an image, lower ends
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
-  color: #222; background: #fff }
-h1, h2 { line-height: 1.2 } h2 { margin-top: 2.2rem }
-table { border-collapse: collapse } th, td { padding: .25rem .7rem; text-align: left;
-  vertical-align: top; border-bottom: 1px solid #ddd; overflow-wrap: anywhere }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.refused { color: #b00020; font-weight: 600 } .dropped { color: #a85b00; font-weight: 600 }
-.mended { color: #00695c } .warning { color: #5e35b1 }
-.row { display: flex; flex-wrap: wrap; gap: 1.5rem } figure { margin: 0 }
-figure img { max-width: 100%; height: auto; border: 1px solid #ddd } figcaption { font-size: .8rem;
-  color: #555; overflow-wrap: anywhere; max-width: 480px } summary { cursor: pointer }
-li { overflow-wrap: anywhere } svg text { font-size: 11px; fill: #333 }
-"""
 
 
 def render(
@@ -53,8 +37,7 @@ def render(
         said: notes to the user, such as how splits were made.
     """
     parts = [
-        f"<h1>{escape(_readable(title))}</h1>",
-        "".join(f"<p>{escape(_readable(note))}</p>" for note in said),
+        "".join(f"<p>{text(note)}</p>" for note in said),
         _summary(splits),
         "<h2>Faults</h2>",
         _faults(faults),
@@ -67,28 +50,7 @@ def render(
         "</div><h2>Samples</h2>",
         *(_samples(split, dataset) for split, dataset in splits.items()),
     ]
-    head = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(_readable(title))}</title><style>{STYLE}</style></head><body>"
-    )
-    return head + "\n".join(parts) + "</body></html>\n"
-
-
-def _readable(text: str) -> str:
-    """Without what UTF-8 cannot hold, as a file's name may."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 1) -> str:
-    """Cells are HTML already; all columns from `numbers` on are figures."""
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        classes = ["" if i < numbers else ' class="number"' for i in range(len(cells))]
-        return "".join(f"<{tag}{c}>{cell}</{tag}>" for c, cell in zip(classes, cells, strict=True))
-
-    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
-    return f"<table><tr>{line('th', head)}</tr>{body}</table>"
+    return page(title, parts)
 
 
 def _summary(splits: Mapping[str, Dataset]) -> str:
@@ -99,7 +61,7 @@ def _summary(splits: Mapping[str, Dataset]) -> str:
         crowds = sum(annotation.iscrowd for annotation in dataset.annotations)
         counts = (len(dataset.images), empty, len(dataset.annotations), masks, crowds)
         rows.append([split, *map(str, counts)])
-    return _table(["split", "images", "without objects", "objects", "with mask", "crowds"], rows)
+    return table(["split", "images", "without objects", "objects", "with mask", "crowds"], rows)
 
 
 def _faults(faults: Sequence[Fault]) -> str:
@@ -108,16 +70,12 @@ def _faults(faults: Sequence[Fault]) -> str:
     rows = []
     for kind, group in by_kind(faults):
         action, outcome = group[0].action, KINDS[kind].outcome if kind in KINDS else ""
-        listed = "".join(f"<li>{escape(_readable(str(f)))}</li>" for f in group[:SHOWN_PER_KIND])
+        listed = "".join(f"<li>{text(str(f))}</li>" for f in group[:SHOWN_PER_KIND])
         rest = len(group) - SHOWN_PER_KIND
         more = f"<li>and {rest} more</li>" if rest > 0 else ""
-        shown = (
-            f"{escape(outcome)}<details><summary>where</summary><ul>{listed}{more}</ul></details>"
-        )
-        rows.append(
-            [escape(kind), f'<span class="{action}">{action}</span>', shown, str(len(group))]
-        )
-    return _table(["kind", "what becomes of it", "how", "faults"], rows, numbers=3)
+        shown = f"{text(outcome)}<details><summary>where</summary><ul>{listed}{more}</ul></details>"
+        rows.append([text(kind), f'<span class="{action}">{action}</span>', shown, str(len(group))])
+    return table(["kind", "what becomes of it", "how", "faults"], rows, numbers=3)
 
 
 def by_kind(faults: Iterable[Fault]) -> list[tuple[str, list[Fault]]]:
@@ -139,7 +97,7 @@ def _classes(splits: Mapping[str, Dataset]) -> str:
     most = max(total.values(), default=0) or 1
     rows = [
         [
-            escape(_readable(name)) + f'<br><svg width="{1 + 240 * number / most:.0f}" height="6">'
+            text(name) + f'<br><svg width="{1 + 240 * number / most:.0f}" height="6">'
             f'<rect width="100%" height="6" fill="{_css(index)}"/></svg>',
             *(str(counts[split][name]) for split in splits),
             str(number),
@@ -149,7 +107,7 @@ def _classes(splits: Mapping[str, Dataset]) -> str:
     cut = (
         f"<p>and {len(rows) - SHOWN_CLASSES} more classes</p>" if len(rows) > SHOWN_CLASSES else ""
     )
-    return _table(["class", *splits, "all"], rows[:SHOWN_CLASSES]) + cut
+    return table(["class", *splits, "all"], rows[:SHOWN_CLASSES]) + cut
 
 
 def _class_counts(dataset: Dataset) -> Counter[str]:
@@ -205,12 +163,12 @@ def _bars(title: str, counts: Mapping[str, int]) -> str:
     for row, (name, number) in enumerate(counts.items()):
         y, length = 20 * row, 170 * number / most
         rows += (
-            f'<text x="105" y="{y + 14}" text-anchor="end">{escape(name)}</text>'
+            f'<text x="105" y="{y + 14}" text-anchor="end">{text(name)}</text>'
             f'<rect x="112" y="{y + 3}" width="{length:.1f}" height="14" fill="#4a7ebb"/>'
             f'<text x="{116 + length:.1f}" y="{y + 14}">{number}</text>'
         )
     size = f'width="340" height="{20 * len(counts) + 4}"'
-    return f"<figure><figcaption>{escape(title)}</figcaption><svg {size}>{rows}</svg></figure>"
+    return f"<figure><figcaption>{text(title)}</figcaption><svg {size}>{rows}</svg></figure>"
 
 
 def _samples(split: str, dataset: Dataset) -> str:
@@ -220,30 +178,29 @@ def _samples(split: str, dataset: Dataset) -> str:
     count = min(SAMPLES.get(split, 4), len(images))
     chosen = [images[index * len(images) // count] for index in range(count)]
     figures = "".join(_figure(image, dataset) for image in chosen)
-    return f'<h3>{escape(split)}</h3><div class="row">{figures}</div>'
+    return f'<h3>{text(split)}</h3><div class="row">{figures}</div>'
 
 
 def _figure(image: Image, dataset: Dataset) -> str:
     annotations = dataset.annotations_by_image[image.id]
     caption = f"{image.path.name}: {image.width} × {image.height}, {len(annotations)} objects"
     try:
-        picture = draw_sample(image, annotations, dataset)
+        drawn = draw_sample(image, annotations, dataset)
     except UserError:
-        return f"<figure><figcaption>{escape(_readable(caption))}: unreadable</figcaption></figure>"
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return (
-        f'<figure><img width="{picture.width}" height="{picture.height}" alt="" '
-        f'src="data:image/jpeg;base64,{data}"><figcaption>{escape(_readable(caption))}</figcaption>'
-        "</figure>"
-    )
+        return f"<figure><figcaption>{text(caption)}: unreadable</figcaption></figure>"
+    return picture(drawn, caption)
 
 
 def draw_sample(
-    image: Image, annotations: Sequence[Annotation], dataset: Dataset
+    image: Image,
+    annotations: Sequence[Annotation],
+    dataset: Dataset,
+    scores: Mapping[int, float] | None = None,
 ) -> PILImage.Image:
     """A thumbnail with masks, boxes and class names; the smaller objects on top.
+
+    Args:
+        scores: by annotation id, said after the name, where the annotations are predictions.
 
     Raises:
         UserError: the image cannot be decoded.
@@ -256,7 +213,9 @@ def draw_sample(
     boxes = np.array([a.bbox_xywh for a in ordered], dtype=float).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     indices = [order[a.category_id] for a in ordered]
-    names = [_readable(dataset.class_names[index])[:40] for index in indices]
+    names = [readable(dataset.class_names[index])[:40] for index in indices]
+    if scores is not None:
+        names = [f"{name} {scores[a.id]:.2f}" for name, a in zip(names, ordered, strict=True)]
     masks = [_shrink(a.segmentation, size) if a.segmentation else None for a in ordered]
     return draw_objects(pixels, boxes * scale, masks, names, [color_of(i) for i in indices])
 

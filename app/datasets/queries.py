@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,14 +35,16 @@ class PromptChoice:
 
     Attributes:
         most: prompts an image: bounds the memory, whatever the number of classes.
-        negatives: of them kept for what the image lacks, drawn from the absent classes, the near
-            misses and the nouns, each of these three alike.
-        near_misses: words for things that look like a class and are none.
-        nouns: words for things that no image shows.
+        negatives: of them kept for what the image lacks: an absent class, as often as others are
+            shown it, so that no word by itself tells whether it is there; or a foreign word.
+        foreign: 0..1, share of the negatives that are foreign words; all where no class is absent.
+        near_misses: foreign words for what looks like a class and is none; every second one drawn.
+        nouns: foreign words for things that no image shows.
     """
 
     most: int = 20
     negatives: int = 0
+    foreign: float = 0.5
     near_misses: tuple[str, ...] = ()
     nouns: tuple[str, ...] = ()
 
@@ -72,6 +75,8 @@ class QueryDataset(TorchDataset):
         self.transforms = transforms
         self.choice = choice or PromptChoice()
         self.seed = seed
+        pairs = {(a.image_id, a.category_id) for a in dataset.annotations}
+        self._images_with = Counter(category_id for _, category_id in pairs)
 
     def __len__(self) -> int:
         return len(self.dataset.images)
@@ -143,17 +148,20 @@ class QueryDataset(TorchDataset):
     def _lacking(self, absent: Sequence[int]) -> list[tuple[int, str]]:
         """Up to `choice.negatives` prompts for what the image lacks, each once."""
         names = {category.id: category.name for category in self.dataset.categories}
-        pools = [
-            [(id, names[id]) for id in absent],
-            [(NO_CLASS, word) for word in self.choice.near_misses],
-            [(NO_CLASS, word) for word in self.choice.nouns],
-        ]
         drawn: list[tuple[int, str]] = []
         for _ in range(self.choice.negatives):
-            left = [[prompt for prompt in pool if prompt not in drawn] for pool in pools]
-            if left := [pool for pool in left if pool]:
-                drawn.append(random.choice(random.choice(left)))
+            classes = [id for id in absent if (id, names[id]) not in drawn]
+            pools = [[w for w in pool if (NO_CLASS, w) not in drawn] for pool in self._foreign()]
+            words = random.choice([pool for pool in pools if pool] or [[]])
+            if words and (not classes or random.random() < self.choice.foreign):
+                drawn.append((NO_CLASS, random.choice(words)))
+            elif classes:
+                id = random.choices(classes, [self._images_with[id] + 1 for id in classes])[0]
+                drawn.append((id, names[id]))
         return drawn
+
+    def _foreign(self) -> list[Sequence[str]]:
+        return [self.choice.near_misses, self.choice.nouns] if self.choice.foreign else []
 
 
 def _object(index: int, annotation: Annotation, width: int, height: int) -> Object:

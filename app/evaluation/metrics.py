@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,23 +29,35 @@ def evaluate(truth: Dataset, results: Sequence[dict[str, Any]]) -> dict[str, flo
         "bbox/AP", "bbox/AP50", …, "bbox/AP/<class>", likewise "segm/…", each 0..1. A figure that
         the truth does not define (no small objects, say) is left out; without detections AP is 0.
     """
-    figures = _evaluate(truth, results, "bbox")
-    has_truth = all(annotation.segmentation is not None for annotation in truth.annotations)
-    if has_truth and all("segmentation" in result for result in results):
-        figures |= _evaluate(truth, results, "segm")
+    figures: dict[str, float] = {}
+    for iou_type in iou_types(truth, results):
+        figures |= _evaluate(truth, results, iou_type)
     return figures
 
 
-def _evaluate(truth: Dataset, results: Sequence[dict[str, Any]], iou_type: str) -> dict[str, float]:
+def iou_types(truth: Dataset, results: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """What can be scored: boxes, and masks where the truth and all results have them."""
+    has_truth = all(annotation.segmentation is not None for annotation in truth.annotations)
+    has_masks = has_truth and all("segmentation" in result for result in results)
+    return ("bbox", "segm") if has_masks else ("bbox",)
+
+
+def accumulate(truth: Dataset, results: Sequence[dict[str, Any]], iou_type: str) -> COCOeval:
+    """COCO's evaluation, evaluated and accumulated; of one result or more."""
     ground_truth = COCO(truth.to_json())
     # loadRes derives area from segmentation when both are there, and boxes must be scored by boxes.
-    keys = {"image_id", "category_id", "score", "segmentation" if iou_type == "segm" else "bbox"}
-    plain = [{k: v for k, v in result.items() if k in keys} for result in results]
-    if not plain:  # loadRes raises IndexError on an empty list
-        return _nothing_found(truth, iou_type)
+    other = "bbox" if iou_type == "segm" else "segmentation"
+    plain = [{k: v for k, v in r.items() if k != other} if other in r else r for r in results]
     evaluation = COCOeval(ground_truth, ground_truth.load_res(plain), iou_type)
     evaluation.evaluate()
     evaluation.accumulate()
+    return evaluation
+
+
+def _evaluate(truth: Dataset, results: Sequence[dict[str, Any]], iou_type: str) -> dict[str, float]:
+    if not results:  # loadRes raises IndexError on an empty list
+        return _nothing_found(truth, iou_type)
+    evaluation = accumulate(truth, results, iou_type)
     computed: Any = evaluation.eval
     precision = np.asarray(computed["precision"])  # (IoU, recall, class, area, limit)
     recall = np.asarray(computed["recall"])  # (IoU, class, area, limit)
@@ -69,3 +82,23 @@ def _nothing_found(truth: Dataset, iou_type: str) -> dict[str, float]:
     present = {annotation.category_id for annotation in truth.annotations}
     names = [f"AP/{category.name}" for category in truth.categories if category.id in present]
     return {f"{iou_type}/{name}": 0.0 for name in [*_FIGURES, *names]}
+
+
+def by_class(truth: Dataset, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a class: its name, its objects, and AP, AP50, AR_100 of boxes and of masks."""
+    objects = Counter(a.category_id for a in truth.annotations if not a.iscrowd)
+    rows: dict[int, dict[str, Any]] = {
+        c.id: {"class": c.name, "objects": objects[c.id]} for c in truth.categories
+    }
+    for iou_type in iou_types(truth, results) if results else ():
+        evaluation = accumulate(truth, results, iou_type)
+        computed: Any = evaluation.eval
+        precision, recall = (np.asarray(computed[key]) for key in ("precision", "recall"))
+        for index, category_id in enumerate(evaluation.params.cat_ids):
+            figures = {
+                "AP": _mean(precision[:, :, index, 0, -1]),
+                "AP50": _mean(precision[0, :, index, 0, -1]),
+                "AR_100": _mean(recall[:, index, 0, -1]),
+            }
+            rows[category_id] |= {f"{iou_type}/{name}": value for name, value in figures.items()}
+    return list(rows.values())

@@ -29,7 +29,7 @@ from app.inference.journal import Entry, Journal, file_state, has_results
 from app.inference.merging import merge_tiles, suppress
 from app.inference.outputs import PER_IMAGE, coco_results
 from app.inference.predictor import VISUAL_PROMPT, Detections, Predictor, normalised_boxes
-from app.inference.settings import RANDOM, Settings
+from app.inference.settings import RANDOM, THRESHOLD, Settings
 from app.inference.tables import TABLES
 from app.inference.tiles import make_tiles
 from app.model.build import build_model
@@ -179,7 +179,7 @@ def _ask(
         settings.prompts,
         boxes_xywh=settings.boxes,
         negative_boxes_xywh=settings.negative_boxes,
-        threshold=settings.threshold,
+        threshold=THRESHOLD if settings.threshold is None else settings.threshold,
         max_detections=settings.max_detections,
     )
 

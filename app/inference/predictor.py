@@ -90,6 +90,7 @@ class Predictor:
         self.precision = precision
         self.device = next(model.parameters()).device
         self._text_features: dict[tuple[str, ...], dict[str, Tensor]] = {}
+        self._encoded: tuple[list[Image.Image], dict[str, Any]] | None = None
         self._fill_caches()
 
     @classmethod
@@ -164,11 +165,10 @@ class Predictor:
         every_box = [*boxes_xywh, *negative_boxes_xywh]
         boxes = torch.stack([normalised_boxes(every_box, image) for image in images], dim=1)
         labels = torch.arange(len(every_box)) < len(boxes_xywh)  # (N,) whether it is an example
-        squares = [normalise(to_square(image, self.config.resolution)) for image in images]
         step = max(1, PROMPTS_A_PASS // len(images))
         found: list[list[dict[str, Tensor]]] = [[] for _ in images]
         with self._autocast():
-            features = self.model.backbone.forward_image(torch.cat(squares).to(self.device))
+            features = self._features(images)
             for start in range(0, len(prompts), step):
                 part = prompts[start : start + step]
                 outputs = self._ground(features, part, boxes, labels)
@@ -184,6 +184,14 @@ class Predictor:
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16
         )
+
+    def _features(self, images: Sequence[Image.Image]) -> dict[str, Any]:
+        """Features of the images; the last ones' are kept, for a second question about them."""
+        if self._encoded is None or list(map(id, self._encoded[0])) != list(map(id, images)):
+            squares = [normalise(to_square(image, self.config.resolution)) for image in images]
+            pixels = torch.cat(squares).to(self.device)
+            self._encoded = list(images), self.model.backbone.forward_image(pixels)
+        return self._encoded[1]
 
     def _text(self, prompts: tuple[str, ...]) -> dict[str, Tensor]:
         if prompts not in self._text_features:

@@ -18,6 +18,7 @@ from app.model import weights
 
 log = logging.getLogger("app")
 SAVES = tuple(dict.fromkeys([*PER_IMAGE, *TABLES]))  # what --save takes
+THRESHOLD = 0.5  # where the weights say none
 RANDOM = "none"  # the checkpoint of random weights
 
 
@@ -30,7 +31,7 @@ class Settings:
         size, resolution: of the model; None takes the weights'.
         prompts: noun phrases.
         boxes, negative_boxes: xywh, pixels; examples of what is meant, and of what is not.
-        threshold: 0..1, least score.
+        threshold: 0..1, least score; None takes the weights' own, else THRESHOLD.
         max_detections: most an image, or a tile.
         nms: IoU above which the lower of two detections goes, whatever their prompts; None: none.
         tile: side in pixels of the tiles that an image is cut into; None: it is seen whole.
@@ -42,7 +43,7 @@ class Settings:
     prompts: tuple[str, ...] = ()
     boxes: tuple[Box, ...] = ()
     negative_boxes: tuple[Box, ...] = ()
-    threshold: float = 0.5
+    threshold: float | None = None
     max_detections: int = 100
     nms: float | None = None
     tile: int | None = None
@@ -111,8 +112,25 @@ def make_settings(
         raise UserError(problems)
     return replace(
         settings,
+        threshold=_threshold(settings),
         prompts=tuple(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts)),
         boxes=tuple(parsed["--box"]),
         negative_boxes=tuple(parsed["--negative-box"]),
         save=tuple(kind for kind in SAVES if kind in kinds),
     )
+
+
+def _threshold(settings: Settings) -> float:
+    """The one given, or the one that the weights were calibrated to, or the usual; says which."""
+    if settings.threshold is not None:
+        return settings.threshold
+    random = settings.checkpoint == RANDOM
+    header = None if random else weights.read_header(Path(settings.checkpoint))
+    if header is None or header.threshold is None:
+        log.info("threshold: %g (--threshold decides by hand)", THRESHOLD)
+        return THRESHOLD
+    log.info(
+        "threshold: %.3f, the best on the validation images (--threshold decides by hand)",
+        header.threshold,
+    )
+    return header.threshold

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from sam3.model.decoder import TransformerDecoder, TransformerDecoderLayer
 from sam3.model.encoder import TransformerEncoderFusion, TransformerEncoderLayer
@@ -59,20 +57,27 @@ def build_model(
     return model
 
 
-def count_parameters(model: Sam3Image) -> dict[str, int]:
-    """Parameters by component: vision, text, detector, geometry, masks, scoring; and total."""
-    components: dict[str, Any] = {
+def components(model: Sam3Image) -> dict[str, nn.Module]:
+    """Parts of the model by name: vision, text, detector, geometry, masks (where it has), scoring.
+
+    Each parameter is in one of them.
+    """
+    parts: dict[str, nn.Module | None] = {
         "vision": model.backbone.vision_backbone,
         "text": model.backbone.language_backbone,
         "detector": model.transformer,
         "geometry": model.geometry_encoder,
         "masks": model.segmentation_head,
         "scoring": model.dot_prod_scoring,
-        "total": model,
     }
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def count_parameters(model: Sam3Image, *, trainable: bool = False) -> dict[str, int]:
+    """Parameters of each component, and total; of the trainable ones where only they are meant."""
     return {
-        name: sum(p.numel() for p in module.parameters()) if module is not None else 0
-        for name, module in components.items()
+        name: sum(p.numel() for p in part.parameters() if p.requires_grad or not trainable)
+        for name, part in {**components(model), "total": model}.items()
     }
 
 

@@ -37,7 +37,7 @@ def _check(name: str) -> Any:
     def hook(module: nn.Module, _inputs: Any, output: Any) -> None:
         for tensor in output if isinstance(output, (tuple, list)) else (output,):
             is_float = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-            if is_float and not torch.isfinite(tensor).all():
+            if is_float and not tensor.detach().isfinite().all():  # nothing for autograd
                 raise NotFiniteError(
                     f"{name} ({type(module).__name__}) put out a value that is not finite"
                 )

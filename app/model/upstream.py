@@ -133,6 +133,7 @@ def apply_fixes() -> None:
         _no_environment_in_logs,
         _trainer_without_cuda,
         _strict_checkpoints,
+        _adapted_attention_by_keyword,
     ):
         fix()
 
@@ -407,3 +408,32 @@ def _strict_checkpoints() -> None:
         weights.load_into(model, Path(checkpoint_path))
 
     model_builder._load_checkpoint = load
+
+
+def _adapted_attention_by_keyword() -> None:
+    """encoder.py:189, decoder.py:164 and others call attention as `query=…`.
+
+    Around an attention that it adapts, PEFT takes the first argument by place alone (peft 0.21,
+    tuners/lora/layer.py, ParamWrapper). Mended here without importing peft, which takes 2 s.
+    """
+    from sam3.model.decoder import TransformerDecoderLayer
+    from sam3.model.encoder import TransformerEncoderLayer
+    from sam3.model.maskformer_segmentation import UniversalSegmentationHead
+
+    def by_place(_module: Any, args: Any, kwargs: Any) -> Any:
+        return (args or (kwargs.pop("query"),)), kwargs
+
+    def mend(cls: Any) -> None:
+        original = cls.forward
+
+        @functools.wraps(original)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            for child in self.children():
+                if type(child).__name__ == "ParamWrapper" and not child._forward_pre_hooks:
+                    child.register_forward_pre_hook(by_place, with_kwargs=True)
+            return original(self, *args, **kwargs)
+
+        cls.forward = forward
+
+    for cls in (TransformerEncoderLayer, TransformerDecoderLayer, UniversalSegmentationHead):
+        mend(cls)

@@ -7,12 +7,13 @@ does not fit is an error that names it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from sam3.model.sam3_image import Sam3Image
@@ -22,11 +23,13 @@ from app import __version__
 from app.config import ModelConfig, load_model_config, model_config, model_names
 from app.errors import UserError
 from app.files import atomic_path
+from app.model import adapters
 from app.model.build import build_model
 from app.model.upstream import COMMIT
 
 FILE = "model.safetensors"
 HUB = ("facebook/sam3", "sam3.pt")
+BASE = "SAM3_BASE"  # environment variable: the file of an adapter's base, where it was moved
 _HEADER = "sam3-finetuning"
 _PREFIX = "detector."
 # Parts of upstream's sam3.pt that an image model has no place for: the tracker and its neck.
@@ -37,7 +40,11 @@ _COMPUTED = ".freqs_cis"
 
 
 class Header(BaseModel):
-    """What the weights are: carried as JSON in the safetensors metadata."""
+    """What the weights are: carried as JSON in the safetensors metadata.
+
+    `threshold` is the score that maximised F1 on the validation images; None where nothing was
+    found on them, or from weights made before it was kept.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -45,11 +52,18 @@ class Header(BaseModel):
     prompts: list[str] = []
     pin: str = COMMIT
     data_hash: str = ""
+    threshold: float | None = Field(default=None, ge=0, le=1)
     version: str = __version__
 
 
 def save(model: Sam3Image, folder: Path, header: Header) -> Path:
-    """Write `folder/model.safetensors`, whole or not at all; returns the file's path."""
+    """Write `folder/model.safetensors`, or the adapter that the model holds; returns its path.
+
+    Each file is written whole or not at all.
+    """
+    metadata = {_HEADER: header.model_dump_json()}
+    if adapters.has_lora(model):
+        return adapters.save_lora(model, folder, metadata)
     state = {
         key: value.detach().contiguous().cpu()
         for key, value in model.state_dict().items()
@@ -57,7 +71,7 @@ def save(model: Sam3Image, folder: Path, header: Header) -> Path:
     }
     file = folder / FILE
     with atomic_path(file) as temporary:
-        save_file(state, temporary, metadata={_HEADER: header.model_dump_json()})
+        save_file(state, temporary, metadata=metadata)
     return file
 
 
@@ -70,8 +84,8 @@ def load(
     """Build the model that the checkpoint holds and load it, strictly.
 
     Args:
-        path: a weights folder or file: ours, upstream's `sam3.pt` (`detector.` prefix), or the
-            upstream trainer's `checkpoint.pt` (bare keys).
+        path: a weights folder or file: ours, an adapter, upstream's `sam3.pt` (`detector.`
+            prefix), or the upstream trainer's `checkpoint.pt` (bare keys).
         size: name of the size that is expected; None takes what the file says or fits.
         resolution: pixels, where it should differ from the one trained at.
 
@@ -84,14 +98,31 @@ def load(
         config = header.model.model_dump() | {"resolution": resolution}
         header = header.model_copy(update={"model": model_config(config, "--resolution")})
     model = build_model(header.model)
-    load_into(model, path)
+    load_into(model, path, merge=False)
     return model, header
+
+
+def merge(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
+    """Write an adapter and its base as one plain `folder/model.safetensors`."""
+    if find_file(path).name != adapters.FILE:
+        raise UserError(f"{path}: is no adapter (a folder with {adapters.FILE}); nothing to merge")
+    if (folder / FILE).exists() and not overwrite:
+        raise UserError(
+            f"--output-dir {folder}: holds {FILE} already. Replace it with --overwrite, or name "
+            "another folder."
+        )
+    model, header = load(path)
+    adapters.merge_lora(model)
+    return save(model, folder, header)
 
 
 def describe(path: Path, size: str | None = None) -> Header:
     """What a checkpoint is: its header, or the size that its keys and shapes fit."""
     file = find_file(path)
-    header = read_header(file) or Header(model=_identify(file, _read_state(file), size))
+    header = read_header(file)
+    if header is None and file.name == adapters.FILE:
+        header = describe(find_base(file.parent))
+    header = header or Header(model=_identify(file, _read_state(file), size))
     if size is not None and header.model.name != size:
         raise UserError(
             f"{file} holds a model of size '{header.model.name}', not '{size}'. "
@@ -100,22 +131,75 @@ def describe(path: Path, size: str | None = None) -> Header:
     return header
 
 
-def load_into(model: Sam3Image, path: Path) -> None:
-    """Load a checkpoint of any layout into a model that is already built, strictly."""
+def load_into(model: Sam3Image, path: Path, *, merge: bool = True) -> None:
+    """Load a checkpoint of any layout into a model that is already built, strictly.
+
+    Args:
+        model: where it holds an adapter, `path` is another state of that adapter.
+        merge: add an adapter to the weights, so that the model stays plain.
+    """
     file = find_file(path)
-    _load_state(model, _read_state(file), file)
+    if adapters.has_lora(model):
+        adapters.load_lora(model, file.parent)
+    elif file.name == adapters.FILE:
+        base = find_base(file.parent)
+        _load_state(model, _read_state(base), base)
+        adapters.load_lora(model, file.parent)
+        if merge:
+            adapters.merge_lora(model)
+    else:
+        _load_state(model, _read_state(file), file)
+
+
+def base_reference(file: Path) -> adapters.Base:
+    """How an adapter names the weights that it is trained on."""
+    published = file == cached_sam3()
+    reference = "/".join(HUB) if published else str(file.resolve())
+    return adapters.Base(reference, adapters.hash_file(file))
+
+
+def find_base(folder: Path) -> Path:
+    """The weights file that the adapter in `folder` belongs to, proved by its hash.
+
+    Looked for where the environment variable SAM3_BASE says, where it was when the adapter was
+    trained (from the adapter's folder, if that is not absolute), or on the hub.
+
+    Raises:
+        UserError: it is not there, or is another file; says which is wanted.
+    """
+    base = adapters.read_base(folder)
+    named = os.environ.get(BASE)
+    if named:
+        file = find_file(Path(named))
+    elif base.reference == "/".join(HUB):
+        file = published_sam3()
+    else:
+        file = folder / base.reference
+    wanted = f"the weights it was trained on, {base.reference} (sha256 {base.sha256[:16]}…)"
+    if not file.is_file():
+        raise UserError(f"{folder}: needs {wanted}; there is no {file}. Set {BASE}=FILE to them.")
+    if adapters.hash_file(file) != base.sha256:
+        raise UserError(f"{folder}: needs {wanted}; {file} is another. Set {BASE}=FILE to them.")
+    return file
 
 
 def find_file(path: Path) -> Path:
     """The weights file that a file or folder stands for."""
-    candidates = [path] if path.is_file() else [path / FILE, path / "checkpoint.pt"]
+    names = (FILE, adapters.FILE, "checkpoint.pt")
+    candidates = [path] if path.is_file() else [path / name for name in names]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
     if path.is_dir():
         inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise UserError(f"{path}: holds no {FILE} or checkpoint.pt; there is {inside}")
+        raise UserError(
+            f"{path}: holds no {FILE}, {adapters.FILE} or checkpoint.pt; there is {inside}"
+        )
     raise UserError(f"{path}: no such checkpoint (a file, or a folder with {FILE})")
+
+
+def is_adapter(path: Path) -> bool:
+    return find_file(path).name == adapters.FILE
 
 
 def read_header(path: Path) -> Header | None:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import random
+import os
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
 from sam3.model.sam3_image import Sam3Image
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
+from app.config import Config
 from app.errors import UserError
-from app.files import atomic_folder
+from app.files import atomic_folder, clear_up, read_json, write_json
 from app.model import weights
+from app.model.adapters import apply_lora
+from app.model.build import build_model
+from app.training import method
+from app.training.fingerprint import Fingerprint
+from app.training.loop import Loop
+from app.training.random_state import restore_random_state
 
 KEEP = 2  # newest checkpoints
+FLOAT_BYTES = 4
 
 
 @dataclass
@@ -26,14 +34,22 @@ class RunState:
     """How far a run has come.
 
     Attributes:
-        epoch: epochs that are done.
+        epoch: epochs that are done, validated where that was due.
+        updates: updates that are done, over all epochs.
+        loss_sum, images, seconds: of the updates of the epoch under way.
         best: the best value of the chosen metric so far; None before the first validation.
+        stale: validations in a row that did not better it.
         rows: the rows of metrics.csv.
         baseline: figures before training.
     """
 
     epoch: int = 0
+    updates: int = 0
+    loss_sum: float = 0.0
+    images: int = 0
+    seconds: float = 0.0
     best: float | None = None
+    stale: int = 0
     rows: list[dict[str, float]] = field(default_factory=list)
     baseline: dict[str, float] = field(default_factory=dict)
 
@@ -43,64 +59,139 @@ def save(
     state: RunState,
     model: Sam3Image,
     header: weights.Header,
-    optimizer: Optimizer,
-    scheduler: LRScheduler,
-) -> None:
-    """Write `folder/epoch-NNNN/`, whole or not at all, and drop all but the newest two."""
-    with atomic_folder(folder / f"epoch-{state.epoch:04d}") as temporary:
+    loop: Loop,
+    *,
+    fingerprint: Fingerprint,
+    random_states: Sequence[dict[str, Any]],
+) -> Path:
+    """Write `folder/update-NNNNNNNN/`, whole or not at all, and drop all but the newest two.
+
+    Args:
+        random_states: of each process, by its rank.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    _clear_up(folder)
+    checkpoint = path(folder, state)
+    with atomic_folder(checkpoint) as temporary:
         weights.save(model, temporary, header)
-        content = {
-            "run": vars(state),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-            "random": _random_state(),
-        }
-        torch.save(content, temporary / "state.pt")
-    for old in _epochs(folder)[:-KEEP]:
-        shutil.rmtree(old)
+        _write({**loop.state_dict(), "random": list(random_states)}, temporary / "state.pt")
+        content = {"state": asdict(state), "fingerprint": fingerprint}
+        write_json(temporary / "run.json", content)
+        for part in (temporary / "state.pt", temporary):  # the others are flushed already
+            _flush(part)
+    _flush(folder)
+    others = [old for old in _all(folder) if old != checkpoint]
+    drop_all_but(checkpoint, *others[1 - KEEP :])
+    return checkpoint
+
+
+def path(folder: Path, state: RunState) -> Path:
+    """The folder in `folder` of a checkpoint: the names' order is that of the updates."""
+    return folder / f"update-{state.updates:08d}"
+
+
+def drop_all_but(*kept: Path) -> None:
+    """Remove the other checkpoints beside these."""
+    for other in kept[0].parent.glob("update-*"):
+        if other not in kept:
+            (other / "state.pt").unlink(missing_ok=True)  # first: half of one is none
+            shutil.rmtree(other)
 
 
 def find_newest(folder: Path) -> Path | None:
     """The newest checkpoint in `folder`; None where a run was stopped before its first."""
-    epochs = _epochs(folder)
-    return epochs[-1] if epochs else None
+    _clear_up(folder)
+    found = _all(folder)
+    return found[-1] if found else None
 
 
-def restore(
-    checkpoint: Path, model: Sam3Image, optimizer: Optimizer, scheduler: LRScheduler
-) -> RunState:
-    """Load what `save` wrote into the parts of a run, random states included."""
-    weights.load_into(model, checkpoint)
+def read(checkpoint: Path) -> tuple[RunState, Fingerprint]:
+    """How far the run had come, and what it was."""
+    content = read_json(checkpoint / "run.json")
+    return RunState(**content["state"]), content["fingerprint"]
+
+
+def restore(checkpoint: Path, loop: Loop, rank: int) -> RunState:
+    """Load what `save` wrote, the random states of process `rank` included, but for the weights."""
     try:
         content = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(content["optimizer"])
-        scheduler.load_state_dict(content["scheduler"])
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        loop.load_state_dict(content)
+        restore_random_state(content["random"][rank])
+    except (OSError, RuntimeError, KeyError, ValueError, IndexError) as error:
         raise UserError(
             f"{checkpoint}: cannot be resumed with these settings ({error}). Resume with the "
-            "settings it was started with, or start anew from its weights with --checkpoint."
+            "settings it was started with, or take its weights alone: --resume=weights"
         ) from None
-    _restore_random_state(content["random"])
-    return RunState(**content["run"])
+    return read(checkpoint)[0]
 
 
-def _epochs(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("epoch-*") if (path / "state.pt").is_file())
+def check_space(folder: Path, config: Config) -> None:
+    """Two checkpoints must find room in `folder`: one is replaced only when the next is whole.
+
+    Raises:
+        UserError: with what is needed and what is free.
+    """
+    needed, free = 2 * checkpoint_bytes(config), shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"--output-dir {folder}: {free / 1e9:.2f} GB are free, and two checkpoints of this run "
+            f"take {needed / 1e9:.2f} GB. Free {(needed - free) / 1e9:.2f} GB, or name a folder on "
+            "another disk."
+        )
 
 
-def _random_state() -> dict[str, Any]:
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, np.asarray(keys).tolist(), position, has_gauss, gauss),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
-    }
+def checkpoint_bytes(config: Config) -> int:
+    """Size of a checkpoint: the model or its adapter once, AdamW's moments, an average."""
+    model, lora = build_model(config.model, device="meta"), config.method.lora
+    if lora is not None:
+        apply_lora(model, lora)
+    else:
+        method.freeze(model, config.method.freeze or [])
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    kept = trainable if lora is not None else sum(p.numel() for p in parameters)
+    copies = 2 if config.training.ema is None else 3
+    return FLOAT_BYTES * (kept + copies * trainable)
 
 
-def _restore_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state_all(state["cuda"])
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """A disk that fills up, or goes away, while a run writes to `folder`: said in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        newest = find_newest(folder / "checkpoints")
+        kept = f"The last checkpoint is whole: {newest}" if newest else "There is no checkpoint yet"
+        raise UserError(
+            f"--output-dir {folder}: could not be written ({error}). {kept}. Free "
+            "space on its disk, then go on with the same command and --resume."
+        ) from None
+
+
+def _write(content: dict[str, Any], file: Path) -> None:
+    """`torch.save`, whose errors do not say that a disk is full."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        free = shutil.disk_usage(file.parent).free / 1e9
+        raise OSError(f"{file.name} was cut short; {free:.2f} GB are free") from error
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("update-*") if (path / "state.pt").is_file())
+
+
+def _clear_up(folder: Path) -> None:
+    """Finish or remove what a killed `save` left, whichever checkpoint it was."""
+    for part in folder.glob(".update-*.part-*"):
+        clear_up(folder / part.name[1:].partition(".")[0])
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

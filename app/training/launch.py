@@ -7,8 +7,14 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from app.errors import UserError
+from app.training import signals
+
+SAVE_SECONDS = 600  # between a signal and the end: torchrun's own 30 do not save a large model
 
 
 def is_launched() -> bool:
@@ -22,10 +28,27 @@ def relaunch(processes: int, arguments: Sequence[str]) -> None:
     if 0 < gpus < processes:
         raise UserError(f"--num-gpus {processes}: this machine has {gpus}")
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *(f"--nproc-per-node={processes}", "-m", "app", *arguments),
+        *(sys.executable, "-m", "app.training.launch", "--standalone"),
+        f"--nproc-per-node={processes}",
+        f"--signals-to-handle={','.join(number.name for number in signals.SIGNALS)}",
+        f"--shutdown-timeout={SAVE_SECONDS}",
+        *("-m", "app", *arguments),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, command, environment)
+
+
+def main() -> None:
+    """torchrun, with the exit code of the process that failed first, or 143 after a signal."""
+    try:
+        torchrun.run(torchrun.parse_args(sys.argv[1:]))
+    except SignalException:
+        sys.exit(signals.EXIT_CODE)
+    except ChildFailedError as error:
+        sys.exit(error.get_first_failure()[1].exitcode)
+
+
+if __name__ == "__main__":
+    main()

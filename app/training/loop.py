@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -29,8 +30,12 @@ from app.config import Config, OptimConfig
 from app.datasets.queries import QueryDataset, collate
 from app.errors import UserError
 from app.model.device import choose_precision
-from app.model.guard import finite_outputs
+from app.model.guard import NotFiniteError, finite_outputs
+from app.training.ema import Average
+from app.training.method import set_training
+from app.training.random_state import random_state, restore_random_state
 from app.training.schedule import learning_rate_factor
+from app.training.signals import leave_to_parent
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,14 @@ class StepResult:
 class EpochSampler(Sampler[tuple[int, int]]):
     """(epoch, index) of this process's share of an epoch, in the seed's order.
 
-    The order is padded from its start so that every process has the same number of items.
+    The order is padded from its start so that every process has the same number of items. `first`
+    of them are left out: a resumed epoch has had them.
     """
 
     def __init__(self, length: int, seed: int, rank: int, processes: int) -> None:
         self.length, self.seed, self.rank, self.processes = length, seed, rank, processes
         self.epoch = 0
+        self.first = 0
 
     def __len__(self) -> int:
         return math.ceil(self.length / self.processes)
@@ -59,7 +66,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.length, generator=generator).tolist()
         padded = itertools.islice(itertools.cycle(order), len(self) * self.processes)
-        return ((self.epoch, i) for i in itertools.islice(padded, self.rank, None, self.processes))
+        start = self.rank + self.first * self.processes
+        return ((self.epoch, i) for i in itertools.islice(padded, start, None, self.processes))
 
 
 class _Items(TorchDataset):
@@ -112,6 +120,9 @@ class Loop:
             sampler=self.sampler,
             num_workers=workers,
             collate_fn=_collate,
+            worker_init_fn=leave_to_parent,
+            # Its own, or each epoch would draw from what dropout draws from, a resumed one twice.
+            generator=torch.Generator(),
             pin_memory=accelerator.device.type == "cuda",
         )
         optimizer = build_optimizer(model, config.optim, lr_scale)
@@ -121,18 +132,25 @@ class Loop:
             optimizer,
             lambda i: learning_rate_factor(min(i, total - 1), total, config.optim.schedule),
         )
+        decay = config.training.ema
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.average = None if decay is None else Average(model, decay)
+        self.random_before = random_state()  # the last update
+        self._paths = {image.id: image.path for image in data.dataset.images}
 
-    def run_epoch(self, epoch: int) -> Iterator[StepResult]:
-        """Train on every image once; yields after each update.
+    def run_epoch(self, epoch: int, first_update: int = 0) -> Iterator[StepResult]:
+        """Train on every image once, but for those of updates that are done; yields after each.
 
         Raises:
             UserError: images that cannot be decoded, each by its path.
+            NotFiniteError: a loss or gradient; names images and module. Nothing was updated.
         """
         self.sampler.epoch = epoch
-        self.model.train()
+        training = self.config.training
+        self.sampler.first = first_update * training.batch_size * training.grad_accum
+        set_training(self.accelerator.unwrap_model(self.model))
         batches = iter(self.loader)
-        while group := list(itertools.islice(batches, self.config.training.grad_accum)):
+        while group := list(itertools.islice(batches, training.grad_accum)):
             if bad := [batch for batch in group if isinstance(batch, UserError)]:
                 raise bad[0]
             yield self._update(group)
@@ -143,44 +161,105 @@ class Loop:
         The last group of an epoch may be shorter; it is still a mean. (Upstream adds the gradients
         up and never divides: trainer.py:963.)
         """
+        self.random_before = random_state()
+        try:
+            loss, norm = self._backward(group)
+        except (FloatingPointError, ValueError) as error:
+            if isinstance(error, ValueError) and "invalid numeric" not in str(error):
+                raise  # not the matcher's, whose costs were not finite
+            raise NotFiniteError(self._explain(group)) from None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        if self.average is not None:
+            self.average.update()
+        images = sum(len(batch.img_batch) for batch in group)
+        return StepResult(loss, norm, images)
+
+    def _backward(self, group: list[BatchedDatapoint]) -> tuple[float, float]:
+        """Mean loss of the batches, and the norm of their mean gradient before it was clipped."""
         total = 0.0
         for index, batch in enumerate(group):
             last = index == len(group) - 1
             context = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
             with context:
                 loss = self._loss(batch) / len(group)
-                self._check(loss)
+                _check_finite(loss)
                 self.accelerator.backward(loss)
             total += loss.item()
         norm = self.accelerator.clip_grad_norm_(
             self.model.parameters(), self.config.optim.max_grad_norm
         )
-        self._check(norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
-        images = sum(len(batch.img_batch) for batch in group)
-        return StepResult(total, float(norm), images)
+        _check_finite(norm)
+        return total, float(norm)
 
-    def _loss(self, batch: BatchedDatapoint) -> torch.Tensor:
+    def _explain(self, group: list[BatchedDatapoint]) -> str:
+        """Where it first was not finite, in which images; all is then as before the update."""
+        self.optimizer.zero_grad(set_to_none=True)
+        restore_random_state(self.random_before)
+        where = self._first_fault(group)
+        self.optimizer.zero_grad(set_to_none=True)
+        restore_random_state(self.random_before)
+        ids = [id for batch in group for id in batch.find_metadatas[0].coco_image_id.tolist()]
+        images = ", ".join(str(self._paths[id]) for id in dict.fromkeys(ids))
+        return (
+            f"The loss or its gradient is not finite: {where}; with the images {images}. "
+            "The weights were not updated. A lower --lr often mends it."
+        )
+
+    def _first_fault(self, group: list[BatchedDatapoint]) -> str:
+        """The batches once more, each module and each gradient watched."""
+        faults: list[str] = []
+
+        def watch(name: str, gradient: torch.Tensor) -> None:
+            if not gradient.isfinite().all():
+                faults.append(f"the gradient of {name} is the first that is not")
+
+        module = self.accelerator.unwrap_model(self.model)
+        hooks = [
+            parameter.register_hook(functools.partial(watch, name))
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        ]
+        try:
+            for batch in group:
+                self._loss(batch, watched=True).backward()
+        except NotFiniteError as error:
+            return str(error)
+        except ValueError as error:  # the matcher's again
+            faults.append(str(error))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return faults[0] if faults else "no module's output and no gradient alone"
+
+    def _loss(self, batch: BatchedDatapoint, *, watched: bool = False) -> torch.Tensor:
         batch = copy_data_to_device(batch, self.accelerator.device, non_blocking=True)
         module = self.accelerator.unwrap_model(self.model)
-        guard = finite_outputs(module, enabled=self.config.training.check_finite)
+        guard = finite_outputs(module, enabled=watched or self.config.training.check_finite)
         # Not accelerate's: its conversion of outputs to float32 cannot rebuild a SAM3Output.
         autocast = torch.autocast(
             self.accelerator.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16
         )
         with guard, autocast:
-            outputs = self.model(batch)
+            outputs = module(batch) if watched else self.model(batch)  # DDP would wait for others
             targets = [module.back_convert(target) for target in batch.find_targets]
             return self.criterion(outputs, targets)["core_loss"]
 
-    def _check(self, value: torch.Tensor) -> None:
-        if not torch.isfinite(value):
-            raise FloatingPointError(
-                "The loss or its gradient is not finite; the weights were not updated. "
-                "training.check_finite=true names the first module; a lower --lr often mends it."
-            )
+    def state_dict(self) -> dict[str, Any]:
+        """Of all that an update changes, but for the weights."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "average": self.average.state_dict() if self.average is not None else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set what `state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
 
     @property
     def learning_rate(self) -> float:
@@ -188,8 +267,17 @@ class Loop:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
 
+def _check_finite(value: torch.Tensor) -> None:
+    if not torch.isfinite(value):
+        raise FloatingPointError
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> Optimizer:
-    """AdamW with upstream's groups: three learning rates, layer decay, no decay of biases."""
+    """AdamW with upstream's groups: three learning rates, layer decay, no decay of biases.
+
+    What is frozen is in none of them. It is taken out afterwards: upstream asserts that its groups
+    cover all parameters, and that each of its patterns matches (optimizer.py:183, 241).
+    """
     parts = OmegaConf.create(
         {
             "optimizer": config.optimizer,
@@ -203,6 +291,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> O
     ).optimizer
     for group in optimizer.param_groups:
         group["lr"] *= lr_scale
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
     return optimizer
 
 

@@ -22,26 +22,30 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sam3.model.sam3_image import Sam3Image
 
-from app.config import Config, to_yaml
+from app.config import Config, Resume, to_yaml
 from app.datasets import sources
 from app.datasets.build import Splits, load_splits, many_classes
 from app.datasets.coco import Dataset
 from app.datasets.images import decoding_problems
 from app.datasets.prompts import name_classes, nouns_beside, read_prompts
 from app.datasets.queries import PromptChoice, QueryDataset
-from app.errors import UserError, nearest
-from app.evaluation import report
-from app.evaluation.validate import validate
+from app.errors import UserError
+from app.evaluation import record, report
+from app.evaluation.record import Record
+from app.evaluation.report_page import write_report
 from app.files import write_json, write_text
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, count_parameters
 from app.model.device import choose_device, choose_precision
 from app.model.upstream import COMMIT
-from app.progress import duration, progress
-from app.training import checkpoints
+from app.progress import duration
+from app.training import checkpoints, method
 from app.training.checkpoints import RunState
+from app.training.fingerprint import are_comparable, check_same, fingerprint
 from app.training.loop import Loop, build_accelerator
+from app.training.session import Figures, Session, metric_name, score, summary
+from app.training.signals import StopRequest
 from app.training.tracking import Tracker
 from app.training.warm_start import warm_start
 
@@ -50,10 +54,10 @@ log = logging.getLogger("app")
 # What a run leaves in its folder; --overwrite removes these and nothing else.
 LEAVES = (
     *("config.yaml", "config_resolved.yaml", "environment.json", "train.log", "metrics.csv"),
-    *("metrics.json", "weights", "checkpoints", "predictions", "plots", "tensorboard"),
+    *("metrics.json", "metrics_by_class.csv", "report.html", "weights", "checkpoints"),
+    *("predictions", "plots", "tensorboard"),
     *("dataset", "dumps", "logs"),  # of upstream's Trainer
 )
-Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,27 @@ class Outcome:
     figures: Figures
 
 
-def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = False) -> Outcome:
+def train(
+    config: Config,
+    splits: Splits,
+    start: Path | None,
+    *,
+    resume: Resume | None = None,
+    stop: StopRequest | None = None,
+) -> Outcome:
     """Fine-tune, validate after each epoch, save; `LEAVES` is what the folder then holds.
 
     Args:
         config: the whole of it, checked.
         splits: the images to train on and to validate on.
         start: weights to start from; None for random ones.
-        resume: go on from the newest checkpoint in the output folder.
+        resume: go on from the newest checkpoint in the output folder; "weights": from its weights.
+        stop: what signals ask for.
+
+    Raises:
+        Stopped: by a signal; the state is saved.
+        FloatingPointError: a loss or gradient is not finite; the state before is saved.
+        UserError: the disk is full; the last checkpoint is whole.
     """
     begun = time.monotonic()
     device = choose_device(config.training.device)
@@ -85,95 +102,120 @@ def train(config: Config, splits: Splits, start: Path | None, *, resume: bool = 
         log.info("nothing was saved yet in %s: from the beginning", folder)
     set_seed(config.seed)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
-    if start is not None:
-        weights.load_into(model, start)
-    elif config.training.warm_start.method == "pixels" and newest is None:
+    adapts = config.method.lora is not None
+    onto_base = adapts and newest is not None and weights.is_adapter(newest)
+    begin = start if newest is None or onto_base else weights.find_file(newest)
+    if begin is not None:
+        weights.load_into(model, begin)
+    elif config.training.warm_start.method == "pixels":
         model.to(device)
         warm_start(model, config.model, splits.train, config.training.warm_start, config.seed)
-    header = weights.Header(
-        model=config.model,
-        prompts=splits.train.class_names,
-        data_hash=splits.train.content_hash(),
+    method.prepare(model, config.method, begin if adapts else start)
+    if onto_base and newest is not None:
+        weights.load_into(model, newest)
+    new = start is None or adapts  # what is trained has learnt nothing yet
+    lr_scale = config.optim.lr_scale or (1.0 if new else 0.1)
+    session = Session(
+        config,
+        model,
+        Loop(config, model, query_dataset(config, splits.train), accelerator, lr_scale=lr_scale),
+        accelerator,
+        valid=splits.valid,
+        header=weights.Header(
+            model=config.model,
+            prompts=splits.train.class_names,
+            data_hash=splits.train.content_hash(),
+        ),
+        fingerprint=fingerprint(config, splits, accelerator.num_processes),
+        precision=precision,
+        tracker=Tracker(folder) if main else None,
+        stop=stop or StopRequest(),
     )
-    lr_scale = config.optim.lr_scale or (1.0 if start is None else 0.1)
-    data = query_dataset(config, splits.train)
-    loop = Loop(config, model, data, accelerator, lr_scale=lr_scale)
-    state = RunState()
     if newest is not None:
-        state = checkpoints.restore(newest, model, loop.optimizer, loop.scheduler)
-        log.info("resumed from %s, after epoch %d", newest, state.epoch)
+        _go_on(session, newest, resume)
     if main:
         _describe(config, model, splits, accelerator, precision, lr_scale)
-
-    tracker = Tracker(folder) if main else None
-
-    def score(title: str) -> tuple[Figures, list[dict[str, Any]]]:
-        return _validate(Predictor(model, config.model, precision), splits.valid, config, title)
-
-    def save_checkpoint() -> None:
-        checkpoints.save(
-            folder / "checkpoints", state, model, header, loop.optimizer, loop.scheduler
-        )
-
-    if main and not state.baseline:
-        state.baseline, _ = score("before training")
-        log.info("before training: %s", _summary(state.baseline))
-        if config.training.warm_start.method != "none":
-            save_checkpoint()
-    for epoch in range(state.epoch, config.training.epochs):
-        row = _train_epoch(loop, epoch, config)
-        state.epoch = epoch + 1
-        if main:
-            assert tracker is not None
-            if _is_due(state.epoch, config.evaluation.every, config):
-                row |= score(f"epoch {state.epoch}")[0]
-                _keep_best(state, row, model, header, config)
-            state.rows.append(row)
-            log.info("epoch %d/%d: %s", state.epoch, config.training.epochs, _summary(row))
-            tracker.log_epoch(state.rows)
-            if _is_due(state.epoch, config.training.save_every, config):
-                weights.save(model, folder / "weights" / "last", header)
-                save_checkpoint()
-        accelerator.wait_for_everyone()
+    session.run()
+    state = session.state
     figures: Figures = {}
-    if main:
-        assert tracker is not None
-        figures = _finish(config, splits.valid, state, precision, device)
-        tracker.finish(_all_figures(figures, state, time.monotonic() - begun))
+    if session.tracker is not None:
+        with checkpoints.disk_errors(folder):
+            figures = _finish(config, splits.valid, state, precision, device)
+            session.tracker.finish(_all_figures(figures, state, time.monotonic() - begun))
         log.info(
-            "done in %s; figures in %s", duration(time.monotonic() - begun), folder / "metrics.json"
+            "done in %s; figures in %s, report in %s",
+            duration(time.monotonic() - begun),
+            folder / "metrics.json",
+            write_report(folder),
         )
         say_where(folder / "weights" / "best", splits)
     accelerator.end_training()
     return Outcome(folder, figures)
 
 
+def _go_on(session: Session, newest: Path, resume: Resume | None) -> None:
+    """From the newest checkpoint: all of it, or its weights alone."""
+    if resume == "weights":
+        before, then = checkpoints.read(newest)
+        if are_comparable(then, session.fingerprint):
+            session.state.best = before.best
+        session.save()
+        session.accelerator.wait_for_everyone()
+        if session.accelerator.is_main_process:
+            checkpoints.drop_all_but(checkpoints.path(newest.parent, session.state))
+        log.info("from the weights of %s; the schedule starts anew", newest)
+        return
+    session.restore(newest)
+    state = session.state
+    log.info("resumed from %s, after epoch %d, update %d", newest, state.epoch, state.updates)
+
+
+def check_resume(config: Config, splits: Splits, resume: Resume, processes: int) -> None:
+    """Refuse to go on from a checkpoint of another run."""
+    newest = checkpoints.find_newest(Path(config.output_dir) / "checkpoints")
+    if newest is not None and resume != "weights":
+        then = checkpoints.read(newest)[1]
+        check_same(newest, then, fingerprint(config, splits, processes))
+
+
 def evaluate(config: Config, splits: Splits, start: Path | None) -> Outcome:
-    """Score weights on the validation split, without training."""
+    """Score weights on the split `evaluation.split`, without training."""
+    dataset = choose_split(config, splits)
     device = choose_device(config.training.device)
     precision = choose_precision(config.training.precision, device, config.model)
     set_seed(config.seed)
     model = build_model(config.model)
     if start is not None:
-        weights.load_into(model, start)
+        weights.load_into(model, start, merge=False)
     predictor = Predictor(model.to(device), config.model, precision)
-    figures, results = _validate(predictor, splits.valid, config, "validation")
+    scored = score(predictor, dataset, config, config.evaluation.split)
     folder = Path(config.output_dir)
-    _write_predictions(folder, splits.valid, results, config)
-    write_json(folder / "metrics.json", figures)
-    log.info("%s", _summary(figures))
-    log.info("figures: %s", folder / "metrics.json")
-    return Outcome(folder, figures)
+    _write_predictions(folder, dataset, scored.results, config, config.evaluation.split)
+    write_json(folder / "metrics.json", scored.figures)
+    log.info("%s", summary(scored.figures))
+    log.info("figures: %s; report: %s", folder / "metrics.json", write_report(folder))
+    return Outcome(folder, scored.figures)
 
 
-def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+def choose_split(config: Config, splits: Splits) -> Dataset:
+    """The split `evaluation.split`; raises UserError where the dataset has none."""
+    name = config.evaluation.split
+    dataset: Dataset | None = getattr(splits, name)
+    if dataset is None:
+        raise UserError(
+            f"evaluation.split={name}: the dataset has no {name} split; there are train and valid"
+        )
+    return dataset
+
+
+def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> None:
     """Make the output folder ready, or refuse: nothing is overwritten unasked."""
     present = [name for name in LEAVES if (folder / name).exists()]
     if present and overwrite:
         for name in present:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif resume and not present:
+    elif resume in ("all", "weights") and not present:
         raise UserError(
             f"--resume: no run in {folder}. Give --output-dir of the run to resume, or leave out "
             "--resume to start one."
@@ -183,6 +225,8 @@ def prepare_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"--output-dir {folder}: holds a run already ({', '.join(present[:3])}, …). "
             "Go on with --resume, replace it with --overwrite, or name another folder."
         )
+    for killed in folder.glob("weights/*/.model.safetensors.*"):
+        killed.unlink()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
@@ -201,7 +245,7 @@ def write_settings(folder: Path, config: Config, overrides: Sequence[str]) -> No
     """config.yaml (what was asked for), config_resolved.yaml (all of it), environment.json."""
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.from_dotlist(list(overrides))))
     write_text(folder / "config_resolved.yaml", to_yaml(config))
-    packages = ("torch", "torchvision", "sam3", "accelerate", "hotcoco", "numpy")
+    packages = ("torch", "torchvision", "sam3", "accelerate", "peft", "hotcoco", "numpy")
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -254,8 +298,9 @@ def query_dataset(config: Config, dataset: Dataset) -> QueryDataset:
     choice = PromptChoice(
         most=settings.max_prompts,
         negatives=settings.negatives,
+        foreign=settings.foreign,
         near_misses=tuple(settings.near_misses),
-        nouns=tuple(nouns_beside(names)) if settings.nouns else (),
+        nouns=tuple(nouns_beside(names)),
     )
     transforms = [instantiate(node) for node in config.transforms.train]
     return QueryDataset(dataset, transforms, seed=config.seed, choice=choice)
@@ -293,6 +338,7 @@ def _describe(
         str(precision).removeprefix("torch."),
         accelerator.num_processes,
     )
+    method.describe(model, config.method.name)
     log.info(
         "data: %d training and %d validation images; classes: %s",
         len(splits.train.images),
@@ -307,65 +353,6 @@ def _describe(
     )
 
 
-def _train_epoch(loop: Loop, epoch: int, config: Config) -> Figures:
-    begun = time.monotonic()
-    losses: list[float] = []
-    images = 0
-    total = loop.updates_per_epoch * config.training.epochs
-    done = loop.updates_per_epoch * epoch
-    with progress(f"epoch {epoch + 1}/{config.training.epochs}: update", total, done) as advance:
-        for step in loop.run_epoch(epoch):
-            losses.append(step.loss)
-            images += step.images
-            advance(done + len(losses), f"loss {step.loss:.3g}")
-    seconds = time.monotonic() - begun
-    return {
-        "epoch": epoch + 1,
-        "train/loss": sum(losses) / len(losses),
-        "train/learning_rate": loop.learning_rate,
-        "train/seconds_per_update": seconds / len(losses),
-        "train/images_per_second": images / seconds,
-    }
-
-
-def _is_due(epoch: int, every: int, config: Config) -> bool:
-    return epoch % every == 0 or epoch == config.training.epochs
-
-
-def _validate(
-    predictor: Predictor, dataset: Dataset, config: Config, title: str
-) -> tuple[Figures, list[dict[str, Any]]]:
-    with progress(f"{title}: image", len(dataset.images)) as advance:
-        return validate(
-            predictor,
-            dataset,
-            max_detections=config.evaluation.max_detections,
-            on_image=lambda done, _: advance(done, ""),
-        )
-
-
-def _keep_best(
-    state: RunState, row: Figures, model: Sam3Image, header: weights.Header, config: Config
-) -> None:
-    """Save `weights/best` when the chosen figure improves; at equal figures the later one stays."""
-    value = row[_metric(row, config)]
-    if state.best is None or value >= state.best:
-        state.best = value
-        weights.save(model, Path(config.output_dir) / "weights" / "best", header)
-
-
-def _metric(figures: Figures, config: Config) -> str:
-    name = config.evaluation.metric
-    if name == "auto":
-        return "segm/AP" if "segm/AP" in figures else "bbox/AP"
-    if name not in figures:
-        raise UserError(
-            f"evaluation.metric={name}: validation gives no such figure; it gives "
-            f"{', '.join(figures)}.{nearest(name, figures)}"
-        )
-    return name
-
-
 def _finish(
     config: Config, dataset: Dataset, state: RunState, precision: torch.dtype, device: torch.device
 ) -> Figures:
@@ -373,21 +360,22 @@ def _finish(
     folder = Path(config.output_dir)
     best, header = weights.load(folder / "weights" / "best")
     predictor = Predictor(best.to(device), header.model, precision)
-    figures, results = _validate(predictor, dataset, config, "best weights, reloaded")
-    again = figures[_metric(figures, config)]
+    scored = score(predictor, dataset, config, "best weights, reloaded")
+    again = scored.figures[metric_name(scored.figures, config)]
     # Kernels on CUDA add in any order; on a CPU the figures are the same to the bit.
     tolerance = 0.0 if device.type == "cpu" else 0.005
     if state.best is None or abs(again - state.best) > tolerance:
         raise RuntimeError(f"weights/best reloaded give {again}, and gave {state.best} when saved")
-    _write_predictions(folder, dataset, results, config)
+    _write_predictions(folder, dataset, scored.results, config, "valid")
     report.plot_curves(state.rows, folder / "plots")
-    return figures
+    return scored.figures
 
 
 def _write_predictions(
-    folder: Path, dataset: Dataset, results: list[dict[str, Any]], config: Config
+    folder: Path, dataset: Dataset, results: list[dict[str, Any]], config: Config, split: str
 ) -> None:
-    write_json(folder / "predictions" / "valid.json", results)
+    """What the figures stand on: the results, and the truth that they were scored against."""
+    record.write(folder, Record(split, dataset, results))
     report.draw_comparisons(
         dataset,
         results,
@@ -407,17 +395,6 @@ def _all_figures(best: Figures, state: RunState, seconds: float) -> dict[str, fl
         "epochs": state.epoch,
         "seconds": round(seconds, 1),
     }
-
-
-def _summary(figures: Figures) -> str:
-    names = {
-        "train/loss": "loss",
-        "bbox/AP": "box AP",
-        "bbox/AP50": "box AP50",
-        "segm/AP": "mask AP",
-        "segm/AP50": "mask AP50",
-    }
-    return ", ".join(f"{n} {figures[key]:.3f}" for key, n in names.items() if key in figures)
 
 
 def say_where(weights_folder: Path, splits: Splits) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from app.config import (
     Config,
+    Resume,
     load_config,
     load_model_config,
     model_names,
@@ -21,8 +22,10 @@ from app.config import (
 )
 from app.errors import UserError, nearest
 from app.model import weights
+from app.model.carried import carried_nano
 from app.model.device import choose_device
-from app.training import launch, run, upstream_trainer
+from app.training import checkpoints, launch, method, run, upstream_trainer
+from app.training.signals import StopRequest
 
 log = logging.getLogger("app")
 
@@ -36,8 +39,9 @@ def start(
     lr: float | None,
     base_config: bool,
     eval_only: bool,
-    resume: bool,
+    resume: Resume | None,
     overwrite: bool,
+    stop: StopRequest,
 ) -> None:
     """Check everything that can be checked, then train, score, or hand over to upstream.
 
@@ -66,20 +70,29 @@ def start(
     if config.training.num_gpus > 1 and not launch.is_launched() and not eval_only:
         launch.relaunch(config.training.num_gpus, sys.argv[1:])
     choose_device(config.training.device)
-    splits = run.read_splits(config)
     if not eval_only:
+        method.check(config, weights_file)
+    splits = run.read_splits(config)
+    if eval_only:
+        run.choose_split(config, splits)
+    else:
         run.check_masks(config, splits.train)
     folder = Path(config.output_dir)
+    if resume:
+        run.check_resume(config, splits, resume, int(os.environ.get("WORLD_SIZE", "1")))
     if os.environ.get("RANK", "0") == "0":
         run.prepare_folder(folder, resume=resume, overwrite=overwrite)
+        if not eval_only:
+            checkpoints.check_space(folder, config)
         run.write_settings(folder, config, overrides)
+        logging.raiseExceptions = False  # a full disk is told once, not by each line of the log
         log.addHandler(logging.FileHandler(folder / "train.log", encoding="utf-8"))
     else:
         log.setLevel(logging.WARNING)
     if eval_only:
         run.evaluate(config, splits, weights_file)
     else:
-        run.train(config, splits, weights_file, resume=resume)
+        run.train(config, splits, weights_file, resume=resume, stop=stop)
 
 
 def configure(
@@ -149,5 +162,8 @@ def _default_weights(size: str, *, random: bool) -> tuple[str, Path | None]:
         return size, None
     if size == "sam3":
         return size, weights.published_sam3()
+    if size == "nano" and (nano := carried_nano()) is not None:
+        log.info("weights: %s (the project's own; --checkpoint none for random ones)", nano)
+        return size, weights.find_file(nano)
     log.info("weights: random; size %s has no published ones (--checkpoint names yours)", size)
     return size, None

@@ -25,6 +25,7 @@ from sam3.train.utils.train_utils import register_omegaconf_resolvers
 from app.config import (
     CONFIGS,
     ModelConfig,
+    Resume,
     check_targets,
     load_config,
     load_model_config,
@@ -71,7 +72,7 @@ def start(
     size: str,
     lr: float | None,
     eval_only: bool,
-    resume: bool,
+    resume: Resume | None,
     overwrite: bool,
 ) -> None:
     """Train by upstream's Trainer; leaves `weights/last` beside upstream's own files.
@@ -79,6 +80,8 @@ def start(
     Raises:
         UserError: whatever the user must mend, before anything is written.
     """
+    if resume == "weights":
+        raise UserError("--resume=weights: upstream's Trainer cannot; give --checkpoint")
     flags = dict(text.partition("=")[::2] for text in overrides)
     config = prepare(file, flags, size, lr)
     config.trainer.mode = "val" if eval_only else config.trainer.mode

@@ -1,7 +1,8 @@
-"""A start for a SAM 3 without pretrained weights: its trunk learns what pixels show, alone.
+"""A start for a SAM 3 without pretrained weights: pixels and words are told apart first.
 
 From random weights the detector has nothing to attend to and learns for thousands of steps that
-everything looks alike; after some minutes of classifying pixels it starts with features.
+everything looks alike; after some minutes of classifying pixels its trunk has features, and its
+text encoder puts each class where the pixels of that class are.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from app.datasets.images import open_image
 from app.progress import progress
 
 log = logging.getLogger("app")
+ENCODED = 2  # the level of the neck that the detector's encoder reads: one cell a patch
 ANCHOR_SIDE = 0.25  # of the image: width and height of the first boxes
 Floats = NDArray[np.float32]
 
@@ -34,10 +36,12 @@ Floats = NDArray[np.float32]
 def warm_start(
     model: Sam3Image, size: ModelConfig, dataset: Dataset, config: WarmStartConfig, seed: int
 ) -> float:
-    """Train the trunk to classify pixels with a linear head, which is then dropped.
+    """Train trunk and text encoder to classify pixels, with heads that are then dropped.
 
     A cell (patch) has two targets: the share of it that each class covers, and which of its pixels
-    are covered at all. The decoder's anchors are laid on a grid.
+    are covered at all. A linear head tells both from the trunk; and the share is told a second time
+    by how near a class's words are to the cell, as SigLIP has it (arXiv 2303.15343, equation 1).
+    The decoder's anchors are laid on a grid.
 
     Args:
         model: trained in place, on its own device.
@@ -48,32 +52,56 @@ def warm_start(
         Share of the pixels of the last batch of which it is told right whether they are covered.
     """
     lay_anchors(model.transformer.decoder.reference_points.weight)
-    trunk = model.backbone.vision_backbone.trunk.train()
-    classes, cell = len(dataset.categories), size.vision.patch_size**2
-    device = next(trunk.parameters()).device
+    vision, names = model.backbone.train().vision_backbone, dataset.class_names
+    classes, cell = len(names), size.vision.patch_size**2
+    device = next(model.parameters()).device
     head = nn.Conv2d(size.vision.embed_dim, classes + cell, 1).to(device)
-    parameters = [*trunk.parameters(), *head.parameters()]
+    scale, bias = (nn.Parameter(torch.tensor(x, device=device)) for x in (math.log(10), -5.0))
+    trained = [vision.trunk, vision.convs[ENCODED], model.backbone.language_backbone, head]
+    parameters = [scale, bias, *(p for part in trained for p in part.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, fused=True)
     scheduler = LinearLR(optimizer, 1.0, 0.05, total_iters=config.steps)
-    right = 0.0
+    right = named = 0.0
     with progress("warm start: step", config.steps) as advance:
         for step, batch in enumerate(batches(dataset, size, config, seed), 1):
             pixels, shares, covered = (tensor.to(device) for tensor in batch)
-            scores = head(trunk(pixels)[-1].float())  # (B, classes + cell, g, g)
-            loss = F.binary_cross_entropy_with_logits(scores[:, :classes], shares)
-            # Few of many classes are in a cell: summed, not averaged, they weigh as the pixels do.
-            loss = classes * loss + F.binary_cross_entropy_with_logits(scores[:, classes:], covered)
+            features = vision.trunk(pixels)[-1]
+            scores = head(features.float())  # (B, classes + cell, g, g)
+            nearness = _nearness(model, vision.convs[ENCODED](features), names)
+            loss = F.binary_cross_entropy_with_logits(scores[:, classes:], covered)
+            for told in (scores[:, :classes], nearness * scale.exp() + bias):
+                # Few of many classes are in a cell: summed, they weigh as much as its pixels do.
+                loss = loss + classes * F.binary_cross_entropy_with_logits(told, shares)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
             right = float(((scores[:, classes:] > 0) == (covered > 0.5)).float().mean())
-            advance(step, f"loss {loss.item():.3g}, {right:.1%} of pixels right")
+            named = _named_right(nearness, shares)
+            advance(step, f"loss {loss.item():.3g}, pixels right {right:.1%}, names {named:.1%}")
     log.info(
-        "warm start: %d steps, ground told from objects at %.1f %% of pixels", step, 100 * right
+        "warm start: %d steps; ground told from objects at %.1f %% of pixels, objects named right "
+        "in %.1f %% of cells",
+        *(step, 100 * right, 100 * named),
     )
     return right
+
+
+def _named_right(nearness: Tensor, shares: Tensor) -> float:
+    """Of the cells that lie in an object, how many are nearest to a name of its."""
+    top = shares.gather(1, nearness.argmax(dim=1, keepdim=True))[:, 0]  # (B, g, g)
+    inside = shares.amax(dim=1) > 0.8
+    return float((top > 0.8)[inside].float().mean()) if inside.any() else 0.0
+
+
+def _nearness(model: Sam3Image, cells: Tensor, names: list[str]) -> Tensor:
+    """(B, classes, g, g): cosines of cells (B, d, g, g) and names, each the mean of its tokens."""
+    text = model.backbone.forward_text(names, device=cells.device)
+    tokens = text["language_features"]  # (L, classes, d)
+    inside = (~text["language_mask"]).T[..., None]  # (L, classes, 1)
+    pooled = (tokens * inside).sum(dim=0) / inside.sum(dim=0)
+    return torch.einsum("bdhw,kd->bkhw", F.normalize(cells, dim=1), F.normalize(pooled, dim=1))
 
 
 @torch.no_grad()

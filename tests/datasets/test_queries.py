@@ -110,7 +110,7 @@ def test_negatives_are_kept_for_what_the_image_lacks(dataset: Dataset) -> None:
 
 
 def test_negatives_have_no_object(dataset: Dataset) -> None:
-    choice = PromptChoice(negatives=1, nouns=("yak",))
+    choice = PromptChoice(negatives=1, foreign=0.9, nouns=("yak",))
     items = QueryDataset(dataset, _transforms(), choice=choice, seed=0)
     asked = [q for epoch in range(8) for q in items[(epoch, 0)].find_queries]
     nouns = [q for q in asked if q.query_text == "yak"]
@@ -118,6 +118,19 @@ def test_negatives_have_no_object(dataset: Dataset) -> None:
     assert not any(q.object_ids_output or q.semantic_target.any() for q in nouns)
     batch = collate([items[(epoch, 0)] for epoch in range(8)])
     assert "yak" in batch.find_text_batch
+
+
+def test_absent_classes_are_asked_as_often_as_others_are_shown_them(dataset) -> None:
+    """Or a word that is rarely right would be known for wrong without a look at the image."""
+    image, common = dataset.images[0], Category(1, "common")
+    base = next(a for a in dataset.annotations if a.image_id == image.id)
+    others = [replace(image, id=100 + i) for i in range(29)]
+    shown = [replace(base, id=i, image_id=o.id, category_id=1) for i, o in enumerate(others, 1)]
+    rare = tuple(Category(i, f"rare {i}") for i in range(2, 12))
+    data = Dataset((image, *others), tuple(shown), (common, *rare))
+    asked = _asked(data, PromptChoice(most=1, negatives=1, foreign=0), 200)
+    share = sum(prompts == ["common"] for prompts in asked) / 200
+    assert share == pytest.approx(30 / 40, abs=0.1)
 
 
 def test_an_absent_class_takes_the_place_of_a_present_one_where_room_is_short(dataset) -> None:

@@ -16,11 +16,13 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as mask_utils
+from safetensors.torch import load_file, save_file
 
 from app.inference import Detections
 from app.inference import folder as folder_module
 from app.inference.masks import place
 from app.inference.settings import Settings
+from app.model import weights
 
 
 def _visible(folder: Path) -> list[str]:
@@ -384,3 +386,32 @@ def test_many_images_take_no_more_memory_than_few(command, words, images, tmp_pa
         assert done.code == 0, done.err
         sizes.append(process.memory_info().rss)
     assert sizes[2] - sizes[1] < 40e6
+
+
+def test_the_weights_own_threshold(command, tiny_run: Path, images: Path, tmp_path: Path) -> None:
+    """Used where none is given, said, and 0.5 for weights without one."""
+    state = load_file(tiny_run / "weights" / "best" / "model.safetensors")
+    header = weights.read_header(tiny_run / "weights" / "best")
+    assert header is not None
+    found = {}
+    for name, threshold, words in (
+        ("own", 0.0, ()),
+        ("none", None, ()),
+        ("given", 0.0, ("--threshold", 1)),
+    ):
+        content = header.model_copy(update={"threshold": threshold}).model_dump_json()
+        file = tmp_path / f"{name}.safetensors"
+        save_file(state, file, metadata={"sam3-finetuning": content})
+        done = command(
+            *("infer", "--checkpoint", file, "--input", images / "a.png", "--prompt", "circle"),
+            *("--output-dir", tmp_path / name, *words),
+        )
+        assert done.code == 0, done.err
+        said = [line for line in done.out.splitlines() if line.startswith("threshold: ")]
+        results = json.loads((tmp_path / name / "predictions.json").read_text())
+        found[name] = said, len(results), min([r["score"] for r in results], default=1.0)
+    said = ["threshold: 0.000, the best on the validation images (--threshold decides by hand)"]
+    assert found["own"][:2] == (said, header.model.num_queries)
+    assert found["none"][0] == ["threshold: 0.5 (--threshold decides by hand)"]
+    assert found["none"][2] > 0.5
+    assert found["given"][:2] == ([], 0)

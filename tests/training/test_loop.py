@@ -112,6 +112,42 @@ def test_the_guard_names_the_module(shapes: Path) -> None:
         loop._update([collate([data[0]])])
 
 
+def test_the_guard_leaves_a_sound_step_alone(shapes: Path) -> None:
+    """Activation checkpointing recomputes without it, and must find the same tensors."""
+    losses = []
+    for enabled in ("true", "false"):
+        loop, data = _loop(shapes, f"training.check_finite={enabled}")
+        loop.model.train()
+        torch.manual_seed(7)
+        losses.append(loop._update([collate([data[0]])]).loss)
+    assert losses[0] == losses[1]
+
+
+def test_the_sampler_goes_on_from_a_position() -> None:
+    for rank in range(3):
+        sampler = EpochSampler(10, seed=1, rank=rank, processes=3)
+        whole = list(sampler)
+        sampler.first = 2
+        assert list(sampler) == whole[2:]
+
+
+def test_the_average_follows_the_weights(shapes: Path) -> None:
+    loop, data = _loop(shapes, "training.ema=0.9")
+    assert loop.average is not None
+    loop.model.train()
+    weight = loop.model.transformer.decoder.norm.weight
+    before = expected = weight.detach().clone()
+    for update in range(1, 4):
+        loop._update([collate([data[0]])])
+        decay = min(0.9, update / (10 + update))
+        expected = decay * expected + (1 - decay) * weight.detach()
+    raw = weight.detach().clone()
+    with loop.average.in_place():
+        assert torch.allclose(weight, expected, atol=1e-7)
+        assert not torch.equal(weight, before)
+    assert torch.equal(weight, raw)
+
+
 def test_the_sampler_shares_out_every_image() -> None:
     for length, processes in ((10, 1), (10, 3), (2, 4)):
         shares = []

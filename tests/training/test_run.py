@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from app.datasets.build import load_splits
 from app.evaluation.metrics import evaluate
 from app.model import weights
+from app.training.loop import Loop
 from tests.conftest import TINY, Command, Result
 
 
@@ -54,9 +55,12 @@ def test_what_a_run_leaves(tiny_run: Path, shapes: Path) -> None:
         "metrics.json",
         "weights/best/model.safetensors",
         "weights/last/model.safetensors",
-        "checkpoints/epoch-0001/model.safetensors",
-        "checkpoints/epoch-0001/state.pt",
+        "checkpoints/update-00000002/model.safetensors",
+        "checkpoints/update-00000002/state.pt",
+        "metrics_by_class.csv",
+        "report.html",
         "predictions/valid.json",
+        "predictions/valid_truth.json",
         "plots/loss.png",
         "plots/ap.png",
         "plots/valid_001.png",
@@ -70,6 +74,10 @@ def test_what_a_run_leaves(tiny_run: Path, shapes: Path) -> None:
     assert header.prompts == ["circle", "rectangle", "triangle"]
     assert header.data_hash == load_splits(shapes).train.content_hash()
     assert header.model.resolution == 64
+    assert header.threshold == figures.get("calibration/threshold")
+    for name in ("segm/cgF1", "segm/pmF1", "bbox/IL_MCC", "off_prompt/firing", "off_prompt/nouns"):
+        assert name in figures
+        assert f"baseline/{name}" in figures
     log = (tiny_run / "train.log").read_text()
     assert "weights/best" in log
     assert "./infer.sh --checkpoint" in log
@@ -111,7 +119,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(train, tmp_path: Path) -> Non
     whole = tmp_path / "out"
     assert train("--epochs", 3, folder="cut").code == 0
     cut = tmp_path / "cut"
-    for name in ("checkpoints/epoch-0003", "weights"):
+    for name in ("checkpoints/update-00000006", "weights"):
         for path in (cut / name).rglob("*.safetensors"):
             path.unlink()
         for path in (cut / name).glob("state.pt"):
@@ -281,6 +289,48 @@ def test_a_loss_that_is_not_finite_ends_with_a_word(train, tiny_run: Path, tmp_p
     assert done.code == 1
     assert "dot_prod_scoring.hs_proj (Linear)" in done.err
     assert "Traceback" not in done.err
+
+
+def test_what_is_not_finite_is_saved_before_and_named(train, tmp_path, monkeypatch) -> None:
+    """In the third update: its images, the first bad module, and the weights after the second."""
+    words = ("--epochs", 2, "--batch-size", 1, "--checkpoint", "none")
+    update, losses = Loop._update, []
+
+    def spoil_the_third(loop: Loop, group: list) -> object:
+        losses.append(0.0)
+        module = loop.model.segmentation_head.mask_predictor.mask_embed.layers[0]
+        if len(losses) == 3:
+            module.register_forward_hook(lambda _module, _inputs, output: output * float("inf"))
+        return update(loop, group)
+
+    monkeypatch.setattr(Loop, "_update", spoil_the_third)
+    done = train(*words)
+    assert done.code == 1
+    assert "segmentation_head.mask_predictor.mask_embed.layers.0 (Linear)" in done.err
+    assert len([word for word in done.err.split() if word.strip(".,;").endswith(".png")]) == 1
+    assert "saved in" in done.err
+    saved = tmp_path / "out" / "checkpoints" / "update-00000002"
+    assert all(value.isfinite().all() for value in load_file(saved / "model.safetensors").values())
+    monkeypatch.setattr(Loop, "_update", update)
+    assert train(*words, "--resume").code == 0
+    assert train(*words, folder="whole").code == 0
+    assert _same(tmp_path / "whole", tmp_path / "out")
+
+
+def test_a_gradient_that_is_not_finite_is_named(train, tmp_path, monkeypatch) -> None:
+    name = "transformer.decoder.norm.weight"
+    backward = Loop._loss
+
+    def spoil(loop: Loop, *arguments: object, **options: object) -> torch.Tensor:
+        loss = backward(loop, *arguments, **options)
+        weight = loop.model.get_parameter(name)
+        weight.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    monkeypatch.setattr(Loop, "_loss", spoil)
+    done = train("--epochs", 1, "--checkpoint", "none")
+    assert done.code == 1
+    assert "the gradient of transformer.decoder.norm.weight is the first" in done.err
 
 
 def test_a_metric_that_is_none(train) -> None:

@@ -14,7 +14,7 @@ from app.config import WarmStartConfig, load_model_config
 from app.datasets.build import load_splits
 from app.datasets.shapes import make_shapes
 from app.model.build import build_model
-from app.training.warm_start import batches, lay_anchors, warm_start
+from app.training.warm_start import ENCODED, _nearness, batches, lay_anchors, warm_start
 from tests.conftest import TINY, Command
 
 NANO = load_model_config("nano", TINY)
@@ -65,7 +65,7 @@ def test_anchors_lie_on_a_grid() -> None:
     assert boxes[:, 1].reshape(2, 3).T.tolist() == [pytest.approx([0.25, 0.75])] * 3
 
 
-def test_the_trunk_learns_and_nothing_else_moves(shapes: Path) -> None:
+def test_trunk_and_words_learn_and_nothing_else_moves(shapes: Path) -> None:
     torch.manual_seed(0)
     model = build_model(NANO)
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -73,9 +73,33 @@ def test_the_trunk_learns_and_nothing_else_moves(shapes: Path) -> None:
     right = warm_start(model, NANO, dataset, _config(steps=60, batch_size=8), seed=0)
     assert right > 0.93
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    trunk = "backbone.vision_backbone.trunk."
-    assert all(n.startswith(trunk) or n.endswith("decoder.reference_points.weight") for n in moved)
-    assert len([n for n in moved if n.startswith(trunk)]) > 40
+    parts = (
+        "backbone.vision_backbone.trunk.",
+        "backbone.vision_backbone.convs.2.",
+        "backbone.language_backbone.",
+        "transformer.decoder.reference_points.weight",
+    )
+    assert all(name.startswith(parts) for name in moved)
+    assert all(any(name.startswith(part) for name in moved) for part in parts)
+
+
+def test_a_class_lies_where_its_pixels_are(shapes: Path) -> None:
+    """Of the class names, the nearest to an object's cells is its own."""
+    torch.manual_seed(0)
+    model = build_model(NANO)
+    dataset = load_splits(shapes).train
+    config = _config(steps=150, batch_size=8, lr=2e-3)
+    warm_start(model, NANO, dataset, config, seed=0)
+    vision = model.eval().backbone.vision_backbone
+    right = total = 0
+    with torch.no_grad():
+        for pixels, shares, _ in batches(dataset, NANO, _config(steps=2, batch_size=8), seed=1):
+            cells = vision.convs[ENCODED](vision.trunk(pixels)[-1])
+            nearest = _nearness(model, cells, dataset.class_names).argmax(dim=1)
+            inside = shares.amax(dim=1) > 0.8
+            right += int((nearest == shares.argmax(dim=1))[inside].sum())
+            total += int(inside.sum())
+    assert right / total > 0.8
 
 
 def test_a_run_resumes_from_its_warm_start(shapes: Path, tmp_path: Path, command: Command) -> None:
@@ -88,12 +112,12 @@ def test_a_run_resumes_from_its_warm_start(shapes: Path, tmp_path: Path, command
     whole = command(*words, "--output-dir", tmp_path / "a")
     assert whole.code == 0, whole.err
     assert "warm start: 2 steps" in whole.out
-    start = tmp_path / "a" / "checkpoints" / "epoch-0000"
+    start = tmp_path / "a" / "checkpoints" / "update-00000000"
     assert (start / "state.pt").is_file()
     cut = tmp_path / "b"
     (cut / "checkpoints").mkdir(parents=True)
     (cut / "config.yaml").write_text("")
-    start.rename(cut / "checkpoints" / "epoch-0000")
+    start.rename(cut / "checkpoints" / "update-00000000")
     resumed = command(*words, "--output-dir", cut, "--resume")
     assert resumed.code == 0, resumed.err
     assert "warm start" not in resumed.out

@@ -1,0 +1,86 @@
+"""Figures → drawings, as SVG with their text as text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+SHOWN_CLASSES = 10  # lines that can be told apart
+
+
+def curves(rows: Sequence[Mapping[str, float]], series: Mapping[str, str], label: str) -> str:
+    """Lines over the epochs; `series` names the columns of metrics.csv that are drawn."""
+
+    def draw(axes: Axes) -> None:
+        for key, name in series.items():
+            points = [(row["epoch"], row[key]) for row in rows if key in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(axes)
+
+    return _svg(draw)
+
+
+def precision_recall(precision: Mapping[str, NDArray[np.float64]]) -> str:
+    """A line a class: (101,) precision at recall 0, 0.01, … 1; the first of many classes."""
+
+    def draw(axes: Axes) -> None:
+        for name, values in list(precision.items())[:SHOWN_CLASSES]:
+            # matplotlib leaves labels that start with _ out of the legend
+            axes.plot(np.linspace(0, 1, 101), values, label=f" {name[:40]}")
+        axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+        _legend(axes)
+
+    return _svg(draw)
+
+
+def reliability(scores: NDArray[np.float64], hits: NDArray[np.bool_], threshold: float) -> str:
+    """How many of the detections of each score are right; on the diagonal, scores are honest."""
+
+    def draw(axes: Axes) -> None:
+        bins = np.clip((scores * 10).astype(int), 0, 9)
+        counts = np.bincount(bins, minlength=10)
+        right = np.bincount(bins, weights=hits, minlength=10)
+        shown = counts > 0
+        middles = np.arange(10) / 10 + 0.05
+        axes.bar(middles[shown], right[shown] / counts[shown], width=0.09, color="#4a7ebb")
+        for middle, share, count in zip(
+            middles[shown], right[shown] / counts[shown], counts[shown], strict=True
+        ):
+            axes.annotate(str(count), (middle, share), ha="center", va="bottom", fontsize=8)
+        axes.plot([0, 1], [0, 1], color="#999", linewidth=1)
+        axes.axvline(threshold, color="#b00020", linewidth=1, linestyle="--")
+        axes.set(xlabel="score", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.08))
+
+    return _svg(draw)
+
+
+def _legend(axes: Axes) -> None:
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize=8)
+
+
+def _svg(draw: Callable[[Axes], None]) -> str:
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "report",  # the same ids, and so the same page, each time
+        "text.parse_math": False,  # names come from outside: a $ in one must not start a formula
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(5, 3.2), layout="constrained")
+        draw(figure.subplots())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        return buffer.getvalue()

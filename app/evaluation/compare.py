@@ -1,0 +1,145 @@
+"""Two runs on the same images: their figures, and how far chance alone could part them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import hotcoco
+
+from app.datasets.coco import Category, Dataset
+from app.errors import UserError
+from app.evaluation import record
+from app.evaluation.metrics import accumulate, iou_types
+from app.evaluation.record import Record
+from app.evaluation.scoring import score
+
+RESAMPLINGS = 500
+CLASSES = 50  # more get no interval: each costs a resampling of its own
+_SAME = {"APs": "AP_small", "APm": "AP_medium", "APl": "AP_large"}
+_SHOWN = ("AP", "AP50", "AP75", *_SAME)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A figure of both runs; `interval` is that of the difference, 95 % of the resamplings."""
+
+    name: str
+    one: float
+    other: float
+    interval: tuple[float, float] | None = None
+
+    @property
+    def difference(self) -> float:
+        return self.other - self.one
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Figures first, then a line a class."""
+
+    lines: tuple[Line, ...]
+    images: int
+    resamplings: int
+
+
+def compare(one: Path, other: Path, resamplings: int = RESAMPLINGS) -> Comparison:
+    """Compare what two folders hold, of runs or evaluations on the same images.
+
+    The images are drawn anew with replacement, the same ones for both (a paired bootstrap), and
+    the figures computed from each drawing.
+
+    Raises:
+        UserError: a folder holds no evaluation, they were scored on different truths, or one of
+            them found nothing.
+    """
+    first, second = record.read(one), record.read(other)
+    if not _is_same(first.truth, second.truth):
+        raise UserError(
+            f"{one} ({first.split}) and {other} ({second.split}): were scored on different images "
+            "or labels. Score both weights on one split with python -m app evaluate"
+        )
+    if empty := [str(f) for f, r in ((one, first), (other, second)) if not r.results]:
+        raise UserError(f"{' and '.join(empty)}: found nothing; there is nothing to compare")
+    kinds = [t for t in iou_types(first.truth, first.results) if t in _kinds(second)]
+    lines = [line for kind in kinds for line in _figures(first, second, kind, resamplings)]
+    lines += _without_intervals(first, second)
+    lines += [line for kind in kinds for line in _classes(first, second, kind, resamplings)]
+    return Comparison(tuple(lines), len(first.truth.images), resamplings)
+
+
+def _is_same(one: Dataset, other: Dataset) -> bool:
+    """Same labels on the same images, wherever these lie."""
+
+    def content(truth: Dataset) -> tuple[object, ...]:
+        names = [(category.id, category.name) for category in truth.categories]
+        return [image.id for image in truth.images], names, truth.annotations
+
+    return content(one) == content(other)
+
+
+def _kinds(found: Record) -> tuple[str, ...]:
+    return iou_types(found.truth, found.results)
+
+
+def _figures(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:
+    compared = _compared(one, other, kind, resamplings)
+    return [
+        _line(f"{kind}/{_SAME.get(name, name)}", compared, name)
+        for name in _SHOWN
+        if compared["metrics_a"][name] > -1  # hotcoco's mark of what the truth does not define
+    ]
+
+
+def _classes(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:
+    """AP of each class that is there and that both have found something of."""
+    categories = one.truth.categories
+    there = {annotation.category_id for annotation in one.truth.annotations}
+    lines = []
+    for category in categories:
+        first, second = _only(one, category), _only(other, category)
+        if category.id not in there or not first.results or not second.results:
+            continue
+        drawn = resamplings if len(categories) <= CLASSES else 0
+        compared = _compared(first, second, kind, drawn)
+        lines.append(_line(f"{kind}/AP/{category.name}", compared, "AP"))
+    return lines
+
+
+def _only(found: Record, category: Category) -> Record:
+    """The same images, and of their labels and results one class."""
+    annotations = tuple(a for a in found.truth.annotations if a.category_id == category.id)
+    truth = replace(found.truth, annotations=annotations, categories=(category,))
+    results = [result for result in found.results if result["category_id"] == category.id]
+    return replace(found, truth=truth, results=results)
+
+
+def _compared(one: Record, other: Record, kind: str, resamplings: int) -> Mapping[str, Any]:
+    first, second = (accumulate(found.truth, found.results, kind) for found in (one, other))
+    compared: Mapping[str, Any] = hotcoco.compare(first, second, n_bootstrap=resamplings)
+    return compared
+
+
+def _line(label: str, compared: Mapping[str, Any], name: str) -> Line:
+    interval = (compared["ci"] or {}).get(name)
+    return Line(
+        label,
+        compared["metrics_a"][name],
+        compared["metrics_b"][name],
+        (interval["lower"], interval["upper"]) if interval else None,
+    )
+
+
+def _without_intervals(one: Record, other: Record) -> list[Line]:
+    """Figures that are not resampled; on classes alone, as nouns may differ from run to run."""
+    figures = [score(found.truth, found.results, threshold=0.5) for found in (one, other)]
+    names = [name for name in figures[0] if name in figures[1]]
+    shown = [n for n in names if n.endswith(("/cgF1", "/pmF1", "/IL_MCC", "off_prompt/classes"))]
+    return [Line(name, figures[0][name], figures[1][name]) for name in shown]

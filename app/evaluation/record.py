@@ -1,0 +1,85 @@
+"""What an evaluation leaves in its folder, written and read again."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from app.datasets import coco
+from app.datasets.coco import Annotation, Category, Dataset, Image
+from app.errors import UserError
+from app.evaluation.metrics import by_class
+from app.files import atomic_path, read_json, write_json
+
+FOLDER = "predictions"
+BY_CLASS = "metrics_by_class.csv"
+_TRUTH = "_truth.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The results of a split, and the truth that they were scored against."""
+
+    split: str
+    truth: Dataset
+    results: list[dict[str, Any]]
+
+
+def write(folder: Path, record: Record) -> None:
+    """`predictions/<split>.json`, `predictions/<split>_truth.json`, `metrics_by_class.csv`."""
+    write_json(folder / FOLDER / f"{record.split}.json", record.results)
+    coco.write(record.truth, folder / FOLDER / f"{record.split}{_TRUTH}")
+    rows = by_class(record.truth, record.results)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with (
+        atomic_path(folder / BY_CLASS) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(folder: Path) -> Record:
+    """The record of a run or an evaluation.
+
+    Raises:
+        UserError: the folder holds none; says what makes one.
+    """
+    truths = sorted((folder / FOLDER).glob(f"*{_TRUTH}"))
+    if not truths:
+        raise UserError(
+            f"{folder}: holds no evaluation (predictions/*{_TRUTH}). Name the --output-dir of a "
+            "finished training, or of python -m app evaluate"
+        )
+    split = truths[0].name.removesuffix(_TRUTH)
+    results = read_json(folder / FOLDER / f"{split}.json")
+    try:
+        return Record(split, _dataset(read_json(truths[0])), results)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{truths[0]}: is not as it was written ({error!r})") from None
+
+
+def _dataset(document: dict[str, Any]) -> Dataset:
+    """What `coco.write` wrote, whether or not the images are still there."""
+    return Dataset(
+        tuple(
+            Image(entry["id"], Path(entry["file_name"]), entry["width"], entry["height"])
+            for entry in document["images"]
+        ),
+        tuple(
+            Annotation(
+                id=entry["id"],
+                image_id=entry["image_id"],
+                category_id=entry["category_id"],
+                bbox_xywh=tuple(entry["bbox"]),
+                segmentation=entry["segmentation"] or None,
+                area=entry["area"],
+                iscrowd=bool(entry["iscrowd"]),
+            )
+            for entry in document["annotations"]
+        ),
+        tuple(Category(entry["id"], entry["name"]) for entry in document["categories"]),
+    )

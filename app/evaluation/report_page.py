@@ -1,0 +1,343 @@
+"""The folder of a run or an evaluation → report.html, one page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from app.config import read_yaml
+from app.datasets.coco import Annotation, Image
+from app.datasets.dataset_report import draw_sample
+from app.errors import UserError
+from app.evaluation import charts, record
+from app.evaluation.calibration import outcomes
+from app.evaluation.diagnosis import KINDS, Diagnosis, confusion, extremes
+from app.evaluation.matching import Overlaps, overlaps
+from app.evaluation.metrics import accumulate, by_class, iou_types
+from app.evaluation.record import Record
+from app.files import read_json, write_text
+from app.page import drawing, page, picture, table, text
+
+REPORT = "report.html"
+EXTREMES = 12  # worst images, and best
+SHOWN_CLASSES = 20  # in the table of confusions
+SIZES = {"": "all", "_small": "under 32²", "_medium": "32² to 96²", "_large": "above 96²"}
+KIND = {"bbox": "box", "segm": "mask"}
+HEADLINE = {
+    "AP": "AP",
+    "AP50": "AP50",
+    "AP75": "AP75",
+    "AR_1": "AR at 1",
+    "AR_10": "AR at 10",
+    "AR_100": "AR at 100",
+    "cgF1": "cgF1",
+    "pmF1": "positive micro F1",
+    "IL_MCC": "image-level MCC",
+}
+ONCE = {
+    "off_prompt/firing": "off-prompt firing: false positives an image",
+    "calibration/F1": "F1 at the best threshold",
+    "calibration/precision": "precision there",
+    "calibration/recall": "recall there",
+    "calibration/threshold": "the best threshold",
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A record, its figures, and the threshold from which its detections are shown."""
+
+    record: Record
+    figures: Mapping[str, Any]
+    images: Sequence[Overlaps]
+    iou_type: str
+    threshold: float
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` from what the folder holds; raises UserError where that is nothing."""
+    file = folder / REPORT
+    write_text(file, render(folder))
+    return file
+
+
+def render(folder: Path) -> str:
+    """The page of a run or of an evaluation; whatever comes from outside is escaped."""
+    scored = _read(folder)
+    rows = _rows(folder / "metrics.csv")
+    settings = _settings(folder)
+    parts = [
+        _what(scored, settings),
+        "<h2>Figures</h2>",
+        _headline(scored.figures),
+        *([f'<h2>Training</h2><div class="row">{_curves(rows)}</div>'] if rows else []),
+        "<h2>Classes</h2>",
+        _classes(scored),
+        "<h2>Wrong or right</h2>",
+        _precision(scored),
+        _confusion(scored),
+        *_pictures(scored),
+        "<h2>Commands</h2>",
+        _commands(folder, scored),
+        _data(settings),
+        _shown_settings(folder),
+    ]
+    return page(f"Report: {folder.resolve().name}", parts)
+
+
+def _read(folder: Path) -> Scored:
+    found = record.read(folder)
+    figures = read_json(folder / "metrics.json")
+    iou_type = iou_types(found.truth, found.results)[-1]
+    return Scored(
+        record=found,
+        figures=figures,
+        images=overlaps(found.truth, found.results, iou_type),
+        iou_type=iou_type,
+        threshold=figures.get("calibration/threshold", 0.5),
+    )
+
+
+def _rows(file: Path) -> list[dict[str, float]]:
+    """The rows of metrics.csv; none for an evaluation."""
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8", newline="") as lines:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(lines)]
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The run's configuration; empty for results from elsewhere."""
+    file = folder / "config_resolved.yaml"
+    return dict(read_yaml(file)) if file.is_file() else {}
+
+
+def _what(scored: Scored, settings: Mapping[str, Any]) -> str:
+    truth = scored.record.truth
+    said = (
+        f"{len(truth.images)} images of the split “{scored.record.split}”, "
+        f"{len(truth.annotations)} objects of {len(truth.categories)} classes."
+    )
+    if settings:
+        model = settings["model"]
+        said = f"SAM 3, size {model['name']}, {model['resolution']} px. {said}"
+    return f"<p>{text(said)}</p>"
+
+
+def _headline(figures: Mapping[str, Any]) -> str:
+    """The untouched model, the best weights, the last ones: those of them that there are."""
+    columns = {"baseline/": "before training", "": "best weights", "last/": "last epoch"}
+    there = {p: n for p, n in columns.items() if f"{p}bbox/AP" in figures}
+    if list(there) == [""]:
+        there = {"": "value"}
+    names = {
+        f"{iou_type}/{name}": f"{KIND[iou_type]} {label}"
+        for iou_type in ("segm", "bbox")
+        for name, label in HEADLINE.items()
+    } | ONCE
+    rows = [
+        [text(label), *(_number(figures.get(f"{prefix}{name}")) for prefix in there)]
+        for name, label in names.items()
+        if name in figures
+    ]
+    sizes = [
+        [f"{KIND[iou_type]} AP of objects {label} pixels", *values]
+        for iou_type in ("segm", "bbox")
+        for size, label in list(SIZES.items())[1:]
+        if f"{iou_type}/AP{size}" in figures
+        for values in [[_number(figures.get(f"{p}{iou_type}/AP{size}")) for p in there]]
+    ]
+    return table(["figure", *there.values()], [*rows, *sizes])
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _curves(rows: Sequence[Mapping[str, float]]) -> str:
+    seconds = {"train/seconds_per_update": "seconds"}
+    aps = {f"{t}/AP{n}": f"{k} AP{n}" for t, k in KIND.items() for n in ("", "50")}
+    drawn = {
+        "training loss": charts.curves(rows, {"train/loss": "training loss"}, "loss"),
+        "on the validation images": charts.curves(rows, aps, "0 to 1"),
+        "learning rate": charts.curves(rows, {"train/learning_rate": "of the detector"}, "rate"),
+        "seconds a step": charts.curves(rows, seconds, "s"),
+    }
+    return "".join(drawing(svg, caption) for caption, svg in drawn.items())
+
+
+def _classes(scored: Scored) -> str:
+    """A row a class, with the untouched model's AP beside it where there is one."""
+    rows = by_class(scored.record.truth, scored.record.results)
+    columns = [key for key in dict.fromkeys(k for row in rows for k in row) if "/" in key]
+    before = [f"{t}/AP" for t in ("segm", "bbox") if f"baseline/{t}/AP" in scored.figures][:1]
+    cells = [
+        [
+            text(row["class"]),
+            str(row["objects"]),
+            *(_number(row.get(column)) for column in columns),
+            *(_number(scored.figures.get(f"baseline/{key}/{row['class']}")) for key in before),
+        ]
+        for row in rows
+    ]
+    heads = [f"{KIND[t]} {n}" for t, _, n in (column.partition("/") for column in columns)]
+    heads += [f"{KIND[key.partition('/')[0]]} AP before training" for key in before]
+    return table(["class", "objects", *(head.replace("_", " at ") for head in heads)], cells)
+
+
+def _precision(scored: Scored) -> str:
+    """Precision by recall, and how honest the scores are."""
+    truth, results = scored.record.truth, scored.record.results
+    if not results:
+        return "<p>Nothing was found.</p>"
+    kind = KIND[scored.iou_type]
+    evaluation = accumulate(truth, results, scored.iou_type)
+    computed: Any = evaluation.eval
+    precision = np.asarray(computed["precision"])[0, :, :, 0, -1]  # (recall, class), IoU 0.5
+    names = {category.id: category.name for category in truth.categories}
+    lines = {
+        names[category_id]: precision[:, index]
+        for index, category_id in enumerate(evaluation.params.cat_ids)
+        if precision[0, index] > -1
+    }
+    more = len(lines) - charts.SHOWN_CLASSES
+    cut = f" (the first {charts.SHOWN_CLASSES} of {len(lines)} classes)" if more > 0 else ""
+    scores, hits = outcomes(scored.images)
+    return (
+        '<div class="row">'
+        + drawing(charts.precision_recall(lines), f"precision by recall, {kind} IoU 0.5{cut}")
+        + drawing(
+            charts.reliability(scores, hits, scored.threshold),
+            f"score and truth, {kind} IoU 0.5, with the number of detections; "
+            f"dashed: the threshold {scored.threshold:.3f}",
+        )
+        + "</div>"
+    )
+
+
+def _confusion(scored: Scored) -> str:
+    """What objects were found as; of many classes, those most confused."""
+    categories = scored.record.truth.categories
+    counts = confusion(scored.images, [c.id for c in categories], scored.threshold)
+    wrong = counts.sum(axis=0) + counts.sum(axis=1) - 2 * counts.diagonal()
+    shown = sorted(np.argsort(-wrong[:-1], kind="stable")[:SHOWN_CLASSES].tolist())
+    chosen = [*shown, len(categories)]
+    names = [text(categories[index].name) for index in shown]
+    rows = [
+        [label, *(_shaded(counts[row, column], row == column) for column in chosen)]
+        for row, label in zip(chosen, [*names, "<i>nothing</i>"], strict=True)
+    ]
+    cut = " The classes that are confused most." if len(shown) < len(categories) else ""
+    said = (
+        f"<h3>Confusion</h3><p>Above the threshold {scored.threshold:.3f}, at "
+        f"{KIND[scored.iou_type]} IoU 0.5: rows are objects, columns what they were found as.{cut}"
+        "</p>"
+    )
+    return said + table(["", *names, "<i>not found</i>"], rows)
+
+
+def _shaded(count: int, right: bool) -> str:
+    if not count:
+        return "·"
+    return f'<b class="{"mended" if right else "refused"}">{count}</b>'
+
+
+def _pictures(scored: Scored) -> list[str]:
+    worst, best = extremes(scored.images, scored.threshold, EXTREMES)
+    kinds = "".join(f"<li>{kind}: {meaning}</li>" for kind, meaning in KINDS.items())
+    said = f"<details><summary>what the words mean</summary><ul>{kinds}</ul></details>"
+    return [
+        f"<h2>The worst images</h2>{said}",
+        *(_pair(diagnosis, scored) for diagnosis in worst),
+        "<h2>The best images</h2>",
+        *(_pair(diagnosis, scored) for diagnosis in best),
+    ]
+
+
+def _pair(diagnosis: Diagnosis, scored: Scored) -> str:
+    """Truth beside prediction; words alone where the image is not at hand."""
+    truth = scored.record.truth
+    image = next(image for image in truth.images if image.id == diagnosis.image_id)
+    said = f"{image.path.name}: {diagnosis} (quality {diagnosis.quality:.2f})"
+    found, scores = _predictions(scored, image)
+    objects = truth.annotations_by_image[image.id]
+    try:
+        left = draw_sample(image, objects, truth)
+        right = draw_sample(image, found, truth, scores)
+    except UserError:
+        return f"<p>{text(said)}</p>"
+    return (
+        f'<p>{text(said)}</p><div class="row">{picture(left, f"truth: {len(objects)}")}'
+        f"{picture(right, f'predicted: {len(found)}')}</div>"
+    )
+
+
+def _predictions(scored: Scored, image: Image) -> tuple[list[Annotation], dict[int, float]]:
+    """Detections above the threshold as annotations, and the score of each by its id."""
+    found = [
+        result
+        for result in scored.record.results
+        if result["image_id"] == image.id and result["score"] > scored.threshold
+    ]
+    annotations = [
+        Annotation(
+            id=index,
+            image_id=image.id,
+            category_id=result["category_id"],
+            bbox_xywh=tuple(result["bbox"]),
+            segmentation=result.get("segmentation"),
+            area=0.0,
+            iscrowd=False,
+        )
+        for index, result in enumerate(found)
+    ]
+    return annotations, {index: result["score"] for index, result in enumerate(found)}
+
+
+def _commands(folder: Path, scored: Scored) -> str:
+    """What can be run next, as it must be typed."""
+    commands = [f"python -m app report {_quoted(folder)}"]
+    weights = folder / "weights" / "best"
+    if weights.exists():
+        config, truth = folder / "config.yaml", scored.record.truth
+        commands = [
+            f"./train.sh --config {_quoted(config)} --output-dir {_quoted(folder)} --resume",
+            f"./train.sh --config {_quoted(config)} --checkpoint {_quoted(weights)} --eval-only "
+            f"--output-dir {_quoted(folder / 'evaluation')}",
+            f"./infer.sh --checkpoint {_quoted(weights)} --input "
+            f"{_quoted(truth.images[0].path.parent)} --prompt {_quoted(truth.class_names[0])} "
+            f"--output-dir {_quoted(folder / 'found')}",
+            *commands,
+        ]
+    return f"<pre>{text(chr(10).join(commands))}</pre>"
+
+
+def _quoted(words: Path | str) -> str:
+    return shlex.quote(str(words))
+
+
+def _data(settings: Mapping[str, Any]) -> str:
+    """The dataset's own page, or the command that makes it."""
+    folder = settings.get("dataset", {}).get("dir")
+    if folder is None:
+        return ""
+    file = Path(folder).resolve() / "dataset_report.html"
+    if file.is_file():
+        return f'<p>The dataset: <a href="{text(file.as_uri())}">{text(str(file))}</a></p>'
+    return (
+        f"<p>The dataset's page: <code>python -m app data check {text(_quoted(folder))}</code></p>"
+    )
+
+
+def _shown_settings(folder: Path) -> str:
+    file = folder / "config_resolved.yaml"
+    if not file.is_file():
+        return ""
+    settings = file.read_text(encoding="utf-8")
+    return f"<details><summary>All settings</summary><pre>{text(settings)}</pre></details>"

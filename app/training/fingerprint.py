@@ -1,0 +1,89 @@
+"""What decides the weights of a run: it must be the same for the run to go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from app.config import Config
+from app.datasets.build import Splits
+from app.datasets.coco import Dataset
+from app.errors import UserError
+
+Fingerprint = dict[str, Any]
+
+# Keys that say where, how fast or how often: another value gives the same weights. The dataset
+# itself stands for how it was found. Epochs and patience may be extended.
+_HARMLESS = (
+    *("output_dir", "checkpoint", "prediction.", "evaluation.every", "evaluation.pictures"),
+    *("training.epochs", "training.patience", "training.num_gpus", "training.num_workers"),
+    *("training.device", "training.save_every", "training.save_minutes", "training.check_finite"),
+    "training.warm_start.",
+    *("dataset.dir", "dataset.format", "dataset.huggingface.", "dataset.roboflow"),
+    *("dataset.valid_fraction", "dataset.test_fraction", "dataset.max_drop", "dataset.limit"),
+    *("dataset.prompts", "dataset.bad_images", "dataset.shapes."),
+)
+# Without these alike, a figure from before cannot be compared with one of now.
+_JUDGES = ("validation data", "model.", "evaluation.", "training.precision", "training.ema")
+
+
+def fingerprint(config: Config, splits: Splits, processes: int) -> Fingerprint:
+    """Name → value, as JSON has them; `processes` is the world size."""
+    settings = _flat(config.model_dump(mode="json"))
+    return {
+        "training data": _identify(splits.train),
+        "validation data": _identify(splits.valid),
+        "processes": processes,
+        **{key: value for key, value in settings.items() if not key.startswith(_HARMLESS)},
+    }
+
+
+def check_same(checkpoint: Path, then: Fingerprint, now: Fingerprint) -> None:
+    """Refuse to go on with another run; names all that differs.
+
+    Raises:
+        UserError: each difference, with the value then and now.
+    """
+    changed = differences(then, now)
+    if changed:
+        raise UserError(
+            [
+                f"{checkpoint}: is of a run with other settings:",
+                *[f"  {key}: {_say(then, key)} then, {_say(now, key)} now" for key in changed],
+                "Resume with what the run was started with; or take its weights alone and start "
+                "the schedule anew from them: --resume=weights",
+            ]
+        )
+
+
+def are_comparable(then: Fingerprint, now: Fingerprint) -> bool:
+    """Whether figures of validation mean the same in both."""
+    return not any(key.startswith(_JUDGES) for key in differences(then, now))
+
+
+def differences(then: Fingerprint, now: Fingerprint) -> list[str]:
+    """Names whose values differ, or that only one of the two has."""
+    return [key for key in {**then, **now} if _say(then, key) != _say(now, key)]
+
+
+def _say(values: Fingerprint, key: str) -> str:
+    return json.dumps(values[key]) if key in values else "not there"
+
+
+def _identify(dataset: Dataset) -> str:
+    prompts = [[category.name, *category.synonyms] for category in dataset.categories]
+    words = "; ".join(", ".join(names) for names in prompts)
+    return f"{len(dataset.images)} images of {words} ({dataset.content_hash()[:12]})"
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys → values that are no mappings."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

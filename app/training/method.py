@@ -1,0 +1,95 @@
+"""What of a model is trained: all of it, some of its components, or an adapter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+
+from sam3.model.sam3_image import Sam3Image
+
+from app.config import Config, MethodConfig
+from app.errors import UserError
+from app.model import adapters, weights
+from app.model.build import build_model, components, count_parameters
+
+log = logging.getLogger("app")
+
+
+def prepare(model: Sam3Image, config: MethodConfig, start: Path | None) -> None:
+    """Freeze what is not to be trained, or put an adapter beside it.
+
+    Args:
+        model: holds the weights of `start`.
+        config: one that `check` lets pass.
+        start: weights file; None for random ones, of which by default nothing is frozen: a text
+            encoder that has learnt nothing would tell no prompt from another.
+    """
+    if config.lora is not None:
+        assert start is not None
+        adapters.apply_lora(model, config.lora, weights.base_reference(start))
+    elif config.freeze is not None:
+        freeze(model, config.freeze)
+    elif start is not None:
+        freeze(model, ["text"])
+
+
+def check(config: Config, start: Path | None) -> None:
+    """Refuse what cannot be trained, before anything is made or written.
+
+    Raises:
+        UserError: an adapter on weights that cannot be its base, patterns that match nothing, or
+            nothing left to train.
+    """
+    name, lora = config.method.name, config.method.lora
+    model = build_model(config.model, device="meta")
+    if lora is None:
+        freeze(model, config.method.freeze or [])
+    elif start is None:
+        raise UserError(
+            f"--method {name}: adapts trained weights, and these are random. Give them by "
+            "--checkpoint, or --method full"
+        )
+    elif start.name == adapters.FILE:
+        raise UserError(
+            f"--checkpoint {start.parent}: is an adapter, and --method {name} adapts plain "
+            f"weights. Merge it first: python -m app merge '{start.parent}' --output-dir FOLDER"
+        )
+    else:
+        adapters.find_targets(model, lora)
+
+
+def freeze(model: Sam3Image, names: Collection[str]) -> None:
+    """Train no parameter of these components."""
+    for name, part in components(model).items():
+        if name in names:
+            part.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"--freeze {','.join(names)}: leaves nothing to train")
+
+
+def set_training(model: Sam3Image) -> None:
+    """Training mode, but for components that are frozen: no dropout or stochastic depth there."""
+    model.train()
+    for part in components(model).values():
+        if not any(parameter.requires_grad for parameter in part.parameters()):
+            part.eval()
+
+
+def describe(model: Sam3Image, name: str) -> None:
+    """Log what is trained and what is frozen, component by component."""
+    every, trained = count_parameters(model), count_parameters(model, trainable=True)
+    log.info(
+        "method %s: %s of %s parameters trained (%.2f %%)",
+        name,
+        _millions(trained["total"]),
+        _millions(every["total"]),
+        100 * trained["total"] / every["total"],
+    )
+    for part in components(model):
+        share = f"{_millions(trained[part])} of {_millions(every[part])} trained"
+        log.info("  %s: %s", part, share if trained[part] else f"{_millions(every[part])} frozen")
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f} M"

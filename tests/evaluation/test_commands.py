@@ -1,0 +1,170 @@
+"""`python -m app evaluate | report | compare`, from the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.errors import UserError
+from app.evaluation import record
+from app.evaluation.compare import compare
+from app.evaluation.record import Record
+from tests.conftest import SHARED, TINY, Command
+from tests.evaluation.examples import BOX, found, truth
+from tests.evaluation.test_metrics import NAMES, _oracle
+
+BESIDE = (80, 60, 20, 20)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """A truth whose images are not there, and results."""
+    document = truth((1, 1, BOX), (2, 2, BESIDE)).to_json()
+    for image in document["images"]:
+        image["file_name"] = image["file_name"].strip("/")
+    results = [found(1, 1, BOX, 0.9), found(2, 1, BESIDE, 0.8)]
+    (tmp_path / "truth.json").write_text(json.dumps(document))
+    (tmp_path / "found.json").write_text(json.dumps(results))
+    return tmp_path / "truth.json", tmp_path / "found.json"
+
+
+def _words(files: tuple[Path, Path], output: Path) -> tuple[Any, ...]:
+    return ("evaluate", "--truth", files[0], "--predictions", files[1], "--output-dir", output)
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_the_published_example(command: Command, tmp_path: Path, iou_type: str) -> None:
+    """Through the files and our reading of them, equal to pycocotools."""
+    folder = SHARED / "coco_val2014_100"
+    if not folder.is_dir():
+        pytest.skip("../shared/datasets/coco_val2014_100 is not on this machine")
+    files = (
+        folder / "instances_val2014_100.json",
+        folder / f"instances_val2014_fake{iou_type}100_results.json",
+    )
+    done = command(*_words(files, tmp_path / "out"))
+    assert done.code == 0, done.err
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    expected = _oracle(json.loads(files[0].read_text()), json.loads(files[1].read_text()), iou_type)
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert {f"{iou_type}/{name}" for name in NAMES} <= set(figures)
+
+
+def test_results_from_elsewhere(command: Command, files: tuple[Path, Path], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert command(*_words(files, output)).code == 0
+    figures = json.loads((output / "metrics.json").read_text())
+    assert figures["segm/AP50"] == pytest.approx(0.5)
+    assert figures["off_prompt/firing"] == pytest.approx(1 / 3)
+    with (output / "metrics_by_class.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["class"], row["objects"]) for row in rows] == [("a", "1"), ("b", "1")]
+    assert [float(row["segm/AP"]) for row in rows] == pytest.approx([1.0, 0.0])
+    assert (output / "report.html").is_file()
+    refused = command(*_words(files, output))
+    assert (refused.code, "--overwrite" in refused.err) == (2, True)
+    assert command(*_words(files, output), "--overwrite").code == 0
+
+
+def _change(**values: object) -> Callable[[list[dict]], None]:
+    return lambda results: results[0].update(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_change(image_id=99), "[0].image_id is 99: the truth lists no such image"),
+        (_change(category_id="a"), "[0].category_id is 'a'"),
+        (_change(score=float("nan")), "[0].score is nan"),
+        (_change(bbox=[1, 2, 3]), "[0].bbox is [1, 2, 3]"),
+        (_change(bbox=None, segmentation=None), "one of them must be there"),
+        (_change(segmentation={"size": [1, 1], "counts": "0"}), "the image's size"),
+        (_change(segmentation={"size": [100, 120], "counts": "zz"}), "[0].segmentation"),
+    ],
+)
+def test_bad_results(command: Command, files, tmp_path: Path, change, said: str) -> None:
+    results = json.loads(files[1].read_text())
+    change(results)
+    files[1].write_text(json.dumps(results))
+    done = command(*_words(files, tmp_path / "out"))
+    assert done.code == 2
+    assert said in done.err
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_words(command: Command, files, tmp_path: Path) -> None:
+    for words, said in (
+        (("--truth", files[0]), "give both of them"),
+        (("--truth", "nowhere", "--predictions", files[1]), "--truth nowhere: no such file"),
+        (("--truth", files[0], "--predictions", "nowhere"), "--predictions nowhere: no such file"),
+        (("--truth", files[0], "--predictions", files[1], "--checkpoint", "x"), "nothing reads it"),
+        (("--truth", files[0], "--predictions", files[0]), "must be a JSON list"),
+    ):
+        done = command("evaluate", *words, "--output-dir", tmp_path / "out")
+        assert (done.code, said in done.err) == (2, True), done.err
+    done = command("report", tmp_path / "nowhere")
+    assert (done.code, "holds no evaluation" in done.err) == (2, True)
+
+
+def test_a_box_that_is_missing_is_its_masks(command: Command, files, tmp_path: Path) -> None:
+    results = json.loads(files[1].read_text())
+    for result in results:
+        del result["bbox"]
+    files[1].write_text(json.dumps(results))
+    assert command(*_words(files, tmp_path / "out")).code == 0
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert figures["bbox/AP50"] == pytest.approx(0.5)
+
+
+def test_weights_on_a_split(command: Command, tiny_run: Path, shapes: Path, tmp_path: Path) -> None:
+    """The figures of the training; on another split, others; a split that is not there, refused."""
+    words = ("evaluate", "--checkpoint", tiny_run / "weights/best", "--dataset-dir", shapes)
+    fast = ("evaluation.pictures=0", *TINY)
+    assert command(*words, "--output-dir", tmp_path / "valid", *fast).code == 0
+    figures = json.loads((tmp_path / "valid" / "metrics.json").read_text())
+    trained = json.loads((tiny_run / "metrics.json").read_text())
+    assert figures == {name: trained[name] for name in figures}
+    assert command(*words, "--split", "train", "--output-dir", tmp_path / "train", *fast).code == 0
+    assert (tmp_path / "train" / "predictions" / "train.json").is_file()
+    done = command(*words, "--split", "test", "--output-dir", tmp_path / "test", *fast)
+    assert (done.code, "has no test split" in done.err) == (2, True)
+    assert not (tmp_path / "test").exists()
+
+
+def _run(folder: Path, results: list[dict], *labels: Any) -> Path:
+    record.write(folder, Record("valid", truth(*labels), results))
+    return folder
+
+
+def test_a_run_against_itself_and_a_better_one(command: Command, tmp_path: Path) -> None:
+    labels = [(i, 1, BOX) for i in (1, 2, 3)] + [(i, 2, BESIDE) for i in (1, 2, 3)]
+    right = [found(i, c, box, 0.9) for i, c, box in labels]
+    one = _run(tmp_path / "one", [r for r in right if r["category_id"] == 1], *labels)
+    two = _run(tmp_path / "two", right, *labels)
+    same = compare(one, one, resamplings=50)
+    assert all(line.difference == 0 and not line.is_sure for line in same.lines)
+    lines = {line.name: line for line in compare(one, two, resamplings=50).lines}
+    assert (lines["segm/AP"].one, lines["segm/AP"].other) == (pytest.approx(0.5), pytest.approx(1))
+    assert lines["segm/AP"].is_sure
+    assert lines["segm/AP"].interval == (pytest.approx(0.5), pytest.approx(0.5))
+    assert lines["segm/AP/a"].interval == (0.0, 0.0)
+    done = command("compare", one, two)
+    assert done.code == 0, done.err
+    assert "+0.500" in done.out
+
+
+def test_what_cannot_be_compared(tmp_path: Path) -> None:
+    one = _run(tmp_path / "one", [found(1, 1, BOX, 0.9)], (1, 1, BOX))
+    other = _run(tmp_path / "other", [found(1, 1, BOX, 0.9)], (1, 1, BESIDE))
+    empty = _run(tmp_path / "empty", [], (1, 1, BOX))
+    for second, said in ((other, "different images or labels"), (empty, "found nothing")):
+        with pytest.raises(UserError, match=said):
+            compare(one, second)
+    with pytest.raises(UserError, match="holds no evaluation"):
+        compare(one, tmp_path)

@@ -1,0 +1,135 @@
+"""Checkpoints are whole or absent, on a disk that fills up and under kills; secrets stay out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from app.config import load_config
+from app.model.build import build_model
+from app.training.checkpoints import checkpoint_bytes
+from app.training.loop import Loop
+from tests.conftest import REPOSITORY, TINY, Command
+
+MIB = 1 << 20
+FAST = ("--checkpoint", "none", "evaluation.pictures=0", *TINY)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 300 MiB; it takes root to make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300m", "none", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a file system here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def _fill(folder: Path, left: int) -> None:
+    """All but so many bytes of the disk."""
+    (folder / "filler").write_bytes(bytes(shutil.disk_usage(folder).free - left))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("update-*"))
+
+
+def test_the_size_that_is_foretold(tiny_run: Path) -> None:
+    checkpoint = _checkpoints(tiny_run)[-1]
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    config = load_config(TINY)
+    assert checkpoint_bytes(config) == pytest.approx(size, rel=0.05)
+    parameters = sum(p.numel() for p in build_model(config.model, device="meta").parameters())
+    average = load_config([*TINY, "training.ema=0.9"])
+    assert checkpoint_bytes(average) - checkpoint_bytes(config) == 4 * parameters
+
+
+def test_a_full_disk_is_found_first(command: Command, shapes, small_disk, monkeypatch) -> None:
+    def build(*_: object, **__: object) -> None:
+        raise AssertionError("the model was built")
+
+    monkeypatch.setattr("app.training.run.build_model", build)
+    _fill(small_disk, left=10 * MIB)
+    words = ("train", "--dataset-dir", shapes, "--output-dir", small_disk / "out", *FAST)
+    done = command(*words)
+    assert done.code == 2
+    assert "GB are free, and two checkpoints of this run take" in done.err
+    assert [p.name for p in (small_disk / "out").iterdir()] in ([], ["train.log"])
+
+
+def test_a_folder_that_is_read_only(command: Command, shapes, small_disk) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    done = command("train", "--dataset-dir", shapes, "--output-dir", small_disk / "out", *FAST)
+    assert done.code == 2
+    assert "cannot be written (Read-only file system)" in done.err
+
+
+@pytest.mark.parametrize("left", [4 * MIB, 40 * MIB])  # within the weights, within the state
+def test_a_disk_that_fills_up(
+    command: Command, shapes, small_disk, tmp_path, monkeypatch, left: int
+) -> None:
+    """It ends with 2 and a line; the last checkpoint is whole, and the run goes on from it."""
+    words = ["train", "--dataset-dir", shapes, "--epochs", 2, "training.save_minutes=0"]
+    words += ["evaluation.every=2", *FAST]
+    assert command(*words, "--output-dir", tmp_path / "whole").code == 0
+    update, updates = Loop._update, 0
+
+    def fill_at_the_second(*arguments: object) -> object:
+        nonlocal updates
+        updates += 1
+        if updates == 2:
+            _fill(small_disk, left)
+        return update(*arguments)
+
+    monkeypatch.setattr(Loop, "_update", fill_at_the_second)
+    folder = small_disk / "out"
+    done = command(*words, "--output-dir", folder)
+    assert done.code == 2, done.out + done.err
+    assert "could not be written" in done.err
+    assert "update-00000001" in done.err
+    assert "Traceback" not in done.out + done.err
+    assert [path.name for path in _checkpoints(folder)] == ["update-00000001"]
+    (small_disk / "filler").unlink()
+    resumed = command(*words, "--output-dir", folder, "--resume")
+    assert resumed.code == 0, resumed.err
+    ours, theirs = (
+        load_file(f / "weights" / "last" / "model.safetensors")
+        for f in (tmp_path / "whole", folder)
+    )
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.slow
+def test_two_hundred_kills(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.training.killed_saves", str(tmp_path), "200"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["kills"] == 200
+    assert counts["within a save"] > 20
+    assert counts["updates"] > 3  # saves that were whole, gone on from
+
+
+def test_a_canary_is_nowhere(command: Command, shapes, tmp_path: Path, monkeypatch) -> None:
+    """What the environment holds is in no file that a run leaves, and in nothing that it says."""
+    canary = "canary-5f2d9c"
+    names = ("HF_TOKEN", "ROBOFLOW_API_KEY", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD")
+    for name in names:
+        monkeypatch.setenv(name, canary)
+    folder = tmp_path / "out"
+    done = command("train", "--dataset-dir", shapes, "--output-dir", folder, "--epochs", 1, *FAST)
+    assert done.code == 0, done.err
+    assert canary not in done.out + done.err
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert not [path for path in files if canary.encode() in path.read_bytes()]

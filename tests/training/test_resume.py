@@ -1,0 +1,195 @@
+"""Stopped anywhere and resumed, a run ends at the weights of one that was never stopped."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from app.training.loop import Loop
+from app.training.session import Session
+from tests.conftest import TINY, Command, Result
+
+# What draws random numbers in a step, and more than one batch an update: six updates in all.
+RANDOM = ("model.dropout=0.2", "model.vision.drop_path=0.2", "--checkpoint", "none")
+STEPS = ("--epochs", 2, "--batch-size", 1, "--grad-accum", 2)
+Train = Callable[..., Result]
+
+
+@pytest.fixture
+def train(command: Command, shapes: Path, tmp_path: Path) -> Train:
+    def run(*words: object, folder: str = "cut") -> Result:
+        base = ("train", "--dataset-dir", shapes, "--model", "nano", *RANDOM, *STEPS)
+        fast = ("evaluation.pictures=0", *TINY)
+        return command(*base, "--output-dir", tmp_path / folder, *words, *fast)
+
+    return run
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A real signal to this process, after so many calls of a method."""
+
+    def arm(calls: int, owner: type = Loop, method: str = "_update") -> None:
+        original = getattr(owner, method)
+        left = calls
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            result = original(*args, **kwargs)
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return result
+
+        monkeypatch.setattr(owner, method, call)
+
+    return arm
+
+
+def _weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(folder / "weights" / name / "model.safetensors")
+
+
+def _same(a: Path, b: Path, name: str = "last") -> bool:
+    ours, theirs = _weights(a, name), _weights(b, name)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def _figures(folder: Path) -> list[dict[str, str]]:
+    """metrics.csv without what the clock decides."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    timed = ("train/seconds_per_update", "train/images_per_second")
+    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+
+
+def _saved(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("updates", [1, 2, 3])
+def test_stopped_at_an_update(train, stop_after, tmp_path, monkeypatch, updates, workers) -> None:
+    """Within an epoch, and at its end, before its validation."""
+    words = (f"training.num_workers={workers}", "training.ema=0.9")
+    assert train(*words, folder="whole").code == 0
+    stop_after(updates)
+    stopped = train(*words)
+    assert stopped.code == 143
+    assert f"stopped after update {updates}" in stopped.out
+    assert "--resume" in stopped.out
+    assert _saved(tmp_path / "cut")[-1] == f"update-{updates:08d}"
+    done = train(*words, "--resume")
+    assert done.code == 0, done.err
+    for name in ("last", "best"):
+        assert _same(tmp_path / "whole", tmp_path / "cut", name)
+    assert _figures(tmp_path / "whole") == _figures(tmp_path / "cut")
+
+
+def test_without_the_random_state_it_would_differ(train, stop_after, tmp_path, monkeypatch) -> None:
+    """The test above can fail: dropout does decide the weights."""
+    assert train(folder="whole").code == 0
+    stop_after(1)
+    assert train().code == 143
+    monkeypatch.setattr("app.training.checkpoints.restore_random_state", lambda _: None)
+    assert train("--resume").code == 0
+    assert not _same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_stopped_in_a_validation(train, stop_after, tmp_path) -> None:
+    """It is repeated, and the best weights are those of the run that was not stopped."""
+    assert train(folder="whole").code == 0
+    stop_after(2, Session, "_row")
+    assert train().code == 143
+    assert len(_figures(tmp_path / "cut")) == 1
+    done = train("--resume")
+    assert "epoch 2/2" in done.out
+    assert "epoch 1/2" not in done.out
+    for name in ("last", "best"):
+        assert _same(tmp_path / "whole", tmp_path / "cut", name)
+    assert _figures(tmp_path / "whole") == _figures(tmp_path / "cut")
+
+
+def test_saves_by_the_clock(train, tmp_path) -> None:
+    assert train("training.save_minutes=0").code == 0
+    assert _saved(tmp_path / "cut") == ["update-00000003", "update-00000004"]
+    state = json.loads((tmp_path / "cut/checkpoints/update-00000003/run.json").read_text())["state"]
+    assert (state["epoch"], state["updates"], state["images"]) == (1, 3, 2)
+
+
+def test_more_epochs(train, tmp_path) -> None:
+    assert train("--epochs", 1).code == 0
+    done = train("--resume")
+    assert done.code == 0, done.err
+    assert [row["epoch"] for row in _figures(tmp_path / "cut")] == ["1", "2"]
+
+
+def test_another_run_is_refused_by_name(train, tmp_path) -> None:
+    assert train().code == 0
+    settings = (tmp_path / "cut" / "config_resolved.yaml").read_bytes()
+    done = train("--resume", "--seed", 4, "--lr", 1e-3, "--batch-size", 2, "dataset.limit=3")
+    assert done.code == 2
+    assert "  seed: 0 then, 4 now" in done.err
+    assert "  training.batch_size: 1 then, 2 now" in done.err
+    assert "  optim.lr_scale: null then, 1.25 now" in done.err
+    assert '  training data: "4 images of circle; rectangle; triangle (' in done.err
+    assert "--resume=weights" in done.err
+    assert (tmp_path / "cut" / "config_resolved.yaml").read_bytes() == settings
+
+
+def test_another_world_size_is_refused_by_name(train, monkeypatch) -> None:
+    assert train().code == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = train("--resume")
+    assert done.code == 2
+    assert "  processes: 1 then, 2 now" in done.err
+
+
+def test_harmless_changes_are_accepted(train) -> None:
+    assert train("--epochs", 1).code == 0
+    words = ("training.num_workers=1", "evaluation.every=2", "training.save_every=2")
+    done = train("--resume", *words)
+    assert done.code == 0, done.err
+
+
+def test_the_weights_alone(train, tmp_path) -> None:
+    """With other data: a new schedule, from the trained weights; the old checkpoints give way."""
+    assert train().code == 0
+    before = load_file(tmp_path / "cut/checkpoints/update-00000004/model.safetensors")
+    done = train("--resume=weights", "--epochs", 1, "dataset.limit=3", "optim.lr_scale=1e-9")
+    assert done.code == 0, done.err
+    assert "the schedule starts anew" in done.out
+    assert _saved(tmp_path / "cut") == ["update-00000000", "update-00000002"]
+    after = load_file(tmp_path / "cut/checkpoints/update-00000002/model.safetensors")
+    assert all(torch.allclose(after[key], before[key], atol=1e-6) for key in before)
+    assert [row["epoch"] for row in _figures(tmp_path / "cut")] == ["1"]
+
+
+def test_auto_resumes_or_starts(train, tmp_path) -> None:
+    started = train("--resume=auto", "--epochs", 1)
+    assert started.code == 0, started.err
+    done = train("--resume=auto")
+    assert "resumed from" in done.out
+    assert len(_figures(tmp_path / "cut")) == 2
+    assert train("--resume=never").code == 2
+
+
+def test_patience_ends_a_run(train, tmp_path) -> None:
+    """A rate of next to nothing: no validation betters the first one."""
+    words = ("--epochs", 9, "optim.lr_scale=1e-12", "training.patience=2")
+    done = train(*words)
+    assert done.code == 0, done.err
+    assert len(_figures(tmp_path / "cut")) == 3
+    assert "no better" in done.out
+    again = train(*words, "--resume")
+    assert again.code == 0, again.err
+    assert len(_figures(tmp_path / "cut")) == 3
