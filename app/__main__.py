@@ -161,41 +161,82 @@ def train(
 
 @cli.command()
 def infer(
-    input: Annotated[str, typer.Option(help="an image, a folder of images, or a quoted glob")],
+    input: Annotated[
+        str,
+        typer.Option(help="an image, a folder, a quoted glob, or a .txt with a path a line"),
+    ],
     checkpoint: Annotated[str, typer.Option(help="weights file or folder; none for random ones")],
-    output_dir: Annotated[Path, typer.Option(help="folder for overlays and predictions.json")],
+    output_dir: Annotated[Path, typer.Option(help="folder for what is found")],
     prompt: Annotated[
-        list[str] | None, typer.Option(help="what to find; may be given several times")
+        list[str] | None,
+        typer.Option(help="what to find; several; without any, the classes of the weights"),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="file of prompts: a line each, or YAML as in training")
     ] = None,
     box: Annotated[
         list[str] | None, typer.Option(metavar="X,Y,W,H", help="example box in pixels; several")
+    ] = None,
+    negative_box: Annotated[
+        list[str] | None, typer.Option(metavar="X,Y,W,H", help="box of what is not meant; several")
     ] = None,
     threshold: Annotated[
         float | None,
         typer.Option(min=0, max=1, help="least score; the weights' own unless given, else 0.5"),
     ] = None,
-    max_detections: Annotated[int, typer.Option(min=1, help="an image")] = 100,
+    max_detections: Annotated[int, typer.Option(min=1, help="an image, or a tile")] = 100,
+    nms: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="IoU of masks above which the lower score goes"),
+    ] = None,
+    tile: Annotated[
+        int | None, typer.Option(min=32, help="pixels; cut larger images into such tiles")
+    ] = None,
+    overlap: Annotated[float, typer.Option(min=0, max=0.9, help="of neighbouring tiles")] = 0.2,
+    save: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="overlay, coco, yolo, instances, semantic, cutouts, geojson, csv; several, or "
+            "parted by commas  [default: overlay,coco]"
+        ),
+    ] = None,
     model: Annotated[str, typer.Option(help="size, for weights that do not say theirs")] = "auto",
     resolution: Annotated[int | None, typer.Option(help="pixels, square")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="images seen together")] = 1,
+    num_gpus: Annotated[int, typer.Option(min=1, help="processes that share the images")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace earlier results")] = False,
 ) -> None:
-    """Find what the prompts name; write an overlay for each image and one predictions.json."""
+    """Find what the prompts name in images; the same command again does what a stop left over."""
     from app.inference.folder import predict_folder
+    from app.inference.settings import Settings, make_settings
 
-    failed = predict_folder(
-        input,
-        checkpoint,
-        output_dir,
-        prompts=prompt or [],
-        boxes=box or [],
+    settings = Settings(
+        checkpoint=checkpoint,
+        prompts=tuple(prompt or ()),
         threshold=threshold,
         max_detections=max_detections,
+        nms=nms,
+        tile=tile,
+        overlap=overlap,
         size=None if model == "auto" else model,
         resolution=resolution,
         device=device,
         precision=precision,
+    )
+    failed = predict_folder(
+        input,
+        output_dir,
+        make_settings(
+            settings,
+            prompts_file=prompts,
+            boxes=box or (),
+            negative_boxes=negative_box or (),
+            save=save or (),
+        ),
+        batch_size=batch_size,
+        processes=num_gpus,
         overwrite=overwrite,
     )
     if failed:

@@ -1,47 +1,77 @@
-"""Images on disk → overlays and one predictions.json."""
+"""Images on disk → what was found in each, on disk; after a stop it goes on from there."""
 
 from __future__ import annotations
 
-import glob
+import contextlib
+import functools
 import logging
+import multiprocessing
+import os
+import signal
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from app.config import load_model_config
-from app.datasets.images import EXTENSIONS, open_image
+from app.datasets.images import ImageError, open_image
 from app.errors import UserError
-from app.files import atomic_path, write_json
-from app.inference.outputs import coco_results, draw_detections
-from app.inference.predictor import Predictor, check_prompts
-from app.model import weights
+from app.inference.inputs import find_images, output_names
+from app.inference.journal import Entry, Journal, file_state, has_results
+from app.inference.merging import merge_tiles, suppress
+from app.inference.outputs import PER_IMAGE, coco_results
+from app.inference.predictor import VISUAL_PROMPT, Detections, Predictor, normalised_boxes
+from app.inference.settings import RANDOM, THRESHOLD, Settings
+from app.inference.tables import TABLES
+from app.inference.tiles import make_tiles
 from app.model.build import build_model
 from app.model.device import choose_device, choose_precision
+from app.progress import duration, progress
 
 log = logging.getLogger("app")
-RESULTS = "predictions.json"
-THRESHOLD = 0.5  # where the weights say none
+SHOWN = 20  # files that are in the way
+CHUNKS = 4  # batches that a process takes at once
+
+
+@dataclass(frozen=True)
+class Job:
+    """An image to predict on, and what its files are called."""
+
+    image: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a batch: an entry for each image that is done, and what failed."""
+
+    entries: tuple[Entry, ...]
+    failed: tuple[str, ...]
+
+
+Work = Callable[[Sequence[Sequence[Job]]], Iterator[Outcome]]  # batches → what became of each
 
 
 def predict_folder(
     source: str,
-    checkpoint: str,
     output: Path,
+    settings: Settings,
     *,
-    prompts: Sequence[str],
-    boxes: Sequence[str],
-    threshold: float | None,
-    max_detections: int,
-    size: str | None,
-    resolution: int | None,
-    device: str,
-    precision: str,
-    overwrite: bool,
+    batch_size: int = 1,
+    processes: int = 1,
+    overwrite: bool = False,
 ) -> list[str]:
     """Predict on every image that `source` stands for; see `python -m app infer --help`.
+
+    What is done is noted image by image, so the same call after a stop does the rest.
 
     Returns:
         What went wrong with single images: one bad image costs only itself.
@@ -50,122 +80,255 @@ def predict_folder(
         UserError: anything that concerns the whole, before anything is written.
     """
     images = find_images(source)
-    boxes_xywh = [parse_box(text) for text in boxes]
-    check_prompts(prompts, boxes_xywh)
-    if (output / RESULTS).exists() and not overwrite:
-        raise UserError(
-            f"--output-dir {output}: holds {RESULTS} already. Replace it with --overwrite, or name "
-            "another folder."
-        )
-    predictor = _predictor(checkpoint, size, resolution, device, precision)
-    if threshold is None:
-        threshold = _threshold(checkpoint)
+    jobs = [Job(*pair) for pair in zip(images, output_names(images), strict=True)]
+    _check_clear(jobs, output, settings.save, overwrite=overwrite)
     begun = time.monotonic()
-    results: list[dict[str, Any]] = []
-    failed: list[str] = []
-    for image_id, (path, name) in enumerate(zip(images, _names(images), strict=True), start=1):
-        try:
-            image = open_image(path)
-            detections = predictor.predict(
-                image,
-                prompts,
-                boxes_xywh=boxes_xywh,
-                threshold=threshold,
-                max_detections=max_detections,
-            )
-        except UserError as error:
-            failed += error.problems
-            continue
-        category_ids = list(range(1, len(detections.prompts) + 1))
-        for result in coco_results(detections, image_id, category_ids):
-            prompt = detections.prompts[result["category_id"] - 1]
-            results.append({**result, "file_name": path.name, "prompt": prompt})
-        with atomic_path(output / name) as temporary:
-            draw_detections(image, detections).save(temporary)
-        log.info("%s: %d found → %s", path.name, len(detections), output / name)
-    if len(failed) == len(images):
-        raise UserError(failed)
-    write_json(output / RESULTS, results)
+    with (
+        _ended_by_sigterm(),
+        _work(settings, output, processes) as (work, precision),
+        _unwritable_said(output),
+        Journal(output, settings.identity(), overwrite=overwrite) as journal,
+    ):
+        failed = _do_what_is_left(jobs, work, journal, batch_size)
+        if not len(journal):
+            raise UserError(failed)
+        found = _write_tables(output, journal, images, settings)
     for problem in failed:
         log.error("failed: %s", problem)
-    done = len(images) - len(failed)
     log.info(
-        "%d of %d images, %d objects, in %.1f s and %s: %s",
-        done,
-        len(images),
-        len(results),
-        time.monotonic() - begun,
-        str(predictor.precision).removeprefix("torch."),
-        output / RESULTS,
+        "%d of %d images, %d objects, in %s and %s: %s",
+        *(len(images) - len(failed), len(images), found),
+        *(duration(time.monotonic() - begun), precision, output),
     )
     return failed
 
 
-def find_images(source: str) -> list[Path]:
-    """The images that a file, a folder or a glob stands for, in the order of their names."""
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = [p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS]
+def _do_what_is_left(
+    jobs: Sequence[Job], work: Work, journal: Journal, batch_size: int
+) -> list[str]:
+    """Predict on the images that are not done; returns what went wrong with single ones."""
+    todo = [job for job in jobs if journal.read(job.image) is None]
+    before = len(jobs) - len(todo)
+    if before:
+        log.info("%d of %d images were done before", before, len(jobs))
+    batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
+    failed: list[str] = []
+    with progress("images", len(jobs), before) as advance:
+        for number, outcome in enumerate(work(batches), start=1):
+            for entry in outcome.entries:
+                journal.add(entry)
+            failed += outcome.failed
+            done = min(before + number * batch_size, len(jobs))
+            advance(done, f"({len(failed)} failed)")
+    return failed
+
+
+def predict_images(
+    predictor: Predictor, settings: Settings, output: Path, batch: Sequence[Job]
+) -> Outcome:
+    """Predict on a few images together and write the files of each."""
+    opened: list[tuple[Job, Image.Image]] = []
+    failed: list[str] = []
+    for job in batch:
+        try:
+            image = open_image(job.image)
+            normalised_boxes([*settings.boxes, *settings.negative_boxes], image)
+            opened.append((job, image))
+        except ImageError as error:
+            failed.append(str(error))
+        except UserError as error:  # of a box
+            failed.append(f"{job.image}: {error}")
+    if not opened:
+        return Outcome((), tuple(failed))
+    entries = []
+    found = _find(predictor, settings, [image for _, image in opened])
+    for (job, image), detections in zip(opened, found, strict=True):
+        for kind in settings.save:
+            if kind in PER_IMAGE:
+                path = output / PER_IMAGE[kind].path.format(job.name)
+                PER_IMAGE[kind].write(path, image, detections)
+        entries.append(_entry(job, detections))
+    return Outcome(tuple(entries), tuple(failed))
+
+
+def _find(
+    predictor: Predictor, settings: Settings, images: Sequence[Image.Image]
+) -> list[Detections]:
+    if settings.tile is None:
+        found = _ask(predictor, settings, images)
     else:
-        if "://" in source:
-            raise UserError(
-                f"--input {source}: addresses are not fetched; download the image first"
-            )
-        matches = (Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207
-        found = [p for p in matches if p.suffix.lower() in EXTENSIONS]
-    if not found:
-        what = "no images in this folder" if path.is_dir() else "no such file, folder or glob"
-        raise UserError(f"--input {source}: {what} (images end in {', '.join(EXTENSIONS)})")
-    return sorted(found)
+        found = [_find_in_tiles(predictor, settings, image, settings.tile) for image in images]
+    if settings.nms is None:
+        return found
+    return [suppress(detections, settings.nms) for detections in found]
 
 
-def parse_box(text: str) -> tuple[float, float, float, float]:
-    """`x,y,w,h` in pixels; raises UserError."""
+def _find_in_tiles(
+    predictor: Predictor, settings: Settings, image: Image.Image, side: int
+) -> Detections:
+    tiles = make_tiles(image.width, image.height, side, settings.overlap)
+    parts = [_ask(predictor, settings, [image.crop(tile.box_xyxy)])[0] for tile in tiles]
+    return merge_tiles(tiles, parts, image.width, image.height)
+
+
+def _ask(
+    predictor: Predictor, settings: Settings, images: Sequence[Image.Image]
+) -> list[Detections]:
+    return predictor.predict_batch(
+        images,
+        settings.prompts,
+        boxes_xywh=settings.boxes,
+        negative_boxes_xywh=settings.negative_boxes,
+        threshold=THRESHOLD if settings.threshold is None else settings.threshold,
+        max_detections=settings.max_detections,
+    )
+
+
+def _entry(job: Job, detections: Detections) -> Entry:
+    category_ids = range(1, len(detections.prompts) + 1)
+    return {
+        "image": str(job.image),
+        "state": file_state(job.image),
+        "width": detections.width,
+        "height": detections.height,
+        "found": coco_results(detections, 0, category_ids),
+    }
+
+
+def _write_tables(
+    output: Path, journal: Journal, images: Sequence[Path], settings: Settings
+) -> int:
+    """Write what the whole run leaves; returns the number of objects."""
+
+    def entries() -> Iterator[tuple[int, Entry]]:
+        for image_id, image in enumerate(images, start=1):
+            if (entry := journal.read(image)) is not None:
+                yield image_id, entry
+
+    prompts = settings.prompts or (VISUAL_PROMPT,)
+    for kind in settings.save:
+        if kind in TABLES:
+            path, write = TABLES[kind]
+            write(output / path, entries(), prompts)
+    return sum(len(entry["found"]) for _, entry in entries())
+
+
+def _check_clear(
+    jobs: Sequence[Job], output: Path, save: Sequence[str], *, overwrite: bool
+) -> None:
+    """Raises UserError where a file that is not ours would be written over, or any input."""
+    inputs = {job.image.resolve() for job in jobs}
+    paths = [output / TABLES[kind][0] for kind in save if kind in TABLES]
+    patterns = [PER_IMAGE[kind].path for kind in save if kind in PER_IMAGE]
+    paths += [output / pattern.format(job.name) for pattern in patterns for job in jobs]
+    there = [path for path in paths if path.exists()]
+    problems = [
+        f"--output-dir {output}: {path.name} is an input image; name another folder"
+        for path in there
+        if path.resolve() in inputs
+    ]
+    if not problems and not overwrite and not has_results(output):
+        problems = [
+            f"--output-dir {output}: holds {path.relative_to(output)} already. Replace it with "
+            "--overwrite, or name another folder."
+            for path in there
+        ]
+    if problems:
+        rest = len(problems) - SHOWN
+        raise UserError(problems[:SHOWN] + ([f"and {rest} more files"] if rest > 0 else []))
+
+
+@contextlib.contextmanager
+def _unwritable_said(output: Path) -> Iterator[None]:
     try:
-        x, y, w, h = (float(side) for side in text.split(","))
-    except ValueError:
-        raise UserError(f"--box {text}: give four numbers, x,y,w,h in pixels") from None
-    if not (w > 0 and h > 0):
-        raise UserError(f"--box {text}: width and height must be above 0")
-    return x, y, w, h
+        yield
+    except OSError as error:
+        raise UserError(
+            f"--output-dir {output}: {error.filename or 'a file'} cannot be written "
+            f"({error.strerror}). What is done is kept: mend it and run the same command again."
+        ) from None
 
 
-def _predictor(
-    checkpoint: str, size: str | None, resolution: int | None, device: str, precision: str
-) -> Predictor:
-    if checkpoint != "none":
-        return Predictor.load(
-            checkpoint, device=device, precision=precision, size=size, resolution=resolution
+# --- processes -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _work(settings: Settings, output: Path, processes: int) -> Iterator[tuple[Work, str]]:
+    """What predicts on batches, in order, and the precision that it does it in.
+
+    With one process, it is this one; else each of several has a GPU of its own, or where there is
+    none its share of the cores, and takes batches as it gets through them.
+    """
+    if processes == 1:
+        predictor = load_predictor(settings)
+        yield (
+            lambda batches: (predict_images(predictor, settings, output, b) for b in batches),
+            _precision(predictor),
         )
-    changes = [f"model.resolution={resolution}"] if resolution else []
-    config = load_model_config(size or "nano", changes)
+        return
+    gpus = torch.cuda.device_count() if choose_device(settings.device).type == "cuda" else 0
+    if 0 < gpus < processes:
+        raise UserError(f"--num-gpus {processes}: this machine has {gpus}")
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    rank = context.Value("i", 0)
+    pool = ProcessPoolExecutor(processes, context, _begin_process, (rank, processes, gpus > 0))
+    task = functools.partial(_predict_in_process, settings, output)
+    try:
+        precision = pool.submit(_precision_in_process, settings).result()
+        yield lambda batches: pool.map(task, batches, chunksize=CHUNKS), precision
+    except BrokenProcessPool:
+        raise UserError(
+            f"--num-gpus {processes}: a process ended before its work did, as when memory runs "
+            "out. What is done is kept: run the same command again, with fewer processes."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def load_predictor(settings: Settings) -> Predictor:
+    options: dict[str, Any] = {"size": settings.size, "resolution": settings.resolution}
+    if settings.checkpoint != RANDOM:
+        choice = {"device": settings.device, "precision": settings.precision}
+        return Predictor.load(settings.checkpoint, **choice, **options)
+    changes = [f"model.resolution={settings.resolution}"] if settings.resolution else []
+    config = load_model_config(settings.size or "nano", changes)
     log.info("weights: random; what is found means nothing")
     torch.manual_seed(0)
-    target = choose_device(device)
+    target = choose_device(settings.device)
     model = build_model(config).to(target)
-    return Predictor(model, config, choose_precision(precision, target, config))
+    return Predictor(model, config, choose_precision(settings.precision, target, config))
 
 
-def _threshold(checkpoint: str) -> float:
-    """The threshold that the weights were calibrated to, or the usual one; says which."""
-    header = weights.read_header(Path(checkpoint)) if checkpoint != "none" else None
-    if header is None or header.threshold is None:
-        log.info("threshold: %g (--threshold decides by hand)", THRESHOLD)
-        return THRESHOLD
-    log.info(
-        "threshold: %.3f, the best on the validation images (--threshold decides by hand)",
-        header.threshold,
-    )
-    return header.threshold
+def _precision(predictor: Predictor) -> str:
+    return str(predictor.precision).removeprefix("torch.")
 
 
-def _names(images: Sequence[Path]) -> list[str]:
-    """Overlay names: the stem, or the whole name where two images share a stem."""
-    stems = [path.stem for path in images]
-    names = [p.stem if stems.count(p.stem) == 1 else p.name for p in images]
-    return [
-        f"{name}.png" if names.count(name) == 1 else f"{name}.{index}.png"
-        for index, name in enumerate(names, start=1)
-    ]
+def _begin_process(rank: Synchronized[int], processes: int, on_gpu: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the first one answers it
+    with rank.get_lock():
+        mine = rank.value
+        rank.value += 1
+    if on_gpu:
+        torch.cuda.set_device(mine)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
+_predictor_of_process = functools.lru_cache(maxsize=1)(load_predictor)
+
+
+def _precision_in_process(settings: Settings) -> str:
+    return _precision(_predictor_of_process(settings))
+
+
+def _predict_in_process(settings: Settings, output: Path, batch: Sequence[Job]) -> Outcome:
+    return predict_images(_predictor_of_process(settings), settings, output, batch)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as an exit with 143 would: files are closed, processes ended."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,14 +1,41 @@
-"""Detections → files that people and programs read."""
+"""Detections → files that people and programs read; each kind by its name, in `PER_IMAGE`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+from pycocotools import mask as coco_mask
 
+from app.datasets.formats.yolo_export import label_line
 from app.datasets.overlay import color_of, draw_objects
+from app.errors import UserError
+from app.files import atomic_folder, atomic_path, write_text
+from app.inference.masks import Rle
+from app.inference.polygons import Polygon, polygons
 from app.inference.predictor import Detections
+
+MAX_ID = 65_535  # of 16 bits
+
+
+@dataclass(frozen=True)
+class Output:
+    """A kind of output that each image has for itself.
+
+    Attributes:
+        path: in the output folder; {} is the image's name. One without a suffix is a folder.
+        write: makes it.
+    """
+
+    path: str
+    write: Callable[[Path, Image.Image, Detections], None]
 
 
 def draw_detections(image: Image.Image, detections: Detections) -> Image.Image:
@@ -31,14 +58,129 @@ def coco_results(
     """
     results = []
     for index in range(len(detections)):
-        x1, y1, x2, y2 = (float(side) for side in detections.boxes_xyxy[index])
         result: dict[str, Any] = {
             "image_id": image_id,
             "category_id": category_ids[int(detections.prompt_ids[index])],
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "bbox": _box_xywh(detections, index),
             "score": float(detections.scores[index]),
         }
         if detections.masks is not None:
             result["segmentation"] = detections.masks[index]
         results.append(result)
     return results
+
+
+def _box_xywh(detections: Detections, index: int) -> list[float]:
+    x1, y1, x2, y2 = (float(side) for side in detections.boxes_xyxy[index])
+    return [x1, y1, x2 - x1, y2 - y1]
+
+
+def _write_overlay(path: Path, image: Image.Image, detections: Detections) -> None:
+    _save(path, draw_detections(image, detections))
+
+
+def _write_yolo(path: Path, _: Image.Image, detections: Detections) -> None:
+    """Labels as Ultralytics trains on them; classes count from 0 in the order of the prompts."""
+    size = detections.width, detections.height
+    lines = [
+        label_line(int(prompt), _mask(detections, index), _box_xywh(detections, index), *size)
+        for index, prompt in enumerate(detections.prompt_ids)
+    ]
+    write_text(path, "".join(lines))
+
+
+def _write_instances(path: Path, _: Image.Image, detections: Detections) -> None:
+    """16 bits: 1 is the highest score, which lies on top, 0 is nothing."""
+    _save(path, _painted("instances", detections, np.arange(1, len(detections) + 1)))
+
+
+def _write_semantic(path: Path, _: Image.Image, detections: Detections) -> None:
+    """16 bits: the prompt's number from 1 on, as in legend.json; the highest score on top."""
+    _save(path, _painted("semantic", detections, detections.prompt_ids + 1))
+
+
+def _painted(kind: str, detections: Detections, ids: NDArray[np.int64]) -> Image.Image:
+    if ids.max(initial=0) > MAX_ID:
+        raise UserError(
+            f"--save {kind}: {ids.max()} of them do not fit the 16 bits of a PNG ({MAX_ID}); "
+            "lower --max-detections, or save coco"
+        )
+    canvas = np.zeros((detections.height, detections.width), dtype=np.uint16)
+    for id, mask in zip(ids[::-1], reversed(_masks(kind, detections)), strict=True):
+        canvas[coco_mask.decode(mask).astype(bool)] = id
+    return Image.fromarray(canvas)
+
+
+def _write_cutouts(folder: Path, image: Image.Image, detections: Detections) -> None:
+    """A PNG for each object, as large as its mask, which is the alpha; the name says where it was:
+    number_prompt_x_y."""
+    pixels = np.array(image)
+    with atomic_folder(folder) as temporary:
+        for index, mask in enumerate(_masks("cutouts", detections)):
+            left, top, width, height = (int(side) for side in coco_mask.toBbox(mask))
+            if not width:
+                continue
+            window = slice(top, top + height), slice(left, left + width)
+            alpha = coco_mask.decode(mask)[window] * 255
+            prompt = _slug(detections.prompts[int(detections.prompt_ids[index])])
+            cut = Image.fromarray(np.dstack([pixels[window], alpha]))
+            cut.save(temporary / f"{index + 1:03d}_{prompt}_{left}_{top}.png")
+
+
+def _write_geojson(path: Path, _: Image.Image, detections: Detections) -> None:
+    """Features in pixels of the image, y downwards; what no mask covers has the box instead."""
+    features = [
+        {
+            "type": "Feature",
+            "id": index + 1,
+            "properties": {
+                "prompt": detections.prompts[int(prompt)],
+                "category_id": int(prompt) + 1,
+                "score": float(detections.scores[index]),
+            },
+            "geometry": {"type": "MultiPolygon", "coordinates": _outlines(detections, index)},
+        }
+        for index, prompt in enumerate(detections.prompt_ids)
+    ]
+    size = {"width": detections.width, "height": detections.height}
+    collection = {"type": "FeatureCollection", "image": size, "features": features}
+    write_text(path, json.dumps(collection, allow_nan=False) + "\n")
+
+
+def _outlines(detections: Detections, index: int) -> list[Polygon] | list[list[list[list[float]]]]:
+    if mask := _mask(detections, index):
+        return polygons(mask)
+    x1, y1, x2, y2 = (float(side) for side in detections.boxes_xyxy[index])
+    return [[[[x1, y1], [x2, y1], [x2, y2], [x1, y2], [x1, y1]]]]
+
+
+def _mask(detections: Detections, index: int) -> Rle | None:
+    """None where there is no mask, or one that covers no pixel."""
+    mask = detections.masks[index] if detections.masks is not None else None
+    return mask if mask is not None and coco_mask.area(mask) else None
+
+
+def _masks(kind: str, detections: Detections) -> list[Rle]:
+    if detections.masks is None:
+        raise UserError(f"--save {kind}: these weights have no mask head; save coco, csv or yolo")
+    return detections.masks
+
+
+def _slug(prompt: str) -> str:
+    """A prompt as part of a file's name, in any file system."""
+    return re.sub(r"\W+", "-", prompt).strip("-")[:40]
+
+
+def _save(path: Path, picture: Image.Image) -> None:
+    with atomic_path(path) as temporary:
+        picture.save(temporary)
+
+
+PER_IMAGE = {
+    "overlay": Output("{}.png", _write_overlay),
+    "yolo": Output("labels/{}.txt", _write_yolo),
+    "instances": Output("instances/{}.png", _write_instances),
+    "semantic": Output("semantic/{}.png", _write_semantic),
+    "cutouts": Output("cutouts/{}", _write_cutouts),
+    "geojson": Output("geojson/{}.geojson", _write_geojson),
+}

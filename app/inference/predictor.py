@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as mask_utils
 from sam3.model.box_ops import box_cxcywh_to_xyxy
 from sam3.model.data_misc import FindStage
 from sam3.model.geometry_encoders import Prompt
 from sam3.model.sam3_image import Sam3Image
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from app.config import ModelConfig
 from app.datasets.square import to_square
 from app.errors import UserError
+from app.inference.masks import bool_masks, encode_masks
 from app.model import weights
 from app.model.device import choose_device, choose_precision
 
-PROMPTS_A_PASS = 16  # prompts that go through DETR and mask head together: bounds the memory
+PROMPTS_A_PASS = 16  # pairs of image and prompt that go through DETR together: bounds the memory
+TEXTS_KEPT = 64  # passes whose text features are kept
 VISUAL_PROMPT = "visual"  # what upstream says in place of words when there are boxes only
 
 
@@ -53,6 +53,23 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def select(self, kept: Sequence[int] | np.ndarray) -> Detections:
+        """Some of them, by index, in the order given."""
+        indices = np.asarray(kept, dtype=np.int64)
+        return replace(
+            self,
+            boxes_xyxy=self.boxes_xyxy[indices],
+            scores=self.scores[indices],
+            prompt_ids=self.prompt_ids[indices],
+            masks=None if self.masks is None else [self.masks[index] for index in indices],
+        )
+
+    def bool_masks(self) -> np.ndarray:
+        """The masks as (N, height, width) bool; raises ValueError where there are none."""
+        if self.masks is None:
+            raise ValueError("these weights have no mask head: there are boxes only")
+        return bool_masks(self.masks, self.height, self.width)
+
 
 class Predictor:
     """A SAM 3 that answers prompts; the model is put in evaluation mode.
@@ -73,7 +90,7 @@ class Predictor:
         self.precision = precision
         self.device = next(model.parameters()).device
         self._text_features: dict[tuple[str, ...], dict[str, Tensor]] = {}
-        self._encoded: tuple[Image.Image, dict[str, Any]] | None = None
+        self._encoded: tuple[list[Image.Image], dict[str, Any]] | None = None
         self._fill_caches()
 
     @classmethod
@@ -100,13 +117,13 @@ class Predictor:
         decoder.compilable_cord_cache = decoder._get_coords(tokens, tokens, self.device)
         decoder.compilable_stored_size = (tokens, tokens)
 
-    @torch.inference_mode()
     def predict(
         self,
         image: Image.Image,
         prompts: Sequence[str] = (),
         *,
         boxes_xywh: Sequence[Sequence[float]] = (),
+        negative_boxes_xywh: Sequence[Sequence[float]] = (),
         threshold: float = 0.5,
         max_detections: int = 100,
     ) -> Detections:
@@ -116,73 +133,112 @@ class Predictor:
             image: RGB, upright.
             prompts: noun phrases; the image is encoded once for all of them.
             boxes_xywh: example boxes, pixels, that join every prompt; they need no words.
+            negative_boxes_xywh: boxes of what is not meant, likewise.
             threshold: 0..1, least score.
             max_detections: most detections over all prompts, the highest scores.
 
         Raises:
             UserError: neither words nor boxes, an empty prompt, a box outside the image.
         """
+        return self.predict_batch(
+            [image],
+            prompts,
+            boxes_xywh=boxes_xywh,
+            negative_boxes_xywh=negative_boxes_xywh,
+            threshold=threshold,
+            max_detections=max_detections,
+        )[0]
+
+    @torch.inference_mode()
+    def predict_batch(
+        self,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str] = (),
+        *,
+        boxes_xywh: Sequence[Sequence[float]] = (),
+        negative_boxes_xywh: Sequence[Sequence[float]] = (),
+        threshold: float = 0.5,
+        max_detections: int = 100,
+    ) -> list[Detections]:
+        """Like `predict`, for several images at once, which may differ in size."""
         prompts = check_prompts(prompts, boxes_xywh)
-        boxes = normalised_boxes(boxes_xywh, image)
+        every_box = [*boxes_xywh, *negative_boxes_xywh]
+        boxes = torch.stack([normalised_boxes(every_box, image) for image in images], dim=1)
+        labels = torch.arange(len(every_box)) < len(boxes_xywh)  # (N,) whether it is an example
+        step = max(1, PROMPTS_A_PASS // len(images))
+        found: list[list[dict[str, Tensor]]] = [[] for _ in images]
         with self._autocast():
-            features = self._image(image)
-            outputs = [
-                self._ground(features, prompts[start : start + PROMPTS_A_PASS], boxes)
-                for start in range(0, len(prompts), PROMPTS_A_PASS)
-            ]
-        joined: dict[str, Tensor] = {
-            key: torch.cat([output[key] for output in outputs]).float()
-            for key in ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")
-            if key in outputs[0]
-        }
-        return _postprocess(joined, prompts, image, threshold, max_detections)
+            features = self._features(images)
+            for start in range(0, len(prompts), step):
+                part = prompts[start : start + step]
+                outputs = self._ground(features, part, boxes, labels)
+                for index, best in enumerate(found):
+                    rows = {k: v.unflatten(0, (-1, len(part)))[index] for k, v in outputs.items()}
+                    best.append(_best(rows, start, threshold, max_detections))
+        return [
+            _postprocess(best, prompts, image, max_detections)
+            for best, image in zip(found, images, strict=True)
+        ]
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16
         )
 
-    def _image(self, image: Image.Image) -> dict[str, Any]:
-        """Features of the image; the last one's are kept, for a second question about it."""
-        if self._encoded is None or self._encoded[0] is not image:
-            pixels = normalise(to_square(image, self.config.resolution)).to(self.device)
-            self._encoded = image, self.model.backbone.forward_image(pixels)
+    def _features(self, images: Sequence[Image.Image]) -> dict[str, Any]:
+        """Features of the images; the last ones' are kept, for a second question about them."""
+        if self._encoded is None or list(map(id, self._encoded[0])) != list(map(id, images)):
+            squares = [normalise(to_square(image, self.config.resolution)) for image in images]
+            pixels = torch.cat(squares).to(self.device)
+            self._encoded = list(images), self.model.backbone.forward_image(pixels)
         return self._encoded[1]
 
     def _text(self, prompts: tuple[str, ...]) -> dict[str, Tensor]:
         if prompts not in self._text_features:
+            if len(self._text_features) >= TEXTS_KEPT:
+                self._text_features.clear()
             encoded = self.model.backbone.forward_text(list(prompts), device=self.device)
             self._text_features[prompts] = encoded
         return self._text_features[prompts]
 
     def _ground(
-        self, features: dict[str, Any], prompts: Sequence[str], boxes: Tensor
+        self, features: dict[str, Any], prompts: Sequence[str], boxes: Tensor, labels: Tensor
     ) -> dict[str, Tensor]:
-        """Upstream's `forward_grounding` for P prompts on the one image that `features` hold."""
+        """Upstream's `forward_grounding` for P prompts on each of the B images of `features`.
+
+        Args:
+            boxes: (N, B, 4) cxcywh, 0..1.
+            labels: (N,) bool.
+
+        Returns:
+            What `_best` needs, (B * P, …): the prompts of the first image, of the second, …
+        """
         count, device = len(prompts), self.device
+        pairs = boxes.shape[1] * count
         text = self._text(tuple(prompts))
-        ids = torch.arange(count, device=device)
+        ids = torch.arange(pairs, device=device)
         stage = FindStage(
-            img_ids=torch.zeros_like(ids),
-            text_ids=ids,
+            img_ids=ids // count,
+            text_ids=ids % count,
             input_boxes=None,
             input_boxes_mask=None,
             input_boxes_label=None,
             input_points=None,
             input_points_mask=None,
         )
-        box_prompt = boxes.to(device)[:, None].repeat(1, count, 1)  # (N, P, 4) cxcywh, 0..1
         geometry = Prompt(
-            box_embeddings=box_prompt,
-            box_mask=torch.zeros(count, len(boxes), dtype=torch.bool, device=device),
-            box_labels=torch.ones(len(boxes), count, dtype=torch.long, device=device),
+            box_embeddings=boxes.to(device).repeat_interleave(count, dim=1),  # (N, B * P, 4)
+            box_mask=torch.zeros(pairs, len(boxes), dtype=torch.bool, device=device),
+            box_labels=labels.to(device, torch.long)[:, None].repeat(1, pairs),
         )
-        return self.model.forward_grounding(
+        outputs = self.model.forward_grounding(
             backbone_out={**features, **text},
             find_input=stage,
             find_target=None,
             geometric_prompt=geometry,
         )
+        keys = ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")
+        return {key: outputs[key] for key in keys if key in outputs}
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -221,49 +277,52 @@ def normalised_boxes(boxes_xywh: Sequence[Sequence[float]], image: Image.Image) 
     return torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1)
 
 
-def _postprocess(
-    outputs: dict[str, Tensor],
-    prompts: tuple[str, ...],
-    image: Image.Image,
-    threshold: float,
-    max_detections: int,
-) -> Detections:
-    """Raw outputs of P prompts x Q queries → detections in pixels of the image."""
-    presence = outputs["presence_logit_dec"].reshape(-1, 1).sigmoid()  # (P, 1)
-    scores = outputs["pred_logits"].squeeze(-1).sigmoid() * presence  # (P, Q)
+def _best(
+    outputs: dict[str, Tensor], first: int, threshold: float, limit: int
+) -> dict[str, Tensor]:
+    """The highest scores of P prompts x Q queries on one image.
+
+    Args:
+        first: the index of the first of these prompts.
+
+    Returns:
+        `scores` (N,), `prompt_ids` (N,), `boxes` (N, 4) cxcywh, 0..1, and where the model makes
+        masks `logits` (N, h, w).
+    """
+    presence = outputs["presence_logit_dec"].float().reshape(-1, 1).sigmoid()  # (P, 1)
+    scores = outputs["pred_logits"].float().squeeze(-1).sigmoid() * presence  # (P, Q)
     flat = scores.flatten()
-    order = flat.argsort(descending=True, stable=True)[:max_detections]
+    order = flat.argsort(descending=True, stable=True)[:limit]
     order = order[flat[order] > threshold]
     prompt_ids, query_ids = order // scores.shape[1], order % scores.shape[1]
-    size = flat.new_tensor([image.width, image.height] * 2)
-    boxes = box_cxcywh_to_xyxy(outputs["pred_boxes"][prompt_ids, query_ids]) * size
+    best = {
+        "scores": flat[order],
+        "prompt_ids": prompt_ids + first,
+        "boxes": outputs["pred_boxes"][prompt_ids, query_ids].float(),
+    }
+    if "pred_masks" in outputs:
+        best["logits"] = outputs["pred_masks"][prompt_ids, query_ids].float()
+    return best
+
+
+def _postprocess(
+    passes: list[dict[str, Tensor]], prompts: tuple[str, ...], image: Image.Image, limit: int
+) -> Detections:
+    """The best of each pass → detections in pixels of the image."""
+    best = {key: torch.cat([output[key] for output in passes]) for key in passes[0]}
+    order = best["scores"].argsort(descending=True, stable=True)[:limit]
+    size = best["boxes"].new_tensor([image.width, image.height] * 2)
+    boxes = box_cxcywh_to_xyxy(best["boxes"][order]) * size
     boxes = torch.minimum(boxes.clamp(min=0), size)  # (N, 4)
     masks = None
-    if "pred_masks" in outputs:
-        logits = outputs["pred_masks"][prompt_ids, query_ids]  # (N, h, w)
-        masks = encode_masks(logits, image.height, image.width)
+    if "logits" in best:
+        masks = encode_masks(best["logits"][order], image.height, image.width)
     return Detections(
         boxes_xyxy=boxes.cpu().numpy(),
-        scores=flat[order].cpu().numpy(),
-        prompt_ids=prompt_ids.cpu().numpy(),
+        scores=best["scores"][order].cpu().numpy(),
+        prompt_ids=best["prompt_ids"][order].cpu().numpy(),
         prompts=prompts,
         masks=masks,
         width=image.width,
         height=image.height,
     )
-
-
-def encode_masks(logits: Tensor, height: int, width: int) -> list[dict[str, Any]]:
-    """Mask logits (N, h, w) → N compressed RLEs of the image's size.
-
-    Upstream's order: the logits are resized, then thresholded at a probability of one half.
-    """
-    masks = []
-    for chunk in logits.split(16):  # bounds the memory at full image size
-        resized = F.interpolate(
-            chunk[:, None], (height, width), mode="bilinear", align_corners=False
-        )
-        binary = (resized[:, 0] > 0).permute(1, 2, 0).to(torch.uint8).cpu().numpy()  # (H, W, n)
-        for rle in mask_utils.encode(np.asfortranarray(binary)):
-            masks.append({"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")})
-    return masks

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import json
+import signal
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
+import psutil
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as mask_utils
 from safetensors.torch import load_file, save_file
 
-from app.errors import UserError
-from app.inference.folder import find_images, parse_box
+from app.inference import Detections
+from app.inference import folder as folder_module
+from app.inference.masks import place
+from app.inference.settings import Settings
 from app.model import weights
+
+
+def _visible(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _results(folder: Path) -> list[dict]:
+    return json.loads((folder / "predictions.json").read_text())
 
 
 @pytest.fixture
@@ -31,7 +48,7 @@ def test_a_folder_gives_overlays_and_one_json(command, tiny_run, images, tmp_pat
     words = ("--checkpoint", tiny_run / "weights/best", "--input", images, "--output-dir", out)
     done = command("infer", *words, "--prompt", "circle", "--prompt", "dog", "--threshold", 0)
     assert done.code == 0, done.err
-    assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.png", "predictions.json", "ä.png"]
+    assert _visible(out) == ["a.png", "b.png", "predictions.json", "ä.png"]
     sizes = {"a.png": (40, 60), "b.jpg": (60, 40), "ä.JPG": (50, 50)}
     results = json.loads((out / "predictions.json").read_text())
     assert {r["file_name"] for r in results} == set(sizes)
@@ -47,6 +64,7 @@ def test_a_folder_gives_overlays_and_one_json(command, tiny_run, images, tmp_pat
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     again = command("infer", *words, "--prompt", "cat")
     assert again.code == 2
+    assert "prompts was ['circle', 'dog'], now ['cat']" in again.err
     assert "--overwrite" in again.err
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert command("infer", *words, "--prompt", "cat", "--overwrite").code == 0
@@ -87,8 +105,13 @@ def test_random_weights_and_limits(command, images, tmp_path) -> None:
     ("words", "said"),
     [
         (["--prompt", " "], "no words"),
-        ([], "Nothing to find"),
+        (["--negative-box", "1,2,3,4", "--checkpoint", "none"], "Nothing to find"),
         (["--prompt", "x", "--box", "1,2,3"], "four numbers"),
+        (["--prompt", "x", "--negative-box", "1,2,3"], "--negative-box 1,2,3: give four numbers"),
+        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
+        (["--prompt", "x", "--save", "cvs"], "Did you mean 'csv'?"),
+        (["--prompt", "x", "--tile", "64", "--box", "1,2,3,4"], "a box lies in one tile"),
+        (["--prompt", "x", "--input", "list.txt"], "no such file, folder or glob"),
         (["--prompt", "x", "--box", "1,2,-3,4"], "above 0"),
         (["--prompt", "x", "--checkpoint", "nowhere"], "no such checkpoint"),
         (["--prompt", "x", "--model", "sam3"], "size 'nano', not 'sam3'"),
@@ -108,32 +131,261 @@ def test_bad_input(command, tiny_run, images, tmp_path, words, said) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_inputs(images: Path) -> None:
-    assert [p.name for p in find_images(str(images))] == ["a.png", "b.jpg", "ä.JPG"]
-    assert [p.name for p in find_images(str(images / "*.jpg"))] == ["b.jpg"]
-    assert [p.name for p in find_images(str(images / "a.png"))] == ["a.png"]
-    assert len(find_images(str(images.parent / "**" / "*"))) == 3
+def test_all_problems_are_said_at_once(command, tiny_run, images, tmp_path) -> None:
+    words = ("--checkpoint", tiny_run / "weights/best", "--input", images, "--prompt", "?")
+    wrong = ("--box", "1", "--negative-box", "1,1,0,1", "--save", "coco,mp4", "--prompts", "none")
+    done = command("infer", *words, *wrong, "--output-dir", tmp_path / "out")
+    assert done.code == 2
+    assert len(done.err.splitlines()) == 5
+
+
+def test_without_prompts_the_classes_of_the_weights_are_asked_for(
+    command, tiny_run, images, tmp_path
+) -> None:
+    done = command(
+        *("infer", "--checkpoint", tiny_run / "weights/best", "--input", images / "a.png"),
+        *("--output-dir", tmp_path / "out", "--threshold", 0),
+    )
+    assert done.code == 0, done.err
+    assert "prompts: circle, rectangle, triangle (the classes of these weights)" in done.out
+    assert {r["prompt"] for r in _results(tmp_path / "out")} <= {"circle", "rectangle", "triangle"}
+
+
+def test_a_negative_box_and_a_prompt_file(command, tiny_run, images, tmp_path) -> None:
+    (tmp_path / "prompts.txt").write_text("circle\ndog\n")
+    first = ("infer", "--checkpoint", tiny_run / "weights/best", "--input", images / "b.jpg")
+    flags = ("--prompts", tmp_path / "prompts.txt", "--threshold", 0, "--box", "5,5,20,20")
+    scores = []
+    for name, words in (("one", ()), ("two", ("--negative-box", "30,5,20,20"))):
+        done = command(*first, *flags, *words, "--output-dir", tmp_path / name)
+        assert done.code == 0, done.err
+        assert {r["prompt"] for r in _results(tmp_path / name)} == {"circle", "dog"}
+        scores.append([r["score"] for r in _results(tmp_path / name)])
+    assert not np.allclose(*scores, atol=1e-5)
+
+
+@pytest.fixture
+def words(tiny_run: Path, images: Path, tmp_path: Path) -> list[object]:
+    """Of a prediction that finds five objects an image."""
+    return [
+        *("infer", "--checkpoint", tiny_run / "weights/best", "--input", images),
+        *("--output-dir", tmp_path / "out", "--prompt", "circle", "--prompt", "dog"),
+        *("--threshold", 0, "--max-detections", 5, "--save", "coco,csv,geojson"),
+    ]
+
+
+def _times(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "geojson").iterdir()}
+
+
+def test_a_stopped_run_goes_on_where_it_stopped(command, words, images, tmp_path) -> None:
+    out = tmp_path / "out"
+    assert command(*words).code == 0
+    whole, first = _results(out), _times(out)
+
+    lines = (out / ".predictions.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 4
+    (out / ".predictions.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:40])  # as a kill does
+    (out / "predictions.json").unlink()
+    done = command(*words)
+    assert done.code == 0, done.err
+    assert "1 of 3 images were done before" in done.out
+    assert _results(out) == whole
+    assert [name for name, time in _times(out).items() if time == first[name]] == ["a.geojson"]
+
+    Image.new("RGB", (30, 30)).save(images / "0.png")  # one is added, one changes
+    Image.new("RGB", (30, 30)).save(images / "b.jpg")
+    done = command(*words)
+    assert "2 of 4 images were done before" in done.out
+    results = _results(out)
+    assert [(r["file_name"], r["image_id"]) for r in results[::5]] == [
+        *(("0.png", 1), ("a.png", 2), ("b.jpg", 3), ("ä.JPG", 4)),
+    ]
+    assert results[5:10] == [r | {"image_id": 2} for r in whole[:5]]
+    assert results[10:15] != [r | {"image_id": 3} for r in whole[5:10]]
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("changes", "said"),
     [
-        ("nowhere", "no such file, folder or glob"),
-        ("nowhere/*.png", "no such file, folder or glob"),
-        ("https://example.org/a.png", "addresses are not fetched"),
-        (".", "no images in this folder"),
+        (["--threshold", "0.3"], "threshold was 0.0, now 0.3"),
+        (["--save", "yolo"], "save was ['geojson', 'coco', 'csv'], now ['yolo', 'geojson', 'coco"),
+        (["--nms", "0.7", "--tile", "64"], "nms was None, now 0.7; tile was None, now 64"),
     ],
 )
-def test_no_images(tmp_path: Path, monkeypatch, source: str, said: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=said):
-        find_images(source)
+def test_other_settings_are_refused_unless_overwritten(
+    command, words, tmp_path, changes, said
+) -> None:
+    assert command(*words).code == 0
+    before = _times(tmp_path / "out")
+    done = command(*words, *changes)
+    assert done.code == 2
+    assert said in done.err
+    assert _times(tmp_path / "out") == before
+    again = command(*words, *changes, "--overwrite")
+    assert again.code == 0, again.err
+    assert "done before" not in again.out
 
 
-def test_boxes() -> None:
-    assert parse_box("1,2.5,3,4") == (1, 2.5, 3, 4)
-    with pytest.raises(UserError, match="four numbers"):
-        parse_box("a,b,c,d")
+def test_what_others_wrote_is_not_overwritten(command, words, images, tmp_path) -> None:
+    theirs = tmp_path / "out" / "geojson" / "b.geojson"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    done = command(*words)
+    assert done.code == 2
+    assert "holds geojson/b.geojson already" in done.err
+    assert theirs.read_text() == "mine"
+    assert command(*words, "--overwrite").code == 0
+    assert theirs.read_text() != "mine"
+
+    before = (images / "a.png").read_bytes()
+    onto = command(*words, "--save", "overlay", "--output-dir", images, "--overwrite")
+    assert onto.code == 2
+    assert "a.png is an input image" in onto.err
+    assert (images / "a.png").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written(command, words, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    done = command(*words, "--output-dir", tmp_path / "file")
+    assert done.code == 2
+    assert "cannot be written" in done.err
+
+
+def test_two_runs_do_not_share_a_folder(command, words, tmp_path) -> None:
+    assert command(*words).code == 0
+    with (tmp_path / "out" / ".predictions.jsonl").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = command(*words)
+    assert done.code == 2
+    assert "another run is at work here" in done.err
+
+
+def test_batches_find_the_same(command, words, images, tmp_path) -> None:
+    (images / "cut.png").write_bytes(b"\x89PNG")
+    assert command(*words).code == 3
+    done = command(*words, "--output-dir", tmp_path / "batched", "--batch-size", 3)
+    assert done.code == 3
+    assert done.out.count("failed: ") == 1
+    for one, other in zip(_results(tmp_path / "out"), _results(tmp_path / "batched"), strict=True):
+        assert one["file_name"] == other["file_name"]
+        assert one["score"] == pytest.approx(other["score"], abs=1e-5)
+
+
+def test_a_box_outside_one_image_costs_only_that(command, words, images, tmp_path) -> None:
+    Image.new("RGB", (200, 200)).save(images / "large.png")
+    done = command(*words, "--box", "150,150,20,20", "--batch-size", 4)
+    assert done.code == 3
+    assert done.out.count("covers nothing of an image") == 3
+    assert "a.png: --box 150,150,20,20" in done.out
+    assert {r["file_name"] for r in _results(tmp_path / "out")} == {"large.png"}
+
+
+@pytest.mark.slow
+def test_several_processes_share_the_images(command, words, images, tmp_path) -> None:
+    (images / "cut.png").write_bytes(b"\x89PNG")
+    assert command(*words, "--device", "cpu").code == 3
+    shared = ("--output-dir", tmp_path / "shared", "--num-gpus", 2, "--device", "cpu")
+    done = command(*words, *shared)
+    assert done.code == 3, done.err
+    assert "3 of 4 images, 15 objects" in done.out
+    assert "cut.png: cannot be read" in done.out
+    assert _results(tmp_path / "shared") == _results(tmp_path / "out")
+    nowhere = command(*words, *shared, "--overwrite", "--checkpoint", "none", "--resolution", 100)
+    assert nowhere.code == 2
+    assert "96 or 104" in nowhere.err
+
+
+def test_more_processes_than_gpus(command, words, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    done = command(*words, "--num-gpus", 2)
+    assert done.code == 2
+    assert "--num-gpus 2: this machine has 1" in done.err
+
+
+def test_tiles_of_a_large_image(command, words, tmp_path) -> None:
+    """In one tile that is as large as the image the same is found; in several, more."""
+    Image.effect_noise((150, 100), 90).convert("RGB").save(tmp_path / "large.png")
+    asked = [*words, "--input", tmp_path / "large.png"]
+    found = {}
+    for name, flags in {"out": (), "1": ("--tile", 150), "6": ("--tile", 64)}.items():
+        done = command(*asked, *flags, "--output-dir", tmp_path / name)
+        assert done.code == 0, done.err
+        found[name] = _results(tmp_path / name)
+        for result in found[name]:
+            assert result["segmentation"]["size"] == [100, 150]
+    assert found["1"] == found["out"]
+    assert max(r["bbox"][0] for r in found["6"]) > 64
+
+
+class RedFinder:
+    """A predictor that needs no training: it finds what is red, part by part."""
+
+    def predict_batch(self, images, prompts, **_) -> list[Detections]:
+        return [self._find(np.array(image), tuple(prompts)) for image in images]
+
+    def _find(self, pixels: np.ndarray, prompts: tuple[str, ...]) -> Detections:
+        height, width = pixels.shape[:2]
+        count, labels = cv2.connectedComponents((pixels[..., 0] > 128).astype(np.uint8))
+        masks = [place(labels == label, 0, 0, height, width) for label in range(1, count)]
+        boxes = np.array([mask_utils.toBbox(mask) for mask in masks], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        ones, zeros = np.ones(len(masks), np.float32), np.zeros(len(masks), np.int64)
+        return Detections(boxes, ones, zeros, prompts, masks, width, height)
+
+
+def test_tiles_find_what_the_whole_image_has() -> None:
+    random = np.random.default_rng(0)
+    canvas = np.zeros((700, 900, 3), dtype=np.uint8)
+    for x, y in itertools.product(range(40, 900, 80), range(40, 700, 80)):
+        radius = int(random.integers(4, 36))
+        cv2.circle(canvas, (x, y), radius, (255, 0, 0), int(random.choice([-1, 3])))
+    image, settings = Image.fromarray(canvas), Settings("none", ("red",))
+    (whole,) = folder_module._find(RedFinder(), settings, [image])
+    assert len(whole) == 11 * 9
+    for side, overlap in ((300, 0.2), (256, 0.5), (1008, 0.2), (200, 0.4)):
+        tiled = replace(settings, tile=side, overlap=overlap)
+        (found,) = folder_module._find(RedFinder(), tiled, [image])
+        assert {m["counts"] for m in found.masks} == {m["counts"] for m in whole.masks}
+        assert len(found) == len(whole)
+        assert sorted(found.boxes_xyxy.tolist()) == sorted(whole.boxes_xyxy.tolist())
+
+
+def test_suppression_leaves_one_of_each(command, words, tmp_path) -> None:
+    few = command(*words, "--nms", 0, "--output-dir", tmp_path / "few")
+    assert few.code == 0, few.err
+    assert command(*words, "--nms", 1).code == 0
+    assert len(_results(tmp_path / "out")) == 15
+    masks = [r["segmentation"] for r in _results(tmp_path / "few") if r["file_name"] == "b.jpg"]
+    overlaps = mask_utils.iou(masks, masks, [0] * len(masks))
+    assert (overlaps - np.eye(len(masks)) <= 0).all()
+
+
+def test_sigterm_ends_a_run_as_an_exit_does() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop, folder_module._ended_by_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.slow
+def test_many_images_take_no_more_memory_than_few(command, words, images, tmp_path) -> None:
+    Image.new("RGB", (1000, 800), (90, 60, 30)).save(images / "a.png")  # 2.4 MB each, if kept
+    process = psutil.Process()
+    sizes = []
+    for count in (20, 20, 80):  # the first call is for what is loaded once
+        paths = images / "many.txt"
+        folder = tmp_path / f"{len(sizes)}"
+        folder.mkdir()
+        for index in range(count):
+            (folder / f"{index}.png").symlink_to(images / "a.png")
+        paths.write_text("\n".join(str(folder / f"{index}.png") for index in range(count)))
+        done = command(*words, "--input", paths, "--output-dir", tmp_path / f"out{len(sizes)}")
+        assert done.code == 0, done.err
+        sizes.append(process.memory_info().rss)
+    assert sizes[2] - sizes[1] < 40e6
 
 
 def test_the_weights_own_threshold(command, tiny_run: Path, images: Path, tmp_path: Path) -> None:

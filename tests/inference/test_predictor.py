@@ -8,12 +8,11 @@ import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as mask_utils
 from sam3.model.sam3_image_processor import Sam3Processor
-from torch.nn import functional as F
 
 from app.config import load_config
 from app.errors import UserError
+from app.inference import Predictor
 from app.inference import predictor as predictor_module
-from app.inference.predictor import Predictor, encode_masks
 from app.model.build import build_model
 from tests.conftest import TINY
 
@@ -71,6 +70,52 @@ def test_boxes_find_what_upstreams_processor_finds(predictor, image, words) -> N
     assert not np.allclose(plain.scores, ours.scores, atol=1e-4)
 
 
+def test_negative_boxes_find_what_upstreams_processor_finds(predictor, image) -> None:
+    boxes = {"boxes_xywh": [(20, 10, 40, 40)], "negative_boxes_xywh": [(0, 0, 9, 6)]}
+    ours = predictor.predict(image, ["red circle"], threshold=0.0, **boxes)
+    processor = _upstream(predictor, image, 0.0)
+    state = processor.set_text_prompt("red circle", processor.set_image(image))
+    processor.add_geometric_prompt([40 / 90, 30 / 60, 40 / 90, 40 / 60], True, state)
+    theirs = processor.add_geometric_prompt([0.05, 0.05, 0.1, 0.1], False, state)
+    _same(ours, theirs)
+    boxes["boxes_xywh"] += boxes.pop("negative_boxes_xywh")
+    positive = predictor.predict(image, ["red circle"], threshold=0.0, **boxes)
+    assert not np.allclose(positive.scores, ours.scores, atol=1e-5)
+
+
+def test_a_batch_finds_what_each_image_alone_does(predictor, image, monkeypatch) -> None:
+    monkeypatch.setattr(predictor_module, "PROMPTS_A_PASS", 5)  # two prompts of two images
+    images = [image, image.resize((50, 70)).rotate(90)]
+    words = {"prompts": ["red circle", "dog", "cat"], "boxes_xywh": [(5, 6, 30, 20)]}
+    together = predictor.predict_batch(images, **words, threshold=0.0, max_detections=40)
+    for found, single in zip(together, images, strict=True):
+        alone = predictor.predict(single, **words, threshold=0.0, max_detections=40)
+        assert (found.width, found.height) == single.size
+        assert len(found) == 40
+        assert np.allclose(found.scores, alone.scores, atol=1e-5)
+        assert np.allclose(found.boxes_xyxy, alone.boxes_xyxy, atol=1e-2)
+        assert np.array_equal(found.prompt_ids, alone.prompt_ids)
+    assert not np.allclose(together[0].scores, together[1].scores, atol=1e-4)
+
+
+def test_text_features_do_not_pile_up(predictor, image, monkeypatch) -> None:
+    monkeypatch.setattr(predictor_module, "TEXTS_KEPT", 2)
+    for prompt in ("a", "b", "c", "d"):
+        predictor.predict(image, [prompt])
+    assert len(predictor._text_features) <= 2
+
+
+def test_the_python_interface(tiny_run, image) -> None:
+    found = Predictor.load(tiny_run / "weights/best", device="cpu").predict(
+        image, prompts=["circle"], threshold=0.0, max_detections=3
+    )
+    assert (found.boxes_xyxy.shape, found.boxes_xyxy.dtype) == ((3, 4), np.float32)
+    masks = found.bool_masks()
+    assert (masks.shape, masks.dtype) == ((3, 60, 90), bool)
+    assert np.array_equal(masks[1], mask_utils.decode(found.masks[1]).astype(bool))
+    assert found.select([2, 0]).scores.tolist() == found.scores[[2, 0]].tolist()
+
+
 def test_many_prompts_find_what_each_finds_alone(predictor, image, monkeypatch) -> None:
     prompts = ["red circle", "dog", "a very long prompt of many words", "cat"]
     monkeypatch.setattr(predictor_module, "PROMPTS_A_PASS", 3)
@@ -100,16 +145,6 @@ def test_boxes_stay_in_the_image(predictor, image) -> None:
     assert (found.boxes_xyxy >= 0).all()
     assert (found.boxes_xyxy[:, 2] <= 90).all()
     assert (found.boxes_xyxy[:, 3] <= 60).all()
-
-
-def test_masks_are_resized_and_then_thresholded() -> None:
-    logits = torch.randn(20, 16, 16)
-    for rle, plain in zip(encode_masks(logits, 45, 70), logits, strict=True):
-        big = F.interpolate(plain[None, None], (45, 70), mode="bilinear", align_corners=False)
-        expected = big[0, 0].sigmoid().numpy() > 0.5
-        assert np.array_equal(mask_utils.decode(rle).astype(bool), expected)
-        assert rle["size"] == [45, 70]
-        assert isinstance(rle["counts"], str)
 
 
 def test_bfloat16_is_near_float32(predictor, image) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,7 @@ import yaml
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from app.datasets.coco import Annotation, Dataset, Image
+from app.datasets.coco import Dataset, Image
 from app.datasets.formats.outlines import Rle
 from app.errors import UserError
 from app.files import atomic_folder, write_text
@@ -45,9 +46,12 @@ def write_yolo(dataset: Dataset, folder: Path, split: str = "train") -> None:
         for image, name in _names(dataset):
             shutil.copyfile(image.path, new_images / name)
             lines = [
-                _line(annotation, numbers[annotation.category_id], image)
-                for annotation in dataset.annotations_by_image[image.id]
-                if not annotation.iscrowd
+                label_line(
+                    *(numbers[a.category_id], a.segmentation, a.bbox_xywh),
+                    *(image.width, image.height),
+                )
+                for a in dataset.annotations_by_image[image.id]
+                if not a.iscrowd
             ]
             (new_labels / name).with_suffix(".txt").write_text("".join(lines))
     splits = {path.name: f"images/{path.name}" for path in sorted((folder / "images").iterdir())}
@@ -65,14 +69,16 @@ def _names(dataset: Dataset) -> list[tuple[Image, str]]:
     ]
 
 
-def _line(annotation: Annotation, number: int, image: Image) -> str:
+def label_line(
+    number: int, mask: Rle | None, bbox_xywh: Sequence[float], width: int, height: int
+) -> str:
     """`class x1 y1 x2 y2 …`, or `class cx cy w h` where there is no mask; 0..1."""
-    if annotation.segmentation is None:
-        x, y, w, h = annotation.bbox_xywh
+    if mask is None:
+        x, y, w, h = bbox_xywh
         points = np.array([[x + w / 2, y + h / 2], [w, h]])
     else:
-        points = outline(annotation.segmentation)
-    parts = (points / [image.width, image.height]).ravel()
+        points = outline(mask)
+    parts = (points / [width, height]).ravel()
     return " ".join([str(number), *(f"{part:.7g}" for part in parts)]) + "\n"
 
 
@@ -82,14 +88,16 @@ def outline(mask: Rle) -> Points:
     On the mask at twice its size, a left half-pixel has an even and a right one an odd number, so
     that (number + 1) // 2 is the edge that it touches; for rows alike.
     """
-    doubled = np.kron(coco_mask.decode(mask), np.ones((2, 2), dtype=np.uint8))
+    left, top, width, height = (int(side) for side in coco_mask.toBbox(mask))
+    crop = coco_mask.decode(mask)[top : top + height, left : left + width]
+    doubled = np.kron(crop, np.ones((2, 2), dtype=np.uint8))
     contours, _ = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     rings = [(contour[:, 0].astype(np.int64) + 1) // 2 for contour in contours]
     rings.sort(key=len, reverse=True)
     joined = rings[0].astype(np.float64)
     for ring in rings[1:]:
         joined = _bridge(joined, ring.astype(np.float64))
-    return joined
+    return joined + np.array([left, top])
 
 
 def _bridge(polygon: Points, ring: Points) -> Points:

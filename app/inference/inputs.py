@@ -1,0 +1,121 @@
+"""What the user points at: images, prompts and boxes."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from app.datasets.images import EXTENSIONS
+from app.errors import UserError
+
+LIST = ".txt"
+SHOWN = 20  # missing files of a list
+Box = tuple[float, float, float, float]  # x, y, w, h in pixels
+
+
+def find_images(source: str) -> list[Path]:
+    """The images that a file, a folder, a glob or a list stands for, in the order of their names.
+
+    A list is a `.txt` with a path a line, relative to the current folder or to its own; its order
+    is kept.
+
+    Raises:
+        UserError: an address, no images, or a list that names what is not there.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _listed(path) if path.suffix.lower() == LIST else [path]
+    if path.is_dir():
+        found = [p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS]
+    else:
+        if "://" in source:
+            raise UserError(
+                f"--input {source}: addresses are not fetched; download the image first"
+            )
+        matches = (Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207
+        found = [p for p in matches if p.suffix.lower() in EXTENSIONS]
+    if not found:
+        what = "no images in this folder" if path.is_dir() else "no such file, folder or glob"
+        raise UserError(f"--input {source}: {what} (images end in {', '.join(EXTENSIONS)})")
+    return sorted(found)
+
+
+def _listed(file: Path) -> list[Path]:
+    names = [line.strip() for line in _read_text(f"--input {file}", file).splitlines()]
+    places = {name: (Path(name), file.parent / name) for name in names if name}
+    found = {name: next((p for p in paths if p.is_file()), None) for name, paths in places.items()}
+    missing = [name for name, path in found.items() if path is None]
+    if missing:
+        problems = [f"--input {file}: {name}: no such file" for name in missing[:SHOWN]]
+        if len(missing) > SHOWN:
+            problems.append(f"and {len(missing) - SHOWN} more that are not there")
+        raise UserError(problems)
+    if not found:
+        raise UserError(f"--input {file}: an empty list; give the path of an image a line")
+    return list(dict.fromkeys(path for path in found.values() if path is not None))
+
+
+def parse_box(text: str, flag: str = "--box") -> Box:
+    """`x,y,w,h` in pixels; raises UserError."""
+    try:
+        x, y, w, h = (float(side) for side in text.split(","))
+    except ValueError:
+        raise UserError(f"{flag} {text}: give four numbers, x,y,w,h in pixels") from None
+    if not (w > 0 and h > 0):
+        raise UserError(f"{flag} {text}: width and height must be above 0")
+    return x, y, w, h
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a file: one a line in a `.txt`, else YAML or JSON.
+
+    That is a list of prompts, or what training takes: `class: prompt`, or `class: [prompt, …]`, of
+    which the first is asked for.
+
+    Raises:
+        UserError: it cannot be read, or is neither.
+    """
+    text = _read_text(f"--prompts {file}", file)
+    if file.suffix.lower() == LIST:
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--prompts {file}: broken YAML: {' '.join(str(error).split())}") from None
+    if isinstance(content, dict):
+        content = [words[0] if isinstance(words, list) else words for words in content.values()]
+    if not isinstance(content, list) or not all(isinstance(word, str) for word in content):
+        raise UserError(f"--prompts {file}: must be a list of prompts, or class: prompt")
+    return content
+
+
+def _read_text(place: str, file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{place}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: cannot be read as UTF-8 text ({error})") from None
+
+
+def output_names(images: Sequence[Path]) -> list[str]:
+    """What the files of each image are called: its stem, or its name where two share a stem.
+
+    Where two share that as well, a hash of the path follows: it stays when others are added.
+    """
+    stems = Counter(path.stem for path in images)
+    names = [path.stem if stems[path.stem] == 1 else path.name for path in images]
+    counts = Counter(names)
+    return [
+        name if counts[name] == 1 else f"{name}.{_short_hash(path)}"
+        for name, path in zip(names, images, strict=True)
+    ]
+
+
+def _short_hash(path: Path) -> str:
+    return hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]

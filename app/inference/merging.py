@@ -1,0 +1,134 @@
+"""One object, found more than once: by several prompts, or in several tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from app.inference.masks import Rle, place
+from app.inference.predictor import Detections
+from app.inference.tiles import Tile
+
+SAME = 0.5  # IoU from which two detections in tiles that overlap are one object
+EDGE = 2.0  # pixels; a detection that ends so near its tile's edge may go on beyond it
+
+
+def suppress(detections: Detections, limit: float) -> Detections:
+    """Without those whose mask (or box, where there is none) is another's of a higher score.
+
+    Args:
+        limit: IoU above which two are one, whatever their prompts.
+    """
+    regions = _regions(detections)
+    if not regions:
+        return detections
+    overlaps = coco_mask.iou(regions, regions, [0] * len(regions))  # (N, N)
+    kept: list[int] = []
+    for index in range(len(detections)):
+        if not (overlaps[index, kept] > limit).any():
+            kept.append(index)
+    return detections.select(kept)
+
+
+def merge_tiles(
+    tiles: Sequence[Tile], found: Sequence[Detections], width: int, height: int
+) -> Detections:
+    """What was found in each tile → what is in the image, each object once.
+
+    Two detections of a prompt are one object where their masks agree in what both tiles see of
+    them, or where one is cut off by its tile's edge and lies in the other. Of one object the masks
+    are joined and the score is the highest.
+
+    Args:
+        width, height: of the image, pixels.
+    """
+    moved = [_move(part, tile, width, height) for tile, part in zip(tiles, found, strict=True)]
+    everything = _concatenate(moved)
+    owners = np.repeat(np.arange(len(tiles)), [len(part) for part in moved])
+    groups = _groups(everything, [tiles[owner] for owner in owners])
+    merged = _concatenate([_join(everything.select(group)) for group in groups] or [everything])
+    return merged.select(np.argsort(-merged.scores, kind="stable"))
+
+
+def _regions(detections: Detections) -> list[Rle]:
+    """The masks; where there are none, the boxes as masks."""
+    if detections.masks is not None:
+        return detections.masks
+    boxes = detections.boxes_xyxy.astype(np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    regions: list[Rle] = coco_mask.frPyObjects(boxes, detections.height, detections.width)
+    return regions
+
+
+def _move(part: Detections, tile: Tile, width: int, height: int) -> Detections:
+    masks = None
+    if part.masks is not None:
+        decoded = (coco_mask.decode(mask).astype(bool) for mask in part.masks)
+        masks = [place(mask, tile.left, tile.top, height, width) for mask in decoded]
+    boxes = part.boxes_xyxy + np.array([tile.left, tile.top] * 2, dtype=np.float32)
+    return Detections(boxes, part.scores, part.prompt_ids, part.prompts, masks, width, height)
+
+
+def _concatenate(parts: Sequence[Detections]) -> Detections:
+    """Detections of one image and one list of prompts as one."""
+    first = parts[0]
+    return Detections(
+        boxes_xyxy=np.concatenate([part.boxes_xyxy for part in parts]),
+        scores=np.concatenate([part.scores for part in parts]),
+        prompt_ids=np.concatenate([part.prompt_ids for part in parts]),
+        prompts=first.prompts,
+        masks=None if first.masks is None else [m for part in parts for m in part.masks or []],
+        width=first.width,
+        height=first.height,
+    )
+
+
+def _groups(detections: Detections, tiles: Sequence[Tile]) -> list[list[int]]:
+    """Indices of the detections that are one object; `tiles` is the tile of each."""
+    regions = _regions(detections)
+    boxes = detections.boxes_xyxy
+    group = np.arange(len(detections))
+    for index in range(len(detections)):
+        near = (boxes[index, :2] <= boxes[:, 2:]).all(1) & (boxes[:, :2] <= boxes[index, 2:]).all(1)
+        near &= detections.prompt_ids == detections.prompt_ids[index]
+        for other in np.flatnonzero(near[:index]):
+            if tiles[index] != tiles[other] and _are_one(
+                (regions[index], boxes[index], tiles[index]),
+                (regions[other], boxes[other], tiles[other]),
+            ):
+                group[group == group[index]] = group[other]
+    return [np.flatnonzero(group == number).tolist() for number in np.unique(group)]
+
+
+def _are_one(
+    one: tuple[Rle, NDArray[np.float32], Tile], other: tuple[Rle, NDArray[np.float32], Tile]
+) -> bool:
+    height, width = one[0]["size"]
+    shared = one[2].shared(other[2])
+    if shared is None:
+        return False
+    seen = np.ones((shared.height, shared.width), dtype=bool)
+    window = place(seen, shared.left, shared.top, height, width)
+    parts = [coco_mask.merge([region, window], intersect=True) for region in (one[0], other[0])]
+    areas = [int(coco_mask.area(part)) for part in parts]
+    common = int(coco_mask.area(coco_mask.merge(parts, intersect=True)))
+    if common >= SAME * (sum(areas) - common):
+        return common > 0
+    _, box, tile = one if areas[0] <= areas[1] else other
+    return tile.cuts(box.tolist(), width, height, EDGE) and common >= SAME * min(areas) > 0
+
+
+def _join(same: Detections) -> Detections:
+    """Detections of one object as one: all they cover, with the highest score."""
+    boxes = np.concatenate([same.boxes_xyxy[:, :2].min(0), same.boxes_xyxy[:, 2:].max(0)])
+    best = same.select([int(same.scores.argmax())])
+    masks = same.masks
+    if masks is not None and len(masks) > 1:
+        joined = coco_mask.merge(masks)
+        masks = [{"size": list(joined["size"]), "counts": joined["counts"].decode("ascii")}]
+    return Detections(
+        boxes[None], best.scores, best.prompt_ids, same.prompts, masks, same.width, same.height
+    )
