@@ -26,6 +26,7 @@ from app.model.device import choose_device, choose_precision
 
 PROMPTS_A_PASS = 16  # pairs of image and prompt that go through DETR together: bounds the memory
 TEXTS_KEPT = 64  # passes whose text features are kept
+RAW = ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")  # what a result needs
 VISUAL_PROMPT = "visual"  # what upstream says in place of words when there are boxes only
 
 
@@ -172,8 +173,9 @@ class Predictor:
             for start in range(0, len(prompts), step):
                 part = prompts[start : start + step]
                 outputs = self._ground(features, part, boxes, labels)
+                needed = {k: outputs[k].unflatten(0, (-1, len(part))) for k in RAW if k in outputs}
                 for index, best in enumerate(found):
-                    rows = {k: v.unflatten(0, (-1, len(part)))[index] for k, v in outputs.items()}
+                    rows = {key: value[index] for key, value in needed.items()}
                     best.append(_best(rows, start, threshold, max_detections))
         return [
             _postprocess(best, prompts, image, max_detections)
@@ -203,7 +205,7 @@ class Predictor:
 
     def _ground(
         self, features: dict[str, Any], prompts: Sequence[str], boxes: Tensor, labels: Tensor
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Upstream's `forward_grounding` for P prompts on each of the B images of `features`.
 
         Args:
@@ -211,7 +213,7 @@ class Predictor:
             labels: (N,) bool.
 
         Returns:
-            What `_best` needs, (B * P, …): the prompts of the first image, of the second, …
+            Upstream's outputs, (B * P, …): the prompts of the first image, of the second, …
         """
         count, device = len(prompts), self.device
         pairs = boxes.shape[1] * count
@@ -231,14 +233,12 @@ class Predictor:
             box_mask=torch.zeros(pairs, len(boxes), dtype=torch.bool, device=device),
             box_labels=labels.to(device, torch.long)[:, None].repeat(1, pairs),
         )
-        outputs = self.model.forward_grounding(
+        return self.model.forward_grounding(
             backbone_out={**features, **text},
             find_input=stage,
             find_target=None,
             geometric_prompt=geometry,
         )
-        keys = ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")
-        return {key: outputs[key] for key in keys if key in outputs}
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -12,6 +10,7 @@ from torch.nn import functional as F
 
 from app.inference import masks as masks_module
 from app.inference.masks import bool_masks, encode_masks, place
+from benchmarks.inference import discs
 
 
 def _plain(logits: torch.Tensor, height: int, width: int) -> list[dict]:
@@ -19,17 +18,6 @@ def _plain(logits: torch.Tensor, height: int, width: int) -> list[dict]:
     binary = (resized[:, 0].sigmoid() > 0.5).permute(1, 2, 0).numpy().astype(np.uint8)
     encoded = coco_mask.encode(np.asfortranarray(binary))
     return [{"size": list(rle["size"]), "counts": rle["counts"].decode()} for rle in encoded]
-
-
-def _discs(count: int, side: int) -> torch.Tensor:
-    """Logits of discs anywhere, some cut off by the edge, with uneven outlines."""
-    random = torch.Generator().manual_seed(0)
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    center = torch.rand(count, 2, 1, 1, generator=random) * side
-    radius = side * (0.02 + 0.07 * torch.rand(count, 1, 1, generator=random))
-    distance = ((y - center[:, 0]) ** 2 + (x - center[:, 1]) ** 2).sqrt()
-    noise = torch.randn(count, side, side, generator=random)
-    return ((radius - distance) * 1.5 + 0.3 * noise).clamp(-20, 20)
 
 
 SIZES = [(45, 70), (333, 120), (16, 16), (9, 5), (200, 30), (1, 1)]
@@ -41,7 +29,7 @@ def test_the_plain_way_is_equalled_bit_for_bit(height: int, width: int) -> None:
     corner = torch.full((4, 16, 16), -1.0)
     corner[0, 0, 0] = corner[1, 0, 15] = corner[2, 15, 0] = corner[3, 15, 15] = 9
     constant = torch.stack([torch.full((16, 16), value) for value in (-1.0, 0.0, 1.0)])
-    for logits in (noise, corner, constant, _discs(20, 72)):
+    for logits in (noise, corner, constant, discs(20, 72)):
         assert encode_masks(logits, height, width) == _plain(logits, height, width)
 
 
@@ -62,20 +50,6 @@ def test_a_pixel_on_the_threshold_goes_the_plain_way(monkeypatch) -> None:
     assert len(asked) == 1
     assert encode_masks(-logits[:1], 6, 30) == _plain(-logits[:1], 6, 30)  # most of the image
     assert len(asked) == 2
-
-
-@pytest.mark.slow
-def test_a_hundred_masks_are_encoded_ten_times_as_fast() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    logits = _discs(100, 288)
-    seconds = {}
-    for name, encode in (("ours", encode_masks), ("plain", _plain)):
-        start = time.process_time()
-        encode(logits, 1008, 1008)
-        seconds[name] = time.process_time() - start
-    torch.set_num_threads(threads)
-    assert seconds["ours"] * 5 < seconds["plain"]  # 31 and 405 ms on an idle core
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -21,4 +21,6 @@ def raw_outputs(model: Sam3Image) -> dict[str, torch.Tensor]:
     pixels = normalise(to_square(Image.fromarray(noise), config.resolution))
     with torch.no_grad():
         features = model.backbone.forward_image(pixels)
-        return predictor._ground(features, ["circle", "dog"], torch.zeros(0, 4))
+        return predictor._ground(
+            features, ["circle", "dog"], torch.zeros(0, 1, 4), torch.zeros(0).bool()
+        )
