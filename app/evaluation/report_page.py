@@ -142,7 +142,7 @@ def _headline(figures: Mapping[str, Any]) -> str:
         for name, label in HEADLINE.items()
     } | ONCE
     rows = [
-        [text(label), *(_number(figures.get(f"{prefix}{name}")) for prefix in there)]
+        [text(label), *(number(figures.get(f"{prefix}{name}")) for prefix in there)]
         for name, label in names.items()
         if name in figures
     ]
@@ -151,12 +151,12 @@ def _headline(figures: Mapping[str, Any]) -> str:
         for iou_type in ("segm", "bbox")
         for size, label in list(SIZES.items())[1:]
         if f"{iou_type}/AP{size}" in figures
-        for values in [[_number(figures.get(f"{p}{iou_type}/AP{size}")) for p in there]]
+        for values in [[number(figures.get(f"{p}{iou_type}/AP{size}")) for p in there]]
     ]
     return table(["figure", *there.values()], [*rows, *sizes])
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
@@ -181,8 +181,8 @@ def _classes(scored: Scored) -> str:
         [
             text(row["class"]),
             str(row["objects"]),
-            *(_number(row.get(column)) for column in columns),
-            *(_number(scored.figures.get(f"baseline/{key}/{row['class']}")) for key in before),
+            *(number(row.get(column)) for column in columns),
+            *(number(scored.figures.get(f"baseline/{key}/{row['class']}")) for key in before),
         ]
         for row in rows
     ]

@@ -31,6 +31,7 @@ from app.datasets.prompts import name_classes, nouns_beside, read_prompts
 from app.datasets.queries import PromptChoice, QueryDataset
 from app.errors import UserError
 from app.evaluation import record, report
+from app.evaluation.model_card import write_card
 from app.evaluation.record import Record
 from app.evaluation.report_page import write_report
 from app.files import write_json, write_text
@@ -148,6 +149,7 @@ def train(
             folder / "metrics.json",
             write_report(folder),
         )
+        write_card(folder, start)
         say_where(folder / "weights" / "best", splits)
     accelerator.end_training()
     return Outcome(folder, figures)
