@@ -49,6 +49,16 @@ def draw_objects(
     return picture
 
 
+def titled(picture: Image.Image, title: str) -> Image.Image:
+    """The picture under a white band with words in it."""
+    band = max(14, picture.width // 40)
+    sheet = Image.new("RGB", (picture.width, picture.height + band + 10), "white")
+    sheet.paste(picture, (0, band + 10))
+    font = ImageFont.load_default(size=band)
+    ImageDraw.Draw(sheet).text((6, 4), title, fill="black", font=font)
+    return sheet
+
+
 def _paint_mask(canvas: np.ndarray, mask: dict[str, Any], color: Color) -> None:
     binary = mask_utils.decode(mask).astype(bool)
     canvas[binary] = canvas[binary] * (1 - _OPACITY) + np.array(color) * _OPACITY

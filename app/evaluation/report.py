@@ -8,11 +8,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from app.datasets.coco import Dataset
 from app.datasets.images import open_image
-from app.datasets.overlay import color_of, draw_objects
+from app.datasets.overlay import color_of, draw_objects, titled
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -72,8 +72,8 @@ def draw_comparisons(
             for a in dataset.annotations_by_image[image.id]
         ]
         pair = (
-            _titled(_draw(pixels, truth, dataset), f"truth: {len(truth)}"),
-            _titled(_draw(pixels, found, dataset), f"predicted over {threshold:g}: {len(found)}"),
+            titled(_draw(pixels, truth, dataset), f"truth: {len(truth)}"),
+            titled(_draw(pixels, found, dataset), f"predicted over {threshold:g}: {len(found)}"),
         )
         sheet = Image.new("RGB", (2 * pair[0].width + 8, pair[0].height), "white")
         sheet.paste(pair[0], (0, 0))
@@ -97,12 +97,3 @@ def _draw(
     ]
     masks = [item.get("segmentation") for item in objects]
     return draw_objects(pixels, boxes, masks, labels, [color_of(i) for i in indices])
-
-
-def _titled(picture: Image.Image, title: str) -> Image.Image:
-    font = ImageFont.load_default(size=max(14, picture.width // 40))
-    band = max(14, picture.width // 40) + 10
-    sheet = Image.new("RGB", (picture.width, picture.height + band), "white")
-    sheet.paste(picture, (0, band))
-    ImageDraw.Draw(sheet).text((6, 4), title, fill="black", font=font)
-    return sheet

@@ -45,6 +45,7 @@ from app.training import checkpoints, method
 from app.training.checkpoints import RunState
 from app.training.fingerprint import are_comparable, check_same, fingerprint
 from app.training.loop import Loop, build_accelerator
+from app.training.preview import draw_first
 from app.training.session import Figures, Session, metric_name, score, summary
 from app.training.signals import StopRequest
 from app.training.tracking import Tracker
@@ -136,6 +137,11 @@ def train(
         _go_on(session, newest, resume)
     if main:
         _describe(config, model, splits, accelerator, precision, lr_scale)
+        if newest is None:
+            data = query_dataset(config, splits.train)
+            draw_first(
+                data, iter(session.loop.sampler), folder / "plots", config.evaluation.pictures
+            )
     session.run()
     state = session.state
     figures: Figures = {}

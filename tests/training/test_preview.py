@@ -1,0 +1,55 @@
+"""Pictures of what is trained on: the objects where they are, what is not there in words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from app.config import load_config
+from app.datasets.build import load_splits
+from app.datasets.overlay import color_of
+from app.training.preview import draw, draw_first
+from app.training.run import query_dataset
+from tests.conftest import TINY
+
+
+@pytest.fixture
+def data(shapes: Path):
+    config = load_config([*TINY, "transforms=none", "dataset.negatives=2"])
+    return query_dataset(config, load_splits(shapes).train)
+
+
+def test_objects_are_painted_where_their_masks_are(data) -> None:
+    item = data[(0, 1)]
+    without = data[(0, 1)]
+    without.find_queries = [q for q in without.find_queries if not q.object_ids_output]
+    before, after = (np.asarray(draw(i), dtype=int)[-512:] for i in (without, item))
+    changed = np.abs(after - before).max(axis=-1) > 0
+    answers = [(n, a) for n, q in enumerate(item.find_queries) for a in q.object_ids_output]
+    assert answers
+    for number, answer in answers:
+        thing = item.images[0].objects[answer]
+        mask = np.kron(thing.segment.numpy(), np.ones((8, 8))).astype(bool)  # 64 px to 512
+        assert changed[mask].mean() > 0.95
+        x, y, w, h = (thing.bbox.flatten() * 512).tolist()
+        edge = after[min(round(y + h / 2), 511), max(round(x - w / 2), 0) : round(x + w / 2)]
+        assert (edge == color_of(number)).all(axis=1).mean() > 0.8
+    assert changed.mean() < 0.9
+
+
+def test_they_are_the_first_that_are_trained_on(tiny_run: Path, data, tmp_path: Path) -> None:
+    assert len(list((tiny_run / "plots").glob("train_*.png"))) == 1  # evaluation.pictures
+    files = draw_first(data, [(0, 2), (0, 1), (0, 0)], tmp_path, 2)
+    assert [file.name for file in files] == ["train_001.png", "train_002.png"]
+
+
+def test_an_image_that_cannot_be_decoded_is_left_to_training(data, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    images = list(data.dataset.images)
+    images[1] = replace(images[1], path=broken)
+    data.dataset = replace(data.dataset, images=tuple(images))
+    assert len(draw_first(data, [(0, 0), (0, 1), (0, 2)], tmp_path, 3)) == 1
