@@ -40,6 +40,15 @@ HEADLINE = {
     "pmF1": "positive micro F1",
     "IL_MCC": "image-level MCC",
 }
+PARTS = {
+    "train/loss_bbox": "boxes, L1",
+    "train/loss_giou": "boxes, GIoU",
+    "train/loss_ce": "class",
+    "train/presence_loss": "presence",
+    "train/loss_mask": "masks, focal",
+    "train/loss_dice": "masks, dice",
+    "train/loss_semantic_dice": "semantic, dice",
+}
 ONCE = {
     "off_prompt/firing": "off-prompt firing: false positives an image",
     "calibration/F1": "F1 at the best threshold",
@@ -165,11 +174,24 @@ def _curves(rows: Sequence[Mapping[str, float]]) -> str:
     aps = {f"{t}/AP{n}": f"{k} AP{n}" for t, k in KIND.items() for n in ("", "50")}
     drawn = {
         "training loss": charts.curves(rows, {"train/loss": "training loss"}, "loss"),
+        "its parts, each as a share of its highest": charts.curves(_parts(rows), PARTS, "0 to 1"),
         "on the validation images": charts.curves(rows, aps, "0 to 1"),
         "learning rate": charts.curves(rows, {"train/learning_rate": "of the detector"}, "rate"),
         "seconds a step": charts.curves(rows, seconds, "s"),
     }
     return "".join(drawing(svg, caption) for caption, svg in drawn.items())
+
+
+def _parts(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """The losses by part, scaled: their sizes say nothing beside each other."""
+    highest = {key: max((row.get(key, 0.0) for row in rows), default=0.0) for key in PARTS}
+    return [
+        {
+            "epoch": row["epoch"],
+            **{k: row[k] / top for k, top in highest.items() if top and k in row},
+        }
+        for row in rows
+    ]
 
 
 def _classes(scored: Scored) -> str:

@@ -36,7 +36,7 @@ class RunState:
     Attributes:
         epoch: epochs that are done, validated where that was due.
         updates: updates that are done, over all epochs.
-        loss_sum, images, seconds: of the updates of the epoch under way.
+        losses, images, seconds: summed over the updates of the epoch under way.
         best: the best value of the chosen metric so far; None before the first validation.
         stale: validations in a row that did not better it.
         rows: the rows of metrics.csv.
@@ -45,7 +45,7 @@ class RunState:
 
     epoch: int = 0
     updates: int = 0
-    loss_sum: float = 0.0
+    losses: dict[str, float] = field(default_factory=dict)
     images: int = 0
     seconds: float = 0.0
     best: float | None = None

@@ -37,14 +37,27 @@ from app.training.random_state import random_state, restore_random_state
 from app.training.schedule import learning_rate_factor
 from app.training.signals import leave_to_parent
 
+PARTS = (  # of upstream's losses: those that are recorded
+    *("loss_bbox", "loss_giou", "loss_ce", "presence_loss", "loss_mask", "loss_dice"),
+    *("loss_semantic_seg", "loss_semantic_dice"),
+)
+
 
 @dataclass(frozen=True)
 class StepResult:
-    """One update: mean loss of its batches, its norm of gradients, images it took."""
+    """One update: mean losses of its batches, its norm of gradients, images it took.
 
-    loss: float
+    `losses` holds "loss", which is trained, and upstream's parts of it before they are weighted, of
+    the last decoder layer and one object a query.
+    """
+
+    losses: dict[str, float]
     gradient_norm: float
     images: int
+
+    @property
+    def loss(self) -> float:
+        return self.losses["loss"]
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -163,7 +176,7 @@ class Loop:
         """
         self.random_before = random_state()
         try:
-            loss, norm = self._backward(group)
+            losses, norm = self._backward(group)
         except (FloatingPointError, ValueError) as error:
             if isinstance(error, ValueError) and "invalid numeric" not in str(error):
                 raise  # not the matcher's, whose costs were not finite
@@ -174,19 +187,22 @@ class Loop:
         if self.average is not None:
             self.average.update()
         images = sum(len(batch.img_batch) for batch in group)
-        return StepResult(loss, norm, images)
+        return StepResult(losses, norm, images)
 
-    def _backward(self, group: list[BatchedDatapoint]) -> tuple[float, float]:
-        """Mean loss of the batches, and the norm of their mean gradient before it was clipped."""
-        total = 0.0
+    def _backward(self, group: list[BatchedDatapoint]) -> tuple[dict[str, float], float]:
+        """Mean losses of the batches, and the norm of their mean gradient before it was clipped."""
+        total: dict[str, float] = {}
         for index, batch in enumerate(group):
             last = index == len(group) - 1
             context = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
             with context:
-                loss = self._loss(batch) / len(group)
+                losses = self._losses(batch)
+                loss = losses["loss"] / len(group)
                 _check_finite(loss)
                 self.accelerator.backward(loss)
-            total += loss.item()
+            values = torch.stack([value.detach() for value in losses.values()]).tolist()
+            for name, value in zip(losses, values, strict=True):
+                total[name] = total.get(name, 0.0) + value / len(group)
         norm = self.accelerator.clip_grad_norm_(
             self.model.parameters(), self.config.optim.max_grad_norm
         )
@@ -223,7 +239,7 @@ class Loop:
         ]
         try:
             for batch in group:
-                self._loss(batch, watched=True).backward()
+                self._losses(batch, watched=True)["loss"].backward()
         except NotFiniteError as error:
             return str(error)
         except ValueError as error:  # the matcher's again
@@ -233,7 +249,8 @@ class Loop:
                 hook.remove()
         return faults[0] if faults else "no module's output and no gradient alone"
 
-    def _loss(self, batch: BatchedDatapoint, *, watched: bool = False) -> torch.Tensor:
+    def _losses(self, batch: BatchedDatapoint, *, watched: bool = False) -> dict[str, torch.Tensor]:
+        """What `StepResult.losses` says, of one batch; "loss" has the graph."""
         batch = copy_data_to_device(batch, self.accelerator.device, non_blocking=True)
         module = self.accelerator.unwrap_model(self.model)
         guard = finite_outputs(module, enabled=watched or self.config.training.check_finite)
@@ -244,7 +261,9 @@ class Loop:
         with guard, autocast:
             outputs = module(batch) if watched else self.model(batch)  # DDP would wait for others
             targets = [module.back_convert(target) for target in batch.find_targets]
-            return self.criterion(outputs, targets)["core_loss"]
+            losses = self.criterion(outputs, targets)
+        parts = {name: losses[name].float() for name in PARTS if name in losses}
+        return {"loss": losses["core_loss"], **parts}
 
     def state_dict(self) -> dict[str, Any]:
         """Of all that an update changes, but for the weights."""

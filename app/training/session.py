@@ -31,6 +31,7 @@ from app.training.fingerprint import Fingerprint
 from app.training.loop import Loop
 from app.training.random_state import random_state
 from app.training.signals import Stopped, StopRequest
+from app.training.table import Table
 from app.training.tracking import Tracker
 
 log = logging.getLogger("app")
@@ -86,6 +87,7 @@ class Session:
             FloatingPointError: a loss or gradient is not finite; the state before is saved.
             UserError: the disk is full; the last checkpoint is whole.
         """
+        self._table = Table(self.config.training.epochs, self.state.epoch)
         with self.stop.deferred():
             try:
                 self._score_start()
@@ -136,7 +138,7 @@ class Session:
         if self.state.baseline:
             return
         self.state.baseline = self._score("before training")
-        log.info("before training: %s", summary(self.state.baseline))
+        log.info("%s", self._table.row(0, self.state.baseline))
         if self.config.training.warm_start.method != "none":
             self.save()
 
@@ -150,7 +152,8 @@ class Session:
             begun = time.monotonic()
             for step in loop.run_epoch(state.epoch, first):
                 state.updates += 1
-                state.loss_sum += step.loss
+                for name, value in step.losses.items():
+                    state.losses[name] = state.losses.get(name, 0.0) + value
                 state.images += step.images
                 state.seconds += time.monotonic() - begun
                 advance(state.updates, f"loss {step.loss:.3g}")
@@ -179,8 +182,8 @@ class Session:
             self._keep_best(row)
         state.rows.append(row)
         state.epoch += 1
-        state.loss_sum, state.images, state.seconds = 0.0, 0, 0.0
-        log.info("epoch %d/%d: %s", state.epoch, self.config.training.epochs, summary(row))
+        state.losses, state.images, state.seconds = {}, 0, 0.0
+        log.info("%s", self._table.row(state.epoch, row))
         if self._is_stale():
             log.info("no better in %d validations (training.patience): the end", state.stale)
         if self.tracker is not None:
@@ -195,7 +198,7 @@ class Session:
         updates = self.loop.updates_per_epoch
         return {
             "epoch": state.epoch + 1,
-            "train/loss": state.loss_sum / updates,
+            **{f"train/{name}": value / updates for name, value in state.losses.items()},
             "train/learning_rate": self.loop.learning_rate,
             "train/seconds_per_update": state.seconds / updates,
             "train/images_per_second": state.images / state.seconds,
@@ -279,9 +282,8 @@ def metric_name(figures: Figures, config: Config) -> str:
 
 
 def summary(figures: Figures) -> str:
-    """Loss and AP, as a line of the log has them."""
+    """An evaluation in a line."""
     names = {
-        "train/loss": "loss",
         "bbox/AP": "box AP",
         "bbox/AP50": "box AP50",
         "segm/AP": "mask AP",

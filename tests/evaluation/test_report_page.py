@@ -19,6 +19,7 @@ from app.evaluation.record import Record
 from app.evaluation.report_page import render
 from app.evaluation.scoring import score
 from app.files import write_json
+from tests.browser import look, needs_chromium
 from tests.conftest import Command
 from tests.evaluation.examples import BOX, found, truth
 
@@ -90,3 +91,25 @@ def test_names_from_outside_are_text(tmp_path: Path, detections: list[dict]) -> 
     _check_whole(html)
     assert "&lt;script&gt;" in html
     assert "missed" in html
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_it_whole(tiny_run: Path, width: int) -> None:
+    """No console error, no broken picture, and on a phone nothing to scroll sideways for."""
+    seen = look(tiny_run / "report.html", width)
+    assert seen.console == []
+    assert seen.broken == 0 < seen.images
+    assert seen.wide <= width
+
+
+@needs_chromium
+def test_a_browser_would_say_what_is_broken(tmp_path: Path) -> None:
+    page = tmp_path / "bad.html"
+    page.write_text(
+        "<title>x</title><img src='none.png'><p style='width: 900px'>wide</p><script>none()</script>"
+    )
+    seen = look(page, 390)
+    assert (seen.images, seen.broken) == (1, 1)
+    assert seen.wide >= 900
+    assert any("none is not defined" in line for line in seen.console)

@@ -39,7 +39,7 @@ def test_accumulated_gradients_are_a_mean(shapes: Path) -> None:
     separate = []
     loop.model.train()
     for batch in batches:
-        loop._loss(batch).backward()
+        loop._losses(batch)["loss"].backward()
         separate.append(_gradients(loop))
         loop.model.zero_grad(set_to_none=True)
     seen: list[dict[str, torch.Tensor]] = []
@@ -191,6 +191,6 @@ def test_learning_rates_are_upstreams_groups() -> None:
 def test_losses_are_trained_as_configured(shapes: Path, loss: str) -> None:
     loop, data = _loop(shapes, f"loss={loss}")
     loop.model.train()
-    loop._loss(collate([data[0], data[1]])).backward()
+    loop._losses(collate([data[0], data[1]]))["loss"].backward()
     head = loop.model.segmentation_head.mask_predictor.mask_embed.layers[0].weight
     assert (head.grad is not None) is (loss == "full")

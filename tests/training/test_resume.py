@@ -112,8 +112,8 @@ def test_stopped_in_a_validation(train, stop_after, tmp_path) -> None:
     assert train().code == 143
     assert len(_figures(tmp_path / "cut")) == 1
     done = train("--resume")
-    assert "epoch 2/2" in done.out
-    assert "epoch 1/2" not in done.out
+    assert "  2/2  " in done.out
+    assert "  1/2  " not in done.out
     for name in ("last", "best"):
         assert _same(tmp_path / "whole", tmp_path / "cut", name)
     assert _figures(tmp_path / "whole") == _figures(tmp_path / "cut")

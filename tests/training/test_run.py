@@ -319,15 +319,15 @@ def test_what_is_not_finite_is_saved_before_and_named(train, tmp_path, monkeypat
 
 def test_a_gradient_that_is_not_finite_is_named(train, tmp_path, monkeypatch) -> None:
     name = "transformer.decoder.norm.weight"
-    backward = Loop._loss
+    losses = Loop._losses
 
-    def spoil(loop: Loop, *arguments: object, **options: object) -> torch.Tensor:
-        loss = backward(loop, *arguments, **options)
+    def spoil(loop: Loop, *arguments: object, **options: object) -> dict[str, torch.Tensor]:
+        found = losses(loop, *arguments, **options)
         weight = loop.model.get_parameter(name)
         weight.register_hook(lambda gradient: gradient * float("nan"))
-        return loss
+        return found
 
-    monkeypatch.setattr(Loop, "_loss", spoil)
+    monkeypatch.setattr(Loop, "_losses", spoil)
     done = train("--epochs", 1, "--checkpoint", "none")
     assert done.code == 1
     assert "the gradient of transformer.decoder.norm.weight is the first" in done.err

@@ -1,0 +1,63 @@
+"""A page in a real headless browser: what its console says, which pictures are broken."""
+
+from __future__ import annotations
+
+import html
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+_FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"),
+    *("--disable-background-networking", "--disable-component-update", "--hide-scrollbars"),
+    *("--virtual-time-budget=5000", "--enable-logging=stderr"),
+)
+# The page in a frame, since a window of Chromium's is 500 pixels wide at least; asked once loaded.
+_FRAME = """<!doctype html><title>not loaded</title><body style="margin: 0">
+<iframe style="border: 0; width: {width}px; height: 900px" srcdoc="{page}"></iframe>
+<script>addEventListener("load", () => {{
+  const page = document.querySelector("iframe").contentDocument;
+  const broken = [...page.images].filter(i => !i.complete || !i.naturalWidth).length;
+  const wide = page.documentElement.scrollWidth;
+  document.title = `images ${{page.images.length}} broken ${{broken}} wide ${{wide}}`;
+}});</script>"""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a browser made of a page; `wide` is how wide it came out, in CSS pixels."""
+
+    images: int
+    broken: int
+    wide: int
+    console: list[str]
+
+
+def look(page: Path, width: int, screenshot: Path | None = None) -> Seen:
+    """Open the page in a frame `width` CSS pixels wide."""
+    assert CHROMIUM is not None
+    with tempfile.TemporaryDirectory() as folder:
+        framed = Path(folder) / "page.html"
+        content = html.escape(page.read_text(encoding="utf-8"))
+        framed.write_text(_FRAME.format(width=width, page=content), encoding="utf-8")
+        window = [f"--window-size={max(width, 500)},900", f"--user-data-dir={folder}/profile"]
+        words = [CHROMIUM, *_FLAGS, *window]
+        done = _run([*words, "--dump-dom", framed.as_uri()])
+        if screenshot is not None:
+            _run([*words, f"--screenshot={screenshot}", framed.as_uri()])
+    title = re.search(r"<title>images (\d+) broken (\d+) wide (\d+)</title>", done.stdout)
+    assert title, done.stderr
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    images, broken, wide = (int(group) for group in title.groups())
+    return Seen(images, broken, wide, console)
+
+
+def _run(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
