@@ -16,7 +16,9 @@ h1, h2 { line-height: 1.2; overflow-wrap: anywhere } h2 { margin-top: 2.2rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse } th, td { padding: .25rem .7rem; text-align: left;
   vertical-align: top; border-bottom: 1px solid #ddd; overflow-wrap: anywhere }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td:first-child, th:first-child { min-width: 7rem }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
+td.number { white-space: nowrap } th { overflow-wrap: normal }
 .refused { color: #b00020; font-weight: 600 } .dropped { color: #a85b00; font-weight: 600 }
 .mended { color: #00695c } .warning { color: #5e35b1 }
 .row { display: flex; flex-wrap: wrap; gap: 1.5rem } figure { margin: 0; max-width: 100% }

@@ -26,17 +26,28 @@ _FRAME = """<!doctype html><title>not loaded</title><body style="margin: 0">
   const page = document.querySelector("iframe").contentDocument;
   const broken = [...page.images].filter(i => !i.complete || !i.naturalWidth).length;
   const wide = page.documentElement.scrollWidth;
-  document.title = `images ${{page.images.length}} broken ${{broken}} wide ${{wide}}`;
+  const narrow = [...page.querySelectorAll("td, th")].filter(
+    cell => cell.textContent.length > 4 && cell.clientWidth < 40).length;
+  document.title =
+    `images ${{page.images.length}} broken ${{broken}} wide ${{wide}} narrow ${{narrow}}`;
 }});</script>"""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a browser made of a page; `wide` is how wide it came out, in CSS pixels."""
+    """What a browser made of a page.
+
+    Attributes:
+        images, broken: pictures, and those of them that could not be shown.
+        wide: how wide the page came out, in CSS pixels.
+        narrow: cells of tables that are too narrow for their words.
+        console: lines that its console has.
+    """
 
     images: int
     broken: int
     wide: int
+    narrow: int
     console: list[str]
 
 
@@ -52,11 +63,12 @@ def look(page: Path, width: int, screenshot: Path | None = None) -> Seen:
         done = _run([*words, "--dump-dom", framed.as_uri()])
         if screenshot is not None:
             _run([*words, f"--screenshot={screenshot}", framed.as_uri()])
-    title = re.search(r"<title>images (\d+) broken (\d+) wide (\d+)</title>", done.stdout)
+    title = re.search(
+        r"<title>images (\d+) broken (\d+) wide (\d+) narrow (\d+)</title>", done.stdout
+    )
     assert title, done.stderr
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    images, broken, wide = (int(group) for group in title.groups())
-    return Seen(images, broken, wide, console)
+    return Seen(*(int(group) for group in title.groups()), console=console)
 
 
 def _run(words: list[str]) -> subprocess.CompletedProcess[str]:

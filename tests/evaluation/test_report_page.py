@@ -101,15 +101,18 @@ def test_a_browser_shows_it_whole(tiny_run: Path, width: int) -> None:
     assert seen.console == []
     assert seen.broken == 0 < seen.images
     assert seen.wide <= width
+    assert seen.narrow == 0
 
 
 @needs_chromium
 def test_a_browser_would_say_what_is_broken(tmp_path: Path) -> None:
     page = tmp_path / "bad.html"
     page.write_text(
-        "<title>x</title><img src='none.png'><p style='width: 900px'>wide</p><script>none()</script>"
+        "<title>x</title><img src='none.png'><p style='width: 900px'>wide</p>"
+        "<table><tr><td style='max-width: 9px; overflow-wrap: anywhere'>narrow</td></tr></table>"
+        "<script>none()</script>"
     )
     seen = look(page, 390)
     assert (seen.images, seen.broken) == (1, 1)
-    assert seen.wide >= 900
+    assert (seen.wide >= 900, seen.narrow) == (True, 1)
     assert any("none is not defined" in line for line in seen.console)
