@@ -104,7 +104,8 @@ def train(
         bool, typer.Option("--overwrite", help="replace the run in --output-dir")
     ] = False,
     recipe: Annotated[
-        str | None, typer.Option(help="a YAML of configs/recipe by its name, such as nano")
+        str | None,
+        typer.Option(help="auto: by the number of images; or a YAML of configs/recipe by its name"),
     ] = None,
     warm_start: Annotated[
         str | None, typer.Option(help="pixels: from random weights, the trunk learns these first")

@@ -381,7 +381,7 @@ def recipe_file(name: str) -> Path:
     recipes = sorted(path.stem for path in (CONFIGS / "recipe").glob("*.yaml"))
     if name not in recipes:
         raise UserError(
-            f"--recipe {name}: there is no such recipe; there are {', '.join(recipes)}."
+            f"--recipe {name}: there is no such recipe; there are auto, {', '.join(recipes)}."
             f"{nearest(name, recipes)}"
         )
     return CONFIGS / "recipe" / f"{name}.yaml"

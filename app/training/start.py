@@ -25,6 +25,7 @@ from app.model import weights
 from app.model.carried import carried_nano
 from app.model.device import choose_device
 from app.training import checkpoints, launch, method, run, upstream_trainer
+from app.training.recipe import auto
 from app.training.signals import StopRequest
 
 log = logging.getLogger("app")
@@ -53,7 +54,7 @@ def start(
         raise UserError(f"{' and '.join(named)}: give one of them")
     if base_config:
         file = upstream_trainer.BASE_CONFIG
-    if recipe is not None:
+    if recipe not in (None, "auto"):
         file = recipe_file(recipe)
     if file is not None and upstream_trainer.is_upstream_schema(file):
         upstream_trainer.start(
@@ -73,6 +74,12 @@ def start(
     if not eval_only:
         method.check(config, weights_file)
     splits = run.read_splits(config)
+    if recipe == "auto":
+        trained = weights_file is not None
+        images, name = len(splits.train.images), config.model.name
+        overrides = auto(images, name, overrides, trained=trained)
+        config, weights_file = configure(overrides, file, size, lr, eval_only=eval_only)
+        method.check(config, weights_file)
     if eval_only:
         run.choose_split(config, splits)
     else:

@@ -1,0 +1,62 @@
+"""Settings by the size of the dataset: `--recipe auto`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+log = logging.getLogger("app")
+
+
+@dataclass(frozen=True)
+class Tier:
+    """What to begin with for so many training images at most; None for any number."""
+
+    images: int | None
+    epochs: int
+    lr_scale: float  # from trained weights; 1 is upstream's full training
+    batch_size: int
+    grad_accum: int
+    rank: int  # of a LoRA; its alpha is twice that
+    boxes_only: bool = False
+
+
+# The first is SAM 3's own few-shot recipe (arXiv 2511.16719, fine-tuning on ODinW and RF-100VL):
+# 40 epochs, a tenth of the rate, batches of 2, no mask losses. The more images, the fewer epochs
+# and the larger rank and batch: the number of updates grows slower than the data.
+TIERS = (
+    Tier(10, epochs=40, lr_scale=0.1, batch_size=2, grad_accum=1, rank=4, boxes_only=True),
+    Tier(499, epochs=40, lr_scale=0.1, batch_size=2, grad_accum=2, rank=8),
+    Tier(2000, epochs=20, lr_scale=0.1, batch_size=2, grad_accum=4, rank=16),
+    Tier(None, epochs=10, lr_scale=0.2, batch_size=2, grad_accum=8, rank=32),
+)
+
+
+def auto(images: int, size: str, overrides: Sequence[str], *, trained: bool) -> list[str]:
+    """Overrides for `images` training images, those of the user behind them; logs its choice.
+
+    Args:
+        size: of the model; the full one is adapted by LoRA unless a method is given.
+        overrides: the user's, which win.
+        trained: whether training starts from weights rather than from random ones.
+    """
+    tier = next(tier for tier in TIERS if tier.images is None or images <= tier.images)
+    given = {text.partition("=")[0]: text.partition("=")[2] for text in overrides}
+    settings: dict[str, object] = {
+        "training.epochs": tier.epochs,
+        "training.batch_size": tier.batch_size,
+        "training.grad_accum": tier.grad_accum,
+    }
+    if trained:
+        settings["optim.lr_scale"] = tier.lr_scale
+    if tier.boxes_only:
+        settings["loss"] = "boxes"
+    if size == "sam3" and trained:
+        settings["method"] = "lora"
+    if str(given.get("method", settings.get("method", "full"))).startswith("lora"):
+        settings |= {"method.lora.rank": tier.rank, "method.lora.alpha": 2 * tier.rank}
+    chosen = [f"{key}={value}" for key, value in settings.items() if key not in given]
+    most = "any number" if tier.images is None else f"up to {tier.images}"
+    log.info("recipe auto for %d training images (%s): %s", images, most, ", ".join(chosen))
+    return [*chosen, *overrides]

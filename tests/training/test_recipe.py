@@ -1,0 +1,77 @@
+"""--recipe auto: by the number of images, said, and beaten by what the user sets."""
+
+from __future__ import annotations
+
+import logging
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from app.config import load_config, read_yaml
+from app.training.recipe import TIERS, auto
+from tests.conftest import Command
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "rank"),
+    [
+        *[(1, 40, 4), (10, 40, 4), (11, 40, 8), (499, 40, 8)],
+        *[(500, 20, 16), (2000, 20, 16), (2001, 10, 32), (1_000_000, 10, 32)],
+    ],
+)
+def test_tiers(images: int, epochs: int, rank: int) -> None:
+    config = load_config(auto(images, "sam3", [], trained=True))
+    assert config.training.epochs == epochs
+    assert config.method.name == "lora"
+    assert (config.method.lora.rank, config.method.lora.alpha) == (rank, 2 * rank)
+
+
+def test_few_images_follow_the_paper() -> None:
+    config = load_config(auto(5, "nano", [], trained=True))
+    assert (config.training.epochs, config.training.batch_size) == (40, 2)
+    assert config.optim.lr_scale == 0.1
+    assert config.loss.criterion["loss_fn_semantic_seg"] is None
+    assert config.method.name == "full"  # LoRA is for the full size
+
+
+def test_updates_grow_slower_than_the_data() -> None:
+    sizes = [10, 499, 2000, 8000]
+    updates = [
+        n * t.epochs / t.batch_size / t.grad_accum for n, t in zip(sizes, TIERS, strict=True)
+    ]
+    assert updates == sorted(updates)
+    growth = [later / earlier for earlier, later in pairwise(updates)]
+    assert all(
+        g <= later / earlier for g, (earlier, later) in zip(growth, pairwise(sizes), strict=True)
+    )
+
+
+def test_what_the_user_sets_wins(caplog: pytest.LogCaptureFixture) -> None:
+    asked = ["training.epochs=3", "loss=full", "method=lora-minimal", "method.lora.rank=2"]
+    with caplog.at_level(logging.INFO, logger="app"):
+        logging.getLogger("app").propagate = True
+        config = load_config(auto(5, "sam3", asked, trained=True))
+    assert config.training.epochs == 3
+    assert config.loss.criterion["loss_fn_semantic_seg"] is not None
+    assert (config.method.name, config.method.lora.rank) == ("lora-minimal", 2)
+    assert config.method.lora.alpha == 8
+
+
+def test_random_weights_keep_the_full_rate() -> None:
+    config = load_config(auto(100, "sam3", [], trained=False))
+    assert config.optim.lr_scale is None
+    assert config.method.name == "full"
+
+
+def test_a_run_says_and_takes_it(shapes: Path, tiny_run: Path, tmp_path: Path, command: Command):
+    done = command(
+        *("train", "--dataset-dir", shapes, "--checkpoint", tiny_run / "weights" / "best"),
+        *("--recipe", "auto", "--epochs", 1, "--output-dir", tmp_path / "out"),
+        "evaluation.pictures=0",
+    )
+    assert done.code == 0, done.err
+    assert "recipe auto for 4 training images (up to 10): training.batch_size=2" in done.out
+    settings = read_yaml(tmp_path / "out" / "config_resolved.yaml")
+    assert settings["training"]["epochs"] == 1
+    assert settings["optim"]["lr_scale"] == 0.1
