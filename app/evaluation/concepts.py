@@ -41,7 +41,7 @@ class Presence:
 def concept_figures(
     images: Sequence[Overlaps], categories: Collection[int], others: Presence | None = None
 ) -> dict[str, float]:
-    """ "pmF1", "IL_MCC", "IL_F1" and "cgF1", as SAM 3's paper defines them (arXiv 2511.16719, metrics of SA-Co).
+    """ "pmF1", "IL_MCC", "IL_F1" and "cgF1", as SAM 3's paper defines them (arXiv 2511.16719).
 
     A pair is an image and a prompt. What scores 0.5 or more is matched with the pair's objects one
     to one, at the highest sum of IoU.
