@@ -87,6 +87,10 @@ def train(
     grad_accum: Annotated[int | None, typer.Option(help="steps averaged into one update")] = None,
     resolution: Annotated[int | None, typer.Option(help="pixels, square")] = None,
     num_gpus: Annotated[int | None, typer.Option(help="processes to train with")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="slurm: hand the run to it (keys: cluster.* in train.yaml)")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="machines, with --cluster slurm")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     eval_only: Annotated[bool, typer.Option("--eval-only", help="score, do not train")] = False,
     split: Annotated[
@@ -136,6 +140,8 @@ def train(
         "training.batch_size": batch_size,
         "training.grad_accum": grad_accum,
         "training.num_gpus": num_gpus,
+        "cluster.name": cluster,
+        "cluster.nodes": nodes,
         "model.resolution": resolution,
         "output_dir": output_dir,
         "checkpoint": checkpoint,

@@ -313,6 +313,26 @@ class EvaluationConfig(_Strict):
     pictures: int = Field(ge=0)
 
 
+class ClusterConfig(_Strict):
+    name: Literal["none", "slurm"]
+    nodes: int = Field(ge=1)
+    partition: str | None
+    account: str | None
+    qos: str | None
+    minutes: int = Field(ge=1)
+    cpus: int = Field(ge=1)
+    memory_gb: int | None = Field(ge=1)
+    save_seconds: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> ClusterConfig:
+        if self.nodes > 1 and self.name == "none":
+            raise ValueError(
+                f"--nodes {self.nodes}: several machines are started by --cluster slurm"
+            )
+        return self
+
+
 class PredictionConfig(_Strict):
     threshold: float = Field(ge=0, le=1)
 
@@ -329,6 +349,7 @@ class Config(_Strict):
     training: TrainingConfig
     evaluation: EvaluationConfig
     prediction: PredictionConfig
+    cluster: ClusterConfig
     output_dir: str
     checkpoint: str
     seed: int = Field(ge=0)

@@ -12,6 +12,7 @@ import pytest
 from app.__main__ import main
 from app.datasets.shapes import make_shapes
 
+pytest_plugins = ["tests.slurm"]
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "datasets"
 # A nano that answers in a blink: what matters in most tests is the path, not the size.

@@ -20,7 +20,7 @@ _HARMLESS = (
     *("output_dir", "checkpoint", "prediction.", "evaluation.every", "evaluation.pictures"),
     *("training.epochs", "training.patience", "training.num_gpus", "training.num_workers"),
     *("training.device", "training.save_every", "training.save_minutes", "training.check_finite"),
-    "training.warm_start.",
+    *("training.warm_start.", "cluster."),
     *("dataset.dir", "dataset.format", "dataset.huggingface.", "dataset.roboflow"),
     *("dataset.valid_fraction", "dataset.test_fraction", "dataset.max_drop", "dataset.limit"),
     *("dataset.prompts", "dataset.bad_images", "dataset.shapes."),

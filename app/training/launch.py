@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+import submitit
 import torch
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -16,19 +17,25 @@ from app.training import signals
 
 SAVE_SECONDS = 600  # between a signal and the end: torchrun's own 30 do not save a large model
 
+FIRST_PORT, PORTS = 20_000, 10_000  # by a job's number: two jobs may share a node
+
 
 def is_launched() -> bool:
     """Whether this process is one of several that torchrun started."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def relaunch(processes: int, arguments: Sequence[str]) -> None:
-    """Replace this process by torchrun with `processes` copies of `python -m app ARGUMENTS`."""
+def relaunch(processes: int, arguments: Sequence[str], nodes: int = 1) -> None:
+    """Replace this process by torchrun with `processes` copies of `python -m app ARGUMENTS`.
+
+    Args:
+        nodes: machines of a job of submitit's, each of which calls this.
+    """
     gpus = torch.cuda.device_count()
     if 0 < gpus < processes:
         raise UserError(f"--num-gpus {processes}: this machine has {gpus}")
     command = [
-        *(sys.executable, "-m", "app.training.launch", "--standalone"),
+        *(sys.executable, "-m", "app.training.launch", *_meeting(nodes)),
         f"--nproc-per-node={processes}",
         f"--signals-to-handle={','.join(number.name for number in signals.SIGNALS)}",
         f"--shutdown-timeout={SAVE_SECONDS}",
@@ -38,6 +45,18 @@ def relaunch(processes: int, arguments: Sequence[str]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, command, environment)
+
+
+def _meeting(nodes: int) -> list[str]:
+    """Where torchrun's processes find each other: on the first of the nodes."""
+    if nodes == 1:
+        return ["--standalone"]
+    job = submitit.JobEnvironment()
+    port = FIRST_PORT + int(job.raw_job_id) % PORTS
+    return [
+        *(f"--nnodes={nodes}", f"--node-rank={job.node}", "--rdzv-backend=c10d"),
+        *(f"--rdzv-endpoint={job.hostnames[0]}:{port}", f"--rdzv-id={job.raw_job_id}"),
+    ]
 
 
 def main() -> None:

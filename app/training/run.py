@@ -57,7 +57,7 @@ log = logging.getLogger("app")
 LEAVES = (
     *("config.yaml", "config_resolved.yaml", "environment.json", "train.log", "metrics.csv"),
     *("metrics.json", "metrics_by_class.csv", "report.html", "weights", "checkpoints"),
-    *("predictions", "plots", "tensorboard"),
+    *("predictions", "plots", "tensorboard", "slurm"),
     *("dataset", "dumps", "logs"),  # of upstream's Trainer
 )
 

@@ -24,7 +24,7 @@ from app.errors import UserError, nearest
 from app.model import weights
 from app.model.carried import carried_nano
 from app.model.device import choose_device
-from app.training import checkpoints, launch, method, run, upstream_trainer
+from app.training import checkpoints, cluster, launch, method, run, upstream_trainer
 from app.training.recipe import auto
 from app.training.signals import StopRequest
 
@@ -68,9 +68,12 @@ def start(
         )
         return
     config, weights_file = configure(overrides, file, size, lr, eval_only=eval_only)
-    if config.training.num_gpus > 1 and not launch.is_launched() and not eval_only:
-        launch.relaunch(config.training.num_gpus, sys.argv[1:])
-    choose_device(config.training.device)
+    handed_over = config.cluster.name == "slurm" and not cluster.is_inside()
+    nodes, processes = config.cluster.nodes, config.training.num_gpus
+    if nodes * processes > 1 and not (handed_over or launch.is_launched() or eval_only):
+        launch.relaunch(processes, sys.argv[1:], nodes)
+    if not handed_over:
+        choose_device(config.training.device)
     if not eval_only:
         method.check(config, weights_file)
     splits = run.read_splits(config)
@@ -87,6 +90,10 @@ def start(
     folder = Path(config.output_dir)
     if resume:
         run.check_resume(config, splits, resume, int(os.environ.get("WORLD_SIZE", "1")))
+    if handed_over:
+        run.prepare_folder(folder, resume=resume, overwrite=overwrite)
+        cluster.submit(config, sys.argv[1:])
+        return
     if os.environ.get("RANK", "0") == "0":
         run.prepare_folder(folder, resume=resume, overwrite=overwrite)
         if not eval_only:
