@@ -14,6 +14,19 @@ from app.config import Resume
 from app.datasets import commands
 from app.errors import UserError
 from app.model.upstream import prove_pin
+from app.options import (
+    Columns,
+    DatasetDir,
+    Format,
+    HfConfig,
+    HfDataset,
+    HfSplit,
+    Overrides,
+    Overwrite,
+    Roboflow,
+    asked,
+    source,
+)
 from app.training import signals
 
 log = logging.getLogger("app")
@@ -30,31 +43,14 @@ SIZES = "sam3, small, nano, or auto: sam3 where a GPU and its weights are at han
 
 @cli.command()
 def train(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="any key of configs/train.yaml"),
-    ] = None,
-    dataset_dir: Annotated[
-        str | None,
-        typer.Option(help="folder or zip of labelled images; synthetic shapes where no source is"),
-    ] = None,
-    hf_dataset: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME[@REVISION]", help="from huggingface.co")
-    ] = None,
-    hf_config: Annotated[
-        str | None, typer.Option(help="configuration of --hf-dataset, where it has several")
-    ] = None,
-    hf_split: Annotated[
-        str | None, typer.Option(help="take this split of --hf-dataset alone")
-    ] = None,
-    roboflow: Annotated[
-        str | None, typer.Option(metavar="WORKSPACE/PROJECT/VERSION", help="from Roboflow")
-    ] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(metavar="image=A,objects=B", help="of --hf-dataset; see configs/train.yaml"),
-    ] = None,
-    format: Annotated[str | None, typer.Option(help="of --dataset-dir, decided by hand")] = None,
+    overrides: Overrides = None,
+    dataset_dir: DatasetDir = None,
+    hf_dataset: HfDataset = None,
+    hf_config: HfConfig = None,
+    hf_split: HfSplit = None,
+    columns: Columns = None,
+    roboflow: Roboflow = None,
+    format: Format = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="train on so many images, chosen by the seed")
     ] = None,
@@ -104,9 +100,7 @@ def train(
             "weights: from its weights alone, with other data or settings",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace the run in --output-dir")
-    ] = False,
+    overwrite: Overwrite = False,
     recipe: Annotated[
         str | None,
         typer.Option(help="auto: by the number of images; or a YAML of configs/recipe by its name"),
@@ -126,13 +120,7 @@ def train(
         "transforms": augmentation,
         "method": method,
         "method.freeze": None if freeze is None else f"[{'' if freeze == 'none' else freeze}]",
-        "dataset.dir": dataset_dir,
-        "dataset.huggingface.name": hf_dataset,
-        "dataset.huggingface.config": hf_config,
-        "dataset.huggingface.split": hf_split,
-        "dataset.huggingface.columns": columns,
-        "dataset.roboflow": roboflow,
-        "dataset.format": format,
+        **source(dataset_dir, hf_dataset, hf_config, hf_split, columns, roboflow, format),
         "dataset.prompts": prompts,
         "dataset.limit": limit,
         "training.warm_start.method": warm_start,
@@ -148,12 +136,11 @@ def train(
         "evaluation.split": split,
         "seed": seed,
     }
-    asked = [f"{key}={value}" for key, value in flags.items() if value is not None]
     with signals.watch() as stop:
         from app.training import start
 
         start.start(
-            [*(overrides or []), *asked],
+            asked(overrides, flags),
             file=config,
             recipe=recipe,
             size=model,
@@ -213,7 +200,7 @@ def infer(
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="images seen together")] = 1,
     num_gpus: Annotated[int, typer.Option(min=1, help="processes that share the images")] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace earlier results")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Find what the prompts name in images; the same command again does what a stop left over."""
     from app.inference.folder import predict_folder
@@ -252,14 +239,17 @@ def infer(
 
 @cli.command()
 def evaluate(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="any key of configs/train.yaml"),
-    ] = None,
+    overrides: Overrides = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="weights file or folder to score; none for random ones")
     ] = None,
-    dataset_dir: Annotated[str | None, typer.Option(help="folder of labelled images")] = None,
+    dataset_dir: DatasetDir = None,
+    hf_dataset: HfDataset = None,
+    hf_config: HfConfig = None,
+    hf_split: HfSplit = None,
+    columns: Columns = None,
+    roboflow: Roboflow = None,
+    format: Format = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "valid",
     truth: Annotated[
         Path | None, typer.Option(help="COCO JSON, to score --predictions against")
@@ -274,14 +264,15 @@ def evaluate(
     output_dir: Annotated[
         Path | None, typer.Option(help="folder for figures and report; outputs/eval unless given")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace earlier ones")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Score weights on a dataset, or COCO results from elsewhere; write figures and a report."""
+    found_in = source(dataset_dir, hf_dataset, hf_config, hf_split, columns, roboflow, format)
     if (truth is None) != (predictions is None):
         raise UserError("--truth and --predictions: give both of them, or --checkpoint")
     if truth is not None and predictions is not None:
-        given = {"--checkpoint": checkpoint, "--dataset-dir": dataset_dir, "KEY=VALUE": overrides}
-        if idle := [flag for flag, value in given.items() if value]:
+        idle = asked(overrides, {"checkpoint": checkpoint, **found_in})
+        if idle:
             raise UserError(f"{', '.join(idle)}: nothing reads it beside --truth and --predictions")
         from app.evaluation.commands import score_files
 
@@ -290,17 +281,16 @@ def evaluate(
         return
     flags = {
         "checkpoint": checkpoint,
-        "dataset.dir": dataset_dir,
+        **found_in,
         "evaluation.split": split,
         "prediction.threshold": threshold,
         "output_dir": output_dir,
     }
-    asked = [f"{key}={value}" for key, value in flags.items() if value is not None]
     from app.training import signals, start
 
     with signals.watch() as stop:
         start.start(
-            [*(overrides or []), *asked],
+            asked(overrides, flags),
             file=None,
             recipe=None,
             size=model,
@@ -349,7 +339,7 @@ def pack(
 def merge(
     adapter: Annotated[Path, typer.Argument(help="folder of a LoRA, such as RUN/weights/best")],
     output_dir: Annotated[Path, typer.Option(help="folder for model.safetensors")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace what is there")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Join a LoRA with its base into plain weights."""
     from app.model import weights

@@ -21,6 +21,19 @@ from app.datasets.faults import KINDS, MAX_DROP, Action, Fault, counts_of, lines
 from app.datasets.writing import is_built, write_splits
 from app.errors import UserError
 from app.files import atomic_folder, write_text
+from app.options import (
+    Columns,
+    DatasetDir,
+    Format,
+    HfConfig,
+    HfDataset,
+    HfSplit,
+    Overrides,
+    Overwrite,
+    Roboflow,
+    asked,
+    source,
+)
 from app.progress import progress
 
 log = logging.getLogger("app")
@@ -63,48 +76,30 @@ def check_command(
 @cli.command("build")
 def build_command(
     output_dir: Annotated[Path, typer.Option(help="folder that the dataset is written to")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[KEY=VALUE]...", help="dataset and seed keys of configs/train.yaml"
-        ),
-    ] = None,
-    dataset_dir: Annotated[
-        str | None, typer.Option(help="folder of labelled images; shapes where no source is")
-    ] = None,
-    hf_dataset: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME[@REVISION]", help="from huggingface.co")
-    ] = None,
-    roboflow: Annotated[
-        str | None, typer.Option(metavar="WORKSPACE/PROJECT/VERSION", help="from Roboflow")
-    ] = None,
-    columns: Annotated[
-        str | None, typer.Option(metavar="image=A,objects=B", help="of --hf-dataset")
-    ] = None,
-    format: Annotated[str | None, typer.Option(help="of --dataset-dir, decided by hand")] = None,
+    overrides: Overrides = None,
+    dataset_dir: DatasetDir = None,
+    hf_dataset: HfDataset = None,
+    hf_config: HfConfig = None,
+    hf_split: HfSplit = None,
+    columns: Columns = None,
+    roboflow: Roboflow = None,
+    format: Format = None,
     seed: Annotated[int | None, typer.Option(help="of splits that are made")] = None,
     max_drop: Annotated[
         float | None, typer.Option(min=0, max=1, help="most left out as faulty; 0.01 unless told")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace an earlier build")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a checked copy of a dataset: faults mended, splits made, images upright RGB."""
     flags = {
-        "dataset.dir": dataset_dir,
-        "dataset.huggingface.name": hf_dataset,
-        "dataset.huggingface.columns": columns,
-        "dataset.roboflow": roboflow,
-        "dataset.format": format,
+        **source(dataset_dir, hf_dataset, hf_config, hf_split, columns, roboflow, format),
         "dataset.max_drop": max_drop,
         "seed": seed,
     }
-    asked = [f"{key}={value}" for key, value in flags.items() if value is not None]
     unread = [text for text in overrides or [] if not text.startswith(("dataset.", "seed="))]
     if unread:
         raise UserError([f"'{text}': data build reads dataset.… and seed alone" for text in unread])
-    config = load_config([*(overrides or []), *asked])
+    config = load_config(asked(overrides, flags))
     _check_output(output_dir, overwrite)
     folder = sources.fetch(config.dataset, config.seed)
     _check_apart(output_dir, folder)
