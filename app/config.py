@@ -181,6 +181,7 @@ class DatasetConfig(_Strict):
     negatives: int = Field(ge=0)
     foreign: float = Field(ge=0, le=1)
     near_misses: list[str]
+    views: int | None = Field(ge=1)
     bad_images: Literal["stop", "skip"]
     shapes: ShapesConfig
 
@@ -302,6 +303,7 @@ class TrainingConfig(_Strict):
     save_minutes: float | None = Field(ge=0)
     patience: int | None = Field(ge=1)
     ema: float | None = Field(gt=0, lt=1)
+    cache_features: Literal["auto"] | bool
 
 
 class EvaluationConfig(_Strict):

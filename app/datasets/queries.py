@@ -61,6 +61,8 @@ class QueryDataset(TorchDataset):
         transforms: upstream's transforms, applied in order.
         choice: of prompts.
         seed: of augmentation and of the choice of prompts.
+        views: augmented views of each image, which come again after so many epochs; None: another
+            in each epoch.
     """
 
     def __init__(
@@ -70,11 +72,12 @@ class QueryDataset(TorchDataset):
         *,
         seed: int,
         choice: PromptChoice | None = None,
+        views: int | None = None,
     ) -> None:
         self.dataset = dataset
         self.transforms = transforms
         self.choice = choice or PromptChoice()
-        self.seed = seed
+        self.seed, self.views = seed, views
         self._classes = {category.id: category for category in dataset.categories}
         pairs = {(a.image_id, a.category_id) for a in dataset.annotations}
         self._images_with = Counter(category_id for _, category_id in pairs)
@@ -91,10 +94,11 @@ class QueryDataset(TorchDataset):
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         python_state, torch_state = random.getstate(), torch.get_rng_state()
-        random.seed(f"{self.seed}/{epoch}/{index}")
-        torch.manual_seed(random.getrandbits(63))
+        _seed(f"{self.seed}/{epoch}/{index}")
         try:
             datapoint = self._datapoint(index)
+            if self.views is not None:
+                _seed(f"{self.seed}/view {epoch % self.views}/{index}")
             for transform in self.transforms:
                 datapoint = transform(datapoint, epoch=epoch)
         finally:
@@ -162,6 +166,11 @@ class QueryDataset(TorchDataset):
 
     def _foreign(self) -> list[Sequence[str]]:
         return [self.choice.near_misses, self.choice.nouns] if self.choice.foreign else []
+
+
+def _seed(words: str) -> None:
+    random.seed(words)
+    torch.manual_seed(random.getrandbits(63))
 
 
 def _object(index: int, annotation: Annotation, width: int, height: int) -> Object:

@@ -96,7 +96,7 @@ def _what(header: weights.Header, settings: Mapping[str, Any], start: Path | Non
     model, method = header.model, settings["method"]["name"]
     if start is None:
         began = "from random weights"
-    elif start == NANO:
+    elif start.parent == NANO:
         began = "from the nano that the project carries"
     else:
         began = f"from `{start.name}`"

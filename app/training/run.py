@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,7 @@ from app.model.build import build_model, count_parameters
 from app.model.device import choose_device, choose_precision
 from app.model.upstream import COMMIT
 from app.progress import duration
-from app.training import checkpoints, method
+from app.training import checkpoints, features, method
 from app.training.checkpoints import RunState
 from app.training.fingerprint import are_comparable, check_same, fingerprint
 from app.training.loop import Loop, build_accelerator
@@ -53,6 +53,7 @@ from app.training.warm_start import warm_start
 
 log = logging.getLogger("app")
 
+FEATURES = sources.DATA / "features"  # of frozen encoders
 # What a run leaves in its folder; --overwrite removes these and nothing else.
 LEAVES = (
     *("config.yaml", "config_resolved.yaml", "environment.json", "train.log", "metrics.csv"),
@@ -115,12 +116,16 @@ def train(
     method.prepare(model, config.method, begin if adapts else start)
     if onto_base and newest is not None:
         weights.load_into(model, newest)
+    frozen = features.frozen_encoders(model) if config.training.cache_features else []
+    data = query_dataset(config, splits.train, features.VIEWS if "vision" in frozen else None)
+    kept = frozen if _are_kept(config, splits, frozen, data.views, precision) else []
+    features.keep(model, kept, FEATURES, precision)
     new = start is None or adapts  # what is trained has learnt nothing yet
     lr_scale = config.optim.lr_scale or (1.0 if new else 0.1)
     session = Session(
         config,
         model,
-        Loop(config, model, query_dataset(config, splits.train), accelerator, lr_scale=lr_scale),
+        Loop(config, model, data, accelerator, lr_scale=lr_scale),
         accelerator,
         valid=splits.valid,
         header=weights.Header(
@@ -147,7 +152,7 @@ def train(
     figures: Figures = {}
     if session.tracker is not None:
         with checkpoints.disk_errors(folder):
-            figures = _finish(config, splits.valid, state, precision, device)
+            figures = _finish(config, splits.valid, state, precision, device, kept)
             session.tracker.finish(_all_figures(figures, state, time.monotonic() - begun))
         log.info(
             "done in %s; figures in %s, report in %s",
@@ -159,6 +164,28 @@ def train(
         say_where(folder / "weights" / "best", splits)
     accelerator.end_training()
     return Outcome(folder, figures)
+
+
+def _are_kept(
+    config: Config,
+    splits: Splits,
+    frozen: Sequence[str],
+    views: int | None,
+    precision: torch.dtype,
+) -> bool:
+    """Whether features of frozen encoders go to disk: where the trunk is one, and they fit."""
+    if "vision" not in frozen:
+        return False
+    images = len(splits.train.images) * (views or config.training.epochs)
+    images += len(splits.valid.images)
+    try:
+        features.check_space(FEATURES, images, config.model, precision)
+    except UserError as error:
+        if config.training.cache_features is True:
+            raise
+        log.info("note: not kept: %s", error)
+        return False
+    return True
 
 
 def _go_on(session: Session, newest: Path, resume: Resume | None) -> None:
@@ -299,8 +326,8 @@ def _without_bad_images(dataset: Dataset) -> Dataset:
     return dataset.subset(image.id for image in dataset.images if image.path not in bad)
 
 
-def query_dataset(config: Config, dataset: Dataset) -> QueryDataset:
-    """What the configuration makes of a split for training."""
+def query_dataset(config: Config, dataset: Dataset, views: int | None = None) -> QueryDataset:
+    """What the configuration makes of a split for training; `views` where it names no number."""
     settings = config.dataset
     names = [name for c in dataset.categories for name in (c.name, *c.synonyms)]
     choice = PromptChoice(
@@ -311,7 +338,8 @@ def query_dataset(config: Config, dataset: Dataset) -> QueryDataset:
         nouns=tuple(nouns_beside(names)),
     )
     transforms = [instantiate(node) for node in config.transforms.train]
-    return QueryDataset(dataset, transforms, seed=config.seed, choice=choice)
+    views = config.dataset.views or views
+    return QueryDataset(dataset, transforms, seed=config.seed, choice=choice, views=views)
 
 
 def check_masks(config: Config, dataset: Dataset) -> None:
@@ -362,11 +390,17 @@ def _describe(
 
 
 def _finish(
-    config: Config, dataset: Dataset, state: RunState, precision: torch.dtype, device: torch.device
+    config: Config,
+    dataset: Dataset,
+    state: RunState,
+    precision: torch.dtype,
+    device: torch.device,
+    kept: Collection[str],
 ) -> Figures:
     """Reload the best weights as a user would, check that they are what was saved, draw."""
     folder = Path(config.output_dir)
     best, header = weights.load(folder / "weights" / "best")
+    features.keep(best, kept, FEATURES, precision)
     predictor = Predictor(best.to(device), header.model, precision)
     scored = score(predictor, dataset, config, "best weights, reloaded")
     again = scored.figures[metric_name(scored.figures, config)]

@@ -1,0 +1,121 @@
+"""Features of frozen encoders, kept: the same losses, and never another input's features."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from app.config import load_config, load_model_config
+from app.datasets.build import load_splits
+from app.errors import UserError
+from app.model.build import build_model
+from app.training import run
+from app.training.features import Store, check_space, image_bytes, keep
+from tests.conftest import TINY, Command
+
+NANO = load_model_config("nano", TINY)
+
+
+def _model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_model(NANO).eval()
+
+
+def test_the_full_size_takes_what_was_said() -> None:
+    assert image_bytes(load_model_config("sam3"), torch.bfloat16) == pytest.approx(10.6e6, rel=0.01)
+
+
+def test_an_encoder_is_asked_once_for_each_input(tmp_path: Path) -> None:
+    model = _model()
+    trunk, text = model.backbone.vision_backbone.trunk, model.backbone.language_backbone
+    pixels = torch.rand(3, 3, 64, 64)
+    plain, words = trunk(pixels)[-1], text(["circle", "dog"], device="cpu")
+    asked = []
+    for part in (trunk, text):
+        compute = part.forward
+        part.forward = lambda x, *a, compute=compute, **k: (
+            asked.append(len(x)) or compute(x, *a, **k)
+        )
+    keep(model, ["vision", "text"], tmp_path, torch.float32)
+    for _ in range(2):
+        assert torch.allclose(trunk(pixels)[-1], plain, atol=1e-6)
+        assert torch.equal(trunk(pixels[[2, 0]])[-1], trunk(pixels)[-1][[2, 0]])
+        for ours, theirs in zip(text(["dog", "circle"], device="cpu"), words, strict=True):
+            axis = 0 if theirs.dtype == torch.bool else 1
+            assert torch.allclose(ours.flip(axis).float(), theirs.float(), atol=1e-6)
+    assert asked == [3, 1, 1]
+    trunk(torch.cat([pixels[:1], pixels[:1] + 1e-3]))
+    assert asked == [3, 1, 1, 1]  # only what differs
+
+
+def test_other_weights_are_kept_apart(tmp_path: Path) -> None:
+    pixels = torch.rand(1, 3, 64, 64)
+    model, other = _model(), _model()
+    with torch.no_grad():
+        other.backbone.vision_backbone.trunk.blocks[0].mlp.fc1.weight.mul_(2)
+    answers = []
+    for one in (model, other):
+        trunk = one.backbone.vision_backbone.trunk
+        plain = trunk(pixels)[-1]
+        keep(one, ["vision"], tmp_path, torch.float32)
+        answers.append(trunk(pixels)[-1])
+        assert torch.allclose(answers[-1], plain, atol=1e-6)
+    assert not torch.allclose(*answers, atol=1e-4)
+
+
+def test_bfloat16_halves_the_files_and_what_is_damaged_is_made_anew(tmp_path: Path) -> None:
+    store, value = Store(tmp_path, torch.bfloat16), {"features": torch.rand(4, 8, 8)}
+    store.write("ab12", value)
+    file = tmp_path / "ab" / "ab12.safetensors"
+    assert load_file(file)["features"].dtype == torch.bfloat16
+    assert torch.allclose(store.read("ab12")["features"], value["features"], atol=0.01)
+    file.write_bytes(file.read_bytes()[:50])
+    assert store.read("ab12") is None
+    assert store.read("cd34") is None
+
+
+def _losses(folder: Path) -> list[float]:
+    with (folder / "metrics.csv").open() as lines:
+        return [float(row["train/loss"]) for row in csv.DictReader(lines)]
+
+
+@pytest.mark.parametrize("method", ["head", "lora-minimal"])
+def test_losses_are_those_of_the_uncached_run(
+    method: str, shapes: Path, tiny_run: Path, tmp_path: Path, command: Command, monkeypatch
+) -> None:
+    monkeypatch.setattr(run, "FEATURES", tmp_path / "features")
+    words = [
+        *("train", "--dataset-dir", shapes, "--checkpoint", tiny_run / "weights" / "best"),
+        *("--method", method, "--epochs", 3, "--augmentation", "light", "dataset.views=2"),
+        *("evaluation.pictures=0", "training.precision=fp32"),
+    ]
+    for cached in ("true", "false"):
+        done = command(
+            *words, f"training.cache_features={cached}", "--output-dir", tmp_path / cached
+        )
+        assert done.code == 0, done.err
+        assert ("features of frozen encoders" in done.out) == (cached == "true")
+    assert _losses(tmp_path / "true") == pytest.approx(_losses(tmp_path / "false"), rel=1e-5)
+    counts = [len(list(f.rglob("*.safetensors"))) for f in (tmp_path / "features").iterdir()]
+    assert 4 * 2 + 2 in counts  # two views of four images, and two validation images
+    assert len(counts) == 2  # the text encoder's
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"take .* GB in .* are free"):
+        check_space(tmp_path, 10**9, NANO, torch.float32)
+
+
+def test_views_come_again(shapes: Path) -> None:
+    config = load_config([*TINY, "transforms=strong", "dataset.views=2"])
+    data = run.query_dataset(config, load_splits(shapes).train)
+    pixels = [data[(epoch, 0)].images[0].data for epoch in range(4)]
+    assert torch.equal(pixels[0], pixels[2])
+    assert torch.equal(pixels[1], pixels[3])
+    assert not torch.equal(pixels[0], pixels[1])
+    asked = [[q.query_text for q in data[(epoch, 0)].find_queries] for epoch in range(8)]
+    assert len({tuple(words) for words in asked}) > 2  # prompts are drawn anew
