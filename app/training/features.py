@@ -132,7 +132,7 @@ def _keep_trunk(trunk: nn.Module, store: Store) -> None:
                 found[index] = store.read(keys[index])
         return [_stack(found, "features").to(pixels.device)]
 
-    trunk.forward = forward  # type: ignore[method-assign]
+    trunk.forward = forward
 
 
 def _keep_text(text: nn.Module, store: Store) -> None:
@@ -160,7 +160,7 @@ def _keep_text(text: nn.Module, store: Store) -> None:
             for name, axis in zip(names, batch_axis, strict=True)
         )
 
-    text.forward = forward  # type: ignore[method-assign]
+    text.forward = forward
 
 
 def _stack(found: Sequence[dict[str, Tensor] | None], name: str) -> Tensor:
@@ -176,5 +176,5 @@ def _digest(part: nn.Module) -> str:
     return total.hexdigest()[:32]
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy())
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().tobytes()
