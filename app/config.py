@@ -139,6 +139,8 @@ class ShapesConfig(_Strict):
     height: int = Field(ge=32)
     min_shapes: int = Field(ge=1)
     max_shapes: int = Field(ge=1)
+    radius: list[float] = Field(min_length=2, max_length=2)
+    turn: float = Field(ge=0, le=180)
     kinds: list[ShapeKind] = Field(min_length=1)
     colors: list[ColorName] | None = Field(min_length=1)
     label_by: LabelBy

@@ -34,9 +34,9 @@ RATIOS = {  # low and high; the other kinds have none
     "cross": (0.3, 0.4),  # an arm's width to the length of both
 }
 MIN_VISIBLE = 0.5  # of a shape's own area, once later shapes lie on it
-RADIUS = (0.06, 0.18)  # of the image's shorter side
 MIN_RADIUS = 4  # pixels; below it a turned shape may cover none
-PLACEMENTS = 200  # tries a shape before the image is begun anew
+PLACEMENTS = 200  # tries a shape before the image is begun anew, with smaller ones
+SHRINK = 0.9
 CONTRAST = 40  # levels in some channel, between colors that differ
 JITTER = 12  # levels a channel, around a named color
 JITTER_APART = 6  # levels in some channel, between shapes of one named color
@@ -57,6 +57,15 @@ class Thing(NamedTuple):
 
     kind: str
     color: ColorName | None
+
+
+class Frame(NamedTuple):
+    """What shapes must fit: pixels, radius as shares of the shorter side, turn in degrees."""
+
+    width: int
+    height: int
+    radius: tuple[float, float]
+    turn: float
 
 
 class Stamp(NamedTuple):
@@ -96,6 +105,8 @@ def draw_image(
     height: int,
     background: str,
     shun: Sequence[ColorName],
+    radius: tuple[float, float],
+    turn: float,
     random: np.random.Generator,
 ) -> tuple[Pixels, list[Mask]]:
     """One image, and the visible pixels of each thing; later ones lie over earlier ones.
@@ -105,10 +116,13 @@ def draw_image(
         width, height: pixels.
         background: one of SPREAD.
         shun: named colors that the background keeps away from, whether drawn or not.
+        radius: least and most, of the image's shorter side.
+        turn: degrees, most, either way.
     """
-    placed = None
-    while placed is None:
-        placed = _place(things, width, height, random)
+    frame = Frame(width, height, radius, turn)
+    while (placed := _place(things, frame, random)) is None:
+        low, high = frame.radius
+        frame = frame._replace(radius=(SHRINK * low, SHRINK * high))
     stamps, top = placed
     colors = _shape_colors(things, random)
     others = [*colors, *(np.array(COLORS[name]) for name in shun)]
@@ -119,13 +133,13 @@ def draw_image(
 
 
 def _place(
-    things: Sequence[Thing], width: int, height: int, random: np.random.Generator
+    things: Sequence[Thing], frame: Frame, random: np.random.Generator
 ) -> tuple[list[Stamp], NDArray[np.uint8]] | None:
     """Stamps in drawing order, and for each pixel (height, width) 1 + the index of the topmost.
 
     None where a thing found no room. Column-major, as COCO's RLE counts.
     """
-    top = np.zeros((height, width), np.uint8, order="F")
+    top = np.zeros((frame.height, frame.width), np.uint8, order="F")
     visible: Floats = np.zeros(len(things) + 1)  # pixels of each; 0 is the background
     least: Floats = np.zeros(len(things) + 1)
     stamps: list[Stamp] = []
@@ -134,7 +148,7 @@ def _place(
             i for i, t in enumerate(things[: index - 1], 1) if t.color and t.color == thing.color
         ]
         for attempt in range(PLACEMENTS):
-            stamp = _random_shape(thing.kind, width, height, random).stamp()
+            stamp = _random_shape(thing.kind, frame, random).stamp()
             below = top[stamp.rows, stamp.columns]
             covered = np.bincount(below[stamp.mask], minlength=len(visible))
             # One color on itself has no edge to see: only where there is little room.
@@ -151,13 +165,13 @@ def _place(
     return stamps, top
 
 
-def _random_shape(kind: str, width: int, height: int, random: np.random.Generator) -> Shape:
+def _random_shape(kind: str, frame: Frame, random: np.random.Generator) -> Shape:
     """A shape of random size, place, turn and ratio, wholly inside the image."""
-    low, high = (share * min(width, height) for share in RADIUS)
-    radius = random.uniform(max(low, MIN_RADIUS), high)
-    x = random.uniform(radius + 1, width - 2 - radius)
-    y = random.uniform(radius + 1, height - 2 - radius)
-    turn = random.uniform(0, 2 * math.pi)
+    low, high = (max(share * min(frame.width, frame.height), MIN_RADIUS) for share in frame.radius)
+    radius = random.uniform(low, high)
+    x = random.uniform(radius + 1, frame.width - 2 - radius)
+    y = random.uniform(radius + 1, frame.height - 2 - radius)
+    turn = math.radians(random.uniform(-frame.turn, frame.turn))
     return Shape(kind, x, y, radius, turn, random.uniform(*RATIOS.get(kind, (1, 1))))
 
 

@@ -19,7 +19,8 @@ from app.errors import UserError, nearest
 from app.files import atomic_folder, write_json
 
 GENERATOR = "sam3-finetuning shapes"
-VERSION = 2  # count up when the same settings give other images
+VERSION = 3  # count up when the same settings give other images
+MOST_RADIUS = 0.45  # of the image's shorter side
 COMPRESSION = 1  # of PNG, 0..9; higher ones cost more time than they save room
 
 
@@ -31,6 +32,8 @@ class ShapesConfig:
         train, valid: images.
         width, height: pixels.
         min_shapes, max_shapes: an image, both ends included.
+        radius: least and most, of the image's shorter side.
+        turn: degrees, most, either way.
         seed: the same settings and seed give the same bytes.
         kinds: shapes to draw.
         colors: named colors to draw them in; None for any color.
@@ -46,6 +49,8 @@ class ShapesConfig:
     height: int = 480
     min_shapes: int = 2
     max_shapes: int = 5
+    radius: Sequence[float] = (0.08, 0.25)
+    turn: float = 15.0
     seed: int = 0
     kinds: Sequence[ShapeKind] = ("circle", "rectangle", "triangle")
     colors: Sequence[ColorName] | None = None
@@ -70,12 +75,19 @@ class ShapesConfig:
             "min_shapes": (1, self.max_shapes),
             "max_shapes": (1, 12),
             "seed": (0, 2**63 - 1),
+            "turn": (0, 180),
         }
-        return [
+        problems = [
             f"shapes: {key} is {getattr(self, key)}: must be {low} to {high}"
             for key, (low, high) in ranges.items()
             if not low <= getattr(self, key) <= high
         ]
+        if len(self.radius) != 2 or not 0 < self.radius[0] <= self.radius[1] <= MOST_RADIUS:
+            radius = list(self.radius)
+            problems.append(
+                f"shapes: radius is {radius}: must be least and most, above 0, up to {MOST_RADIUS}"
+            )
+        return problems
 
     def _check_names(self) -> list[str]:
         problems = _check_list("kinds", self.kinds, KINDS)
@@ -246,6 +258,8 @@ def _write_image(
         height=config.height,
         background=style,
         shun=config.colors or (),
+        radius=(config.radius[0], config.radius[1]),
+        turn=config.turn,
         random=random,
     )
     PILImage.fromarray(pixels).save(path, compress_level=COMPRESSION)

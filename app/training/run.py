@@ -112,7 +112,8 @@ def train(
         weights.load_into(model, begin)
     elif config.training.warm_start.method == "pixels":
         model.to(device)
-        warm_start(model, config.model, splits.train, config.training.warm_start, config.seed)
+        warm = config.training.warm_start
+        warm_start(model, config.model, splits.train, warm, config.seed, precision)
     method.prepare(model, config.method, begin if adapts else start)
     if onto_base and newest is not None:
         weights.load_into(model, newest)

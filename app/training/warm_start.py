@@ -34,8 +34,9 @@ from app.progress import progress
 log = logging.getLogger("app")
 ENCODED = 2  # the level of the neck that the detector's encoder reads: one cell a patch
 ANCHOR_SIDE = 0.25  # of the image: width and height of the first boxes
+LEAST_CELLS = 0.5  # of a class in an image, for the mean of its cells to be named
 MEANT_WEIGHT = 5.0  # of what the encoder tells, beside the other losses
-_SAYS = "pixels right {:.1%}, cells named right {:.1%}, prompted cells IoU {:.2f}"
+_SAYS = "pixels right {:.1%}, classes named right {:.1%}, prompted cells IoU {:.2f}"
 Floats = NDArray[np.float32]
 
 
@@ -43,19 +44,25 @@ class Told(NamedTuple):
     """What was right of the last batch, each 0..1."""
 
     pixels: float  # share of the pixels, told whether they are covered
-    names: float  # share of the cells in objects, nearest to a name of theirs
+    names: float  # share of the classes seen, nearer to their names than to any class not there
     prompts: float  # IoU of the cells that a prompt means
 
 
 def warm_start(
-    model: Sam3Image, size: ModelConfig, dataset: Dataset, config: WarmStartConfig, seed: int
+    model: Sam3Image,
+    size: ModelConfig,
+    dataset: Dataset,
+    config: WarmStartConfig,
+    seed: int,
+    precision: torch.dtype = torch.float32,
 ) -> Told:
     """Train trunk and text encoder to classify pixels, with heads that are then dropped.
 
     A cell (patch) has two targets: the share of it that each class covers, and which of its pixels
     are covered at all. A linear head tells both from the trunk; and the share is told a second time
-    by how near a class's words are to the cell, as SigLIP has it (arXiv 2303.15343, equation 1).
-    The encoder tells it a third time, prompted with one class that the image has and one that it
+    by how near a class's words are to the cell, as SigLIP has it (arXiv 2303.15343, equation 1),
+    and to the mean of a class's cells, which tells shapes apart long before a cell alone does.
+    The encoder tells it once more, prompted with one class that the image has and one that it
     lacks. The decoder's anchors are laid on a grid.
 
     Args:
@@ -75,22 +82,32 @@ def warm_start(
     parameters = [scale, bias, *(p for part in trained for p in part.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, fused=True)
     scheduler = LinearLR(optimizer, 1.0, 0.05, total_iters=config.steps)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
     right = Told(0.0, 0.0, 0.0)
     with progress("warm start: step", config.steps) as advance:
         for step, batch in enumerate(batches(dataset, size, config, seed), 1):
             pixels, shares, covered, asked = (tensor.to(device) for tensor in batch)
-            features = vision.trunk(pixels)[-1]
-            scores = head(features.float())  # (B, classes + cell, g, g)
-            cells = vision.convs[ENCODED](features)
-            text = model.backbone.forward_text(names, device=device)
-            nearness = _nearness(text, cells)
-            loss = F.binary_cross_entropy_with_logits(scores[:, classes:], covered)
-            for told in (scores[:, :classes], nearness * scale.exp() + bias):
-                # Few of many classes are in a cell: summed, they weigh as much as its pixels do.
-                loss = loss + classes * F.binary_cross_entropy_with_logits(told, shares)
-            marks = meant_head(_prompted(model, text, cells, asked).float())[..., 0]  # (B, 2, g, g)
-            wanted = shares.gather(1, asked[..., None, None].expand_as(marks))
-            loss = loss + MEANT_WEIGHT * F.binary_cross_entropy_with_logits(marks, wanted)
+            with autocast:
+                features = vision.trunk(pixels)[-1]
+                cells = vision.convs[ENCODED](features)
+                text = model.backbone.forward_text(names, device=device)
+                encoded = _prompted(model, text, cells, asked)
+            features, cells, encoded = features.float(), cells.float(), encoded.float()
+            words = _embeddings(text)
+            means, present, truth = _class_means(cells, shares)
+            scores = head(features)  # (B, classes + cell, g, g)
+            nearness = torch.einsum("bdhw,kd->bkhw", F.normalize(cells, dim=1), words)
+            named = F.normalize(means, dim=-1)[present] @ words.T  # (N, classes)
+            marks = meant_head(encoded)[..., 0]  # (B, 2, g, g)
+            meant = shares.gather(1, asked[..., None, None].expand_as(marks))
+            # Few of many classes are in a cell: summed, they weigh as much as its pixels do.
+            loss = (
+                _mean_loss(scores[:, classes:], covered)
+                + classes * _mean_loss(scores[:, :classes], shares)
+                + classes * _mean_loss(nearness * scale.exp() + bias, shares)
+                + classes * _mean_loss(named * scale.exp() + bias, truth[present])
+                + MEANT_WEIGHT * _mean_loss(marks, meant)
+            )
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -98,19 +115,47 @@ def warm_start(
             scheduler.step()
             right = Told(
                 float(((scores[:, classes:] > 0) == (covered > 0.5)).float().mean()),
-                _named_right(nearness, shares),
-                _overlap(marks > 0, wanted > 0.5),
+                _named_right(named, truth, present),
+                _overlap(marks > 0, meant > 0.5),
             )
             advance(step, f"loss {loss.item():.3g}, " + _SAYS.format(*right))
     log.info("warm start: %d steps; %s", step, _SAYS.format(*right))
     return right
 
 
-def _named_right(nearness: Tensor, shares: Tensor) -> float:
-    """Of the cells that lie in an object, how many are nearest to a name of its."""
-    top = shares.gather(1, nearness.argmax(dim=1, keepdim=True))[:, 0]  # (B, g, g)
-    inside = shares.amax(dim=1) > 0.8
-    return float((top > 0.8)[inside].float().mean()) if inside.any() else 0.0
+def _class_means(cells: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means of cells (B, d, g, g) over each class's shares (B, K, g, g).
+
+    Returns:
+        Means (B, K, d); which classes are present, (B, K) bool; and how much of a class's cells
+        another class covers, (B, K, K) in 0..1: all of them for a class of the same objects.
+    """
+    weights = shares.sum(dim=(2, 3))
+    means = torch.einsum("bkhw,bdhw->bkd", shares, cells) / weights.clamp(min=1e-6)[..., None]
+    common = torch.einsum("bkhw,bjhw->bkj", shares, shares)
+    own = common.diagonal(dim1=1, dim2=2).clamp(min=1e-6)[..., None]
+    return means, weights > LEAST_CELLS, (common / own).clamp(max=1)
+
+
+def _mean_loss(scores: Tensor, truth: Tensor) -> Tensor:
+    """Binary cross-entropy; 0 where there is nothing to tell."""
+    total = F.binary_cross_entropy_with_logits(scores, truth, reduction="sum")
+    return total / max(scores.numel(), 1)
+
+
+def _named_right(named: Tensor, truth: Tensor, present: Tensor) -> float:
+    """Of the N present classes, how many are nearer to their names than to any that is not there.
+
+    Args:
+        named: (N, K) nearness.
+        truth, present: what `_class_means` returned.
+    """
+    index = present.nonzero()
+    if not len(index):
+        return 0.0
+    own = named.gather(1, index[:, 1:])[:, 0]
+    absent = (truth.diagonal(dim1=1, dim2=2) == 0)[index[:, 0]]  # (N, K): not in that image at all
+    return float((own > named.masked_fill(~absent, -2).amax(dim=1)).float().mean())
 
 
 def _overlap(found: Tensor, truth: Tensor) -> float:
@@ -118,12 +163,11 @@ def _overlap(found: Tensor, truth: Tensor) -> float:
     return float((found & truth).sum() / (found | truth).sum().clamp(min=1))
 
 
-def _nearness(text: dict[str, Tensor], cells: Tensor) -> Tensor:
-    """(B, classes, g, g): cosines of cells (B, d, g, g) and names, each the mean of its tokens."""
-    tokens = text["language_features"]  # (L, classes, d)
+def _embeddings(text: dict[str, Tensor]) -> Tensor:
+    """(classes, d), of length 1: of each name the mean of its tokens."""
+    tokens = text["language_features"].float()  # (L, classes, d)
     inside = (~text["language_mask"]).T[..., None]  # (L, classes, 1)
-    pooled = (tokens * inside).sum(dim=0) / inside.sum(dim=0)
-    return torch.einsum("bdhw,kd->bkhw", F.normalize(cells, dim=1), F.normalize(pooled, dim=1))
+    return F.normalize((tokens * inside).sum(dim=0) / inside.sum(dim=0), dim=1)
 
 
 def _prompted(model: Sam3Image, text: dict[str, Tensor], cells: Tensor, asked: Tensor) -> Tensor:

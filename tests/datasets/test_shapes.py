@@ -318,3 +318,45 @@ def test_names_that_are_not_known_are_all_said(tmp_path):
 def test_settings_that_contradict_each_other(tmp_path, words, said):
     with pytest.raises(UserError, match=said):
         make_shapes(tmp_path / "s", **words)
+
+
+def test_radius_and_turn_are_as_asked_for(tmp_path):
+    """Upright rectangles whose corners lie on circles of one radius: their diagonals are alike."""
+    make_shapes(
+        tmp_path / "s", train=6, valid=0, width=200, height=100, kinds=["rectangle"], turn=0,
+        radius=[0.2, 0.2], max_shapes=2,
+    )  # fmt: skip
+    whole = 0
+    for _, mask, _ in things(tmp_path / "s" / "train"):
+        rows, columns = np.nonzero(mask)
+        height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
+        if mask.sum() == height * width:  # nothing lies over it: a rectangle fills its box
+            whole += 1
+            assert math.hypot(height, width) == pytest.approx(2 * 20, abs=1.5)
+    assert whole >= 4
+    make_shapes(
+        tmp_path / "t", train=4, valid=0, kinds=["rectangle"], turn=180, radius=[0.2, 0.2], **SIZE
+    )
+    filled = [mask.sum() / _box_area(mask) for _, mask, _ in things(tmp_path / "t" / "train")]
+    assert min(filled) < 0.8
+
+
+def test_shapes_too_large_for_their_number_are_drawn_smaller(tmp_path):
+    make_shapes(
+        tmp_path / "s", train=2, valid=0, min_shapes=12, max_shapes=12, radius=[0.4, 0.45], **SIZE
+    )
+    assert len(list(things(tmp_path / "s" / "train"))) == 24
+
+
+@pytest.mark.parametrize("radius", [[0.3, 0.2], [0, 0.2], [0.1, 0.5], [0.1]])
+def test_a_radius_out_of_range(tmp_path, radius):
+    with pytest.raises(UserError, match="radius is"):
+        make_shapes(tmp_path / "s", radius=radius, **SMALL)
+
+
+SIZE = {"width": 120, "height": 90}
+
+
+def _box_area(mask) -> int:
+    rows, columns = np.nonzero(mask)
+    return (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
