@@ -66,6 +66,9 @@ def reliability(scores: NDArray[np.float64], hits: NDArray[np.bool_], threshold:
     return _svg(draw)
 
 
+PLACE = (0.13, 0.15, 0.84, 0.82)  # of the axes in a figure: left, bottom, width, height
+
+
 def _legend(axes: Axes) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
@@ -79,8 +82,8 @@ def _svg(draw: Callable[[Axes], None]) -> str:
         "text.parse_math": False,  # names come from outside: a $ in one must not start a formula
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5, 3.2), layout="constrained")
-        draw(figure.subplots())
+        figure = Figure(figsize=(5, 3.2))
+        draw(figure.add_axes(PLACE))
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         return buffer.getvalue()

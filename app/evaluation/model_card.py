@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from app.config import read_yaml
+from app.config import Config
 from app.evaluation.report_page import HEADLINE, KIND, ONCE, number
 from app.files import read_json, write_text
 from app.model import weights
@@ -27,18 +27,18 @@ _CODE = "SAM 3's code, which they need, is under the SAM License."
 SHOWN_PROMPTS = 60
 
 
-def write_card(folder: Path, start: Path | None) -> Path:
+def write_card(config: Config, start: Path | None) -> Path:
     """Write `weights/best/README.md` of a finished run; returns its path.
 
     Args:
         start: the weights that training began with; None for random ones.
     """
+    folder = Path(config.output_dir)
     best = folder / "weights" / "best"
     header = weights.describe(best)
-    settings: dict[str, Any] = dict(read_yaml(folder / "config_resolved.yaml"))
-    figures, environment = (
-        read_json(folder / name) for name in ("metrics.json", "environment.json")
-    )
+    figures = read_json(folder / "metrics.json")
+    by_command = folder / "environment.json"  # a run from Python has none
+    environment = read_json(by_command) if by_command.is_file() else {}
     metas = start is not None and header.model.name == "sam3"
     data = ModelCardData(
         license="other" if metas else "apache-2.0",
@@ -56,13 +56,13 @@ def write_card(folder: Path, start: Path | None) -> Path:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {folder.resolve().name}",
-        _what(header, settings, start),
+        _what(header, config, start),
         "## What it finds",
         _prompts(header),
         "## Figures",
         _figures(figures),
         "## Training",
-        _training(settings, environment, figures, header),
+        _training(config, environment, figures, header),
         "## Limits",
         _limits(header),
         "## Use",
@@ -92,8 +92,8 @@ def _results(figures: Mapping[str, Any], name: str) -> list[EvalResult]:
     ]
 
 
-def _what(header: weights.Header, settings: Mapping[str, Any], start: Path | None) -> str:
-    model, method = header.model, settings["method"]["name"]
+def _what(header: weights.Header, config: Config, start: Path | None) -> str:
+    model, method = header.model, config.method.name
     if start is None:
         began = "from random weights"
     elif start.parent == NANO:
@@ -130,18 +130,20 @@ def _figures(figures: Mapping[str, Any]) -> str:
 
 
 def _training(
-    settings: Mapping[str, Any],
+    config: Config,
     environment: Mapping[str, Any],
     figures: Mapping[str, Any],
     header: weights.Header,
 ) -> str:
-    training, optim = settings["training"], settings["optim"]
-    machine = environment["gpu"] or f"{environment['cpus']} CPU threads"
+    command = machine = ""
+    if environment:
+        command = f"```bash\n./train.sh {shlex.join(environment['command'][1:])}\n```\n\n"
+        machine = environment["gpu"] or f"{environment['cpus']} CPU threads"
+        machine = f" on {machine}, torch {environment['packages']['torch']}"
     return (
-        f"```bash\n./train.sh {shlex.join(environment['command'][1:])}\n```\n\n"
-        f"{figures['epochs']} epochs of {training['batch_size']} images a step, learning rate "
-        f"{optim['lr']:g} at most, seed {settings['seed']}; {duration(figures['seconds'])} on "
-        f"{machine}, torch {environment['packages']['torch']}. Training data, by content: "
+        f"{command}{figures['epochs']} epochs of {config.training.batch_size} images a step, "
+        f"learning rate {config.optim.lr:g} at most, seed {config.seed}; "
+        f"{duration(figures['seconds'])}{machine}. Training data, by content: "
         f"`{header.data_hash}`."
     )
 

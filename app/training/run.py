@@ -161,7 +161,7 @@ def train(
             folder / "metrics.json",
             write_report(folder),
         )
-        write_card(folder, start)
+        write_card(config, start)
         say_where(folder / "weights" / "best", splits)
     accelerator.end_training()
     return Outcome(folder, figures)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from app.evaluation.model_card import CARD, write_card
+from app.config import load_config
+from app.evaluation import model_card
+from app.evaluation.model_card import CARD
 from app.files import read_json
 from tests.conftest import Command
 
@@ -40,15 +42,14 @@ def test_its_commands_run(tiny_run: Path, shapes: Path, tmp_path: Path, command:
 
 
 def test_weights_that_come_from_metas(tiny_run: Path, tmp_path: Path, monkeypatch) -> None:
-    """Size sam3 from a checkpoint: another licence, and a base."""
-    from app.evaluation import model_card
-
+    """Size sam3 from a checkpoint: another licence, and a base. From Python, without a command."""
     header = model_card.weights.describe(tiny_run / "weights" / "best")
     large = header.model_copy(update={"model": header.model.model_copy(update={"name": "sam3"})})
     monkeypatch.setattr(model_card.weights, "describe", lambda _: large)
-    for name in ("config_resolved.yaml", "metrics.json", "environment.json"):
-        (tmp_path / name).write_bytes((tiny_run / name).read_bytes())
-    card = ModelCard.load(write_card(tmp_path, Path("sam3.pt")))
+    (tmp_path / "metrics.json").write_bytes((tiny_run / "metrics.json").read_bytes())
+    config = load_config([f"output_dir={tmp_path}"])
+    card = ModelCard.load(model_card.write_card(config, Path("sam3.pt")))
     assert (card.data.license, card.data.license_name) == ("other", "sam-license")
     assert card.data.base_model == "facebook/sam3"
     assert "from `sam3.pt`" in card.text
+    assert "train.sh" not in card.text

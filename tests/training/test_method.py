@@ -106,7 +106,7 @@ def test_adapters_and_activation_checkpointing(shapes: Path, base: Path) -> None
         )
         loop = _loop(shapes, base, *words)
         method.set_training(loop.model)
-        loop._loss(next(iter(loop.loader))).backward()
+        loop._losses(next(iter(loop.loader)))["loss"].backward()
         gradients.append({n: p.grad for n, p in loop.model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-5), name
@@ -168,7 +168,7 @@ def test_a_run_with_lora(train, command, shapes, base: Path, tmp_path: Path) -> 
     assert "lr_scale 1" in done.out
     for folder in ("weights/best", "weights/last", "checkpoints/update-00000002"):
         names = {path.name for path in (tmp_path / "out" / folder).iterdir()}
-        assert names - {"state.pt", "run.json"} == {adapters.FILE, adapters.CONFIG}
+        assert names - {"state.pt", "run.json", "README.md"} == {adapters.FILE, adapters.CONFIG}
     kept = sum(p.stat().st_size for p in (tmp_path / "out/checkpoints").rglob("*.*") if p.is_file())
     assert kept < base.stat().st_size / 10
     found = command(
