@@ -25,7 +25,8 @@ GOAL_SECONDS = 240
 
 def overfit(folder: Path, *, images: int, epochs: int, overrides: list[str]) -> dict[str, float]:
     """Train on a few shape images and validate on the same ones; returns the figures."""
-    make_shapes(folder / "shapes", train=images, valid=1, seed=0, background="plain")
+    settings = {"background": "plain", "radius": [0.06, 0.18], "turn": 180}
+    make_shapes(folder / "shapes", train=images, valid=1, seed=0, **settings)
     splits = load_splits(folder / "shapes")
     config = load_config(
         [
