@@ -10,23 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from app import options
 from app.config import Resume
 from app.datasets import commands
 from app.errors import UserError
 from app.model.upstream import prove_pin
-from app.options import (
-    Columns,
-    DatasetDir,
-    Format,
-    HfConfig,
-    HfDataset,
-    HfSplit,
-    Overrides,
-    Overwrite,
-    Roboflow,
-    asked,
-    source,
-)
 from app.training import signals
 
 log = logging.getLogger("app")
@@ -43,14 +31,14 @@ SIZES = "sam3, small, nano, or auto: sam3 where a GPU and its weights are at han
 
 @cli.command()
 def train(
-    overrides: Overrides = None,
-    dataset_dir: DatasetDir = None,
-    hf_dataset: HfDataset = None,
-    hf_config: HfConfig = None,
-    hf_split: HfSplit = None,
-    columns: Columns = None,
-    roboflow: Roboflow = None,
-    format: Format = None,
+    overrides: options.Overrides = None,
+    dataset_dir: options.DatasetDir = None,
+    hf_dataset: options.HfDataset = None,
+    hf_config: options.HfConfig = None,
+    hf_split: options.HfSplit = None,
+    columns: options.Columns = None,
+    roboflow: options.Roboflow = None,
+    format: options.Format = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="train on so many images, chosen by the seed")
     ] = None,
@@ -100,7 +88,7 @@ def train(
             "weights: from its weights alone, with other data or settings",
         ),
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
     recipe: Annotated[
         str | None,
         typer.Option(help="auto: by the number of images; or a YAML of configs/recipe by its name"),
@@ -120,7 +108,7 @@ def train(
         "transforms": augmentation,
         "method": method,
         "method.freeze": None if freeze is None else f"[{'' if freeze == 'none' else freeze}]",
-        **source(dataset_dir, hf_dataset, hf_config, hf_split, columns, roboflow, format),
+        **options.source(dataset_dir, hf_dataset, hf_config, hf_split, columns, roboflow, format),
         "dataset.prompts": prompts,
         "dataset.limit": limit,
         "training.warm_start.method": warm_start,
@@ -140,16 +128,16 @@ def train(
         from app.training import start
 
         start.start(
-            asked(overrides, flags),
+            options.asked(overrides, flags),
+            size=model,
+            stop=stop,
             file=config,
             recipe=recipe,
-            size=model,
             lr=lr,
             base_config=use_base_config,
             eval_only=eval_only,
             resume=resume,
             overwrite=overwrite,
-            stop=stop,
         )
 
 
@@ -200,7 +188,7 @@ def infer(
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="images seen together")] = 1,
     num_gpus: Annotated[int, typer.Option(min=1, help="processes that share the images")] = 1,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Find what the prompts name in images; the same command again does what a stop left over."""
     from app.inference.folder import predict_folder
@@ -239,17 +227,17 @@ def infer(
 
 @cli.command()
 def evaluate(
-    overrides: Overrides = None,
+    overrides: options.Overrides = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="weights file or folder to score; none for random ones")
     ] = None,
-    dataset_dir: DatasetDir = None,
-    hf_dataset: HfDataset = None,
-    hf_config: HfConfig = None,
-    hf_split: HfSplit = None,
-    columns: Columns = None,
-    roboflow: Roboflow = None,
-    format: Format = None,
+    dataset_dir: options.DatasetDir = None,
+    hf_dataset: options.HfDataset = None,
+    hf_config: options.HfConfig = None,
+    hf_split: options.HfSplit = None,
+    columns: options.Columns = None,
+    roboflow: options.Roboflow = None,
+    format: options.Format = None,
     split: Annotated[str, typer.Option(help="train, valid or test")] = "valid",
     truth: Annotated[
         Path | None, typer.Option(help="COCO JSON, to score --predictions against")
@@ -264,14 +252,16 @@ def evaluate(
     output_dir: Annotated[
         Path | None, typer.Option(help="folder for figures and report; outputs/eval unless given")
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Score weights on a dataset, or COCO results from elsewhere; write figures and a report."""
-    found_in = source(dataset_dir, hf_dataset, hf_config, hf_split, columns, roboflow, format)
+    found_in = options.source(
+        dataset_dir, hf_dataset, hf_config, hf_split, columns, roboflow, format
+    )
     if (truth is None) != (predictions is None):
         raise UserError("--truth and --predictions: give both of them, or --checkpoint")
     if truth is not None and predictions is not None:
-        idle = asked(overrides, {"checkpoint": checkpoint, **found_in})
+        idle = options.asked(overrides, {"checkpoint": checkpoint, **found_in})
         if idle:
             raise UserError(f"{', '.join(idle)}: nothing reads it beside --truth and --predictions")
         from app.evaluation.commands import score_files
@@ -286,20 +276,15 @@ def evaluate(
         "prediction.threshold": threshold,
         "output_dir": output_dir,
     }
-    from app.training import signals, start
-
     with signals.watch() as stop:
+        from app.training import start
+
         start.start(
-            asked(overrides, flags),
-            file=None,
-            recipe=None,
+            options.asked(overrides, flags),
             size=model,
-            lr=None,
-            base_config=False,
-            eval_only=True,
-            resume=None,
-            overwrite=overwrite,
             stop=stop,
+            eval_only=True,
+            overwrite=overwrite,
         )
 
 
@@ -339,7 +324,7 @@ def pack(
 def merge(
     adapter: Annotated[Path, typer.Argument(help="folder of a LoRA, such as RUN/weights/best")],
     output_dir: Annotated[Path, typer.Option(help="folder for model.safetensors")],
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Join a LoRA with its base into plain weights."""
     from app.model import weights

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from app import options
 from app.config import Config, load_config
 from app.datasets import sources
 from app.datasets.build import Splits, Survey, advise, decode, make_splits, many_classes, survey
@@ -21,19 +22,6 @@ from app.datasets.faults import KINDS, MAX_DROP, Action, Fault, counts_of, lines
 from app.datasets.writing import is_built, write_splits
 from app.errors import UserError
 from app.files import atomic_folder, write_text
-from app.options import (
-    Columns,
-    DatasetDir,
-    Format,
-    HfConfig,
-    HfDataset,
-    HfSplit,
-    Overrides,
-    Overwrite,
-    Roboflow,
-    asked,
-    source,
-)
 from app.progress import progress
 
 log = logging.getLogger("app")
@@ -76,30 +64,30 @@ def check_command(
 @cli.command("build")
 def build_command(
     output_dir: Annotated[Path, typer.Option(help="folder that the dataset is written to")],
-    overrides: Overrides = None,
-    dataset_dir: DatasetDir = None,
-    hf_dataset: HfDataset = None,
-    hf_config: HfConfig = None,
-    hf_split: HfSplit = None,
-    columns: Columns = None,
-    roboflow: Roboflow = None,
-    format: Format = None,
+    overrides: options.Overrides = None,
+    dataset_dir: options.DatasetDir = None,
+    hf_dataset: options.HfDataset = None,
+    hf_config: options.HfConfig = None,
+    hf_split: options.HfSplit = None,
+    columns: options.Columns = None,
+    roboflow: options.Roboflow = None,
+    format: options.Format = None,
     seed: Annotated[int | None, typer.Option(help="of splits that are made")] = None,
     max_drop: Annotated[
         float | None, typer.Option(min=0, max=1, help="most left out as faulty; 0.01 unless told")
     ] = None,
-    overwrite: Overwrite = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Write a checked copy of a dataset: faults mended, splits made, images upright RGB."""
     flags = {
-        **source(dataset_dir, hf_dataset, hf_config, hf_split, columns, roboflow, format),
+        **options.source(dataset_dir, hf_dataset, hf_config, hf_split, columns, roboflow, format),
         "dataset.max_drop": max_drop,
         "seed": seed,
     }
     unread = [text for text in overrides or [] if not text.startswith(("dataset.", "seed="))]
     if unread:
         raise UserError([f"'{text}': data build reads dataset.… and seed alone" for text in unread])
-    config = load_config(asked(overrides, flags))
+    config = load_config(options.asked(overrides, flags))
     _check_output(output_dir, overwrite)
     folder = sources.fetch(config.dataset, config.seed)
     _check_apart(output_dir, folder)

@@ -34,15 +34,15 @@ log = logging.getLogger("app")
 def start(
     overrides: Sequence[str],
     *,
-    file: Path | None,
-    recipe: str | None,
     size: str,
-    lr: float | None,
-    base_config: bool,
-    eval_only: bool,
-    resume: Resume | None,
-    overwrite: bool,
     stop: StopRequest,
+    file: Path | None = None,
+    recipe: str | None = None,
+    lr: float | None = None,
+    base_config: bool = False,
+    eval_only: bool = False,
+    resume: Resume | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Check everything that can be checked, then train, score, or hand over to upstream.
 
