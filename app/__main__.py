@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from app import options
-from app.config import Resume
+from app.config import PlanKind, Resume
 from app.datasets import commands
 from app.errors import UserError
 from app.model.upstream import prove_pin
@@ -63,7 +63,9 @@ def train(
     ] = None,
     output_dir: Annotated[str | None, typer.Option(help="folder that the run leaves")] = None,
     epochs: Annotated[int | None, typer.Option()] = None,
-    batch_size: Annotated[int | None, typer.Option(help="images a step and process")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(help="images a step and process; auto: the most that fit")
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(help="learning rate of the detector; the others keep their ratio"),
@@ -79,6 +81,14 @@ def train(
     eval_only: Annotated[bool, typer.Option("--eval-only", help="score, do not train")] = False,
     split: Annotated[
         str | None, typer.Option(help="what --eval-only scores: train, valid or test")
+    ] = None,
+    plan: Annotated[
+        PlanKind | None,
+        typer.Option(
+            metavar="[=measure]",
+            help="do not train: print what it would take in memory and disk, and refuse what does "
+            "not fit; measure: the time too, by a few updates",
+        ),
     ] = None,
     resume: Annotated[
         Resume | None,
@@ -136,6 +146,7 @@ def train(
             lr=lr,
             base_config=use_base_config,
             eval_only=eval_only,
+            plan=plan,
             resume=resume,
             overwrite=overwrite,
         )
@@ -332,9 +343,10 @@ def merge(
     log.info("weights: %s", weights.merge(adapter, output_dir, overwrite=overwrite).parent)
 
 
-def _spell_out_resume(words: Sequence[str]) -> list[str]:
-    """`--resume` alone means `--resume=all`: typer has no options whose value may be left out."""
-    return ["--resume=all" if word == "--resume" else word for word in words]
+def _spell_out(words: Sequence[str]) -> list[str]:
+    """Flags alone as flags with a value: typer has no options whose value may be left out."""
+    alone = {"--resume": "--resume=all", "--plan": "--plan=show"}
+    return [alone.get(word, word) for word in words]
 
 
 def main() -> None:
@@ -346,7 +358,7 @@ def main() -> None:
     log.propagate = False
     try:
         prove_pin()
-        cli(_spell_out_resume(sys.argv[1:]))
+        cli(_spell_out(sys.argv[1:]))
     except UserError as error:
         for problem in error.problems:
             print(f"error: {problem}" if not problem.startswith(" ") else problem, file=sys.stderr)

@@ -40,6 +40,7 @@ Background = Literal["plain", "gradient", "texture", "mixed"]
 Component = Literal["vision", "text", "detector", "geometry", "masks", "scoring"]  # of the model
 # --resume: everything; "auto": if there is a run, else start one; "weights": nothing but them.
 Resume = Literal["all", "auto", "weights"]
+PlanKind = Literal["show", "measure"]  # --plan: counted; "measure": and a few updates done
 FormatName = Literal["auto", "coco", "yolo", "labelme", "via", "voc", "masks"]
 
 SHORT = {"limit": "dataset.limit"}  # keys that people write without their group

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import hotcoco
+import numpy as np
+from numpy.typing import NDArray
 
 from app.datasets.coco import Category, Dataset
 from app.errors import UserError
 from app.evaluation import record
+from app.evaluation.concepts import SCORE, Presence, concept_counts, figures_of
+from app.evaluation.matching import Overlaps, overlaps
 from app.evaluation.metrics import accumulate, iou_types
+from app.evaluation.off_prompt import firing_of
 from app.evaluation.record import Record
-from app.evaluation.scoring import score
 
+Counts = NDArray[np.float64]
 RESAMPLINGS = 500
 CLASSES = 50  # more get no interval: each costs a resampling of its own
 _SAME = {"APs": "AP_small", "APm": "AP_medium", "APl": "AP_large"}
@@ -70,7 +75,8 @@ def compare(one: Path, other: Path, resamplings: int = RESAMPLINGS) -> Compariso
         raise UserError(f"{' and '.join(empty)}: found nothing; there is nothing to compare")
     kinds = [t for t in iou_types(first.truth, first.results) if t in _kinds(second)]
     lines = [line for kind in kinds for line in _figures(first, second, kind, resamplings)]
-    lines += _without_intervals(first, second)
+    lines += [line for kind in kinds for line in _concepts(first, second, kind, resamplings)]
+    lines += _firing(first, second, kinds[-1], resamplings)
     lines += [line for kind in kinds for line in _classes(first, second, kind, resamplings)]
     return Comparison(tuple(lines), len(first.truth.images), resamplings)
 
@@ -137,9 +143,53 @@ def _line(label: str, compared: Mapping[str, Any], name: str) -> Line:
     )
 
 
-def _without_intervals(one: Record, other: Record) -> list[Line]:
-    """Figures that are not resampled; on classes alone, as nouns may differ from run to run."""
-    figures = [score(found.truth, found.results, threshold=0.5) for found in (one, other)]
-    names = [name for name in figures[0] if name in figures[1]]
-    shown = [n for n in names if n.endswith(("/cgF1", "/pmF1", "/IL_MCC", "off_prompt/classes"))]
-    return [Line(name, figures[0][name], figures[1][name]) for name in shown]
+def _concepts(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:
+    """cgF1 and its factors; on classes alone, as nouns may differ from run to run."""
+    categories = [category.id for category in one.truth.categories]
+
+    def figures(counts: Counts) -> dict[str, float]:
+        found = figures_of(counts, Presence())
+        return {f"{kind}/{n}": found[n] for n in ("cgF1", "pmF1", "IL_MCC") if n in found}
+
+    counts = [
+        [concept_counts(image, categories) for image in _images(r, kind)] for r in (one, other)
+    ]
+    return _lines(counts, figures, resamplings)
+
+
+def _firing(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:
+    """Detections an image of classes that it lacks."""
+
+    def figures(counts: Counts) -> dict[str, float]:
+        return {"off_prompt/classes": counts[0] / counts[1]}
+
+    counts = [[(firing_of(image, SCORE), 1) for image in _images(r, kind)] for r in (one, other)]
+    return _lines(counts, figures, resamplings)
+
+
+def _images(found: Record, kind: str) -> tuple[Overlaps, ...]:
+    return overlaps(found.truth, found.results, kind)
+
+
+def _lines(
+    counts: Sequence[Any], figures: Callable[[Counts], dict[str, float]], resamplings: int
+) -> list[Line]:
+    """Lines of figures that are made of counts, added over the images.
+
+    Args:
+        counts: of both runs, (images, K).
+    """
+    first, second = (np.asarray(each, dtype=np.float64) for each in counts)
+    images = len(first)
+    draws = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), resamplings)
+    pairs = [(figures(draw @ first), figures(draw @ second)) for draw in draws]
+    lines = []
+    one, other = figures(first.sum(axis=0)), figures(second.sum(axis=0))
+    for name in [name for name in one if name in other]:
+        differences = [b[name] - a[name] for a, b in pairs if name in a and name in b]
+        interval = None
+        if differences:
+            low, high = np.percentile(differences, [2.5, 97.5])
+            interval = float(low), float(high)
+        lines.append(Line(name, one[name], other[name], interval))
+    return lines

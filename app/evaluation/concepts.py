@@ -61,18 +61,33 @@ def concept_figures(
         categories: ids that every image was asked for.
         others: pairs of further prompts, for things in no image, that the images do not tell of.
     """
-    presence = others or Presence()
+    counts = sum((concept_counts(image, categories) for image in images), np.zeros(16))
+    return figures_of(counts, others or Presence())
+
+
+def concept_counts(image: Overlaps, categories: Collection[int]) -> NDArray[np.float64]:
+    """(16,) what the figures are made of; several images' are added up.
+
+    Of the pairs: those of `Presence`; of what is there: detections, objects, and hits at each of
+    the ten IoU thresholds.
+    """
+    found, objects = image.scores >= SCORE, ~image.crowds
+    present = set(image.objects[objects].tolist())
+    answered = set(image.found[found].tolist())
     hits, said, there = np.zeros(10), 0, 0
-    for image in images:
-        found, objects = image.scores >= SCORE, ~image.crowds
-        present = set(image.objects[objects].tolist())
-        answered = set(image.found[found].tolist())
-        presence += _presence(set(categories), present, answered)
-        for category in present:
-            rows = found & (image.found == category)
-            columns = objects & (image.objects == category)
-            hits += _hits(image.iou[np.ix_(rows, columns)])
-            said, there = said + int(rows.sum()), there + int(columns.sum())
+    for category in present:
+        rows = found & (image.found == category)
+        columns = objects & (image.objects == category)
+        hits += _hits(image.iou[np.ix_(rows, columns)])
+        said, there = said + int(rows.sum()), there + int(columns.sum())
+    presence = _presence(set(categories), present, answered)
+    return np.array([*vars(presence).values(), said, there, *hits])
+
+
+def figures_of(counts: NDArray[np.float64], others: Presence) -> dict[str, float]:
+    """The figures of `concept_figures` from added counts, and those of further pairs."""
+    presence = Presence(*counts[:4].tolist()) + others
+    said, there, hits = counts[4], counts[5], counts[6:]
     figures: dict[str, float] = {}
     if there:  # F1 = 2 TP / (detections + objects)
         figures["pmF1"] = float(np.mean(2 * hits / (said + there)))

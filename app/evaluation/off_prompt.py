@@ -54,7 +54,7 @@ def off_prompt_figures(
     """
     if not images:
         return {}
-    absent = sum(int(((image.scores > threshold) & ~_in(image)).sum()) for image in images)
+    absent = sum(firing_of(image, threshold) for image in images)
     figures = {"off_prompt/classes": absent / len(images)}
     if off_prompts.nouns:
         fired = sum(firing.score > threshold for firing in off_prompts.firings)
@@ -62,6 +62,6 @@ def off_prompt_figures(
     return {"off_prompt/firing": sum(figures.values()), **figures}
 
 
-def _in(image: Overlaps) -> np.ndarray:
-    """(D,) whether the class of each detection is in its image."""
-    return np.isin(image.found, image.objects)
+def firing_of(image: Overlaps, threshold: float) -> int:
+    """Detections above the threshold of classes that the image lacks."""
+    return int(((image.scores > threshold) & ~np.isin(image.found, image.objects)).sum())

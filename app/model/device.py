@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
 import torch
 
 from app.config import ModelConfig
 from app.errors import UserError
+
+GROUPS = Path("/sys/fs/cgroup")
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -33,6 +40,35 @@ def choose_precision(name: str, device: torch.device, config: ModelConfig) -> to
         helps = device.type == "cuda" or (wide and _cpu_multiplies_bfloat16())
         name = "bf16" if helps else "fp32"
     return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def free_memory(device: torch.device, processes: int = 1) -> int:
+    """Bytes that each of `processes` can have: of its GPU, or its share of what the CPU has free.
+
+    What this process holds counts as free. A limit of the control group (a container's, a Slurm
+    job's) counts where it is lower.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free = psutil.virtual_memory().available
+    for limit, used in _group_memory():
+        free = min(free, limit - used)
+    return (free + psutil.Process().memory_info().rss) // processes
+
+
+def _group_memory() -> Iterator[tuple[int, int]]:
+    """Limit and use in bytes of this process's control groups, version 2, that have a limit."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return
+    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    group = GROUPS / own
+    for folder in (group, *group.parents):
+        if folder.is_relative_to(GROUPS):
+            with contextlib.suppress(OSError, ValueError):  # "max": no limit
+                limit = int((folder / "memory.max").read_text(encoding="ascii"))
+                yield limit, int((folder / "memory.current").read_text(encoding="ascii"))
 
 
 def _cpu_multiplies_bfloat16() -> bool:

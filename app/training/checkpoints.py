@@ -18,15 +18,13 @@ from app.config import Config
 from app.errors import UserError
 from app.files import atomic_folder, clear_up, read_json, write_json
 from app.model import weights
-from app.model.adapters import apply_lora
-from app.model.build import build_model
+from app.model.adapters import has_lora
 from app.training import method
 from app.training.fingerprint import Fingerprint
 from app.training.loop import Loop
 from app.training.random_state import restore_random_state
 
 KEEP = 2  # newest checkpoints
-FLOAT_BYTES = 4
 
 
 @dataclass
@@ -127,33 +125,46 @@ def restore(checkpoint: Path, loop: Loop, rank: int) -> RunState:
     return read(checkpoint)[0]
 
 
-def check_space(folder: Path, config: Config) -> None:
+def check_space(folder: Path, config: Config, *, trained: bool) -> None:
     """Two checkpoints must find room in `folder`: one is replaced only when the next is whole.
+
+    Args:
+        trained: whether the run starts from weights.
 
     Raises:
         UserError: with what is needed and what is free.
     """
-    needed, free = 2 * checkpoint_bytes(config), shutil.disk_usage(folder).free
+    size = checkpoint_bytes(config, method.on_meta(config, trained=trained))
+    present = len(_all(folder / "checkpoints"))
+    needed, free = max(KEEP - present, 1) * size, shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"--output-dir {folder}: {free / 1e9:.2f} GB are free, and two checkpoints of this run "
-            f"take {needed / 1e9:.2f} GB. Free {(needed - free) / 1e9:.2f} GB, or name a folder on "
-            "another disk."
+            f"--output-dir {folder}: {free / 1e9:.2f} GB are free, and checkpoints of this run "
+            f"take {size / 1e9:.2f} GB each, {KEEP} of which are kept. Free "
+            f"{(needed - free) / 1e9:.2f} GB, or name a folder on another disk."
         )
 
 
-def checkpoint_bytes(config: Config) -> int:
-    """Size of a checkpoint: the model or its adapter once, AdamW's moments, an average."""
-    model, lora = build_model(config.model, device="meta"), config.method.lora
-    if lora is not None:
-        apply_lora(model, lora)
-    else:
-        method.freeze(model, config.method.freeze or [])
-    parameters = list(model.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
-    kept = trainable if lora is not None else sum(p.numel() for p in parameters)
+def checkpoint_bytes(config: Config, model: Sam3Image) -> int:
+    """Size of a checkpoint: the weights, AdamW's moments, an average.
+
+    Args:
+        model: as `method.prepare` leaves it.
+    """
     copies = 2 if config.training.ema is None else 3
-    return FLOAT_BYTES * (kept + copies * trainable)
+    return weight_bytes(model) + copies * trained_bytes(model)
+
+
+def weight_bytes(model: Sam3Image) -> int:
+    """Size of saved weights: the model, or its adapter alone."""
+    if has_lora(model):
+        return trained_bytes(model)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def trained_bytes(model: Sam3Image) -> int:
+    """Size of the parameters that are trained."""
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
 
 @contextmanager

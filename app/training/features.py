@@ -90,6 +90,8 @@ def check_space(folder: Path, images: int, config: ModelConfig, dtype: torch.dty
     Raises:
         UserError: says what is needed, what is free, and what to change.
     """
+    if not images:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     needed, free = images * image_bytes(config, dtype), shutil.disk_usage(folder).free
     if needed > free:

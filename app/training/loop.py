@@ -32,6 +32,7 @@ from app.errors import UserError
 from app.model.device import choose_precision
 from app.model.guard import NotFiniteError, finite_outputs
 from app.training.ema import Average
+from app.training.global_losses import over_processes
 from app.training.method import set_training
 from app.training.random_state import random_state, restore_random_state
 from app.training.schedule import learning_rate_factor
@@ -200,8 +201,9 @@ class Loop:
                 loss = losses["loss"] / len(group)
                 _check_finite(loss)
                 self.accelerator.backward(loss)
-            values = torch.stack([value.detach() for value in losses.values()]).tolist()
-            for name, value in zip(losses, values, strict=True):
+            values = torch.stack([value.detach() for value in losses.values()])
+            means = self.accelerator.reduce(values, "mean")
+            for name, value in zip(losses, means.tolist(), strict=True):
                 total[name] = total.get(name, 0.0) + value / len(group)
         norm = self.accelerator.clip_grad_norm_(
             self.model.parameters(), self.config.optim.max_grad_norm
@@ -253,17 +255,9 @@ class Loop:
         """What `StepResult.losses` says, of one batch; "loss" has the graph."""
         batch = copy_data_to_device(batch, self.accelerator.device, non_blocking=True)
         module = self.accelerator.unwrap_model(self.model)
-        guard = finite_outputs(module, enabled=watched or self.config.training.check_finite)
-        # Not accelerate's: its conversion of outputs to float32 cannot rebuild a SAM3Output.
-        autocast = torch.autocast(
-            self.accelerator.device.type, torch.bfloat16, enabled=self.precision == torch.bfloat16
-        )
-        with guard, autocast:
-            outputs = module(batch) if watched else self.model(batch)  # DDP would wait for others
-            targets = [module.back_convert(target) for target in batch.find_targets]
-            losses = self.criterion(outputs, targets)
-        parts = {name: losses[name].float() for name in PARTS if name in losses}
-        return {"loss": losses["core_loss"], **parts}
+        model = module if watched else self.model  # DDP would wait for others
+        with finite_outputs(module, enabled=watched or self.config.training.check_finite):
+            return batch_losses(model, self.criterion, batch, self.precision)
 
     def state_dict(self) -> dict[str, Any]:
         """Of all that an update changes, but for the weights."""
@@ -284,6 +278,29 @@ class Loop:
     def learning_rate(self) -> float:
         """Of the DETR part: the highest of the groups."""
         return max(group["lr"] for group in self.optimizer.param_groups)
+
+
+def batch_losses(
+    model: nn.Module, criterion: nn.Module, batch: BatchedDatapoint, precision: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Losses of one batch by the names of `StepResult.losses`; "loss" has the graph.
+
+    Args:
+        model: a Sam3Image, or DDP around one.
+        batch: on the model's device.
+        precision: float32, or bfloat16 to multiply in.
+    """
+    module: Any = getattr(model, "module", model)
+    # Not accelerate's: its conversion of outputs to float32 cannot rebuild a SAM3Output.
+    with torch.autocast(
+        batch.img_batch.device.type, torch.bfloat16, enabled=precision == torch.bfloat16
+    ):
+        targets = [module.back_convert(target) for target in batch.find_targets]
+        losses = criterion(model(batch), targets)
+    if module is not model:
+        losses = over_processes(losses, criterion, targets[0])
+    parts = {name: losses[name].float() for name in PARTS if name in losses}
+    return {"loss": losses["core_loss"], **parts}
 
 
 def _check_finite(value: torch.Tensor) -> None:

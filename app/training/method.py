@@ -10,28 +10,36 @@ from sam3.model.sam3_image import Sam3Image
 
 from app.config import Config, MethodConfig
 from app.errors import UserError
-from app.model import adapters, weights
+from app.model import adapters
 from app.model.build import build_model, components, count_parameters
 
 log = logging.getLogger("app")
 
 
-def prepare(model: Sam3Image, config: MethodConfig, start: Path | None) -> None:
+def prepare(
+    model: Sam3Image, config: MethodConfig, *, trained: bool, base: adapters.Base | None = None
+) -> None:
     """Freeze what is not to be trained, or put an adapter beside it.
 
     Args:
-        model: holds the weights of `start`.
         config: one that `check` lets pass.
-        start: weights file; None for random ones, of which by default nothing is frozen: a text
+        trained: whether the weights are; of random ones nothing is frozen by default: a text
             encoder that has learnt nothing would tell no prompt from another.
+        base: of an adapter that is to be saved.
     """
     if config.lora is not None:
-        assert start is not None
-        adapters.apply_lora(model, config.lora, weights.base_reference(start))
+        adapters.apply_lora(model, config.lora, base)
     elif config.freeze is not None:
         freeze(model, config.freeze)
-    elif start is not None:
+    elif trained:
         freeze(model, ["text"])
+
+
+def on_meta(config: Config, *, trained: bool) -> Sam3Image:
+    """The model as `prepare` leaves it, on the meta device: to count."""
+    model = build_model(config.model, device="meta")
+    prepare(model, config.method, trained=trained)
+    return model
 
 
 def check(config: Config, start: Path | None) -> None:

@@ -114,13 +114,13 @@ def train(
         model.to(device)
         warm = config.training.warm_start
         warm_start(model, config.model, splits.train, warm, config.seed, precision)
-    method.prepare(model, config.method, begin if adapts else start)
+    base = weights.base_reference(begin) if adapts and begin is not None else None
+    method.prepare(model, config.method, trained=start is not None, base=base)
     if onto_base and newest is not None:
         weights.load_into(model, newest)
-    frozen = features.frozen_encoders(model) if config.training.cache_features else []
-    data = query_dataset(config, splits.train, features.VIEWS if "vision" in frozen else None)
-    kept = frozen if _are_kept(config, splits, frozen, data.views, precision) else []
+    kept = kept_encoders(config, splits, model, precision)
     features.keep(model, kept, FEATURES, precision)
+    data = query_dataset(config, splits.train, features.VIEWS if kept else None)
     new = start is None or adapts  # what is trained has learnt nothing yet
     lr_scale = config.optim.lr_scale or (1.0 if new else 0.1)
     session = Session(
@@ -167,26 +167,31 @@ def train(
     return Outcome(folder, figures)
 
 
-def _are_kept(
-    config: Config,
-    splits: Splits,
-    frozen: Sequence[str],
-    views: int | None,
-    precision: torch.dtype,
-) -> bool:
-    """Whether features of frozen encoders go to disk: where the trunk is one, and they fit."""
-    if "vision" not in frozen:
-        return False
-    images = len(splits.train.images) * (views or config.training.epochs)
-    images += len(splits.valid.images)
+def kept_encoders(
+    config: Config, splits: Splits, model: Sam3Image, precision: torch.dtype
+) -> list[str]:
+    """Frozen encoders whose features go to disk: where the trunk is one, and they fit.
+
+    Raises:
+        UserError: they do not fit, and were asked for.
+    """
+    images = kept_images(config, splits, model)
     try:
         features.check_space(FEATURES, images, config.model, precision)
     except UserError as error:
         if config.training.cache_features is True:
             raise
         log.info("note: not kept: %s", error)
-        return False
-    return True
+        return []
+    return features.frozen_encoders(model) if images else []
+
+
+def kept_images(config: Config, splits: Splits, model: Sam3Image) -> int:
+    """Images whose features would go to disk, each view by itself; 0 where the trunk learns."""
+    if not config.training.cache_features or "vision" not in features.frozen_encoders(model):
+        return 0
+    views = min(config.dataset.views or features.VIEWS, config.training.epochs)
+    return len(splits.train.images) * views + len(splits.valid.images)
 
 
 def _go_on(session: Session, newest: Path, resume: Resume | None) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from app.config import (
     Config,
+    PlanKind,
     Resume,
     load_config,
     load_model_config,
@@ -20,15 +21,18 @@ from app.config import (
     read_yaml,
     recipe_file,
 )
+from app.datasets.build import Splits
 from app.errors import UserError, nearest
 from app.model import weights
 from app.model.carried import carried_nano
 from app.model.device import choose_device
 from app.training import checkpoints, cluster, launch, method, run, upstream_trainer
+from app.training import plan as planning
 from app.training.recipe import auto
 from app.training.signals import StopRequest
 
 log = logging.getLogger("app")
+BATCH_SIZE = "training.batch_size"
 
 
 def start(
@@ -41,10 +45,11 @@ def start(
     lr: float | None = None,
     base_config: bool = False,
     eval_only: bool = False,
+    plan: PlanKind | None = None,
     resume: Resume | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Check everything that can be checked, then train, score, or hand over to upstream.
+    """Check everything that can be checked, then train, score, plan, or hand over to upstream.
 
     Raises:
         UserError: whatever the user must mend, before anything is written.
@@ -67,26 +72,48 @@ def start(
             overwrite=overwrite,
         )
         return
+    main = os.environ.get("RANK", "0") == "0"
+    if not main:
+        log.setLevel(logging.WARNING)
+    fitted, overrides = _take_auto_batch(overrides)
     config, weights_file = configure(overrides, file, size, lr, eval_only=eval_only)
+    trained = weights_file is not None
     handed_over = config.cluster.name == "slurm" and not cluster.is_inside()
-    nodes, processes = config.cluster.nodes, config.training.num_gpus
-    if nodes * processes > 1 and not (handed_over or launch.is_launched() or eval_only):
-        launch.relaunch(processes, sys.argv[1:], nodes)
     if not handed_over:
         choose_device(config.training.device)
     if not eval_only:
         method.check(config, weights_file)
     splits = run.read_splits(config)
+
+    def changed(more: Sequence[str]) -> Config:
+        """The configuration with other overrides, of the same model and weights."""
+        fixed = f"checkpoint={weights_file or 'none'}"
+        found, _ = configure([*more, fixed], file, config.model.name, lr, eval_only=eval_only)
+        return found.model_copy(update={"checkpoint": config.checkpoint})
+
     if recipe == "auto":
-        trained = weights_file is not None
-        images, name = len(splits.train.images), config.model.name
-        overrides = auto(images, name, overrides, trained=trained)
-        config, weights_file = configure(overrides, file, size, lr, eval_only=eval_only)
+        images = len(splits.train.images)
+        overrides = auto(images, config.model.name, overrides, trained=trained)
+        config = changed(overrides)
         method.check(config, weights_file)
     if eval_only:
         run.choose_split(config, splits)
     else:
         run.check_masks(config, splits.train)
+    if fitted and not handed_over:
+        overrides = [*overrides, _fitted_batch(config, splits, resume, trained=trained)]
+        config = changed(overrides)
+    if plan:
+        planned = planning.make_plan(config, splits, trained=trained)
+        planning.show(planned, splits)
+        if plan == "measure":
+            planning.show_times(planning.measure(config, splits, trained=trained), planned, splits)
+        planning.require_fit(planned, splits, lambda more: changed([*overrides, *more]))
+        return
+    several = config.training.num_gpus * config.cluster.nodes > 1
+    if several and not (handed_over or launch.is_launched() or eval_only):
+        chosen = overrides[-1:] if fitted else []
+        launch.relaunch(config.training.num_gpus, [*sys.argv[1:], *chosen], config.cluster.nodes)
     folder = Path(config.output_dir)
     if resume:
         run.check_resume(config, splits, resume, int(os.environ.get("WORLD_SIZE", "1")))
@@ -94,15 +121,13 @@ def start(
         run.prepare_folder(folder, resume=resume, overwrite=overwrite)
         cluster.submit(config, sys.argv[1:])
         return
-    if os.environ.get("RANK", "0") == "0":
+    if main:
         run.prepare_folder(folder, resume=resume, overwrite=overwrite)
         if not eval_only:
-            checkpoints.check_space(folder, config)
+            checkpoints.check_space(folder, config, trained=weights_file is not None)
         run.write_settings(folder, config, overrides)
         logging.raiseExceptions = False  # a full disk is told once, not by each line of the log
         log.addHandler(logging.FileHandler(folder / "train.log", encoding="utf-8"))
-    else:
-        log.setLevel(logging.WARNING)
     if eval_only:
         run.evaluate(config, splits, weights_file)
     else:
@@ -146,6 +171,32 @@ def configure(
         folder = Path("outputs/eval" if eval_only else config.output_dir)
         config = config.model_copy(update={"output_dir": str(run.free_folder(folder))})
     return config, weights_file
+
+
+def _take_auto_batch(overrides: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether the batch size is to be found, and the overrides without the word for it.
+
+    Where a number is given too, it was found by the process that started this one.
+    """
+    rest = [text for text in overrides if text != f"{BATCH_SIZE}=auto"]
+    found = any(text.startswith(f"{BATCH_SIZE}=") for text in rest)
+    return len(rest) < len(overrides) and not found, rest
+
+
+def _fitted_batch(config: Config, splits: Splits, resume: Resume | None, *, trained: bool) -> str:
+    """The override with the largest batch that fits, or, of a run to resume, that it had."""
+    newest = checkpoints.find_newest(Path(config.output_dir) / "checkpoints") if resume else None
+    if newest is not None:
+        size = checkpoints.read(newest)[1][BATCH_SIZE]
+    else:
+        size = planning.largest_batch(config, splits, trained=trained)
+        if not size:
+            raise UserError(
+                "--batch-size auto: not even one image a step fits. --plan --batch-size 1 says "
+                "what would"
+            )
+    log.info("batch size: %d images (the largest that fits)", size)
+    return f"{BATCH_SIZE}={size}"
 
 
 def _asked(overrides: Sequence[str], file: Path | None) -> dict[str, Any]:

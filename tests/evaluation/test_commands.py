@@ -154,9 +154,26 @@ def test_a_run_against_itself_and_a_better_one(command: Command, tmp_path: Path)
     assert lines["segm/AP"].is_sure
     assert lines["segm/AP"].interval == (pytest.approx(0.5), pytest.approx(0.5))
     assert lines["segm/AP/a"].interval == (0.0, 0.0)
+    assert lines["segm/pmF1"].one == pytest.approx(2 / 3)  # 2 x 3 hits / (3 found + 6 there)
+    assert lines["segm/pmF1"].interval == (pytest.approx(1 / 3), pytest.approx(1 / 3))
     done = command("compare", one, two)
     assert done.code == 0, done.err
     assert "+0.500" in done.out
+
+
+def test_intervals_of_what_is_counted_by_images(tmp_path: Path) -> None:
+    """One of three images fires: of 3 drawn with replacement, 96.3 % have it twice at most."""
+    labels = [(i, 1, BOX) for i in (1, 2, 3)]
+    right = [found(i, 1, BOX, 0.9) for i in (1, 2, 3)]
+    one = _run(tmp_path / "one", right, *labels)
+    two = _run(tmp_path / "two", [*right, found(1, 2, BESIDE, 0.9)], *labels)
+    lines = {line.name: line for line in compare(one, two).lines}
+    firing = lines["off_prompt/classes"]
+    assert (firing.one, firing.other) == (0.0, pytest.approx(1 / 3))
+    assert firing.interval == (0.0, 1.0)
+    assert (lines["segm/IL_MCC"].one, lines["segm/cgF1"].one) == (1.0, 1.0)
+    assert lines["segm/cgF1"].other < 1
+    assert not lines["segm/cgF1"].is_sure
 
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from app.config import load_config
-from app.model.build import build_model
+from app.training import method
 from app.training.checkpoints import checkpoint_bytes
 from app.training.loop import Loop
 from tests.conftest import REPOSITORY, TINY, Command
@@ -47,11 +47,11 @@ def _checkpoints(folder: Path) -> list[Path]:
 def test_the_size_that_is_foretold(tiny_run: Path) -> None:
     checkpoint = _checkpoints(tiny_run)[-1]
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
-    config = load_config(TINY)
-    assert checkpoint_bytes(config) == pytest.approx(size, rel=0.05)
-    parameters = sum(p.numel() for p in build_model(config.model, device="meta").parameters())
-    average = load_config([*TINY, "training.ema=0.9"])
-    assert checkpoint_bytes(average) - checkpoint_bytes(config) == 4 * parameters
+    config, average = load_config(TINY), load_config([*TINY, "training.ema=0.9"])
+    model = method.on_meta(config, trained=False)
+    assert checkpoint_bytes(config, model) == pytest.approx(size, rel=0.05)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert checkpoint_bytes(average, model) - checkpoint_bytes(config, model) == 4 * parameters
 
 
 def test_a_full_disk_is_found_first(command: Command, shapes, small_disk, monkeypatch) -> None:

@@ -38,7 +38,8 @@ def _loop(shapes: Path, start: Path | None, *overrides: str) -> Loop:
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     if start is not None:
         weights.load_into(model, start)
-    method.prepare(model, config.method, start)
+    base = weights.base_reference(start) if start is not None else None
+    method.prepare(model, config.method, trained=start is not None, base=base)
     return Loop(config, model, data, build_accelerator(torch.device("cpu")), lr_scale=1.0)
 
 

@@ -1,0 +1,128 @@
+"""What a training step holds in memory, counted without doing its arithmetic.
+
+The step runs on tensors that have shapes and no contents (PyTorch's FakeTensorMode), and every
+allocation is counted: activations, what activation checkpointing makes anew, gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from sam3.model.data_misc import BatchedDatapoint
+from sam3.model.sam3_image import Sam3Image
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from app.config import Config
+from app.training import method
+from app.training.loop import batch_losses
+
+
+def step_bytes(
+    config: Config, model: Sam3Image, batch: BatchedDatapoint, precision: torch.dtype
+) -> int:
+    """Most bytes that the forward and backward pass of `batch` hold at once beside the weights.
+
+    Args:
+        model: on the meta device; has made-up weights and matchers afterwards.
+        batch: a real one.
+    """
+    objects = batch.find_targets[0].num_boxes.tolist()
+    criterion: Any = instantiate(config.loss.criterion, _convert_="all")
+    model.matcher = criterion.matcher = _AnyMatcher(objects, 1)
+    if criterion.o2m_matcher is not None:
+        criterion.o2m_matcher = _AnyMatcher(objects, criterion.o2m_matcher.topk)
+    grid = config.model.resolution // config.model.vision.patch_size
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        method.set_training(model)
+        live = LiveBytes(itertools.chain(model.parameters(), model.buffers()))
+        with live, _KnownValues(len(batch.img_batch), grid):
+            batch_losses(model, criterion, batch, precision)["loss"].backward()
+    return live.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are made within: `now`, while they live, and at the `peak`.
+
+    Args:
+        known: tensors from before, which are not counted, nor views of them.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.peak = self.now = 0
+        self._sizes: dict[int, int] = {}
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        for output in tree_leaves(outputs):
+            if isinstance(output, Tensor):
+                self._count(output.untyped_storage())
+        return outputs
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes and key not in self._known:
+            self._sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+class _KnownValues(TorchFunctionMode):
+    """Answers where upstream reads values, which fake tensors lack, as real ones would.
+
+    Args:
+        images: of the batch; each is asked for (sam3_image.py:142).
+        grid: side of the feature map in cells (decoder.py:520).
+    """
+
+    def __init__(self, images: int, grid: int) -> None:
+        super().__init__()
+        self.images = images
+        self.known = {
+            Tensor.__int__: grid,
+            Tensor.__bool__: False,  # torchmetrics: is anything wrong with the values?
+            Tensor.item: 1,  # loss_fns.py:1137: prompts with an object
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.unique:  # without the inverse, torchmetrics looks for all but 0 and 1
+            inverse = kwargs.get("return_inverse")
+            return (torch.arange(self.images), args[0]) if inverse else torch.tensor([0, 1])
+        return self.known[func] if func in self.known else func(*args, **kwargs)
+
+
+class _AnyMatcher(nn.Module):
+    """As many matches as upstream's matchers make at most, of no query in particular.
+
+    Args:
+        objects: of each prompt.
+        most: queries that an object is matched with.
+    """
+
+    def __init__(self, objects: Sequence[int], most: int) -> None:
+        super().__init__()
+        self.objects, self.most = objects, most
+
+    def forward(
+        self, outputs: dict[str, Tensor], *_: Any, repeat_batch: int = 1, **__: Any
+    ) -> tuple[Tensor, ...]:
+        """Indices of batch, query and target, each (matches,) int64."""
+        queries = outputs["pred_logits"].shape[1]
+        matches = sum(min(queries, n * self.most) for n in self.objects) * repeat_batch
+        return tuple(torch.zeros(matches, dtype=torch.long) for _ in range(3))

@@ -1,0 +1,69 @@
+"""The bytes of a step: hand-worked ones, and those of the same step done for real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from app.config import load_config
+from app.datasets.build import load_splits
+from app.datasets.queries import collate
+from app.model.build import build_model
+from app.training import method, run
+from app.training.loop import batch_losses, build_accelerator
+from app.training.memory import LiveBytes, step_bytes
+from tests.conftest import TINY
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_hand_worked_bytes_of_two_layers(fake: bool) -> None:
+    with FakeTensorMode() if fake else torch.no_grad(), torch.enable_grad():
+        first, last = nn.Linear(256, 1024, bias=False), nn.Linear(1024, 256, bias=False)
+        x = torch.empty(1024, 256)
+        live = LiveBytes([first.weight, last.weight, x])
+        with live:
+            hidden = first(x)  # 4 MiB
+            assert live.now == 4 * MIB
+            y = last(hidden.relu_())  # in place; 1 MiB more
+            assert (live.now, live.peak) == (5 * MIB, 5 * MIB)
+            loss = y.sum()
+            del y
+            assert live.now == 4 * MIB + 4  # the loss is a float
+            view = first.weight.T[:3]  # of what is known
+            assert live.now == 4 * MIB + 4
+            loss.backward()
+            del hidden, loss, view
+        assert live.now == 2 * MIB  # the gradients
+        assert live.peak > 8 * MIB  # the hidden values and their gradient at once
+
+
+@pytest.mark.parametrize("overrides", [[], ["loss=boxes"], ["training.precision=bf16"]])
+@pytest.mark.parametrize("frozen", [[], ["vision", "text"]])
+def test_a_step_without_contents_takes_what_a_real_one_takes(
+    overrides: list[str], frozen: list[str], shapes: Path
+) -> None:
+    config = load_config([*TINY, "transforms=none", "model.dropout=0", *overrides])
+    precision = torch.bfloat16 if "bf16" in str(overrides) else torch.float32
+    data = run.query_dataset(config, load_splits(shapes).train)
+    batch = collate([data[index] for index in range(3)])
+    model = build_model(config.model, device="meta")
+    method.freeze(model, frozen)
+    foretold = step_bytes(config, model, batch, precision)
+
+    build_accelerator(torch.device("cpu"))
+    model = build_model(config.model, matcher=instantiate(config.loss.matcher))
+    method.freeze(model, frozen)
+    method.set_training(model)
+    criterion = instantiate(config.loss.criterion, _convert_="all")
+    live = LiveBytes([*model.parameters(), *model.buffers()])
+    with live:
+        batch_losses(model, criterion, batch, precision)["loss"].backward()
+    # A real matcher leaves out what it finds no match for.
+    assert foretold == pytest.approx(live.peak, rel=0.05)

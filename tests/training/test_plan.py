@@ -1,0 +1,151 @@
+"""The plan beside the run: memory and disk as measured, and what makes it fit."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.config import load_config
+from app.datasets.build import load_splits
+from app.model import device
+from app.training import plan as planning
+from app.training.plan import largest_batch, make_plan
+from tests.conftest import REPOSITORY, TINY, Command
+
+GB = 1e9
+
+
+def _figures(text: str, name: str) -> list[float]:
+    """The numbers in a plan's line."""
+    line = next(line for line in text.splitlines() if line.startswith(name))
+    return [float(number) for number in re.findall(r"[\d.]+\d", line)]
+
+
+def test_memory_and_disk_are_those_of_the_run(tmp_path: Path, command: Command) -> None:
+    """Within 15 %: of nano as it is, on the synthetic shapes."""
+    words = ["train", "--checkpoint", "none", "--epochs", "2", "--limit", "12"]
+    words += ["--batch-size", "4", "--output-dir", str(tmp_path / "run"), "evaluation.pictures=0"]
+    done = command(*words, "--plan")
+    assert done.code == 0, done.err
+    assert not (tmp_path / "run").exists()
+    command_line = [sys.executable, "-m", "app", *words]
+    with subprocess.Popen(command_line, cwd=REPOSITORY, stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert _figures(done.out, "memory")[0] == pytest.approx(usage.ru_maxrss * 1024 / GB, rel=0.15)
+    written = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())
+    assert _figures(done.out, "disk")[0] == pytest.approx(written / GB, rel=0.15)
+    assert "updates     6: 3 in each of 2 epochs" in done.out
+
+
+def test_a_plan_reads_no_weights(
+    shapes: Path, tiny_run: Path, tmp_path: Path, command: Command, monkeypatch
+) -> None:
+    monkeypatch.setattr("app.model.weights.load_into", None)
+    words = ["train", "--dataset-dir", shapes, "--checkpoint", tiny_run / "weights" / "best"]
+    done = command(*words, "--plan", "--method", "head", "--output-dir", tmp_path / "run")
+    assert done.code == 0, done.err
+    every, trained = _figures(done.out, "parameters")
+    assert 0 < trained < every
+    assert "features" in done.out
+
+
+def test_measured(shapes: Path, tiny_run: Path, tmp_path: Path, command: Command) -> None:
+    words = ["train", "--dataset-dir", shapes, "--checkpoint", tiny_run / "weights" / "best"]
+    words += ["--output-dir", tmp_path / "run", "--plan=measure"]
+    for method, kept in (("head", True), ("lora", False)):
+        done = command(*words, "--method", method)
+        assert done.code == 0, done.err
+        assert re.search(r"time +.* s an update", done.out)
+        assert ("from kept features" in done.out) == kept
+        assert not (tmp_path / "run").exists()
+
+
+def _small(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
+    monkeypatch.setattr(planning, "free_memory", lambda *_: int(free))
+
+
+def test_what_does_not_fit_is_refused_with_what_would(
+    shapes: Path, command: Command, monkeypatch
+) -> None:
+    words = ["train", "--dataset-dir", shapes, "--checkpoint", "none", "--plan", *TINY]
+    words += ["--batch-size", 4]
+    whole = _figures(command(*words).out, "memory")
+    _small(monkeypatch, (whole[0] - whole[-1] / 4) * GB)
+    refused = command(*words)
+    assert refused.code == 2
+    assert "more are needed; what would do:" in refused.err
+    ways = refused.err.splitlines()[1:]
+    assert 2 <= len(ways) <= 3
+    assert re.fullmatch(r"  --batch-size [123] --grad-accum [24]", ways[0])
+    for way in ways:  # each of them is true
+        change = way.split("(")[0].split()
+        assert command(*words, *change).code == 0, way
+
+
+def test_the_largest_batch_fits_and_one_more_does_not(shapes: Path, monkeypatch) -> None:
+    config, splits = load_config(TINY), load_splits(shapes)
+
+    def needed(size: int) -> int:
+        sized = load_config([*TINY, f"training.batch_size={size}"])
+        return make_plan(sized, splits, trained=False).memory.total
+
+    sizes = {size: needed(size) for size in (1, 2, 3, 4)}
+    for size in (1, 2, 3):
+        _small(monkeypatch, (sizes[size] + sizes[size + 1]) / 2)
+        assert largest_batch(config, splits, trained=False) == size
+    _small(monkeypatch, 1e12)
+    assert largest_batch(config, splits, trained=False) == 4  # all images
+    _small(monkeypatch, sizes[1] - 1)
+    assert largest_batch(config, splits, trained=False) == 0
+
+
+def test_batch_size_auto(shapes: Path, tmp_path: Path, command: Command, monkeypatch) -> None:
+    words = ["train", "--dataset-dir", shapes, "--checkpoint", "none", "--batch-size", "auto"]
+    words += ["--output-dir", tmp_path / "run", "evaluation.pictures=0", *TINY]
+    sizes = {}
+    for free in (1e12, 0):
+        _small(monkeypatch, free)
+        sizes[free] = command(*words, "--epochs", 1)
+        words += ["--overwrite"]
+    assert "batch size: 4 images" in sizes[1e12].out
+    assert sizes[0].code == 2
+    assert "not even one image" in sizes[0].err
+    words.remove("--overwrite")
+    _small(monkeypatch, 1e12)
+    monkeypatch.setattr(planning, "largest_batch", lambda *_, **__: 1)
+    again = command(*words, "--epochs", 2, "--resume")  # keeps what the run has
+    assert again.code == 0, again.err
+    assert "batch size: 4 images" in again.out
+
+
+def test_too_small_a_disk_is_refused(shapes: Path, command: Command, monkeypatch) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage)
+    done = command("train", "--dataset-dir", shapes, "--checkpoint", "none", "--plan", *TINY)
+    assert done.code == 2
+    assert "more are needed on its disk" in done.err
+
+
+def test_limits_of_control_groups_count(tmp_path: Path, monkeypatch) -> None:
+    own = Path("/proc/self/cgroup").read_text().splitlines()
+    path = next((line[4:] for line in own if line.startswith("0::/")), "")
+    group = tmp_path / path
+    group.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(device, "GROUPS", tmp_path)
+    cpu = torch.device("cpu")
+    plain = device.free_memory(cpu)
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("5000\n")
+    assert device.free_memory(cpu) == pytest.approx(plain, rel=0.2)
+    (group / "memory.max").write_text("6000\n")
+    resident = planning.psutil.Process().memory_info().rss
+    assert device.free_memory(cpu) == pytest.approx(resident + 1000, rel=0.05)
+    assert device.free_memory(cpu, 2) == pytest.approx((resident + 1000) / 2, rel=0.05)
