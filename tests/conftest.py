@@ -70,6 +70,7 @@ def tiny_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "out"
     words = [
         *("app", "train", "--dataset-dir", str(shapes), "--model", "nano", "--epochs", "1"),
+        *("--checkpoint", "none"),
         *("--output-dir", str(folder), "evaluation.pictures=1", *TINY),
     ]
     before, sys.argv = sys.argv, words

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ class Predictor:
         self.model = model.eval()
         self.config = config
         self.precision = precision
-        self.device = next(model.parameters()).device
+        self._parameters = list(model.parameters())
+        self.device = self._parameters[0].device
         self._text_features: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._encoded: tuple[list[Image.Image], dict[str, Any]] | None = None
         self._fill_caches()
@@ -168,7 +170,7 @@ class Predictor:
         labels = torch.arange(len(every_box)) < len(boxes_xywh)  # (N,) whether it is an example
         step = max(1, PROMPTS_A_PASS // len(images))
         found: list[list[dict[str, Tensor]]] = [[] for _ in images]
-        with self._autocast():
+        with self._autocast(), self._no_gradients():
             features = self._features(images)
             for start in range(0, len(prompts), step):
                 part = prompts[start : start + step]
@@ -181,6 +183,23 @@ class Predictor:
             _postprocess(best, prompts, image, max_detections)
             for best, image in zip(found, images, strict=True)
         ]
+
+    @contextlib.contextmanager
+    def _no_gradients(self) -> Iterator[None]:
+        """No weight asks for gradients, as in no training.
+
+        torch.matmul multiplies another way, and rounds otherwise, by a weight that asks for them,
+        even where none are computed (LinearAlgebra.cpp, should_fold): partly frozen weights would
+        not find in training what they find when loaded again.
+        """
+        asking = [parameter for parameter in self._parameters if parameter.requires_grad]
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in asking:
+                parameter.requires_grad_(True)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(

@@ -78,7 +78,8 @@ def test_what_does_not_fit_is_refused_with_what_would(
     words = ["train", "--dataset-dir", shapes, "--checkpoint", "none", "--plan", *TINY]
     words += ["--batch-size", 4]
     whole = _figures(command(*words).out, "memory")
-    _small(monkeypatch, (whole[0] - whole[-1] / 4) * GB)
+    step = whole[4]
+    _small(monkeypatch, (whole[0] - step / 4) * GB)
     refused = command(*words)
     assert refused.code == 2
     assert "more are needed; what would do:" in refused.err

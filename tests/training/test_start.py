@@ -12,6 +12,7 @@ from app.config import load_config
 from app.errors import UserError
 from app.model import weights
 from app.model.build import build_model
+from app.model.carried import carried_nano
 from app.training import start
 from app.training.start import configure
 
@@ -19,7 +20,9 @@ from app.training.start import configure
 def test_auto_is_nano_without_a_gpu(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config, file = configure([], None, "auto", None)
-    assert (config.model.name, file) == ("nano", None)
+    assert config.model.name == "nano"
+    assert file == weights.find_file(carried_nano())
+    assert configure(["checkpoint=none"], None, "auto", None)[1] is None
 
 
 def test_auto_is_sam3_where_gpu_and_weights_are_at_hand(monkeypatch, tmp_path: Path) -> None:

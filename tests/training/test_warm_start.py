@@ -128,7 +128,7 @@ def test_a_run_resumes_from_its_warm_start(shapes: Path, tmp_path: Path, command
     """A checkpoint follows the warm start; before it, --resume starts from the beginning."""
     words = [
         *("train", "--dataset-dir", shapes, "--model", "nano", "--epochs", 1, *TINY),
-        *("--warm-start", "pixels", "training.warm_start.steps=2"),
+        *("--checkpoint", "none", "--warm-start", "pixels", "training.warm_start.steps=2"),
         *("training.warm_start.batch_size=2", "evaluation.pictures=0"),
     ]
     whole = command(*words, "--output-dir", tmp_path / "a")
