@@ -277,7 +277,7 @@ def _pictures(scored: Scored) -> list[str]:
     return [
         f"<h2>The worst images</h2>{said}",
         *(_pair(diagnosis, scored) for diagnosis in worst),
-        "<h2>The best images</h2>",
+        *(["<h2>The best images</h2>"] if best else []),
         *(_pair(diagnosis, scored) for diagnosis in best),
     ]
 

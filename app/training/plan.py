@@ -40,7 +40,9 @@ log = logging.getLogger("app")
 Configure = Callable[[Sequence[str]], Config]
 
 GB = 1e9
-ALLOCATOR = {"cpu": 1.3, "cuda": 1.1}  # what it holds for each byte in use
+# What an allocator holds beyond the tensors in use: glibc as much again, of blocks below 32 MB.
+CPU_SLACK = 300_000_000
+CUDA_SLACK = 0.1
 CUDA_CONTEXT = 600_000_000
 PROBED = 3  # updates, after a first one that is not timed
 # What makes a run smaller, that which costs the least of quality and time first.
@@ -259,15 +261,18 @@ def predict_memory(
         process=CUDA_CONTEXT if gpu else _process_bytes(),
         weights=weights,
         optimizer=moments,
-        step=round(step * ALLOCATOR[device.type]),
+        step=step + (round(CUDA_SLACK * step) if gpu else min(step, CPU_SLACK)),
     )
 
 
 def predict_disk(config: Config, splits: Splits, model: Sam3Image, precision: torch.dtype) -> Disk:
     """What a run writes; pictures and tables, some MB, apart."""
-    checkpoint = checkpoints.checkpoint_bytes(config, model)
+    checkpoint, training = checkpoints.checkpoint_bytes(config, model), config.training
+    saves = math.ceil(training.epochs / training.save_every)
+    if training.save_minutes is not None or training.warm_start.method != "none":
+        saves += 1
     return Disk(
-        kept=checkpoints.KEEP * checkpoint + 2 * checkpoints.weight_bytes(model),
+        kept=min(saves, checkpoints.KEEP) * checkpoint + 2 * checkpoints.weight_bytes(model),
         checkpoint=checkpoint,
         features=run.kept_images(config, splits, model)
         * features.image_bytes(config.model, precision),

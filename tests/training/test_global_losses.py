@@ -61,7 +61,7 @@ def test_two_processes_have_the_losses_of_one_with_twice_the_batch(
     assert len(alone["losses"]) == len(together["losses"]) == UPDATES
     for ours, theirs in zip(together["losses"], alone["losses"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    # Later, rounding has gone through AdamW, which divides it by gradients that are near to nothing.
+    # Later, rounding has gone through AdamW, which divides it by gradients near to nothing.
     assert together["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-5)
 
 
