@@ -44,8 +44,10 @@ def test_hand_worked_bytes_of_two_layers(fake: bool) -> None:
         assert live.peak > 8 * MIB  # the hidden values and their gradient at once
 
 
-@pytest.mark.parametrize("overrides", [[], ["loss=boxes"], ["training.precision=bf16"]])
-@pytest.mark.parametrize("frozen", [[], ["vision", "text"]])
+@pytest.mark.parametrize(
+    ("overrides", "frozen"),
+    [([], []), (["loss=boxes"], []), (["training.precision=bf16"], ["vision", "text"])],
+)
 def test_a_step_without_contents_takes_what_a_real_one_takes(
     overrides: list[str], frozen: list[str], shapes: Path
 ) -> None:
