@@ -151,8 +151,7 @@ def checkpoint_bytes(config: Config, model: Sam3Image) -> int:
     Args:
         model: as `method.prepare` leaves it.
     """
-    copies = 2 if config.training.ema is None else 3
-    return weight_bytes(model) + copies * trained_bytes(model)
+    return weight_bytes(model) + optimizer_bytes(config, model)
 
 
 def weight_bytes(model: Sam3Image) -> int:
@@ -160,6 +159,11 @@ def weight_bytes(model: Sam3Image) -> int:
     if has_lora(model):
         return trained_bytes(model)
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def optimizer_bytes(config: Config, model: Sam3Image) -> int:
+    """Size of AdamW's two moments, and of the average where there is one."""
+    return (2 if config.training.ema is None else 3) * trained_bytes(model)
 
 
 def trained_bytes(model: Sam3Image) -> int:

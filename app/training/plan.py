@@ -255,12 +255,11 @@ def predict_memory(
     """
     gpu = device.type == "cuda"
     weights = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
-    moments = checkpoints.trained_bytes(model) * (2 if config.training.ema is None else 3)
     step = step_bytes(config, model, _heaviest_batch(config, splits), precision)
     return Memory(
         process=CUDA_CONTEXT if gpu else _process_bytes(),
         weights=weights,
-        optimizer=moments,
+        optimizer=checkpoints.optimizer_bytes(config, model),
         step=step + (round(CUDA_SLACK * step) if gpu else min(step, CPU_SLACK)),
     )
 
