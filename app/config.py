@@ -27,7 +27,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Node = dict[str, Any]  # a part named by `_target_`, made by hydra.utils.instantiate
 
 ShapeKind = Literal[
-    "circle", "rectangle", "triangle", "ellipse", "star", "ring", "cross", "hexagon"
+    "circle", "rectangle", "triangle", "ellipse", "star", "ring", "cross", "hexagon", "blob"
 ]
 # fmt: off
 ColorName = Literal[

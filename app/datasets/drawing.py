@@ -32,7 +32,10 @@ RATIOS = {  # low and high; the other kinds have none
     "ellipse": (0.4, 0.65),  # shorter to longer axis
     "ring": (0.5, 0.7),  # inner to outer radius
     "cross": (0.3, 0.4),  # an arm's width to the length of both
+    "blob": (0.0, 1.0),  # seeds its outline: no two blobs are alike
 }
+BLOB_POINTS = (4, 10)  # least and most, of its outline
+BLOB_REACH = ((0.25, 0.55), (0.75, 1.0))  # of one half of them and of the other, before scaling
 MIN_VISIBLE = 0.5  # of a shape's own area, once later shapes lie on it
 MIN_RADIUS = 4  # pixels; below it a turned shape may cover none
 PLACEMENTS = 200  # tries a shape before the image is begun anew, with smaller ones
@@ -210,6 +213,17 @@ def _star(along: Floats, across: Floats, radius: float, _: float) -> Mask:
     return _edges_beyond(along, across, 5, radius * math.cos(math.pi * 2 / 5)) <= 1
 
 
+def _blob(along: Floats, across: Floats, radius: float, seed: float) -> Mask:
+    """An outline through random points around the center, the farthest at `radius`."""
+    random = np.random.default_rng(int(seed * 2**32))
+    count = random.integers(BLOB_POINTS[0], BLOB_POINTS[1] + 1)
+    angles = (np.arange(count) + random.uniform(0, 0.8, count)) * 2 * math.pi / count - math.pi
+    near, far = (random.uniform(*reach, count) for reach in BLOB_REACH)
+    reach = np.where(random.permutation(count) < count // 2, near, far)
+    outline = np.interp(np.arctan2(across, along), angles, reach / reach.max(), period=2 * math.pi)
+    return along**2 + across**2 <= (radius * outline) ** 2
+
+
 def _edges_beyond(
     along: Floats, across: Floats, count: int, distance: float
 ) -> NDArray[np.integer]:
@@ -228,6 +242,7 @@ INSIDE: dict[str, Callable[[Floats, Floats, float, float], Mask]] = {
     "ring": _ring,
     "cross": _cross,
     "hexagon": _hexagon,
+    "blob": _blob,
 }
 
 

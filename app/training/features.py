@@ -7,7 +7,6 @@ features: reading them takes milliseconds where computing them takes the most of
 from __future__ import annotations
 
 import hashlib
-import logging
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -23,7 +22,6 @@ from app.config import ModelConfig
 from app.errors import UserError
 from app.files import atomic_path
 
-log = logging.getLogger("app")
 ENCODERS = {"vision": "backbone.vision_backbone.trunk", "text": "backbone.language_backbone"}
 
 VIEWS = 4  # of each image, where their features are kept and no number was given
@@ -100,7 +98,6 @@ def check_space(folder: Path, images: int, config: ModelConfig, dtype: torch.dty
             f"{folder}, where {free / 1e9:.1f} GB are free. Fewer dataset.views, --limit, or "
             "training.cache_features=false"
         )
-    log.info("features of frozen encoders: kept in %s, up to %.2f GB", folder, needed / 1e9)
 
 
 def keep(model: Sam3Image, encoders: Collection[str], folder: Path, dtype: torch.dtype) -> None:

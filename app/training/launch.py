@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import submitit
 import torch
@@ -59,6 +61,18 @@ def _meeting(nodes: int) -> list[str]:
     ]
 
 
+@contextlib.contextmanager
+def without_others() -> Iterator[None]:
+    """Where another process is gone, this one ends with a line: it has no fault to trace."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if not (is_launched() and lost):
+            raise
+        sys.exit("error: another process of this run is gone; this one ends too")
+
+
 def main() -> None:
     """torchrun, with the exit code of the process that failed first, or 143 after a signal."""
     try:
@@ -66,7 +80,16 @@ def main() -> None:
     except SignalException:
         sys.exit(signals.EXIT_CODE)
     except ChildFailedError as error:
-        sys.exit(error.get_first_failure()[1].exitcode)
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            sys.exit(failure.exitcode)
+        name = signal.Signals(-failure.exitcode).name
+        print(
+            f"error: process {rank} was killed ({name}, often for want of memory), and the others "
+            "were ended; go on with the same command and --resume",
+            file=sys.stderr,
+        )
+        sys.exit(128 - failure.exitcode)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sam3.model.data_misc import BatchedDatapoint
@@ -32,8 +32,8 @@ from app.errors import UserError
 from app.model.device import choose_precision
 from app.model.guard import NotFiniteError, finite_outputs
 from app.training.ema import Average
-from app.training.global_losses import over_processes
 from app.training.method import set_training
+from app.training.processes import over_processes, together
 from app.training.random_state import random_state, restore_random_state
 from app.training.schedule import learning_rate_factor
 from app.training.signals import leave_to_parent
@@ -121,7 +121,7 @@ class Loop:
         self.precision = choose_precision(
             config.training.precision, accelerator.device, config.model
         )
-        self.criterion: nn.Module = instantiate(config.loss.criterion, _convert_="all")
+        self.criterion: Any = instantiate(config.loss.criterion, _convert_="all")
         self.sampler = EpochSampler(
             len(data), config.seed, accelerator.process_index, accelerator.num_processes
         )
@@ -165,8 +165,9 @@ class Loop:
         set_training(self.accelerator.unwrap_model(self.model))
         batches = iter(self.loader)
         while group := list(itertools.islice(batches, training.grad_accum)):
-            if bad := [batch for batch in group if isinstance(batch, UserError)]:
-                raise bad[0]
+            with together(self.accelerator.device):
+                if bad := [batch for batch in group if isinstance(batch, UserError)]:
+                    raise bad[0]
             yield self._update(group)
 
     def _update(self, group: list[BatchedDatapoint]) -> StepResult:
@@ -178,9 +179,7 @@ class Loop:
         self.random_before = random_state()
         try:
             losses, norm = self._backward(group)
-        except (FloatingPointError, ValueError) as error:
-            if isinstance(error, ValueError) and "invalid numeric" not in str(error):
-                raise  # not the matcher's, whose costs were not finite
+        except FloatingPointError:
             raise NotFiniteError(self._explain(group)) from None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -198,11 +197,10 @@ class Loop:
             context = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
             with context:
                 losses = self._losses(batch)
-                loss = losses["loss"] / len(group)
-                _check_finite(loss)
-                self.accelerator.backward(loss)
-            values = torch.stack([value.detach() for value in losses.values()])
-            means = self.accelerator.reduce(values, "mean")
+                values = torch.stack([value.detach() for value in losses.values()])
+                means = self.accelerator.reduce(values, "mean")
+                _check_finite(means[0])  # in one process, and so in all
+                self.accelerator.backward(losses["loss"] / len(group))
             for name, value in zip(losses, means.tolist(), strict=True):
                 total[name] = total.get(name, 0.0) + value / len(group)
         norm = self.accelerator.clip_grad_norm_(
@@ -213,20 +211,43 @@ class Loop:
 
     def _explain(self, group: list[BatchedDatapoint]) -> str:
         """Where it first was not finite, in which images; all is then as before the update."""
-        self.optimizer.zero_grad(set_to_none=True)
-        restore_random_state(self.random_before)
-        where = self._first_fault(group)
-        self.optimizer.zero_grad(set_to_none=True)
-        restore_random_state(self.random_before)
         ids = [id for batch in group for id in batch.find_metadatas[0].coco_image_id.tolist()]
         images = ", ".join(str(self._paths[id]) for id in dict.fromkeys(ids))
+        found: list[tuple[str, str]] = []
+        every = [("no module and no gradient alone", images)]
+        for find in (self._faulty_module, self._faulty_gradient):
+            self._begin_anew()
+            fault = find(group)
+            # Of all processes: it may be one's alone, and they go backward together or not at all.
+            found = gather_object([(fault, images)] if fault else [])
+            if found:
+                break
+        self._begin_anew()
+        where = "; ".join(f"{fault}; with the images {images}" for fault, images in found or every)
         return (
-            f"The loss or its gradient is not finite: {where}; with the images {images}. "
+            f"The loss or its gradient is not finite: {where}. "
             "The weights were not updated. A lower --lr often mends it."
         )
 
-    def _first_fault(self, group: list[BatchedDatapoint]) -> str:
-        """The batches once more, each module and each gradient watched."""
+    def _begin_anew(self) -> None:
+        """As it was before the update."""
+        self.optimizer.zero_grad(set_to_none=True)
+        restore_random_state(self.random_before)
+
+    def _faulty_module(self, group: list[BatchedDatapoint]) -> str | None:
+        """The batches once more, each module's output watched."""
+        normalization, self.criterion.normalization = self.criterion.normalization, "local"
+        try:
+            for batch in group:
+                self._losses(batch, watched=True)
+        except FloatingPointError as error:
+            return str(error)
+        finally:
+            self.criterion.normalization = normalization
+        return None
+
+    def _faulty_gradient(self, group: list[BatchedDatapoint]) -> str | None:
+        """The batches once more, each parameter's gradient watched."""
         faults: list[str] = []
 
         def watch(name: str, gradient: torch.Tensor) -> None:
@@ -242,14 +263,10 @@ class Loop:
         try:
             for batch in group:
                 self._losses(batch, watched=True)["loss"].backward()
-        except NotFiniteError as error:
-            return str(error)
-        except ValueError as error:  # the matcher's again
-            faults.append(str(error))
         finally:
             for hook in hooks:
                 hook.remove()
-        return faults[0] if faults else "no module's output and no gradient alone"
+        return faults[0] if faults else None
 
     def _losses(self, batch: BatchedDatapoint, *, watched: bool = False) -> dict[str, torch.Tensor]:
         """What `StepResult.losses` says, of one batch; "loss" has the graph."""
@@ -289,18 +306,34 @@ def batch_losses(
         model: a Sam3Image, or DDP around one.
         batch: on the model's device.
         precision: float32, or bfloat16 to multiply in.
+
+    Raises:
+        FloatingPointError: the model's outputs are not finite, in this or another process.
     """
     module: Any = getattr(model, "module", model)
+    grouped = module is not model
     # Not accelerate's: its conversion of outputs to float32 cannot rebuild a SAM3Output.
     with torch.autocast(
         batch.img_batch.device.type, torch.bfloat16, enabled=precision == torch.bfloat16
     ):
         targets = [module.back_convert(target) for target in batch.find_targets]
-        losses = criterion(model(batch), targets)
-    if module is not model:
+        with together(batch.img_batch.device) if grouped else contextlib.nullcontext():
+            outputs = _forward(model, batch)
+        losses = criterion(outputs, targets)
+    if grouped:
         losses = over_processes(losses, criterion, targets[0])
     parts = {name: losses[name].float() for name in PARTS if name in losses}
     return {"loss": losses["core_loss"], **parts}
+
+
+def _forward(model: nn.Module, batch: BatchedDatapoint) -> Any:
+    """The model's outputs; its matcher raises a ValueError where its costs are not finite."""
+    try:
+        return model(batch)
+    except ValueError as error:
+        if "invalid numeric" not in str(error):
+            raise
+        raise FloatingPointError(str(error)) from None
 
 
 def _check_finite(value: torch.Tensor) -> None:
@@ -332,10 +365,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> O
     return optimizer
 
 
-def build_accelerator(device: torch.device) -> Accelerator:
+def build_accelerator(device: torch.device, *, find_unused: bool = True) -> Accelerator:
     """Device and process group of this process.
 
     On a CPU the same seed gives the same weights to the bit, for any number of threads.
+
+    Args:
+        find_unused: whether some of what is trained takes no part in a step.
     """
     torch.use_deterministic_algorithms(device.type == "cpu")
     # It costs time, and nothing here reads such memory.
@@ -343,5 +379,5 @@ def build_accelerator(device: torch.device) -> Accelerator:
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
     )

@@ -67,6 +67,15 @@ def check(config: Config, start: Path | None) -> None:
         adapters.find_targets(model, lora)
 
 
+def leaves_unused(config: MethodConfig) -> bool:
+    """Whether some of what is trained may take no part in a step.
+
+    Of all weights some never do: upstream makes the smallest feature map and one layer of its pixel
+    decoder, and reads neither. What adapters adapt is all used, but for patterns of one's own.
+    """
+    return config.lora is None or bool(config.lora.targets)
+
+
 def freeze(model: Sam3Image, names: Collection[str]) -> None:
     """Train no parameter of these components."""
     for name, part in components(model).items():

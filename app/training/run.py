@@ -96,7 +96,7 @@ def train(
     begun = time.monotonic()
     device = choose_device(config.training.device)
     precision = choose_precision(config.training.precision, device, config.model)
-    accelerator = build_accelerator(device)
+    accelerator = build_accelerator(device, find_unused=method.leaves_unused(config.method))
     folder = Path(config.output_dir)
     main = accelerator.is_main_process
 
@@ -120,6 +120,8 @@ def train(
         weights.load_into(model, newest)
     kept = kept_encoders(config, splits, model, precision)
     features.keep(model, kept, FEATURES, precision)
+    if kept and main:
+        log.info("features of the frozen %s: kept in %s", " and ".join(kept), FEATURES)
     data = query_dataset(config, splits.train, features.VIEWS if kept else None)
     new = start is None or adapts  # what is trained has learnt nothing yet
     lr_scale = config.optim.lr_scale or (1.0 if new else 0.1)

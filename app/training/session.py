@@ -99,8 +99,6 @@ class Session:
                 log.info("stopped %s", self._where())
                 raise
             except FloatingPointError as error:
-                if self.accelerator.num_processes > 1:  # the others are still in the update
-                    raise
                 self.save()
                 raise FloatingPointError(f"{error} Stopped {self._where()}") from None
 

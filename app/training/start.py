@@ -61,7 +61,17 @@ def start(
         file = upstream_trainer.BASE_CONFIG
     if recipe not in (None, "auto"):
         file = recipe_file(recipe)
+    if plan and eval_only:
+        raise UserError("--plan and --eval-only: a plan is of training; leave one of them out")
     if file is not None and upstream_trainer.is_upstream_schema(file):
+        ours = {"--plan": plan, "--batch-size auto": f"{BATCH_SIZE}=auto" in overrides}
+        if problems := [
+            f"{flag}: counts this project's own training, and {file} is for upstream's Trainer; "
+            "leave one of them out"
+            for flag, value in ours.items()
+            if value
+        ]:
+            raise UserError(problems)
         upstream_trainer.start(
             overrides,
             file,
@@ -131,7 +141,8 @@ def start(
     if eval_only:
         run.evaluate(config, splits, weights_file)
     else:
-        run.train(config, splits, weights_file, resume=resume, stop=stop)
+        with launch.without_others():
+            run.train(config, splits, weights_file, resume=resume, stop=stop)
 
 
 def configure(

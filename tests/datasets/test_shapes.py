@@ -192,7 +192,7 @@ AREAS = {  # of radius 1 and that ratio
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", AREAS)
 @pytest.mark.parametrize("turn", [0.0, 0.4, 2.0])
 @pytest.mark.parametrize("ratio", [0.4, 0.65])
 def test_area_is_that_of_the_formula(kind, turn, ratio):
@@ -207,6 +207,16 @@ def test_a_shape_stays_inside_its_circle_and_reaches_it():
         y, x = np.nonzero(mask)
         farthest = np.hypot(y + rows.start - 50, x + columns.start - 60).max()
         assert 38 < farthest <= 40 + 1e-9, kind
+
+
+def test_no_two_blobs_are_alike():
+    def area(seed: float, radius: float) -> float:
+        return Shape("blob", 100.0, 100.0, radius, 0.0, seed).stamp().mask.sum() / radius**2
+
+    areas = [area(seed, 60.0) for seed in np.linspace(0, 0.99, 50)]
+    assert len({round(value, 3) for value in areas}) > 45
+    assert min(areas) < 0.8 < 1.6 < max(areas)  # thin ones and full ones; a circle has 3.14
+    assert area(0.5, 80.0) == pytest.approx(area(0.5, 40.0), rel=0.03)  # one outline, of any size
 
 
 def test_a_ring_has_its_hole(tmp_path):

@@ -48,6 +48,17 @@ def _trained(loop: Loop) -> set[str]:
     return {name for name in components(loop.model) if counts[name]}
 
 
+@pytest.mark.parametrize("name", ["full", "head", "lora-minimal", "lora", "lora-full"])
+@pytest.mark.parametrize("loss", ["full", "boxes"])
+def test_what_takes_part_in_a_step(shapes: Path, base: Path, name: str, loss: str) -> None:
+    """DDP is told to look for what does not where there is some, and only there."""
+    loop = _loop(shapes, base, f"method={name}", f"loss={loss}")
+    loop._losses(next(iter(loop.loader)))["loss"].backward()
+    named = loop.model.named_parameters()
+    unused = [name for name, p in named if p.requires_grad and p.grad is None]
+    assert bool(unused) == method.leaves_unused(loop.config.method)
+
+
 EVERY = {"vision", "text", "detector", "geometry", "masks", "scoring"}
 
 

@@ -15,6 +15,7 @@ from app.model.build import build_model
 from app.model.carried import carried_nano
 from app.training import start
 from app.training.start import configure
+from tests.conftest import Command
 
 
 def test_auto_is_nano_without_a_gpu(monkeypatch, capsys) -> None:
@@ -88,3 +89,24 @@ def test_flags_reach_the_configuration() -> None:
     assert (training.epochs, training.batch_size, training.grad_accum) == (3, 5, 2)
     assert (config.model.resolution, training.num_gpus) == (64, 2)
     assert (config.seed, config.output_dir) == (9, "x")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--use-base-config", "--plan"], ["--plan: counts this project's own training"]),
+        (["--use-base-config", "--batch-size", "auto"], ["--batch-size auto: counts"]),
+        (
+            ["--use-base-config", "--plan", "--batch-size", "auto"],
+            ["--plan: ", "--batch-size auto"],
+        ),
+        (["--plan", "--eval-only"], ["--plan and --eval-only"]),
+        (["--use-base-config", "--recipe", "auto"], ["--use-base-config and --recipe: give one"]),
+    ],
+)
+def test_what_does_not_go_together(command: Command, tmp_path: Path, words, said) -> None:
+    """Refused before anything is read or written."""
+    done = command("train", *words, "--output-dir", tmp_path / "out")
+    assert done.code == 2
+    assert all(text in done.err for text in said)
+    assert not (tmp_path / "out").exists()

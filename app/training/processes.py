@@ -1,13 +1,16 @@
-"""The losses of several processes as those of one process with all of their prompts."""
+"""Several processes as one: the losses of all of their prompts, and one end for all."""
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from app.errors import UserError
 
 
 def over_processes(
@@ -48,6 +51,31 @@ def over_processes(
             core = core + weights[name] * (found[key] - value)
     scale = every[0].float().sqrt() if criterion.scale_by_find_batch_size else 1.0
     return found | {"core_loss": core * scale}
+
+
+@contextlib.contextmanager
+def together(device: torch.device) -> Iterator[None]:
+    """What ends the block in one process ends it in all: the others would wait for it in vain.
+
+    Raises:
+        FloatingPointError: its own, or another process had one.
+        UserError: likewise.
+    """
+    error: FloatingPointError | UserError | None = None
+    try:
+        yield
+    except (FloatingPointError, UserError) as caught:
+        error = caught
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        kinds = torch.zeros(2, device=device)
+        if error is not None:
+            kinds[int(isinstance(error, UserError))] = 1
+        torch.distributed.all_reduce(kinds)
+        elsewhere = (FloatingPointError(), UserError("another process of this run cannot go on"))
+        if error is None and kinds.any():
+            error = elsewhere[int(kinds[1] > 0)]
+    if error is not None:
+        raise error
 
 
 _SUFFIX = re.compile(r"(_aux_\d+|_fs)?(_o2m)?$")

@@ -1,0 +1,126 @@
+"""Two processes beside one with twice the batch: the same losses; and what ends one ends both."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, TINY
+
+UPDATES = 6
+
+
+def train(folder: Path, output: Path, batch_size: int) -> None:
+    """Write the losses of a few updates; masks by all pixels, not by points drawn at random.
+
+    Of two processes the second then finds something that is not finite, and is killed.
+    """
+    import torch
+    from hydra.utils import instantiate
+
+    from app.config import load_config
+    from app.datasets.build import load_splits
+    from app.errors import UserError
+    from app.model.build import build_model
+    from app.model.guard import NotFiniteError
+    from app.training import launch, run
+    from app.training.loop import Loop, build_accelerator
+    from app.training.processes import together
+
+    config = load_config(
+        [
+            *(*TINY, f"training.batch_size={batch_size}", "model.dropout=0"),
+            *("model.vision.drop_path=0", "transforms=none", "dataset.foreign=1"),
+        ]
+    )
+    accelerator = build_accelerator(torch.device("cpu"))
+    torch.manual_seed(0)
+    model = build_model(config.model, matcher=instantiate(config.loss.matcher))
+    data = run.query_dataset(config, load_splits(folder).train)
+    loop = Loop(config, model, data, accelerator, lr_scale=0.1)
+    loop.criterion.loss_fns_find[2].num_sample_points = None
+    steps = [step for epoch in range(UPDATES // 2) for step in loop.run_epoch(epoch)]
+    if accelerator.is_main_process:
+        prompts = {len(data[index].find_queries) for index in range(len(data))}
+        content = {"losses": [step.losses for step in steps], "prompts": len(prompts)}
+        output.write_text(json.dumps(content), encoding="utf-8")
+    if accelerator.num_processes == 1:
+        return
+
+    second = not accelerator.is_main_process
+    try:
+        with together(accelerator.device):
+            if second:
+                raise UserError("bad image")
+    except UserError as error:
+        sys.stdout.write(f"RANK {accelerator.process_index}: {error}\n")
+    hook = model.dot_prod_scoring.hs_proj.register_forward_hook(
+        lambda _module, _inputs, result: result * float("nan") if second else result
+    )
+    before = model.dot_prod_scoring.hs_proj.weight.clone()
+    try:
+        list(loop.run_epoch(9))
+    except NotFiniteError as error:
+        kept = torch.equal(model.dot_prod_scoring.hs_proj.weight, before)
+        sys.stdout.write(f"RANK {accelerator.process_index}: kept {kept}: {error}\n")
+        sys.stdout.flush()
+    hook.remove()
+    list(loop.run_epoch(10))  # they are in step still
+    if second:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with launch.without_others():
+        list(loop.run_epoch(11))
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one(shapes: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    launcher = ["-m", "app.training.launch", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = []
+    for words, output, size in (([], one, 2), (launcher, two, 1)):
+        command = [sys.executable, *words, "-m", "tests.training.test_processes"]
+        command += [str(shapes), str(output), str(size)]
+        done.append(
+            subprocess.run(
+                command,
+                cwd=REPOSITORY,
+                env=environment,
+                timeout=300,
+                capture_output=True,
+                text=True,
+            )
+        )
+    assert done[0].returncode == 0, done[0].stderr
+    alone, together = (json.loads(file.read_text()) for file in (one, two))
+    assert len(alone["losses"]) == len(together["losses"]) == UPDATES
+    for ours, theirs in zip(together["losses"], alone["losses"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    # Later, rounding has gone through AdamW, which divides it by gradients near to nothing.
+    assert together["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-5)
+    _check_ends(done[1])
+
+
+def _check_ends(done: subprocess.CompletedProcess[str]) -> None:
+    """An error of the second process ends what the first one does, with the second one's images."""
+    assert "RANK 0: another process of this run cannot go on" in done.stdout
+    assert "RANK 1: bad image" in done.stdout
+    said = [line for line in done.stdout.splitlines() if "kept True" in line]
+    assert len(said) == 2
+    for line in said:
+        assert "dot_prod_scoring.hs_proj (Linear)" in line
+        assert line.count(".png") == 1  # of the second's batch alone
+    assert done.returncode == 128 + signal.SIGKILL, done.stderr
+    assert "error: another process of this run is gone" in done.stderr
+    assert "process 1 was killed (SIGKILL" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
