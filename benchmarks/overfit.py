@@ -41,7 +41,6 @@ def overfit(folder: Path, *, images: int, epochs: int, overrides: list[str]) -> 
             "optim.lr_vision=1.2e-3",
             "optim.lr_text=1.2e-3",
             "optim.layer_decay=1.0",
-            "model.activation_checkpointing=false",
             "transforms=none",
             "dataset.negatives=0",
             *overrides,

@@ -116,7 +116,8 @@ def test_the_guard_leaves_a_sound_step_alone(shapes: Path) -> None:
     """Activation checkpointing recomputes without it, and must find the same tensors."""
     losses = []
     for enabled in ("true", "false"):
-        loop, data = _loop(shapes, f"training.check_finite={enabled}")
+        settings = ["model.activation_checkpointing=true", f"training.check_finite={enabled}"]
+        loop, data = _loop(shapes, *settings)
         loop.model.train()
         torch.manual_seed(7)
         losses.append(loop._update([collate([data[0]])]).loss)
