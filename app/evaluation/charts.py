@@ -26,7 +26,7 @@ def curves(rows: Sequence[Mapping[str, float]], series: Mapping[str, str], label
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         axes.set(xlabel="epoch", ylabel=label)
         axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _legend(axes)
 
     return _svg(draw)
@@ -66,7 +66,8 @@ def reliability(scores: NDArray[np.float64], hits: NDArray[np.bool_], threshold:
     return _svg(draw)
 
 
-PLACE = (0.13, 0.15, 0.84, 0.82)  # of the axes in a figure: left, bottom, width, height
+# Of the axes in a figure: left, bottom, width, height; above them stands a power of ten.
+PLACE = (0.13, 0.15, 0.84, 0.77)
 
 
 def _legend(axes: Axes) -> None:

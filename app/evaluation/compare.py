@@ -23,8 +23,9 @@ from app.evaluation.record import Record
 Counts = NDArray[np.float64]
 RESAMPLINGS = 500
 CLASSES = 50  # more get no interval: each costs a resampling of its own
-_SAME = {"APs": "AP_small", "APm": "AP_medium", "APl": "AP_large"}
-_SHOWN = ("AP", "AP50", "AP75", *_SAME)
+_SIZES = {"APs": "AP_small", "APm": "AP_medium", "APl": "AP_large"}
+_LIMITS = {"AR1": "AR_1", "AR10": "AR_10", "AR100": "AR_100"}
+_SHOWN = {"AP": "AP", "AP50": "AP50", "AP75": "AP75", **_SIZES, **_LIMITS}  # hotcoco's name: ours
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,7 @@ def compare(one: Path, other: Path, resamplings: int = RESAMPLINGS) -> Compariso
     the figures computed from each drawing.
 
     Raises:
-        UserError: a folder holds no evaluation, they were scored on different truths, or one of
-            them found nothing.
+        UserError: a folder holds no evaluation, or they were scored on different truths.
     """
     first, second = record.read(one), record.read(other)
     if not _is_same(first.truth, second.truth):
@@ -71,8 +71,6 @@ def compare(one: Path, other: Path, resamplings: int = RESAMPLINGS) -> Compariso
             f"{one} ({first.split}) and {other} ({second.split}): were scored on different images "
             "or labels. Score both weights on one split with python -m app evaluate"
         )
-    if empty := [str(f) for f, r in ((one, first), (other, second)) if not r.results]:
-        raise UserError(f"{' and '.join(empty)}: found nothing; there is nothing to compare")
     kinds = [t for t in iou_types(first.truth, first.results) if t in _kinds(second)]
     lines = [line for kind in kinds for line in _figures(first, second, kind, resamplings)]
     lines += [line for kind in kinds for line in _concepts(first, second, kind, resamplings)]
@@ -98,23 +96,22 @@ def _kinds(found: Record) -> tuple[str, ...]:
 def _figures(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:
     compared = _compared(one, other, kind, resamplings)
     return [
-        _line(f"{kind}/{_SAME.get(name, name)}", compared, name)
-        for name in _SHOWN
+        _line(f"{kind}/{ours}", compared, name)
+        for name, ours in _SHOWN.items()
         if compared["metrics_a"][name] > -1  # hotcoco's mark of what the truth does not define
     ]
 
 
 def _classes(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:
-    """AP of each class that is there and that both have found something of."""
+    """AP of each class that is there."""
     categories = one.truth.categories
     there = {annotation.category_id for annotation in one.truth.annotations}
     lines = []
     for category in categories:
-        first, second = _only(one, category), _only(other, category)
-        if category.id not in there or not first.results or not second.results:
+        if category.id not in there:
             continue
         drawn = resamplings if len(categories) <= CLASSES else 0
-        compared = _compared(first, second, kind, drawn)
+        compared = _compared(_only(one, category), _only(other, category), kind, drawn)
         lines.append(_line(f"{kind}/AP/{category.name}", compared, "AP"))
     return lines
 

@@ -72,11 +72,13 @@ def extremes(
 ) -> tuple[list[Diagnosis], list[Diagnosis]]:
     """The worst and the best images, by quality; those without mistakes are never the worst.
 
-    Images with neither objects nor detections are neither.
+    Images with neither objects nor detections are neither. Of fewer than twice `count`, the worst
+    have the lower half, and one of an odd number.
     """
     shown = [i for i in images if i.objects.size or (i.scores > threshold).any()]
     ranked = sorted((diagnose(image, threshold) for image in shown), key=lambda d: d.quality)
-    worst = [diagnosis for diagnosis in ranked if diagnosis.mistakes.total()][:count]
+    most = min(count, (len(ranked) + 1) // 2)
+    worst = [diagnosis for diagnosis in ranked if diagnosis.mistakes.total()][:most]
     chosen = {diagnosis.image_id for diagnosis in worst}
     best = [diagnosis for diagnosis in reversed(ranked) if diagnosis.image_id not in chosen]
     return worst, best[:count]

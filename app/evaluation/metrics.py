@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -43,19 +44,23 @@ def iou_types(truth: Dataset, results: Sequence[dict[str, Any]]) -> tuple[str, .
 
 
 def accumulate(truth: Dataset, results: Sequence[dict[str, Any]], iou_type: str) -> COCOeval:
-    """COCO's evaluation, evaluated and accumulated; of one result or more."""
+    """COCO's evaluation, evaluated and accumulated."""
     ground_truth = COCO(truth.to_json())
     # loadRes derives area from segmentation when both are there, and boxes must be scored by boxes.
     other = "bbox" if iou_type == "segm" else "segmentation"
     plain = [{k: v for k, v in r.items() if k != other} if other in r else r for r in results]
-    evaluation = COCOeval(ground_truth, ground_truth.load_res(plain), iou_type)
+    # load_res raises IndexError on an empty list
+    found = (
+        ground_truth.load_res(plain) if plain else COCO(replace(truth, annotations=()).to_json())
+    )
+    evaluation = COCOeval(ground_truth, found, iou_type)
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
 
 
 def _evaluate(truth: Dataset, results: Sequence[dict[str, Any]], iou_type: str) -> dict[str, float]:
-    if not results:  # loadRes raises IndexError on an empty list
+    if not results:
         return _nothing_found(truth, iou_type)
     evaluation = accumulate(truth, results, iou_type)
     computed: Any = evaluation.eval
@@ -90,7 +95,7 @@ def by_class(truth: Dataset, results: Sequence[dict[str, Any]]) -> list[dict[str
     rows: dict[int, dict[str, Any]] = {
         c.id: {"class": c.name, "objects": objects[c.id]} for c in truth.categories
     }
-    for iou_type in iou_types(truth, results) if results else ():
+    for iou_type in iou_types(truth, results):
         evaluation = accumulate(truth, results, iou_type)
         computed: Any = evaluation.eval
         precision, recall = (np.asarray(computed[key]) for key in ("precision", "recall"))

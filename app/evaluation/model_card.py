@@ -7,13 +7,15 @@ What they are, what they can do and where that ends: model cards as Mitchell et 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from app.config import Config
+from app.config import Config, DatasetConfig, Node
+from app.datasets.build import Splits
 from app.evaluation.report_page import HEADLINE, KIND, ONCE, number
 from app.files import read_json, write_text
 from app.model import weights
@@ -27,11 +29,21 @@ _CODE = "SAM 3's code, which they need, is under the SAM License."
 SHOWN_PROMPTS = 60
 
 
-def write_card(config: Config, start: Path | None) -> Path:
+def write_card(
+    config: Config,
+    start: Path | None,
+    splits: Splits,
+    *,
+    lr_scale: float,
+    processes: int,
+    precision: torch.dtype,
+) -> Path:
     """Write `weights/best/README.md` of a finished run; returns its path.
 
     Args:
         start: the weights that training began with; None for random ones.
+        splits: the images that it trained and validated on.
+        lr_scale: what the learning rates were multiplied by.
     """
     folder = Path(config.output_dir)
     best = folder / "weights" / "best"
@@ -53,16 +65,27 @@ def write_card(config: Config, start: Path | None) -> Path:
         model_name=folder.resolve().name,
         eval_results=_results(figures, folder.resolve().name),
     )
+    facts = {
+        "started from": _origin(start),
+        "images": f"{len(splits.train.images)} to train on and {len(splits.valid.images)} to "
+        f"validate on, from {_source(config.dataset)}",
+        "training data, by content": f"`{header.data_hash}`",
+        "precision": str(precision).removeprefix("torch."),
+        **_settings(config, lr_scale, processes),
+    }
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {folder.resolve().name}",
-        _what(header, config, start),
+        f"SAM 3 (Segment Anything with Concepts), size {header.model.name}, "
+        f"{header.model.resolution} px. Architecture: facebookresearch/sam3 at commit "
+        f"`{header.pin}`.",
         "## What it finds",
         _prompts(header),
         "## Figures",
         _figures(figures),
         "## Training",
-        _training(config, environment, figures, header),
+        _command(environment, figures),
+        "\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
         "## Limits",
         _limits(header),
         "## Use",
@@ -92,21 +115,6 @@ def _results(figures: Mapping[str, Any], name: str) -> list[EvalResult]:
     ]
 
 
-def _what(header: weights.Header, config: Config, start: Path | None) -> str:
-    model, method = header.model, config.method.name
-    if start is None:
-        began = "from random weights"
-    elif start.parent == NANO:
-        began = "from the nano that the project carries"
-    else:
-        began = f"from `{start.name}`"
-    return (
-        f"SAM 3 (Segment Anything with Concepts), size {model.name}, {model.resolution} px, "
-        f"trained {began} by method `{method}`. Architecture: facebookresearch/sam3 at commit "
-        f"`{header.pin}`."
-    )
-
-
 def _prompts(header: weights.Header) -> str:
     shown = ", ".join(f"“{prompt}”" for prompt in header.prompts[:SHOWN_PROMPTS])
     more = len(header.prompts) - SHOWN_PROMPTS
@@ -129,23 +137,76 @@ def _figures(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _training(
-    config: Config,
-    environment: Mapping[str, Any],
-    figures: Mapping[str, Any],
-    header: weights.Header,
-) -> str:
+def _command(environment: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+    """What was typed, and how long it took on which machine."""
     command = machine = ""
     if environment:
         command = f"```bash\n./train.sh {shlex.join(environment['command'][1:])}\n```\n\n"
         machine = environment["gpu"] or f"{environment['cpus']} CPU threads"
         machine = f" on {machine}, torch {environment['packages']['torch']}"
-    return (
-        f"{command}{figures['epochs']} epochs of {config.training.batch_size} images a step, "
-        f"learning rate {config.optim.lr:g} at most, seed {config.seed}; "
-        f"{duration(figures['seconds'])}{machine}. Training data, by content: "
-        f"`{header.data_hash}`."
-    )
+    return f"{command}{figures['epochs']} epochs in {duration(figures['seconds'])}{machine}:"
+
+
+def _origin(start: Path | None) -> str:
+    """What training began with; of a path the end alone, which says nothing of the machine."""
+    if start is None:
+        return "random weights"
+    base = weights.base_reference(start)
+    if start.parent == NANO:
+        name = "the nano that the project carries"
+    elif base.reference == "/".join(weights.HUB):
+        name = f"`{base.reference}` on huggingface.co"
+    else:
+        parts = Path(base.reference).parts[1:]
+        of_run = parts[-3:-2] == ("weights",)  # RUN/weights/best/model.safetensors
+        name = f"`{'/'.join(parts[-4:] if of_run else parts[-2:])}`"
+    return f"{name}, SHA-256 `{base.sha256}`"
+
+
+def _source(dataset: DatasetConfig) -> str:
+    """Where the images came from; of a path the last name alone."""
+    hub = dataset.huggingface
+    local = Path(dataset.dir or hub.name or "").expanduser().resolve()
+    if dataset.dir is not None or (hub.name is not None and local.is_dir()):
+        return f"the {'zip' if local.is_file() else 'folder'} `{local.name}`"
+    if hub.name is not None:
+        chosen = {"configuration": hub.config, "split": hub.split}
+        more = "".join(f", {name} `{value}`" for name, value in chosen.items() if value)
+        return f"`{hub.name}` on huggingface.co{more}"
+    if dataset.roboflow is not None:
+        return f"`{dataset.roboflow}` on Roboflow"
+    return "the project's own generator of synthetic shapes"
+
+
+def _settings(config: Config, lr_scale: float, processes: int) -> dict[str, object]:
+    """What of the configuration decides the weights, by names for a reader."""
+    training, optim = config.training, config.optim
+    rates = {"detector": optim.lr, "vision": optim.lr_vision, "text": optim.lr_text}
+    return {
+        "method": f"`{config.method.name}`",
+        "transforms": _transforms(config.transforms.train),
+        "losses, with their weights": _losses(config.loss.criterion),
+        "learning rates, at most": ", ".join(f"{k} {v * lr_scale:g}" for k, v in rates.items()),
+        "images an update": f"{training.batch_size} a step × {training.grad_accum} steps × "
+        f"{processes} processes",
+        "seed": config.seed,
+    }
+
+
+def _transforms(steps: Sequence[Node]) -> str:
+    """Each step by its name, with the numbers that it was given."""
+    names = []
+    for step in steps:
+        given = [f"{k} {v}" for k, v in step.items() if not isinstance(v, (str, Mapping))]
+        numbers = f" ({', '.join(given)})" if given else ""
+        names.append(step["_target_"].rpartition(".")[2] + numbers)
+    return ", ".join(names)
+
+
+def _losses(criterion: Node) -> str:
+    """Upstream's names of them, and their weights."""
+    parts = [*criterion.get("loss_fns_find", []), criterion.get("loss_fn_semantic_seg") or {}]
+    return ", ".join(f"{k} {v}" for part in parts for k, v in part.get("weight_dict", {}).items())
 
 
 def _limits(header: weights.Header) -> str:

@@ -28,9 +28,16 @@ class Record:
 
 
 def write(folder: Path, record: Record) -> None:
-    """`predictions/<split>.json`, `predictions/<split>_truth.json`, `metrics_by_class.csv`."""
-    write_json(folder / FOLDER / f"{record.split}.json", record.results)
-    coco.write(record.truth, folder / FOLDER / f"{record.split}{_TRUTH}")
+    """`predictions/<split>.json`, `predictions/<split>_truth.json`, `metrics_by_class.csv`.
+
+    They take the place of an earlier record, of whatever split.
+    """
+    results, truth = written = _files(folder, record.split)
+    write_json(results, record.results)
+    coco.write(record.truth, truth)
+    for earlier in {file for split in _splits(folder) for file in _files(folder, split)}:
+        if earlier not in written:
+            earlier.unlink()
     rows = by_class(record.truth, record.results)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     with (
@@ -48,18 +55,29 @@ def read(folder: Path) -> Record:
     Raises:
         UserError: the folder holds none; says what makes one.
     """
-    truths = sorted((folder / FOLDER).glob(f"*{_TRUTH}"))
-    if not truths:
+    splits = _splits(folder)
+    if not splits:
         raise UserError(
             f"{folder}: holds no evaluation (predictions/*{_TRUTH}). Name the --output-dir of a "
             "finished training, or of python -m app evaluate"
         )
-    split = truths[0].name.removesuffix(_TRUTH)
-    results = read_json(folder / FOLDER / f"{split}.json")
+    results, truth = _files(folder, splits[0])
     try:
-        return Record(split, _dataset(read_json(truths[0])), results)
+        return Record(splits[0], _dataset(read_json(truth)), read_json(results))
     except (KeyError, TypeError) as error:
-        raise UserError(f"{truths[0]}: is not as it was written ({error!r})") from None
+        raise UserError(f"{truth}: is not as it was written ({error!r})") from None
+
+
+def _files(folder: Path, split: str) -> tuple[Path, Path]:
+    """Results and truth."""
+    return folder / FOLDER / f"{split}.json", folder / FOLDER / f"{split}{_TRUTH}"
+
+
+def _splits(folder: Path) -> list[str]:
+    """What the folder holds results and truth of: one, but where a writer was killed."""
+    truths = sorted((folder / FOLDER).glob(f"*{_TRUTH}"))
+    splits = [file.name.removesuffix(_TRUTH) for file in truths]
+    return [split for split in splits if _files(folder, split)[0].is_file()]
 
 
 def _dataset(document: dict[str, Any]) -> Dataset:

@@ -13,6 +13,7 @@ import numpy as np
 
 from app.config import read_yaml
 from app.datasets.coco import Annotation, Image
+from app.datasets.dataset_report import REPORT as DATASET_REPORT
 from app.datasets.dataset_report import draw_sample
 from app.errors import UserError
 from app.evaluation import charts, record
@@ -25,6 +26,7 @@ from app.files import read_json, write_text
 from app.page import drawing, page, picture, table, text
 
 REPORT = "report.html"
+SETTINGS = "config_resolved.yaml"
 EXTREMES = 12  # worst images, and best
 SHOWN_CLASSES = 20  # in the table of confusions
 SIZES = {"": "all", "_small": "under 32²", "_medium": "32² to 96²", "_large": "above 96²"}
@@ -94,7 +96,7 @@ def render(folder: Path) -> str:
         *_pictures(scored),
         "<h2>Commands</h2>",
         _commands(folder, scored),
-        _data(settings),
+        _data(folder),
         _shown_settings(folder),
     ]
     return page(f"Report: {folder.resolve().name}", parts)
@@ -123,7 +125,7 @@ def _rows(file: Path) -> list[dict[str, float]]:
 
 def _settings(folder: Path) -> dict[str, Any]:
     """The run's configuration; empty for results from elsewhere."""
-    file = folder / "config_resolved.yaml"
+    file = folder / SETTINGS
     return dict(read_yaml(file)) if file.is_file() else {}
 
 
@@ -327,10 +329,10 @@ def _commands(folder: Path, scored: Scored) -> str:
     commands = [f"python -m app report {_quoted(folder)}"]
     weights = folder / "weights" / "best"
     if weights.exists():
-        config, truth = folder / "config.yaml", scored.record.truth
+        run, truth = f"./train.sh --config {_quoted(folder / SETTINGS)}", scored.record.truth
         commands = [
-            f"./train.sh --config {_quoted(config)} --output-dir {_quoted(folder)} --resume",
-            f"./train.sh --config {_quoted(config)} --checkpoint {_quoted(weights)} --eval-only "
+            f"{run} --output-dir {_quoted(folder)} --resume",
+            f"{run} --checkpoint {_quoted(weights)} --eval-only "
             f"--output-dir {_quoted(folder / 'evaluation')}",
             f"./infer.sh --checkpoint {_quoted(weights)} --input "
             f"{_quoted(truth.images[0].path.parent)} --prompt {_quoted(truth.class_names[0])} "
@@ -344,21 +346,15 @@ def _quoted(words: Path | str) -> str:
     return shlex.quote(str(words))
 
 
-def _data(settings: Mapping[str, Any]) -> str:
-    """The dataset's own page, or the command that makes it."""
-    folder = settings.get("dataset", {}).get("dir")
-    if folder is None:
+def _data(folder: Path) -> str:
+    """The dataset's own page, which a run leaves beside this one."""
+    if not (folder / DATASET_REPORT).is_file():
         return ""
-    file = Path(folder).resolve() / "dataset_report.html"
-    if file.is_file():
-        return f'<p>The dataset: <a href="{text(file.as_uri())}">{text(str(file))}</a></p>'
-    return (
-        f"<p>The dataset's page: <code>python -m app data check {text(_quoted(folder))}</code></p>"
-    )
+    return f'<p><a href="{DATASET_REPORT}">The dataset: its classes, sizes and samples</a></p>'
 
 
 def _shown_settings(folder: Path) -> str:
-    file = folder / "config_resolved.yaml"
+    file = folder / SETTINGS
     if not file.is_file():
         return ""
     settings = file.read_text(encoding="utf-8")

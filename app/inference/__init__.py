@@ -1,5 +1,6 @@
 """`Predictor.load(path).predict(image, ["pothole"])`: what `infer.sh` does, from Python."""
 
-from app.inference.predictor import Detections, Predictor
+from app.inference.detections import Detections
+from app.inference.predictor import Predictor
 
 __all__ = ["Detections", "Predictor"]

@@ -24,14 +24,13 @@ from PIL import Image
 from app.config import load_model_config
 from app.datasets.images import ImageError, open_image
 from app.errors import UserError
+from app.inference.detections import Detections
 from app.inference.inputs import find_images, output_names
-from app.inference.journal import Entry, Journal, file_state, has_results
-from app.inference.merging import merge_tiles, suppress
+from app.inference.journal import Entry, Journal, file_state, read_contents
 from app.inference.outputs import PER_IMAGE, coco_results
-from app.inference.predictor import VISUAL_PROMPT, Detections, Predictor, normalised_boxes
-from app.inference.settings import RANDOM, THRESHOLD, Settings
+from app.inference.predictor import VISUAL_PROMPT, Predictor, normalised_boxes
+from app.inference.settings import RANDOM, Settings
 from app.inference.tables import TABLES
-from app.inference.tiles import make_tiles
 from app.model.build import build_model
 from app.model.device import choose_device, choose_precision
 from app.progress import duration, progress
@@ -79,9 +78,13 @@ def predict_folder(
     Raises:
         UserError: anything that concerns the whole, before anything is written.
     """
-    images = find_images(source)
+    # absolute: what another folder has under the same relative path is another image
+    images = [image.absolute() for image in find_images(source)]
     jobs = [Job(*pair) for pair in zip(images, output_names(images), strict=True)]
-    _check_clear(jobs, output, settings.save, overwrite=overwrite)
+    files = _files(jobs, settings.save)
+    _check_inputs(images, output, files)
+    if not overwrite:
+        _check_clear(source, images, output, files)
     begun = time.monotonic()
     with (
         _ended_by_sigterm(),
@@ -89,6 +92,7 @@ def predict_folder(
         _unwritable_said(output),
         Journal(output, settings.identity(), overwrite=overwrite) as journal,
     ):
+        journal.begin(files)
         failed = _do_what_is_left(jobs, work, journal, batch_size)
         if not len(journal):
             raise UserError(failed)
@@ -141,7 +145,17 @@ def predict_images(
     if not opened:
         return Outcome((), tuple(failed))
     entries = []
-    found = _find(predictor, settings, [image for _, image in opened])
+    found = predictor.predict_batch(
+        [image for _, image in opened],
+        settings.prompts,
+        boxes_xywh=settings.boxes,
+        negative_boxes_xywh=settings.negative_boxes,
+        threshold=settings.threshold,
+        max_detections=settings.max_detections,
+        nms=settings.nms,
+        tile=settings.tile,
+        overlap=settings.overlap,
+    )
     for (job, image), detections in zip(opened, found, strict=True):
         for kind in settings.save:
             if kind in PER_IMAGE:
@@ -149,39 +163,6 @@ def predict_images(
                 PER_IMAGE[kind].write(path, image, detections)
         entries.append(_entry(job, detections))
     return Outcome(tuple(entries), tuple(failed))
-
-
-def _find(
-    predictor: Predictor, settings: Settings, images: Sequence[Image.Image]
-) -> list[Detections]:
-    if settings.tile is None:
-        found = _ask(predictor, settings, images)
-    else:
-        found = [_find_in_tiles(predictor, settings, image, settings.tile) for image in images]
-    if settings.nms is None:
-        return found
-    return [suppress(detections, settings.nms) for detections in found]
-
-
-def _find_in_tiles(
-    predictor: Predictor, settings: Settings, image: Image.Image, side: int
-) -> Detections:
-    tiles = make_tiles(image.width, image.height, side, settings.overlap)
-    parts = [_ask(predictor, settings, [image.crop(tile.box_xyxy)])[0] for tile in tiles]
-    return merge_tiles(tiles, parts, image.width, image.height)
-
-
-def _ask(
-    predictor: Predictor, settings: Settings, images: Sequence[Image.Image]
-) -> list[Detections]:
-    return predictor.predict_batch(
-        images,
-        settings.prompts,
-        boxes_xywh=settings.boxes,
-        negative_boxes_xywh=settings.negative_boxes,
-        threshold=THRESHOLD if settings.threshold is None else settings.threshold,
-        max_detections=settings.max_detections,
-    )
 
 
 def _entry(job: Job, detections: Detections) -> Entry:
@@ -213,29 +194,50 @@ def _write_tables(
     return sum(len(entry["found"]) for _, entry in entries())
 
 
-def _check_clear(
-    jobs: Sequence[Job], output: Path, save: Sequence[str], *, overwrite: bool
-) -> None:
-    """Raises UserError where a file that is not ours would be written over, or any input."""
-    inputs = {job.image.resolve() for job in jobs}
-    paths = [output / TABLES[kind][0] for kind in save if kind in TABLES]
+def _files(jobs: Sequence[Job], save: Sequence[str]) -> list[str]:
+    """What the run writes, relative to the output folder."""
+    tables = [TABLES[kind][0] for kind in save if kind in TABLES]
     patterns = [PER_IMAGE[kind].path for kind in save if kind in PER_IMAGE]
-    paths += [output / pattern.format(job.name) for pattern in patterns for job in jobs]
-    there = [path for path in paths if path.exists()]
-    problems = [
-        f"--output-dir {output}: {path.name} is an input image; name another folder"
-        for path in there
-        if path.resolve() in inputs
-    ]
-    if not problems and not overwrite and not has_results(output):
-        problems = [
-            f"--output-dir {output}: holds {path.relative_to(output)} already. Replace it with "
-            "--overwrite, or name another folder."
-            for path in there
+    return tables + [pattern.format(job.name) for pattern in patterns for job in jobs]
+
+
+def _check_inputs(images: Sequence[Path], output: Path, files: Sequence[str]) -> None:
+    """Raises UserError where an input image would be written over."""
+    inputs = {image.resolve() for image in images}
+    _refuse(
+        [
+            f"--output-dir {output}: {Path(file).name} is an input image; name another folder"
+            for file in files
+            if (output / file).exists() and (output / file).resolve() in inputs
         ]
+    )
+
+
+def _check_clear(source: str, images: Sequence[Path], output: Path, files: Sequence[str]) -> None:
+    """Raises UserError where a file is in the way that no earlier run of the same made, or where
+    there are results of other images, which would be lost among these."""
+    earlier = read_contents(output)
+    remedy = "with --overwrite, or name another folder."
+    now = {str(image) for image in images}
+    if others := [image for image in earlier.lines if image not in now]:
+        rest = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UserError(
+            f"--output-dir {output}: holds results of {others[0]}{rest}, not of --input {source}. "
+            f"Replace them {remedy}"
+        )
+    _refuse(
+        [
+            f"--output-dir {output}: holds {file} already. Replace it {remedy}"
+            for file in files
+            if file not in earlier.files and (output / file).exists()
+        ]
+    )
+
+
+def _refuse(problems: Sequence[str]) -> None:
     if problems:
         rest = len(problems) - SHOWN
-        raise UserError(problems[:SHOWN] + ([f"and {rest} more files"] if rest > 0 else []))
+        raise UserError([*problems[:SHOWN], *([f"and {rest} more files"] if rest > 0 else [])])
 
 
 @contextlib.contextmanager

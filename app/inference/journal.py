@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -15,10 +16,51 @@ FILE = ".predictions.jsonl"
 Entry = dict[str, Any]  # of one image; see `folder.predict_images`
 
 
-class Journal:
-    """A line for the settings, then one for each image that is done; a context manager.
+@dataclass
+class Contents:
+    """What a journal says.
 
-    Only where each image's line begins is kept in memory. A line that a kill cut short is dropped.
+    Attributes:
+        settings: what its results depend on; None where there is no journal.
+        lines: image that is done → where its line begins, bytes.
+        files: what its runs set out to write, done or not; relative to the output folder.
+        end: of the last whole line, bytes; a kill may cut one short.
+    """
+
+    settings: dict[str, Any] | None = None
+    lines: dict[str, int] = field(default_factory=dict)
+    files: set[str] = field(default_factory=set)
+    end: int = 0
+
+
+def read_contents(folder: Path) -> Contents:
+    """What the journal of an output folder says; nothing where there is none."""
+    contents = Contents()
+    if not (folder / FILE).is_file():
+        return contents
+    with (folder / FILE).open("rb") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            if contents.settings is None:
+                contents.settings = value
+            elif "files" in value:
+                contents.files.update(value["files"])
+            else:
+                contents.lines[value["image"]] = contents.end
+            contents.end += len(line)
+    return contents
+
+
+class Journal:
+    """What is done so far, on disk; a context manager.
+
+    A line for the settings, one for the files that a run sets out to write, one for each image
+    that is done. What was found is not kept in memory. A line that a kill cut short is dropped.
 
     Args:
         folder: where the results go; made where it is not there.
@@ -30,20 +72,20 @@ class Journal:
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-        self._lines: dict[str, int] = {}  # image → where its line begins
         folder.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO = (folder / FILE).open("a+b")
         try:
             self._lock(folder)
-            earlier = None if overwrite else self._index()
-            if earlier is not None and self._lines and (changed := _changed(earlier, settings)):
+            earlier = Contents() if overwrite else read_contents(folder)
+            if earlier.lines and (changed := _changed(earlier.settings or {}, settings)):
                 raise UserError(
                     f"--output-dir {folder}: holds results of other settings ({changed}). Replace "
                     "them with --overwrite, or name another folder."
                 )
-            if not self._lines:
-                self._file.truncate(0)
-                self._write(dict(settings))
+            self._contents = earlier if earlier.lines else Contents()
+            self._file.truncate(self._contents.end)
+            if not earlier.lines:
+                self._write(settings)
         except BaseException:
             self._file.close()
             raise
@@ -60,15 +102,22 @@ class Journal:
         self._file.close()
 
     def __len__(self) -> int:
-        return len(self._lines)
+        return len(self._contents.lines)
+
+    def begin(self, files: Iterable[str]) -> None:
+        """Note files before they are written: a run that was stopped knows them as its own."""
+        new = [file for file in files if file not in self._contents.files]
+        if new:
+            self._write({"files": new})
+            self._contents.files.update(new)
 
     def add(self, entry: Entry) -> None:
         """Note that an image is done; its files are written."""
-        self._lines[entry["image"]] = self._write(entry)
+        self._contents.lines[entry["image"]] = self._write(entry)
 
     def read(self, image: Path) -> Entry | None:
         """What was found in an image; None where it is not done, or has changed since."""
-        start = self._lines.get(str(image))
+        start = self._contents.lines.get(str(image))
         if start is None:
             return None
         self._file.seek(start)
@@ -90,30 +139,6 @@ class Journal:
         self._file.write(json.dumps(value, allow_nan=False).encode() + b"\n")
         self._file.flush()
         return start
-
-    def _index(self) -> dict[str, Any] | None:
-        """The settings of the first line; notes where the others begin."""
-        self._file.seek(0)
-        settings, start = None, 0
-        for line in self._file:
-            try:
-                value = json.loads(line)
-            except ValueError:
-                value = None
-            if value is None or not line.endswith(b"\n"):
-                self._file.truncate(start)
-                break
-            if settings is None:
-                settings = value
-            else:
-                self._lines[value["image"]] = start
-            start += len(line)
-        return settings
-
-
-def has_results(folder: Path) -> bool:
-    """Whether the folder is one that a run has written to."""
-    return (folder / FILE).is_file()
 
 
 def file_state(path: Path) -> list[int]:

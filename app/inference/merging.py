@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
+from app.inference.detections import Detections
 from app.inference.masks import Rle, place
-from app.inference.predictor import Detections
 from app.inference.tiles import Tile
 
 SAME = 0.5  # IoU from which two detections in tiles that overlap are one object

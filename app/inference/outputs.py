@@ -18,9 +18,9 @@ from app.datasets.formats.yolo_export import label_line
 from app.datasets.overlay import color_of, draw_objects
 from app.errors import UserError
 from app.files import atomic_folder, atomic_path, write_text
+from app.inference.detections import Detections
 from app.inference.masks import Rle
 from app.inference.polygons import Polygon, polygons
-from app.inference.predictor import Detections
 
 MAX_ID = 65_535  # of 16 bits
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from sam3.model.box_ops import box_cxcywh_to_xyxy
@@ -21,7 +20,10 @@ from torchvision.transforms import v2
 from app.config import ModelConfig
 from app.datasets.square import to_square
 from app.errors import UserError
-from app.inference.masks import bool_masks, encode_masks
+from app.inference.detections import Detections
+from app.inference.masks import encode_masks
+from app.inference.merging import merge_tiles, suppress
+from app.inference.tiles import make_tiles
 from app.model import weights
 from app.model.device import choose_device, choose_precision
 
@@ -29,82 +31,59 @@ PROMPTS_A_PASS = 16  # pairs of image and prompt that go through DETR together: 
 TEXTS_KEPT = 64  # passes whose text features are kept
 RAW = ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")  # what a result needs
 VISUAL_PROMPT = "visual"  # what upstream says in place of words when there are boxes only
-
-
-@dataclass(frozen=True)
-class Detections:
-    """What was found in one image, highest score first.
-
-    Attributes:
-        boxes_xyxy: (N, 4) float32, pixels of the image, within it.
-        scores: (N,) float32, 0..1.
-        prompt_ids: (N,) int64, index into `prompts`.
-        prompts: what was asked for.
-        masks: N compressed COCO RLEs of the image's size; None from a model without a mask head.
-        width, height: of the image, pixels.
-    """
-
-    boxes_xyxy: np.ndarray
-    scores: np.ndarray
-    prompt_ids: np.ndarray
-    prompts: tuple[str, ...]
-    masks: list[dict[str, Any]] | None
-    width: int
-    height: int
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def select(self, kept: Sequence[int] | np.ndarray) -> Detections:
-        """Some of them, by index, in the order given."""
-        indices = np.asarray(kept, dtype=np.int64)
-        return replace(
-            self,
-            boxes_xyxy=self.boxes_xyxy[indices],
-            scores=self.scores[indices],
-            prompt_ids=self.prompt_ids[indices],
-            masks=None if self.masks is None else [self.masks[index] for index in indices],
-        )
-
-    def bool_masks(self) -> np.ndarray:
-        """The masks as (N, height, width) bool; raises ValueError where there are none."""
-        if self.masks is None:
-            raise ValueError("these weights have no mask head: there are boxes only")
-        return bool_masks(self.masks, self.height, self.width)
+THRESHOLD = 0.5  # where the weights say none
+BOX_IN_TILE = "--tile and --box: a box lies in one tile, not in all; give one of them"
 
 
 class Predictor:
     """A SAM 3 that answers prompts; the model is put in evaluation mode.
 
-    Text features are kept, so a predictor is good for as long as the weights do not change.
+    Features of texts and of the last images are kept, so a predictor is good for as long as the
+    weights do not change.
 
     Args:
         model: upstream's module, already on its device.
         config: its size.
         precision: float32, or bfloat16 for autocast.
+        prompts: asked for where a call names none.
+        threshold: 0..1, least score where a call names none.
     """
 
     def __init__(
-        self, model: Sam3Image, config: ModelConfig, precision: torch.dtype = torch.float32
+        self,
+        model: Sam3Image,
+        config: ModelConfig,
+        precision: torch.dtype = torch.float32,
+        *,
+        prompts: Sequence[str] = (),
+        threshold: float = THRESHOLD,
     ) -> None:
         self.model = model.eval()
         self.config = config
         self.precision = precision
+        self.prompts = tuple(prompts)
+        self.threshold = threshold
         self._parameters = list(model.parameters())
         self.device = self._parameters[0].device
         self._text_features: dict[tuple[str, ...], dict[str, Tensor]] = {}
-        self._encoded: tuple[list[Image.Image], dict[str, Any]] | None = None
+        self._encoded: tuple[Tensor, dict[str, Any]] | None = None  # squares, their features
         self._fill_caches()
 
     @classmethod
     def load(
         cls, path: Path | str, *, device: str = "auto", precision: str = "auto", **options: Any
     ) -> Predictor:
-        """Load a weights folder or file; `options` as in `app.model.weights.load`."""
+        """Load a weights folder or file; `options` as in `app.model.weights.load`.
+
+        The classes and the threshold that the weights name are used where a call gives none.
+        """
         target = choose_device(device)
         model, header = weights.load(Path(path), **options)
         dtype = choose_precision(precision, target, header.model)
-        return cls(model.to(target), header.model, dtype)
+        threshold = THRESHOLD if header.threshold is None else header.threshold
+        return cls(
+            model.to(target), header.model, dtype, prompts=header.prompts, threshold=threshold
+        )
 
     def _fill_caches(self) -> None:
         """Make what upstream's modules keep between calls, outside of inference mode.
@@ -127,21 +106,30 @@ class Predictor:
         *,
         boxes_xywh: Sequence[Sequence[float]] = (),
         negative_boxes_xywh: Sequence[Sequence[float]] = (),
-        threshold: float = 0.5,
+        threshold: float | None = None,
         max_detections: int = 100,
+        nms: float | None = None,
+        tile: int | None = None,
+        overlap: float = 0.2,
     ) -> Detections:
-        """Find what the prompts name in one image.
+        """Find what the prompts name in one image, as `infer.sh` does.
 
         Args:
             image: RGB, upright.
-            prompts: noun phrases; the image is encoded once for all of them.
+            prompts: noun phrases; the image is encoded once for all of them. Without any, nor
+                boxes, the classes of the weights.
             boxes_xywh: example boxes, pixels, that join every prompt; they need no words.
             negative_boxes_xywh: boxes of what is not meant, likewise.
-            threshold: 0..1, least score.
-            max_detections: most detections over all prompts, the highest scores.
+            threshold: 0..1, least score; None takes the weights' own, else THRESHOLD.
+            max_detections: most detections over all prompts, the highest scores; with tiles, in
+                each of them.
+            nms: 0..1, IoU above which the lower of two goes, whatever their prompts; None: none.
+            tile: side in pixels of the tiles that the image is cut into; None: it is seen whole.
+            overlap: share of a tile's side that the next one sees as well, 0 to below 1.
 
         Raises:
-            UserError: neither words nor boxes, an empty prompt, a box outside the image.
+            UserError: neither words nor boxes, an empty prompt, a box outside the image, boxes
+                and tiles.
         """
         return self.predict_batch(
             [image],
@@ -150,9 +138,11 @@ class Predictor:
             negative_boxes_xywh=negative_boxes_xywh,
             threshold=threshold,
             max_detections=max_detections,
+            nms=nms,
+            tile=tile,
+            overlap=overlap,
         )[0]
 
-    @torch.inference_mode()
     def predict_batch(
         self,
         images: Sequence[Image.Image],
@@ -160,11 +150,41 @@ class Predictor:
         *,
         boxes_xywh: Sequence[Sequence[float]] = (),
         negative_boxes_xywh: Sequence[Sequence[float]] = (),
-        threshold: float = 0.5,
+        threshold: float | None = None,
         max_detections: int = 100,
+        nms: float | None = None,
+        tile: int | None = None,
+        overlap: float = 0.2,
     ) -> list[Detections]:
         """Like `predict`, for several images at once, which may differ in size."""
-        prompts = check_prompts(prompts, boxes_xywh)
+        if tile is not None and (boxes_xywh or negative_boxes_xywh):
+            raise UserError(BOX_IN_TILE)
+        find = functools.partial(
+            self._find,
+            prompts=check_prompts(prompts or (() if boxes_xywh else self.prompts), boxes_xywh),
+            boxes_xywh=boxes_xywh,
+            negative_boxes_xywh=negative_boxes_xywh,
+            threshold=self.threshold if threshold is None else threshold,
+            max_detections=max_detections,
+        )
+        if tile is None:
+            found = find(images)
+        else:
+            found = [_find_in_tiles(find, image, tile, overlap) for image in images]
+        return found if nms is None else [suppress(detections, nms) for detections in found]
+
+    @torch.inference_mode()
+    def _find(
+        self,
+        images: Sequence[Image.Image],
+        *,
+        prompts: tuple[str, ...],
+        boxes_xywh: Sequence[Sequence[float]],
+        negative_boxes_xywh: Sequence[Sequence[float]],
+        threshold: float,
+        max_detections: int,
+    ) -> list[Detections]:
+        """What is in each image as a whole."""
         every_box = [*boxes_xywh, *negative_boxes_xywh]
         boxes = torch.stack([normalised_boxes(every_box, image) for image in images], dim=1)
         labels = torch.arange(len(every_box)) < len(boxes_xywh)  # (N,) whether it is an example
@@ -208,10 +228,10 @@ class Predictor:
 
     def _features(self, images: Sequence[Image.Image]) -> dict[str, Any]:
         """Features of the images; the last ones' are kept, for a second question about them."""
-        if self._encoded is None or list(map(id, self._encoded[0])) != list(map(id, images)):
-            squares = [normalise(to_square(image, self.config.resolution)) for image in images]
-            pixels = torch.cat(squares).to(self.device)
-            self._encoded = list(images), self.model.backbone.forward_image(pixels)
+        squares = torch.stack([to_square(image, self.config.resolution) for image in images])
+        if self._encoded is None or not torch.equal(self._encoded[0], squares):
+            pixels = torch.cat([normalise(square) for square in squares]).to(self.device)
+            self._encoded = squares, self.model.backbone.forward_image(pixels)
         return self._encoded[1]
 
     def _text(self, prompts: tuple[str, ...]) -> dict[str, Tensor]:
@@ -258,6 +278,17 @@ class Predictor:
             find_target=None,
             geometric_prompt=geometry,
         )
+
+
+def _find_in_tiles(
+    find: Callable[[Sequence[Image.Image]], list[Detections]],
+    image: Image.Image,
+    side: int,
+    overlap: float,
+) -> Detections:
+    tiles = make_tiles(image.width, image.height, side, overlap)
+    parts = [find([image.crop(tile.box_xyxy)])[0] for tile in tiles]
+    return merge_tiles(tiles, parts, image.width, image.height)
 
 
 def normalise(pixels: Tensor) -> Tensor:

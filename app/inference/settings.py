@@ -12,13 +12,12 @@ from app.errors import UserError, nearest
 from app.inference.inputs import Box, parse_box, read_prompts
 from app.inference.journal import file_state
 from app.inference.outputs import PER_IMAGE
-from app.inference.predictor import check_prompts
+from app.inference.predictor import BOX_IN_TILE, THRESHOLD, check_prompts
 from app.inference.tables import TABLES
 from app.model import weights
 
 log = logging.getLogger("app")
 SAVES = tuple(dict.fromkeys([*PER_IMAGE, *TABLES]))  # what --save takes
-THRESHOLD = 0.5  # where the weights say none
 RANDOM = "none"  # the checkpoint of random weights
 
 
@@ -100,7 +99,7 @@ def make_settings(
         if kind not in SAVES
     ]
     if settings.tile is not None and (boxes or negative_boxes):
-        problems.append("--tile and --box: a box lies in one tile, not in all; give one of them")
+        problems.append(BOX_IN_TILE)
     if not (prompts or boxes or prompts_file) and settings.checkpoint != RANDOM:
         prompts = weights.describe(Path(settings.checkpoint), settings.size).prompts
         log.info("prompts: %s (the classes of these weights)", ", ".join(prompts) or "none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -126,7 +127,7 @@ def restore(checkpoint: Path, loop: Loop, rank: int) -> RunState:
 
 
 def check_space(folder: Path, config: Config, *, trained: bool) -> None:
-    """Two checkpoints must find room in `folder`: one is replaced only when the next is whole.
+    """All checkpoints and weights of the run must find room in `folder`.
 
     Args:
         trained: whether the run starts from weights.
@@ -134,15 +135,33 @@ def check_space(folder: Path, config: Config, *, trained: bool) -> None:
     Raises:
         UserError: with what is needed and what is free.
     """
-    size = checkpoint_bytes(config, method.on_meta(config, trained=trained))
-    present = len(_all(folder / "checkpoints"))
-    needed, free = max(KEEP - present, 1) * size, shutil.disk_usage(folder).free
+    model = method.on_meta(config, trained=trained)
+    parts = (folder / "checkpoints", folder / "weights")
+    there = [file for part in parts for file in part.rglob("*") if file.is_file()]
+    more = sum(run_bytes(config, model)) - sum(file.stat().st_size for file in there)
+    needed = max(more, checkpoint_bytes(config, model))  # one is replaced when the next is whole
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"--output-dir {folder}: {free / 1e9:.2f} GB are free, and checkpoints of this run "
-            f"take {size / 1e9:.2f} GB each, {KEEP} of which are kept. Free "
-            f"{(needed - free) / 1e9:.2f} GB, or name a folder on another disk."
+            f"--output-dir {folder}: {free / 1e9:.2f} GB are free, and this run needs "
+            f"{needed / 1e9:.2f} GB: {checkpoint_bytes(config, model) / 1e9:.2f} GB for each of "
+            f"{KEEP} checkpoints, and weights. Free {(needed - free) / 1e9:.2f} GB, or name a "
+            "folder on another disk."
         )
+
+
+def run_bytes(config: Config, model: Sam3Image) -> tuple[int, int]:
+    """What a run leaves of checkpoints and weights, and how much more there is while it saves.
+
+    Args:
+        model: as `method.prepare` leaves it.
+    """
+    checkpoint, training = checkpoint_bytes(config, model), config.training
+    saves = math.ceil(training.epochs / training.save_every)
+    if training.save_minutes is not None or training.warm_start.method != "none":
+        saves += 1
+    kept = min(saves, KEEP) * checkpoint + 2 * weight_bytes(model)
+    return kept, checkpoint if saves > KEEP else weight_bytes(model)
 
 
 def checkpoint_bytes(config: Config, model: Sam3Image) -> int:

@@ -7,6 +7,7 @@ features: reading them takes milliseconds where computing them takes the most of
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from app.config import ModelConfig
 from app.errors import UserError
 from app.files import atomic_path
 
+log = logging.getLogger("app")
 ENCODERS = {"vision": "backbone.vision_backbone.trunk", "text": "backbone.language_backbone"}
 
 VIEWS = 4  # of each image, where their features are kept and no number was given
@@ -37,6 +39,7 @@ class Store:
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
         self.folder, self.dtype = folder, dtype
+        self._is_full = False
 
     def read(self, key: str) -> dict[str, Tensor] | None:
         """What was written under the key, in float32 where it is floating; None where nothing."""
@@ -44,20 +47,34 @@ class Store:
             found = load_file(self._file(key))
         except (OSError, SafetensorError):
             return None
-        return {n: v.float() if v.is_floating_point() else v for n, v in found.items()}
+        return _in_float32(found)
 
-    def write(self, key: str, tensors: dict[str, Tensor]) -> None:
-        file = self._file(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
+    def write(self, key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keep tensors under a key; returns them as `read` will.
+
+        Where the disk takes no more they are not kept: the next one who asks computes them.
+        """
         kept = {
             name: (value.to(self.dtype) if value.is_floating_point() else value).cpu().contiguous()
             for name, value in tensors.items()
         }
-        with atomic_path(file) as temporary:
-            save_file(kept, temporary)
+        file = self._file(key)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(file) as temporary:
+                save_file(kept, temporary)
+        except (OSError, SafetensorError) as error:
+            if not self._is_full:
+                log.warning("note: features are no longer kept in %s (%s)", self.folder, error)
+            self._is_full = True
+        return _in_float32(kept)
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def _in_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: v.float() if v.is_floating_point() else v for n, v in tensors.items()}
 
 
 def frozen_encoders(model: Sam3Image) -> list[str]:
@@ -79,19 +96,20 @@ def image_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return int(side * side * config.vision.embed_dim * dtype.itemsize)
 
 
-def check_space(folder: Path, images: int, config: ModelConfig, dtype: torch.dtype) -> None:
+def check_space(
+    folder: Path, images: int, config: ModelConfig, dtype: torch.dtype, *, beside: int = 0
+) -> None:
     """Refuse features that the disk cannot hold.
 
     Args:
         images: training images times their views, and validation images.
+        beside: bytes that other files of the run will take of the same disk.
 
     Raises:
         UserError: says what is needed, what is free, and what to change.
     """
-    if not images:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    needed, free = images * image_bytes(config, dtype), shutil.disk_usage(folder).free
+    needed = images * image_bytes(config, dtype)
+    free = max(0, shutil.disk_usage(folder).free - beside)
     if needed > free:
         raise UserError(
             f"training.cache_features: {images} images' features take {needed / 1e9:.1f} GB in "
@@ -103,8 +121,9 @@ def check_space(folder: Path, images: int, config: ModelConfig, dtype: torch.dty
 def keep(model: Sam3Image, encoders: Collection[str], folder: Path, dtype: torch.dtype) -> None:
     """Let encoders of `model` answer from disk what they were asked before.
 
-    A key is the hash of an encoder's weights and of its whole input, so that other weights, images,
-    augmentations or sizes never meet. What is kept is what is answered, the first time as well.
+    A key is the hash of an encoder's weights and of its whole input, in a folder of the precision,
+    so that other weights, images, augmentations, sizes or precisions never meet. What is kept is
+    what is answered, the first time as well.
 
     Args:
         encoders: of `ENCODERS`, those that learn nothing.
@@ -112,7 +131,8 @@ def keep(model: Sam3Image, encoders: Collection[str], folder: Path, dtype: torch
     ways = {"vision": _keep_trunk, "text": _keep_text}
     for name in encoders:
         part = _part(model, name)
-        ways[name](part, Store(folder / _digest(part), dtype))
+        precision = str(dtype).removeprefix("torch.")
+        ways[name](part, Store(folder / f"{_digest(part)}-{precision}", dtype))
 
 
 def _keep_trunk(trunk: nn.Module, store: Store) -> None:
@@ -127,8 +147,7 @@ def _keep_trunk(trunk: nn.Module, store: Store) -> None:
             with torch.no_grad():
                 computed = compute(pixels[missing])[-1]
             for index, features in zip(missing, computed, strict=True):
-                store.write(keys[index], {"features": features})
-                found[index] = store.read(keys[index])
+                found[index] = store.write(keys[index], {"features": features})
         return [_stack(found, "features").to(pixels.device)]
 
     trunk.forward = forward
@@ -150,9 +169,7 @@ def _keep_text(text: nn.Module, store: Store) -> None:
                 if found is None:
                     with torch.no_grad():
                         outputs = compute([caption], input_boxes, device=device)
-                    store.write(key, dict(zip(names, outputs, strict=True)))
-                    found = store.read(key)
-                assert found is not None
+                    found = store.write(key, dict(zip(names, outputs, strict=True)))
                 known[caption] = {name: value.to(device) for name, value in found.items()}
         return tuple(
             torch.cat([known[caption][name] for caption in captions], dim=axis)

@@ -8,11 +8,16 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    gather_object,
+)
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sam3.model.data_misc import BatchedDatapoint
@@ -38,6 +43,9 @@ from app.training.random_state import random_state, restore_random_state
 from app.training.schedule import learning_rate_factor
 from app.training.signals import leave_to_parent
 
+# The first process validates while the others wait. One that dies is not waited for: torchrun ends
+# the others at once.
+LONGEST_WAIT = timedelta(hours=12)
 PARTS = (  # of upstream's losses: those that are recorded
     *("loss_bbox", "loss_giou", "loss_ce", "presence_loss", "loss_mask", "loss_dice"),
     *("loss_semantic_seg", "loss_semantic_dice"),
@@ -379,5 +387,8 @@ def build_accelerator(device: torch.device, *, find_unused: bool = True) -> Acce
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="no",
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=find_unused)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=find_unused),
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+        ],
     )

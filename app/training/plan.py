@@ -84,12 +84,12 @@ class Disk:
 
     Attributes:
         kept: in the output folder at the end: checkpoints and weights.
-        checkpoint: one more, which is whole before the oldest goes.
+        while_saving: more, as what is new is whole before the oldest goes.
         features: of frozen encoders, in data/; 0 where none are kept.
     """
 
     kept: int
-    checkpoint: int
+    while_saving: int
     features: int
 
 
@@ -123,8 +123,12 @@ class Plan:
 
     @property
     def lacking_disk(self) -> int:
-        """Bytes; none where it fits. Features that do not fit are not kept."""
-        return max(0, self.disk.kept + self.disk.checkpoint - self.free_disk)
+        """Bytes; none where it fits."""
+        return max(0, self.disk.kept + self.disk.while_saving - self.free_disk)
+
+    @property
+    def fits(self) -> bool:
+        return self.spare_memory >= 0 and not self.lacking_disk
 
 
 def make_plan(config: Config, splits: Splits, *, trained: bool) -> Plan:
@@ -145,7 +149,7 @@ def make_plan(config: Config, splits: Splits, *, trained: bool) -> Plan:
         trained=count_parameters(model, trainable=True)["total"],
         updates=math.ceil(steps / config.training.grad_accum),
         disk=predict_disk(config, splits, model, precision),
-        free_disk=shutil.disk_usage(_existing(Path(config.output_dir))).free,
+        free_disk=shutil.disk_usage(run.existing(Path(config.output_dir))).free,
         memory=predict_memory(config, splits, model, device, precision),
         free_memory=free_memory(device, config.training.num_gpus),
     )
@@ -172,8 +176,8 @@ def show(plan: Plan, splits: Splits) -> None:
         ),
         (
             "disk",
-            f"{disk.kept / GB:.2f} GB, {(disk.kept + disk.checkpoint) / GB:.2f} GB while it saves; "
-            f"{plan.free_disk / GB:.2f} GB are free",
+            f"{disk.kept / GB:.2f} GB, {(disk.kept + disk.while_saving) / GB:.2f} GB while it "
+            f"saves; {plan.free_disk / GB:.2f} GB are free",
         ),
         ("features", f"{disk.features / GB:.2f} GB in {run.FEATURES}" if disk.features else ""),
     ):
@@ -190,6 +194,8 @@ def require_fit(plan: Plan, splits: Splits, configure: Configure) -> None:
     Raises:
         UserError: what is lacking, and the changes that would make it fit, the mildest first.
     """
+    if plan.fits:
+        return
     problems = []
     if plan.lacking_disk:
         problems.append(
@@ -197,30 +203,34 @@ def require_fit(plan: Plan, splits: Splits, configure: Configure) -> None:
             "needed on its disk"
         )
     if plan.spare_memory < 0:
-        ways = list(itertools.islice(_ways_to_fit(plan, splits, configure), PROPOSED))
-        problems.append(f"memory: {-plan.spare_memory / GB:.2f} GB more are needed; what would do:")
-        problems += ways or ["  no single change; a smaller model or another machine"]
-    if problems:
-        raise UserError(problems)
+        problems.append(f"memory: {-plan.spare_memory / GB:.2f} GB more are needed")
+    problems[-1] += "; what would do:"
+    ways = list(itertools.islice(_ways_to_fit(plan, splits, configure), PROPOSED))
+    raise UserError(
+        [*problems, *(ways or ["  no single change; a smaller model or another machine"])]
+    )
 
 
 def _ways_to_fit(plan: Plan, splits: Splits, configure: Configure) -> Iterator[str]:
     """Lines, each with a change that is enough."""
     training = plan.config.training
-    size = largest_batch(
-        plan.config, splits, trained=plan.starts_trained, most=training.batch_size - 1
-    )
+    most = 0 if plan.lacking_disk else training.batch_size - 1
+    size = largest_batch(plan.config, splits, trained=plan.starts_trained, most=most)
     if size:
         accumulated = math.ceil(training.batch_size * training.grad_accum / size)
         yield f"  --batch-size {size} --grad-accum {accumulated}"
     for change in CHANGES:
-        config = configure([change])
+        try:
+            config = configure([change])
+        except UserError:  # it does not go with what was asked for
+            continue
         adapts_random = config.method.lora is not None and not plan.starts_trained
         if config == plan.config or adapts_random:
             continue
         smaller = make_plan(config, splits, trained=plan.starts_trained)
-        if smaller.spare_memory >= 0:
-            yield f"  {change} ({smaller.memory.total / GB:.2f} GB)"
+        if smaller.fits:
+            disk = smaller.disk.kept + smaller.disk.while_saving
+            yield f"  {change} ({smaller.memory.total / GB:.2f} GB, {disk / GB:.2f} GB of disk)"
 
 
 def largest_batch(config: Config, splits: Splits, *, trained: bool, most: int | None = None) -> int:
@@ -266,16 +276,9 @@ def predict_memory(
 
 def predict_disk(config: Config, splits: Splits, model: Sam3Image, precision: torch.dtype) -> Disk:
     """What a run writes; pictures and tables, some MB, apart."""
-    checkpoint, training = checkpoints.checkpoint_bytes(config, model), config.training
-    saves = math.ceil(training.epochs / training.save_every)
-    if training.save_minutes is not None or training.warm_start.method != "none":
-        saves += 1
-    return Disk(
-        kept=min(saves, checkpoints.KEEP) * checkpoint + 2 * checkpoints.weight_bytes(model),
-        checkpoint=checkpoint,
-        features=run.kept_images(config, splits, model)
-        * features.image_bytes(config.model, precision),
-    )
+    kept, while_saving = checkpoints.run_bytes(config, model)
+    images = run.kept_images(config, splits, model)
+    return Disk(kept, while_saving, images * features.image_bytes(config.model, precision))
 
 
 @dataclass(frozen=True)
@@ -314,8 +317,8 @@ def measure(config: Config, splits: Splits, *, trained: bool) -> Times:
     set_seed(config.seed)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     method.prepare(model, config.method, trained=trained)
-    kept = run.kept_encoders(config, splits, model, precision)
-    data = run.query_dataset(config, splits.train, features.VIEWS if kept else None)
+    kept = run.kept_encoders(config, model)
+    data = run.query_dataset(config, splits.train)
     with tempfile.TemporaryDirectory() as folder:
         features.keep(model, kept, Path(folder), precision)
         loop = Loop(config, model, data, accelerator, lr_scale=1.0)
@@ -373,7 +376,3 @@ def _heaviest_batch(config: Config, splits: Splits) -> BatchedDatapoint:
 def _process_bytes() -> int:
     """What this process held before anything was planned."""
     return psutil.Process().memory_info().rss
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -33,16 +33,16 @@ TIERS = (
 )
 
 
-def auto(images: int, size: str, overrides: Sequence[str], *, trained: bool) -> list[str]:
-    """Overrides for `images` training images, those of the user behind them; logs its choice.
+def auto(images: int, size: str, given: Sequence[str], *, trained: bool) -> list[str]:
+    """Overrides for `images` training images, of keys that the user has not set; logs its choice.
 
     Args:
         size: of the model; the full one is adapted by LoRA unless a method is given.
-        overrides: the user's, which win.
+        given: the user's overrides, and keys that other flags decide.
         trained: whether training starts from weights rather than from random ones.
     """
     tier = next(tier for tier in TIERS if tier.images is None or images <= tier.images)
-    given = {text.partition("=")[0]: text.partition("=")[2] for text in overrides}
+    chosen_by_user = {text.partition("=")[0]: text.partition("=")[2] for text in given}
     settings: dict[str, object] = {
         "training.epochs": tier.epochs,
         "training.batch_size": tier.batch_size,
@@ -52,11 +52,12 @@ def auto(images: int, size: str, overrides: Sequence[str], *, trained: bool) -> 
         settings["optim.lr_scale"] = tier.lr_scale
     if tier.boxes_only:
         settings["loss"] = "boxes"
-    if size == "sam3" and trained:
-        settings["method"] = "lora"
-    if str(given.get("method", settings.get("method", "full"))).startswith("lora"):
+    method = chosen_by_user.get("method")
+    if size == "sam3" and trained and not any(key.startswith("method") for key in chosen_by_user):
+        settings["method"] = method = "lora"
+    if str(method).startswith("lora"):
         settings |= {"method.lora.rank": tier.rank, "method.lora.alpha": 2 * tier.rank}
-    chosen = [f"{key}={value}" for key, value in settings.items() if key not in given]
+    chosen = [f"{key}={value}" for key, value in settings.items() if key not in chosen_by_user]
     most = "any number" if tier.images is None else f"up to {tier.images}"
     log.info("recipe auto for %d training images (%s): %s", images, most, ", ".join(chosen))
-    return [*chosen, *overrides]
+    return chosen

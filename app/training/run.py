@@ -26,6 +26,7 @@ from app.config import Config, Resume, to_yaml
 from app.datasets import sources
 from app.datasets.build import Splits, load_splits, many_classes
 from app.datasets.coco import Dataset
+from app.datasets.dataset_report import write_page
 from app.datasets.decoding import decoding_problems
 from app.datasets.prompts import name_classes, nouns_beside, read_prompts
 from app.datasets.queries import PromptChoice, QueryDataset
@@ -43,7 +44,7 @@ from app.model.upstream import COMMIT
 from app.progress import duration
 from app.training import checkpoints, features, method
 from app.training.checkpoints import RunState
-from app.training.fingerprint import are_comparable, check_same, fingerprint
+from app.training.fingerprint import are_comparable, check_same, differences, fingerprint
 from app.training.loop import Loop, build_accelerator
 from app.training.preview import draw_first
 from app.training.session import Figures, Session, metric_name, score, summary
@@ -58,7 +59,7 @@ FEATURES = sources.DATA / "features"  # of frozen encoders
 LEAVES = (
     *("config.yaml", "config_resolved.yaml", "environment.json", "train.log", "metrics.csv"),
     *("metrics.json", "metrics_by_class.csv", "report.html", "weights", "checkpoints"),
-    *("predictions", "plots", "tensorboard", "slurm"),
+    *("predictions", "plots", "tensorboard", "slurm", "dataset_report.html"),
     *("dataset", "dumps", "logs"),  # of upstream's Trainer
 )
 
@@ -94,6 +95,7 @@ def train(
         UserError: the disk is full; the last checkpoint is whole.
     """
     begun = time.monotonic()
+    config = settle_features(config, splits, resume, trained=start is not None)
     device = choose_device(config.training.device)
     precision = choose_precision(config.training.precision, device, config.model)
     accelerator = build_accelerator(device, find_unused=method.leaves_unused(config.method))
@@ -118,11 +120,11 @@ def train(
     method.prepare(model, config.method, trained=start is not None, base=base)
     if onto_base and newest is not None:
         weights.load_into(model, newest)
-    kept = kept_encoders(config, splits, model, precision)
+    kept = kept_encoders(config, model)
     features.keep(model, kept, FEATURES, precision)
     if kept and main:
         log.info("features of the frozen %s: kept in %s", " and ".join(kept), FEATURES)
-    data = query_dataset(config, splits.train, features.VIEWS if kept else None)
+    data = query_dataset(config, splits.train)
     new = start is None or adapts  # what is trained has learnt nothing yet
     lr_scale = config.optim.lr_scale or (1.0 if new else 0.1)
     session = Session(
@@ -147,9 +149,10 @@ def train(
         _describe(config, model, splits, accelerator, precision, lr_scale)
         if newest is None:
             data = query_dataset(config, splits.train)
-            draw_first(
-                data, iter(session.loop.sampler), folder / "plots", config.evaluation.pictures
-            )
+            with checkpoints.disk_errors(folder):
+                draw_first(
+                    data, iter(session.loop.sampler), folder / "plots", config.evaluation.pictures
+                )
     session.run()
     state = session.state
     figures: Figures = {}
@@ -157,40 +160,90 @@ def train(
         with checkpoints.disk_errors(folder):
             figures = _finish(config, splits.valid, state, precision, device, kept)
             session.tracker.finish(_all_figures(figures, state, time.monotonic() - begun))
+            write_page(folder, splits)
+            page = write_report(folder)
+            write_card(
+                config,
+                start,
+                splits,
+                lr_scale=lr_scale,
+                processes=accelerator.num_processes,
+                precision=precision,
+            )
         log.info(
             "done in %s; figures in %s, report in %s",
             duration(time.monotonic() - begun),
             folder / "metrics.json",
-            write_report(folder),
+            page,
         )
-        write_card(config, start)
         say_where(folder / "weights" / "best", splits)
     accelerator.end_training()
     return Outcome(folder, figures)
 
 
-def kept_encoders(
-    config: Config, splits: Splits, model: Sam3Image, precision: torch.dtype
-) -> list[str]:
-    """Frozen encoders whose features go to disk: where the trunk is one, and they fit.
+def settle_features(
+    config: Config, splits: Splits, resume: Resume | None, *, trained: bool
+) -> Config:
+    """The configuration with `training.cache_features` and `dataset.views` decided.
+
+    A run that goes on has what it decided when it began: they choose what it trains on.
+
+    Args:
+        trained: whether the run starts from weights.
 
     Raises:
-        UserError: they do not fit, and were asked for.
+        UserError: features do not fit, and were asked for.
     """
+    training, folder = config.training, Path(config.output_dir)
+    keeps, views = training.cache_features, config.dataset.views
+    newest = None
+    if resume in ("all", "auto"):
+        newest = checkpoints.find_newest(folder / "checkpoints")
+    if newest is not None and keeps == "auto":
+        then = checkpoints.read(newest)[1]
+        keeps, views = then["training.cache_features"], then["dataset.views"]
+    elif newest is None and keeps:
+        keeps = _has_room_for_features(config, splits, trained=trained)
+    if keeps and views is None:
+        views = features.VIEWS
+    return config.model_copy(
+        update={
+            "training": training.model_copy(update={"cache_features": keeps}),
+            "dataset": config.dataset.model_copy(update={"views": views}),
+        }
+    )
+
+
+def _has_room_for_features(config: Config, splits: Splits, *, trained: bool) -> bool:
+    """Whether a frozen trunk's features fit on their disk, beside the run's own files."""
+    model = method.on_meta(config, trained=trained)
     images = kept_images(config, splits, model)
+    precision = choose_precision(
+        config.training.precision, choose_device(config.training.device), config.model
+    )
+    FEATURES.mkdir(parents=True, exist_ok=True)
+    output = existing(Path(config.output_dir))
+    beside = output.stat().st_dev == FEATURES.stat().st_dev
+    own = sum(checkpoints.run_bytes(config, model)) if beside else 0
     try:
-        features.check_space(FEATURES, images, config.model, precision)
+        features.check_space(FEATURES, images, config.model, precision, beside=own)
     except UserError as error:
         if config.training.cache_features is True:
             raise
         log.info("note: not kept: %s", error)
-        return []
-    return features.frozen_encoders(model) if images else []
+        return False
+    return images > 0
+
+
+def kept_encoders(config: Config, model: Sam3Image) -> list[str]:
+    """Frozen encoders whose features go to disk: where the trunk is one."""
+    frozen = features.frozen_encoders(model)
+    return frozen if config.training.cache_features and "vision" in frozen else []
 
 
 def kept_images(config: Config, splits: Splits, model: Sam3Image) -> int:
     """Images whose features would go to disk, each view by itself; 0 where the trunk learns."""
-    if not config.training.cache_features or "vision" not in features.frozen_encoders(model):
+    if not kept_encoders(config, model):
         return 0
     views = min(config.dataset.views or features.VIEWS, config.training.epochs)
     return len(splits.train.images) * views + len(splits.valid.images)
@@ -201,7 +254,7 @@ def _go_on(session: Session, newest: Path, resume: Resume | None) -> None:
     if resume == "weights":
         before, then = checkpoints.read(newest)
         if are_comparable(then, session.fingerprint):
-            session.state.best = before.best
+            session.state.best, session.state.baseline = before.best, before.baseline
         session.save()
         session.accelerator.wait_for_everyone()
         if session.accelerator.is_main_process:
@@ -214,11 +267,22 @@ def _go_on(session: Session, newest: Path, resume: Resume | None) -> None:
 
 
 def check_resume(config: Config, splits: Splits, resume: Resume, processes: int) -> None:
-    """Refuse to go on from a checkpoint of another run."""
-    newest = checkpoints.find_newest(Path(config.output_dir) / "checkpoints")
-    if newest is not None and resume != "weights":
-        then = checkpoints.read(newest)[1]
-        check_same(newest, then, fingerprint(config, splits, processes))
+    """Refuse to go on from a checkpoint of another run, or from weights of another method."""
+    folder = Path(config.output_dir)
+    newest = checkpoints.find_newest(folder / "checkpoints")
+    if newest is None:
+        return
+    then, now = checkpoints.read(newest)[1], fingerprint(config, splits, processes)
+    if resume != "weights":
+        check_same(newest, then, now)
+        return
+    changed = [key for key in differences(then, now) if key.startswith("method.lora")]
+    if changed:
+        raise UserError(
+            f"--resume=weights: {newest} is of method {then['method.name']}, whose weights are no "
+            f"beginning for this one ({', '.join(changed)}). Give --checkpoint "
+            f"'{folder / 'weights' / 'best'}' and another --output-dir"
+        )
 
 
 def evaluate(config: Config, splits: Splits, start: Path | None) -> Outcome:
@@ -284,10 +348,17 @@ def free_folder(folder: Path) -> Path:
     return next(name for name in names if not any((name / leaf).exists() for leaf in LEAVES))
 
 
-def write_settings(folder: Path, config: Config, overrides: Sequence[str]) -> None:
-    """config.yaml (what was asked for), config_resolved.yaml (all of it), environment.json."""
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.from_dotlist(list(overrides))))
+def write_settings(
+    folder: Path, config: Config, overrides: Sequence[str], resume: Resume | None
+) -> None:
+    """config.yaml (what was asked for), config_resolved.yaml (all of it), environment.json.
+
+    A run that goes on keeps what it was begun with: of these only config_resolved.yaml is new.
+    """
     write_text(folder / "config_resolved.yaml", to_yaml(config))
+    if resume in ("all", "auto") and (folder / "environment.json").is_file():
+        return
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.from_dotlist(list(overrides))))
     packages = ("torch", "torchvision", "sam3", "accelerate", "peft", "hotcoco", "numpy")
     environment = {
         "python": platform.python_version(),
@@ -334,8 +405,8 @@ def _without_bad_images(dataset: Dataset) -> Dataset:
     return dataset.subset(image.id for image in dataset.images if image.path not in bad)
 
 
-def query_dataset(config: Config, dataset: Dataset, views: int | None = None) -> QueryDataset:
-    """What the configuration makes of a split for training; `views` where it names no number."""
+def query_dataset(config: Config, dataset: Dataset) -> QueryDataset:
+    """What the configuration makes of a split for training."""
     settings = config.dataset
     names = [name for c in dataset.categories for name in (c.name, *c.synonyms)]
     choice = PromptChoice(
@@ -346,8 +417,15 @@ def query_dataset(config: Config, dataset: Dataset, views: int | None = None) ->
         nouns=tuple(nouns_beside(names)),
     )
     transforms = [instantiate(node) for node in config.transforms.train]
-    views = config.dataset.views or views
+    views = config.dataset.views
     return QueryDataset(dataset, transforms, seed=config.seed, choice=choice, views=views)
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that there is."""
+    while not path.exists():
+        path = path.absolute().parent
+    return path
 
 
 def check_masks(config: Config, dataset: Dataset) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ from app.training.tracking import Tracker
 
 log = logging.getLogger("app")
 Figures = dict[str, float]
+LESS_IS_BETTER = "off_prompt/"  # figures so named count what should not be
 
 
 class Session:
@@ -91,6 +93,7 @@ class Session:
         with self.stop.deferred():
             try:
                 self._score_start()
+                metric_name(self.state.baseline, self.config)  # one that there is
                 while not self._is_finished():
                     self._train_epoch()
                     self._end_epoch()
@@ -175,9 +178,10 @@ class Session:
         state = self.state
         row = self._row()
         if self._is_due(self.config.evaluation.every):
-            row |= self._score(f"epoch {state.epoch + 1}")
-            self._keep_threshold(row)
-            self._keep_best(row)
+            figures = self._score(f"epoch {state.epoch + 1}")
+            row |= figures
+            self._keep_threshold(figures)
+            self._keep_best(figures)
         state.rows.append(row)
         state.epoch += 1
         state.losses, state.images, state.seconds = {}, 0, 0.0
@@ -228,12 +232,13 @@ class Session:
         """The score at which F1 is highest goes with the weights."""
         self.header = self.header.model_copy(update={"threshold": row.get(THRESHOLD)})
 
-    def _keep_best(self, row: Figures) -> None:
+    def _keep_best(self, figures: Figures) -> None:
         """Save `weights/best` when the chosen figure improves; at equal figures the later stays."""
-        value, best = row[metric_name(row, self.config)], self.state.best
-        self.state.stale = 0 if best is None or value > best else self.state.stale + 1
-        if best is None or value >= best:
-            self.state.best = value
+        name = metric_name(figures, self.config)
+        better = gain(name, figures[name], self.state.best)
+        self.state.stale = 0 if better > 0 else self.state.stale + 1
+        if better >= 0:
+            self.state.best = figures[name]
             self._save_weights("best")
 
     def _save_weights(self, name: str) -> None:
@@ -264,6 +269,13 @@ def score(
             nouns=choose_nouns(dataset, config.evaluation.off_prompts, config.seed),
             on_image=on_image,
         )
+
+
+def gain(name: str, value: float, best: float | None) -> float:
+    """By how much a figure is better than the best so far; infinite for the first."""
+    if best is None:
+        return math.inf
+    return best - value if name.startswith(LESS_IS_BETTER) else value - best
 
 
 def metric_name(figures: Figures, config: Config) -> str:

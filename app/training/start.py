@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -103,27 +104,35 @@ def start(
 
     if recipe == "auto":
         images = len(splits.train.images)
-        overrides = auto(images, config.model.name, overrides, trained=trained)
+        decided = [*(["optim.lr_scale"] if lr else []), *([BATCH_SIZE] if fitted else [])]
+        chosen = auto(images, config.model.name, [*overrides, *decided], trained=trained)
+        overrides = [*chosen, *overrides]
         config = changed(overrides)
         method.check(config, weights_file)
     if eval_only:
         run.choose_split(config, splits)
     else:
         run.check_masks(config, splits.train)
+    found: list[str] = []  # here, once, for all processes
+    if not (eval_only or handed_over):
+        settled = run.settle_features(config, splits, resume, trained=trained)
+        found.append(f"training.cache_features={json.dumps(settled.training.cache_features)}")
+        found.append(f"dataset.views={json.dumps(settled.dataset.views)}")
+        config = changed([*overrides, *found])
     if fitted and not handed_over:
-        overrides = [*overrides, _fitted_batch(config, splits, resume, trained=trained)]
-        config = changed(overrides)
+        found.append(_fitted_batch(config, splits, resume, trained=trained))
+    overrides = [*overrides, *found]
+    config = changed(overrides) if found else config
     if plan:
         planned = planning.make_plan(config, splits, trained=trained)
         planning.show(planned, splits)
+        planning.require_fit(planned, splits, lambda more: changed([*overrides, *more]))
         if plan == "measure":
             planning.show_times(planning.measure(config, splits, trained=trained), planned, splits)
-        planning.require_fit(planned, splits, lambda more: changed([*overrides, *more]))
         return
     several = config.training.num_gpus * config.cluster.nodes > 1
     if several and not (handed_over or launch.is_launched() or eval_only):
-        chosen = overrides[-1:] if fitted else []
-        launch.relaunch(config.training.num_gpus, [*sys.argv[1:], *chosen], config.cluster.nodes)
+        launch.relaunch(config.training.num_gpus, [*sys.argv[1:], *found], config.cluster.nodes)
     folder = Path(config.output_dir)
     if resume:
         run.check_resume(config, splits, resume, int(os.environ.get("WORLD_SIZE", "1")))
@@ -135,7 +144,7 @@ def start(
         run.prepare_folder(folder, resume=resume, overwrite=overwrite)
         if not eval_only:
             checkpoints.check_space(folder, config, trained=weights_file is not None)
-        run.write_settings(folder, config, overrides)
+        run.write_settings(folder, config, overrides, resume)
         logging.raiseExceptions = False  # a full disk is told once, not by each line of the log
         log.addHandler(logging.FileHandler(folder / "train.log", encoding="utf-8"))
     if eval_only:
@@ -173,7 +182,7 @@ def configure(
     config = load_config(overrides, file, model)
     if lr is not None:
         config = load_config([*overrides, f"optim.lr_scale={lr / config.optim.lr}"], file, model)
-    if weights_file and config.training.warm_start.method != "none":
+    if weights_file and config.training.warm_start.method != "none" and not eval_only:
         raise UserError(
             f"training.warm_start.method={config.training.warm_start.method}: is for random "
             f"weights, and would spoil those of {weights_file}; leave it out, or --checkpoint none"

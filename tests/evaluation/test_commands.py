@@ -71,6 +71,28 @@ def test_results_from_elsewhere(command: Command, files: tuple[Path, Path], tmp_
     assert command(*_words(files, output), "--overwrite").code == 0
 
 
+def test_an_earlier_evaluation_is_replaced(command: Command, files, tmp_path: Path) -> None:
+    """Whatever the files are called: it is the later results that the report shows."""
+    output, later = tmp_path / "out", tmp_path / "later.json"
+    assert command(*_words(files, output)).code == 0
+    results = json.loads(files[1].read_text())
+    later.write_text(json.dumps(results[:1]))
+    beside = output / "predictions" / "notes_truth.json"
+    beside.write_text("of someone else")
+    for name in ("later.json", "found.json", "later_truth.json", "found.json", "later.json"):
+        renamed = tmp_path / name
+        renamed.write_text(json.dumps(results[: 2 if name == "found.json" else 1]))
+        assert command(*_words((files[0], renamed), output), "--overwrite").code == 0
+        read = record.read(output)
+        assert (read.split, len(read.results)) == (
+            renamed.stem,
+            len(json.loads(renamed.read_text())),
+        )
+        assert f"split “{renamed.stem}”" in (output / "report.html").read_text()
+    left = {file.name for file in (output / "predictions").iterdir()}
+    assert left == {"later.json", "later_truth.json", "notes_truth.json"}
+
+
 def _change(**values: object) -> Callable[[list[dict]], None]:
     return lambda results: results[0].update(values)
 
@@ -154,6 +176,12 @@ def test_a_run_against_itself_and_a_better_one(command: Command, tmp_path: Path)
     assert lines["segm/AP"].is_sure
     assert lines["segm/AP"].interval == (pytest.approx(0.5), pytest.approx(0.5))
     assert lines["segm/AP/a"].interval == (0.0, 0.0)
+    missed = lines["segm/AP/b"]
+    assert (missed.one, missed.other) == (0, pytest.approx(1))
+    assert missed.interval == (pytest.approx(1), pytest.approx(1))
+    for limit in (1, 10, 100):
+        recall = lines[f"bbox/AR_{limit}"]
+        assert (recall.one, recall.other) == (pytest.approx(0.5), pytest.approx(1))
     assert lines["segm/pmF1"].one == pytest.approx(2 / 3)  # 2 x 3 hits / (3 found + 6 there)
     assert lines["segm/pmF1"].interval == (pytest.approx(1 / 3), pytest.approx(1 / 3))
     done = command("compare", one, two)
@@ -176,12 +204,25 @@ def test_intervals_of_what_is_counted_by_images(tmp_path: Path) -> None:
     assert not lines["segm/cgF1"].is_sure
 
 
+def test_a_run_that_found_nothing(command: Command, tmp_path: Path) -> None:
+    labels = [(i, 1, BOX) for i in (1, 2, 3)]
+    empty = _run(tmp_path / "empty", [], *labels)
+    one = _run(tmp_path / "one", [found(i, 1, BOX, 0.9) for i in (1, 2, 3)], *labels)
+    lines = {line.name: line for line in compare(empty, one, resamplings=50).lines}
+    for name in ("bbox/AP", "segm/AP", "segm/AR_100", "segm/AP/a", "segm/pmF1"):
+        assert (lines[name].one, lines[name].other) == (0, pytest.approx(1)), name
+        assert lines[name].is_sure
+    assert "segm/AP/b" not in lines  # there is none to find
+    assert all(line.one == line.other == 0 for line in compare(empty, empty).lines)
+    done = command("compare", one, empty)
+    assert done.code == 0, done.err
+    assert "-1.000" in done.out
+
+
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     one = _run(tmp_path / "one", [found(1, 1, BOX, 0.9)], (1, 1, BOX))
     other = _run(tmp_path / "other", [found(1, 1, BOX, 0.9)], (1, 1, BESIDE))
-    empty = _run(tmp_path / "empty", [], (1, 1, BOX))
-    for second, said in ((other, "different images or labels"), (empty, "found nothing")):
-        with pytest.raises(UserError, match=said):
-            compare(one, second)
+    with pytest.raises(UserError, match="different images or labels"):
+        compare(one, other)
     with pytest.raises(UserError, match="holds no evaluation"):
         compare(one, tmp_path)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from app.datasets.coco import Category, Dataset, Image
 from app.evaluation.diagnosis import confusion, diagnose, extremes
 from app.evaluation.matching import overlaps
 from tests.evaluation.examples import BOX, found, truth
@@ -53,6 +57,30 @@ def test_the_worst_and_the_best() -> None:
     worst, best = extremes(images, 0.5, 12)
     assert [d.image_id for d in worst] == [2]
     assert [d.image_id for d in best] == [1]
+
+
+@pytest.mark.parametrize(
+    ("images", "each"), [(1, (1, 0)), (3, (2, 1)), (10, (5, 5)), (30, (12, 12))]
+)
+def test_few_images_are_shared(images: int, each: tuple[int, int]) -> None:
+    """All wrong, some worse: the second image has one object that is missed, the third two."""
+    pictures = tuple(Image(i, Path(f"/{i}.png"), 120, 100) for i in range(images))
+    plain = truth((0, 1, BOX)).annotations[0]
+    objects = [replace(plain, image_id=i) for i in range(images) for _ in range(i + 2)]
+    dataset = Dataset(pictures, tuple(objects), (Category(1, "a"),))
+    results = [found(i, 1, BOX, 0.9) for i in range(images)]
+    worst, best = extremes(overlaps(dataset, results, "segm"), 0.5, 12)
+    assert (len(worst), len(best)) == each
+    ids = list(range(images))
+    assert [d.image_id for d in worst] == ids[::-1][: each[0]]
+    assert [d.image_id for d in best] == ids[: each[1]]
+
+
+def test_what_is_right_is_never_the_worst() -> None:
+    labels = [(i, 1, BOX) for i in (1, 2, 3)]
+    right = [found(i, 1, BOX, 0.9) for i in (1, 2, 3)]
+    worst, best = extremes(overlaps(truth(*labels), right, "segm"), 0.5, 12)
+    assert (worst, len(best)) == ([], 3)
 
 
 def test_confusions() -> None:

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import fcntl
-import itertools
 import json
 import signal
-from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 import psutil
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from pycocotools import mask as mask_utils
 from safetensors.torch import load_file, save_file
 
-from app.inference import Detections
+from app.datasets.shapes import make_shapes
 from app.inference import folder as folder_module
-from app.inference.masks import place
-from app.inference.settings import Settings
+from app.inference.outputs import PER_IMAGE
+from app.inference.settings import SAVES
+from app.inference.tables import TABLES
 from app.model import weights
+from tests.conftest import REPOSITORY
 
 
 def _visible(folder: Path) -> list[str]:
@@ -184,14 +183,18 @@ def test_a_stopped_run_goes_on_where_it_stopped(command, words, images, tmp_path
     whole, first = _results(out), _times(out)
 
     lines = (out / ".predictions.jsonl").read_bytes().splitlines(keepends=True)
-    assert len(lines) == 4
-    (out / ".predictions.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:40])  # as a kill does
+    assert len(lines) == 5
+    (out / ".predictions.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:40])  # as a kill does
     (out / "predictions.json").unlink()
     done = command(*words)
     assert done.code == 0, done.err
     assert "1 of 3 images were done before" in done.out
     assert _results(out) == whole
     assert [name for name, time in _times(out).items() if time == first[name]] == ["a.geojson"]
+
+    (out / ".predictions.jsonl").write_bytes(b"".join(lines[:2]))  # killed in its first batch
+    assert command(*words).code == 0
+    assert _results(out) == whole
 
     Image.new("RGB", (30, 30)).save(images / "0.png")  # one is added, one changes
     Image.new("RGB", (30, 30)).save(images / "b.jpg")
@@ -243,6 +246,113 @@ def test_what_others_wrote_is_not_overwritten(command, words, images, tmp_path) 
     assert onto.code == 2
     assert "a.png is an input image" in onto.err
     assert (images / "a.png").read_bytes() == before
+
+
+def _bytes(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_other_images_are_refused_unless_overwritten(
+    command, words, images, tmp_path, monkeypatch
+) -> None:
+    """Of another folder, and of one that has the same relative path elsewhere."""
+    for place in ("here", "there"):
+        (tmp_path / place / "in").mkdir(parents=True)
+        Image.effect_noise((50, 40), 90).save(tmp_path / place / "in" / "b.png")
+    monkeypatch.chdir(tmp_path / "here")
+    assert command(*words, "--input", "in").code == 0
+    before = _bytes(tmp_path / "out")
+    for place, source in (("here", images), ("there", "in")):
+        monkeypatch.chdir(tmp_path / place)
+        done = command(*words, "--input", source)
+        assert done.code == 2
+        assert f"holds results of {tmp_path}/here/in/b.png, not of --input {source}" in done.err
+        assert "--overwrite, or name another folder" in done.err
+        assert _bytes(tmp_path / "out") == before
+    assert command(*words, "--overwrite").code == 0
+    assert {r["file_name"] for r in _results(tmp_path / "out")} == {"a.png", "b.jpg", "ä.JPG"}
+
+
+def test_a_file_that_no_run_made_is_in_the_way_of_a_new_image(
+    command, words, images, tmp_path
+) -> None:
+    assert command(*words).code == 0
+    Image.new("RGB", (30, 30)).save(images / "new.png")
+    theirs = tmp_path / "out" / "geojson" / "new.geojson"
+    theirs.write_text("mine")
+    before = _bytes(tmp_path / "out")
+    done = command(*words)
+    assert done.code == 2
+    assert done.err.count("already") == 1
+    assert "holds geojson/new.geojson already" in done.err
+    assert _bytes(tmp_path / "out") == before
+    theirs.unlink()
+    done = command(*words)
+    assert done.code == 0, done.err
+    assert "3 of 4 images were done before" in done.out
+
+
+@pytest.fixture
+def seeing(tmp_path: Path) -> list[object]:
+    """Of a prediction that finds circles, in masks that overlap, in the images of `set`."""
+    make_shapes(tmp_path / "set", train=3, valid=0, width=120, height=80)
+    (folder,) = {path.parent for path in (tmp_path / "set").rglob("*.png")}
+    folder.rename(tmp_path / "seen")
+    return [
+        *("infer", "--checkpoint", REPOSITORY / "app" / "assets" / "nano", "--threshold", 0),
+        *("--input", tmp_path / "seen", "--output-dir", tmp_path / "out", "--max-detections", 5),
+        *("--prompt", "circle", "--prompt", "rectangle"),
+    ]
+
+
+def test_all_kinds_of_output_at_once(command, seeing, tmp_path) -> None:
+    out = tmp_path / "out"
+    kinds = "overlay,coco,yolo,instances,semantic,cutouts,geojson,csv"
+    assert set(kinds.split(",")) == set(SAVES)
+    done = command(*seeing, "--save", kinds)
+    assert done.code == 0, done.err
+    names = [path.stem for path in (tmp_path / "seen").glob("*.png")]
+    files = {output.path.format(name) for output in PER_IMAGE.values() for name in names}
+    files |= {path for path, _ in TABLES.values()}
+    files -= {f"cutouts/{name}" for name in names}
+    written = {str(path.relative_to(out)) for path in _bytes(out)} - {".predictions.jsonl"}
+    cutouts = {path for path in written if path.startswith("cutouts/")}
+    assert len(names) == 3
+    assert written - cutouts == files
+    for name in names:
+        found = [r for r in _results(out) if r["file_name"] == f"{name}.png"]
+        masks = [mask_utils.decode(r["segmentation"]).astype(bool) for r in found]
+        assert len(found) == 5
+        assert np.any(masks)
+        features = json.loads((out / f"geojson/{name}.geojson").read_text())["features"]
+        assert [f["properties"]["score"] for f in features] == [r["score"] for r in found]
+        lines = (out / f"labels/{name}.txt").read_text().splitlines()
+        assert [int(line.split()[0]) + 1 for line in lines] == [r["category_id"] for r in found]
+        for kind in ("instances", "semantic"):
+            painted = np.array(Image.open(out / f"{kind}/{name}.png"))
+            assert np.array_equal(painted > 0, np.any(masks, axis=0))
+        assert sum(Path(path).parent.name == name for path in cutouts) == sum(map(np.any, masks))
+
+
+def test_a_turned_photograph_is_seen_upright(command, seeing, tmp_path) -> None:
+    first, *others = sorted((tmp_path / "seen").iterdir())
+    for path in others:
+        path.unlink()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the camera lay on its side: turn it by 90 degrees
+    stored = Image.open(first).convert("RGB").transpose(Image.Transpose.ROTATE_90)
+    stored.save(tmp_path / "seen" / "turned.png", exif=exif)
+    stored.save(tmp_path / "seen" / "stored.png")
+    done = command(*seeing, "--save", "coco,overlay")
+    assert done.code == 0, done.err
+    found: dict[str, list[object]] = {}
+    for result in _results(tmp_path / "out"):
+        seen = result["bbox"], result["segmentation"]
+        found.setdefault(result["file_name"], []).append(seen)
+    assert [mask["size"] for _, mask in found["turned.png"]] == [[80, 120]] * 5
+    assert found["turned.png"] == found[first.name]
+    assert found["turned.png"] != found["stored.png"]
+    assert Image.open(tmp_path / "out" / "turned.png").size == (120, 80)
 
 
 def test_a_folder_that_cannot_be_written(command, words, tmp_path) -> None:
@@ -319,47 +429,17 @@ def test_tiles_of_a_large_image(command, words, tmp_path) -> None:
     assert max(r["bbox"][0] for r in found["6"]) > 64
 
 
-class RedFinder:
-    """A predictor that needs no training: it finds what is red, part by part."""
-
-    def predict_batch(self, images, prompts, **_) -> list[Detections]:
-        return [self._find(np.array(image), tuple(prompts)) for image in images]
-
-    def _find(self, pixels: np.ndarray, prompts: tuple[str, ...]) -> Detections:
-        height, width = pixels.shape[:2]
-        count, labels = cv2.connectedComponents((pixels[..., 0] > 128).astype(np.uint8))
-        masks = [place(labels == label, 0, 0, height, width) for label in range(1, count)]
-        boxes = np.array([mask_utils.toBbox(mask) for mask in masks], np.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        ones, zeros = np.ones(len(masks), np.float32), np.zeros(len(masks), np.int64)
-        return Detections(boxes, ones, zeros, prompts, masks, width, height)
-
-
-def test_tiles_find_what_the_whole_image_has() -> None:
-    random = np.random.default_rng(0)
-    canvas = np.zeros((700, 900, 3), dtype=np.uint8)
-    for x, y in itertools.product(range(40, 900, 80), range(40, 700, 80)):
-        radius = int(random.integers(4, 36))
-        cv2.circle(canvas, (x, y), radius, (255, 0, 0), int(random.choice([-1, 3])))
-    image, settings = Image.fromarray(canvas), Settings("none", ("red",))
-    (whole,) = folder_module._find(RedFinder(), settings, [image])
-    assert len(whole) == 11 * 9
-    for side, overlap in ((300, 0.2), (256, 0.5), (1008, 0.2), (200, 0.4)):
-        tiled = replace(settings, tile=side, overlap=overlap)
-        (found,) = folder_module._find(RedFinder(), tiled, [image])
-        assert {m["counts"] for m in found.masks} == {m["counts"] for m in whole.masks}
-        assert len(found) == len(whole)
-        assert sorted(found.boxes_xyxy.tolist()) == sorted(whole.boxes_xyxy.tolist())
-
-
-def test_suppression_leaves_one_of_each(command, words, tmp_path) -> None:
-    few = command(*words, "--nms", 0, "--output-dir", tmp_path / "few")
+def test_suppression_leaves_one_of_each(command, seeing, tmp_path) -> None:
+    few = command(*seeing, "--nms", 0, "--output-dir", tmp_path / "few")
     assert few.code == 0, few.err
-    assert command(*words, "--nms", 1).code == 0
-    assert len(_results(tmp_path / "out")) == 15
-    masks = [r["segmentation"] for r in _results(tmp_path / "few") if r["file_name"] == "b.jpg"]
-    overlaps = mask_utils.iou(masks, masks, [0] * len(masks))
-    assert (overlaps - np.eye(len(masks)) <= 0).all()
+    assert command(*seeing, "--nms", 1).code == 0
+    overlapping = []
+    for folder in (tmp_path / "out", tmp_path / "few"):
+        for name in {r["file_name"] for r in _results(folder)}:
+            masks = [r["segmentation"] for r in _results(folder) if r["file_name"] == name]
+            overlaps = mask_utils.iou(masks, masks, [0] * len(masks))
+            overlapping.append(bool((np.triu(overlaps, 1) > 0).any()))
+    assert overlapping == [True] * 3 + [False] * 3
 
 
 def test_sigterm_ends_a_run_as_an_exit_does() -> None:

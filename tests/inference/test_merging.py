@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from app.inference.detections import Detections
 from app.inference.masks import place
 from app.inference.merging import merge_tiles, suppress
-from app.inference.predictor import Detections
 from app.inference.tiles import Tile, make_tiles
 
 WIDTH, HEIGHT = 200, 120

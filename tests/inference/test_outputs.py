@@ -15,9 +15,9 @@ from pycocotools import mask as mask_utils
 from app.datasets.formats.outlines import polygon_mask
 from app.datasets.overlay import color_of
 from app.errors import UserError
+from app.inference.detections import Detections
 from app.inference.masks import place
 from app.inference.outputs import PER_IMAGE, coco_results, draw_detections
-from app.inference.predictor import Detections
 from app.inference.tables import TABLES
 from tests.inference.test_polygons import fill
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -10,12 +14,18 @@ from pycocotools import mask as mask_utils
 from sam3.model.sam3_image_processor import Sam3Processor
 
 from app.config import load_config
+from app.datasets.images import open_image
+from app.datasets.shapes import make_shapes
 from app.errors import UserError
-from app.inference import Predictor
+from app.inference import Detections, Predictor
 from app.inference import predictor as predictor_module
+from app.inference.masks import place
+from app.inference.outputs import coco_results
+from app.model import weights
 from app.model.build import build_model
-from tests.conftest import TINY
+from tests.conftest import REPOSITORY, TINY
 
+NANO = REPOSITORY / "app" / "assets" / "nano"
 CONFIG = load_config(TINY).model
 
 
@@ -114,6 +124,112 @@ def test_the_python_interface(tiny_run, image) -> None:
     assert (masks.shape, masks.dtype) == ((3, 60, 90), bool)
     assert np.array_equal(masks[1], mask_utils.decode(found.masks[1]).astype(bool))
     assert found.select([2, 0]).scores.tolist() == found.scores[[2, 0]].tolist()
+
+
+def test_the_command_finds_what_the_python_interface_finds(command, tmp_path) -> None:
+    """With the classes and the threshold of the weights, and with each way of looking."""
+    header = weights.read_header(NANO)
+    make_shapes(tmp_path / "set", train=1, valid=0, width=200, height=120)
+    (file,) = (tmp_path / "set").rglob("*.png")
+    loaded, seen = Predictor.load(NANO, device="cpu"), []
+    ways = {"plain": {}, "nms": {"nms": 0.3}, "tile": {"tile": 128, "overlap": 0.4}}
+    for way, options in ways.items():
+        flags = [f"--{key}={value}" for key, value in options.items()]
+        out = tmp_path / way
+        done = command(
+            *("infer", "--checkpoint", NANO, "--input", file, "--output-dir", out),
+            *("--device", "cpu", *flags),
+        )
+        assert done.code == 0, done.err
+        results = json.loads((out / "predictions.json").read_text())
+        for result in results:
+            del result["file_name"], result["prompt"]
+        found = loaded.predict(open_image(file), **options)
+        assert found.prompts == tuple(header.prompts)
+        assert coco_results(found, 1, range(1, len(found.prompts) + 1)) == results
+        assert len(results) > 0
+        assert results not in seen
+        seen.append(results)
+        assert min(result["score"] for result in results) > header.threshold
+
+
+def test_without_a_threshold_of_the_weights_it_is_one_half(predictor, image) -> None:
+    everything = predictor.predict(image, ["a", "b"], threshold=0.0)
+    assert len(predictor.predict(image, ["a", "b"])) == int((everything.scores > 0.5).sum())
+
+
+def test_boxes_alone_do_not_ask_for_the_classes(image) -> None:
+    loaded = Predictor.load(NANO, device="cpu")
+    found = loaded.predict(image, boxes_xywh=[(20, 10, 40, 40)], threshold=0.0)
+    assert found.prompts == ("visual",)
+    with pytest.raises(UserError, match="a box lies in one tile"):
+        loaded.predict(image, boxes_xywh=[(20, 10, 40, 40)], tile=32)
+
+
+class RedFinder(Predictor):
+    """One that needs no training: it finds what is red."""
+
+    def __init__(self) -> None:
+        self.prompts, self.threshold = ("red",), 0.5
+
+    def _find(self, images, *, prompts, **_) -> list[Detections]:
+        return [self._red(np.array(image), prompts) for image in images]
+
+    def _red(self, pixels: np.ndarray, prompts: tuple[str, ...]) -> Detections:
+        height, width = pixels.shape[:2]
+        count, labels = cv2.connectedComponents((pixels[..., 0] > 128).astype(np.uint8))
+        masks = [place(labels == label, 0, 0, height, width) for label in range(1, count)]
+        boxes = np.array([mask_utils.toBbox(mask) for mask in masks], np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        ones, zeros = np.ones(len(masks), np.float32), np.zeros(len(masks), np.int64)
+        return Detections(boxes, ones, zeros, prompts, masks, width, height)
+
+
+def test_tiles_find_what_the_whole_image_has() -> None:
+    random = np.random.default_rng(0)
+    canvas = np.zeros((700, 900, 3), dtype=np.uint8)
+    for x, y in itertools.product(range(40, 900, 80), range(40, 700, 80)):
+        radius = int(random.integers(4, 36))
+        cv2.circle(canvas, (x, y), radius, (255, 0, 0), int(random.choice([-1, 3])))
+    image = Image.fromarray(canvas)
+    whole = RedFinder().predict(image)
+    assert len(whole) == 11 * 9
+    for side, overlap in ((300, 0.2), (256, 0.5), (1008, 0.2), (200, 0.4)):
+        found = RedFinder().predict(image, tile=side, overlap=overlap)
+        assert {m["counts"] for m in found.masks} == {m["counts"] for m in whole.masks}
+        assert len(found) == len(whole)
+        assert sorted(found.boxes_xyxy.tolist()) == sorted(whole.boxes_xyxy.tolist())
+
+
+def test_an_image_that_is_changed_in_place_is_seen_anew(predictor, image) -> None:
+    changed = image.copy()
+    before = predictor.predict(changed, ["red circle"], threshold=0.0)
+    ImageDraw.Draw(changed).rectangle((0, 0, 60, 59), fill=(0, 0, 250))
+    found = predictor.predict(changed, ["red circle"], threshold=0.0)
+    fresh = Predictor(predictor.model, CONFIG).predict(changed, ["red circle"], threshold=0.0)
+    assert np.array_equal(found.boxes_xyxy, fresh.boxes_xyxy)
+    assert np.array_equal(found.scores, fresh.scores)
+    assert found.masks == fresh.masks
+    assert not np.allclose(found.scores, before.scores, atol=1e-5)
+
+
+def test_an_image_is_encoded_once(predictor, image, monkeypatch) -> None:
+    """For more prompts than go through DETR together, and for a second call about it."""
+    backbone, passes = predictor.model.backbone, []
+    encode, ground = backbone.forward_image, predictor.model.forward_grounding
+    monkeypatch.setattr(backbone, "forward_image", lambda x: passes.append("image") or encode(x))
+    monkeypatch.setattr(
+        predictor.model,
+        "forward_grounding",
+        lambda **inputs: passes.append("prompts") or ground(**inputs),
+    )
+    fresh = Predictor(predictor.model, CONFIG)
+    fresh.predict(image, [f"thing {number}" for number in range(17)])
+    assert passes == ["image", "prompts", "prompts"]
+    fresh.predict(image.copy(), ["dog"])
+    assert passes.count("image") == 1
+    fresh.predict(image.rotate(180), ["dog"])
+    assert passes.count("image") == 2
 
 
 def test_many_prompts_find_what_each_finds_alone(predictor, image, monkeypatch) -> None:

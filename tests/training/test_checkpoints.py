@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from app.config import load_config
 from app.training import method
-from app.training.checkpoints import checkpoint_bytes
+from app.training.checkpoints import checkpoint_bytes, run_bytes
 from app.training.loop import Loop
 from tests.conftest import REPOSITORY, TINY, Command
 
@@ -54,16 +54,23 @@ def test_the_size_that_is_foretold(tiny_run: Path) -> None:
     assert checkpoint_bytes(average, model) - checkpoint_bytes(config, model) == 4 * parameters
 
 
+def test_a_lora_of_the_full_size_resumes_from_little() -> None:
+    config = load_config(["model=sam3", "method=lora"])
+    assert checkpoint_bytes(config, method.on_meta(config, trained=True)) < 100e6
+
+
 def test_a_full_disk_is_found_first(command: Command, shapes, small_disk, monkeypatch) -> None:
     def build(*_: object, **__: object) -> None:
         raise AssertionError("the model was built")
 
     monkeypatch.setattr("app.training.run.build_model", build)
-    _fill(small_disk, left=10 * MIB)
     words = ("train", "--dataset-dir", shapes, "--output-dir", small_disk / "out", *FAST)
+    config = load_config(TINY)
+    needed = sum(run_bytes(config, method.on_meta(config, trained=False)))
+    _fill(small_disk, left=needed - MIB)  # three checkpoints and two weights, but for 1 MiB
     done = command(*words)
     assert done.code == 2
-    assert "GB are free, and checkpoints of this run take" in done.err
+    assert "GB are free, and this run needs" in done.err
     assert [p.name for p in (small_disk / "out").iterdir()] in ([], ["train.log"])
 
 

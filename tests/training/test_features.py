@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from app.config import load_config, load_model_config
 from app.datasets.build import load_splits
 from app.errors import UserError
 from app.model.build import build_model
-from app.training import run
+from app.training import checkpoints, features, run
 from app.training.features import Store, check_space, image_bytes, keep
 from tests.conftest import TINY, Command
 
@@ -78,6 +79,61 @@ def test_bfloat16_halves_the_files_and_what_is_damaged_is_made_anew(tmp_path: Pa
     assert store.read("cd34") is None
 
 
+def test_another_precision_reads_none_of_it(shapes: Path, tmp_path: Path) -> None:
+    config = load_config(TINY).model
+    pixels = torch.rand(1, 3, 64, 64)
+    torch.manual_seed(0)
+    models = [build_model(config) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    exact = models[0].backbone.vision_backbone.trunk(pixels)[-1]
+    for model, precision in zip(models, (torch.bfloat16, torch.float32), strict=True):
+        keep(model, ["vision"], tmp_path, precision)
+    rounded, kept = (model.backbone.vision_backbone.trunk(pixels)[-1] for model in models)
+    assert torch.equal(rounded, exact.bfloat16().float())
+    assert torch.equal(kept, exact)
+
+
+def test_a_full_disk_only_takes_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What is answered is the same, kept or not; said once."""
+    (tmp_path / "file").touch()
+    store, value = Store(tmp_path / "file", torch.bfloat16), {"features": torch.rand(4, 8)}
+    logging.getLogger("app").propagate = True
+    answers = [store.write(key, value)["features"] for key in ("ab", "cd")]
+    assert all(torch.equal(answer, value["features"].bfloat16().float()) for answer in answers)
+    assert store.read("ab") is None
+    assert caplog.text.count("no longer kept") == 1
+
+
+@pytest.mark.parametrize("left", [10**12, 0])
+def test_a_run_that_goes_on_keeps_what_it_decided(
+    left: int, shapes: Path, tiny_run: Path, tmp_path: Path, command: Command, monkeypatch
+) -> None:
+    """Views are drawn otherwise where features are kept: a disk that has filled changes nothing."""
+    monkeypatch.setattr(run, "FEATURES", tmp_path / "features")
+    words = [
+        *("train", "--dataset-dir", shapes, "--checkpoint", tiny_run / "weights" / "best"),
+        *("--method", "head", "evaluation.pictures=0", "--epochs"),
+    ]
+
+    def disk(free: int) -> None:
+        monkeypatch.setattr(features.shutil, "disk_usage", lambda _: Usage(free))
+
+    Usage = type("Usage", (), {"__init__": lambda self, free: setattr(self, "free", free)})
+    disk(left)
+    monkeypatch.setattr(checkpoints, "check_space", lambda *_, **__: None)
+    assert command(*words, 2, "--output-dir", tmp_path / "whole").code == 0
+    assert command(*words, 1, "--output-dir", tmp_path / "cut").code == 0
+    disk(10**12 - left)
+    done = command(*words, 2, "--output-dir", tmp_path / "cut", "--resume")
+    assert done.code == 0, done.err
+    ours, theirs = (
+        load_file(tmp_path / name / "weights" / "last" / "model.safetensors")
+        for name in ("cut", "whole")
+    )
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert ("kept in" in done.out) == (left > 0)
+
+
 def _losses(folder: Path) -> list[float]:
     with (folder / "metrics.csv").open() as lines:
         return [float(row["train/loss"]) for row in csv.DictReader(lines)]
@@ -98,7 +154,7 @@ def test_losses_are_those_of_the_uncached_run(
             *words, f"training.cache_features={cached}", "--output-dir", tmp_path / cached
         )
         assert done.code == 0, done.err
-        assert ("features of frozen encoders" in done.out) == (cached == "true")
+        assert ("features of the frozen vision and text: kept in" in done.out) == (cached == "true")
     assert _losses(tmp_path / "true") == pytest.approx(_losses(tmp_path / "false"), rel=1e-5)
     counts = [len(list(f.rglob("*.safetensors"))) for f in (tmp_path / "features").iterdir()]
     assert 4 * 2 + 2 in counts  # two views of four images, and two validation images

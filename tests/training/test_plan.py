@@ -99,6 +99,25 @@ def test_what_does_not_fit_is_refused_with_what_would(
         assert command(*words, *change).code == 0, way
 
 
+def test_measuring_comes_after_the_refusal(shapes: Path, command: Command, monkeypatch) -> None:
+    monkeypatch.setattr(planning, "measure", lambda *_, **__: pytest.fail("it trained"))
+    _small(monkeypatch, 0)
+    words = ["train", "--dataset-dir", shapes, "--checkpoint", "none", "--plan=measure", *TINY]
+    assert command(*words).code == 2
+
+
+def test_proposals_that_do_not_go_with_the_run(
+    shapes: Path, tiny_run: Path, command: Command, monkeypatch
+) -> None:
+    """A frozen trunk and a LoRA are not given together."""
+    _small(monkeypatch, 0)
+    words = ["train", "--dataset-dir", shapes, "--checkpoint", tiny_run / "weights/best", "--plan"]
+    done = command(*words, "--freeze", "vision")
+    assert done.code == 2
+    assert "memory: " in done.err
+    assert "both given" not in done.err
+
+
 def test_the_largest_batch_fits_and_one_more_does_not(shapes: Path, monkeypatch) -> None:
     config, splits = load_config(TINY), load_splits(shapes)
 
@@ -135,12 +154,19 @@ def test_batch_size_auto(shapes: Path, tmp_path: Path, command: Command, monkeyp
     assert "batch size: 4 images" in again.out
 
 
-def test_too_small_a_disk_is_refused(shapes: Path, command: Command, monkeypatch) -> None:
-    usage = type("Usage", (), {"free": 1000})
+def test_too_small_a_disk_is_refused(
+    shapes: Path, tiny_run: Path, command: Command, monkeypatch
+) -> None:
+    usage = type("Usage", (), {"free": 50_000_000})
     monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage)
-    done = command("train", "--dataset-dir", shapes, "--checkpoint", "none", "--plan", *TINY)
+    words = ["train", "--dataset-dir", shapes, "--checkpoint", tiny_run / "weights/best", "--plan"]
+    done = command(*words)
     assert done.code == 2
-    assert "more are needed on its disk" in done.err
+    assert "more are needed on its disk; what would do:" in done.err
+    ways = [line.split()[0] for line in done.err.splitlines()[1:]]
+    assert ways == ["method=lora", "method=lora-minimal"]
+    for way in ways:
+        assert command(*words, way).code == 0
 
 
 def test_limits_of_control_groups_count(tmp_path: Path, monkeypatch) -> None:

@@ -51,11 +51,22 @@ def test_what_the_user_sets_wins(caplog: pytest.LogCaptureFixture) -> None:
     asked = ["training.epochs=3", "loss=full", "method=lora-minimal", "method.lora.rank=2"]
     with caplog.at_level(logging.INFO, logger="app"):
         logging.getLogger("app").propagate = True
-        config = load_config(auto(5, "sam3", asked, trained=True))
+        config = load_config([*auto(5, "sam3", asked, trained=True), *asked])
     assert config.training.epochs == 3
     assert config.loss.criterion["loss_fn_semantic_seg"] is not None
     assert (config.method.name, config.method.lora.rank) == ("lora-minimal", 2)
     assert config.method.lora.alpha == 8
+
+
+def test_what_other_flags_decide_is_not_chosen() -> None:
+    chosen = auto(100, "sam3", ["optim.lr_scale", "training.batch_size"], trained=True)
+    assert not any(text.startswith(("optim.lr_scale", "training.batch_size")) for text in chosen)
+
+
+def test_frozen_encoders_are_no_adapter() -> None:
+    asked = ["method.freeze=[vision]"]
+    config = load_config([*auto(100, "sam3", asked, trained=True), *asked])
+    assert (config.method.name, config.method.freeze) == ("full", ["vision"])
 
 
 def test_random_weights_keep_the_full_rate() -> None:

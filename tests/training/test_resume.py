@@ -146,6 +146,25 @@ def test_another_run_is_refused_by_name(train, tmp_path) -> None:
     assert (tmp_path / "cut" / "config_resolved.yaml").read_bytes() == settings
 
 
+def test_another_method_is_refused_by_name(train, tiny_run: Path, tmp_path: Path) -> None:
+    """Its weights alone as well, where an adapter comes in: it would lose its base."""
+    begin = ("--checkpoint", tiny_run / "weights" / "best", "--epochs", 1)
+    assert train(*begin).code == 0
+    before = _saved(tmp_path / "cut")
+    done = train(*begin, "--resume", "--method", "head")
+    assert done.code == 2
+    assert '  method.name: "full" then, "head" now' in done.err
+    done = train(*begin, "--resume=weights", "--method", "lora")
+    assert done.code == 2
+    assert "is of method full, whose weights are no beginning for this one" in done.err
+    assert _saved(tmp_path / "cut") == before
+    assert train(*begin, "--method", "lora-minimal", folder="adapter").code == 0
+    words = ("--method", "lora-minimal", "--resume=weights", "method.lora.rank=2")
+    done = train(*begin, *words, folder="adapter")
+    assert done.code == 2
+    assert "(method.lora.rank)" in done.err
+
+
 def test_another_world_size_is_refused_by_name(train, monkeypatch) -> None:
     assert train().code == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -165,6 +184,7 @@ def test_the_weights_alone(train, tmp_path) -> None:
     """With other data: a new schedule, from the trained weights; the old checkpoints give way."""
     assert train().code == 0
     before = load_file(tmp_path / "cut/checkpoints/update-00000004/model.safetensors")
+    baseline = _state(tmp_path / "cut/checkpoints/update-00000004")["baseline"]
     done = train("--resume=weights", "--epochs", 1, "dataset.limit=3", "optim.lr_scale=1e-9")
     assert done.code == 0, done.err
     assert "the schedule starts anew" in done.out
@@ -172,6 +192,12 @@ def test_the_weights_alone(train, tmp_path) -> None:
     after = load_file(tmp_path / "cut/checkpoints/update-00000002/model.safetensors")
     assert all(torch.allclose(after[key], before[key], atol=1e-6) for key in before)
     assert [row["epoch"] for row in _figures(tmp_path / "cut")] == ["1"]
+    states = [_state(tmp_path / "cut" / "checkpoints" / name) for name in _saved(tmp_path / "cut")]
+    assert states[0]["baseline"] == states[1]["baseline"] == baseline  # of before all training
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "run.json").read_text())["state"]
 
 
 def test_auto_resumes_or_starts(train, tmp_path) -> None:
@@ -181,6 +207,14 @@ def test_auto_resumes_or_starts(train, tmp_path) -> None:
     assert "resumed from" in done.out
     assert len(_figures(tmp_path / "cut")) == 2
     assert train("--resume=never").code == 2
+
+
+def test_a_run_that_goes_on_keeps_its_first_command(train, tmp_path) -> None:
+    assert train("--epochs", 1, "--lr", 1e-4).code == 0
+    kept = [(tmp_path / "cut" / name).read_bytes() for name in ("config.yaml", "environment.json")]
+    assert train("--resume", "--lr", 1e-4).code == 0
+    again = [(tmp_path / "cut" / name).read_bytes() for name in ("config.yaml", "environment.json")]
+    assert again == kept
 
 
 def test_patience_ends_a_run(train, tmp_path) -> None:

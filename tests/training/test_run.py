@@ -17,6 +17,7 @@ from app.datasets.build import load_splits
 from app.evaluation.metrics import evaluate
 from app.model import weights
 from app.training.loop import Loop
+from app.training.session import gain
 from tests.conftest import TINY, Command, Result
 
 
@@ -177,6 +178,12 @@ def test_the_best_weights_are_kept(train, tmp_path: Path) -> None:
     assert figures["bbox/AP50"] == max(float(row["bbox/AP50"]) for row in _rows(tmp_path / "out"))
 
 
+def test_what_is_better() -> None:
+    assert gain("segm/AP", 0.5, 0.4) == pytest.approx(0.1)
+    assert gain("off_prompt/firing", 0.5, 0.4) == pytest.approx(-0.1)  # false positives
+    assert gain("segm/AP", 0.0, None) > 0
+
+
 def test_resolution_and_settings_are_written(train, command, shapes, tmp_path: Path) -> None:
     words = ("--resolution", 96, "--epochs", 1, "evaluation.pictures=0")
     done = command("train", "--dataset-dir", shapes, "--output-dir", tmp_path / "out", *words)
@@ -333,10 +340,11 @@ def test_a_gradient_that_is_not_finite_is_named(train, tmp_path, monkeypatch) ->
     assert "the gradient of transformer.decoder.norm.weight is the first" in done.err
 
 
-def test_a_metric_that_is_none(train) -> None:
+def test_a_metric_that_is_none(train, tmp_path: Path) -> None:
     done = train("--epochs", 1, "evaluation.metric=bbox/Ap")
     assert done.code == 2
     assert "Did you mean 'bbox/AP'" in done.err
+    assert not (tmp_path / "out" / "metrics.csv").exists()  # before anything was trained
 
 
 def test_broken_data_leaves_nothing(command, tmp_path: Path) -> None:

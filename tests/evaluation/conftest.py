@@ -1,0 +1,36 @@
+"""A run that finds something: from the project's own weights, configured in every way there is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from app.__main__ import main
+
+CONFIGURED = {
+    "model": {"name": "nano", "mask_points": 64},
+    "transforms": "strong",
+    "training": {"epochs": 1, "batch_size": 1, "grad_accum": 2},
+    "evaluation": {"pictures": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def nano_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of one epoch, made with a file, flags and an override."""
+    folder = tmp_path_factory.mktemp("nano")
+    file = folder / "mine.yaml"
+    file.write_text(yaml.safe_dump({**CONFIGURED, "dataset": {"dir": str(shapes)}}))
+    words = ["app", "train", "--config", str(file), "--lr", "2e-6", "evaluation.off_prompts=2"]
+    before, sys.argv = sys.argv, [*words, "--output-dir", str(folder / "run")]
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            raise RuntimeError(f"the run ended with {stop.code}") from None
+    finally:
+        sys.argv = before
+    return folder / "run"
