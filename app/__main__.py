@@ -190,7 +190,8 @@ def infer(
         list[str] | None,
         typer.Option(
             help="overlay, coco, yolo, instances, semantic, cutouts, geojson, csv; several, or "
-            "parted by commas  [default: overlay,coco]"
+            "parted by commas; instances and semantic hold one value a pixel, the higher score on "
+            "top  [default: overlay,coco]"
         ),
     ] = None,
     model: Annotated[str, typer.Option(help="size, for weights that do not say theirs")] = "auto",

@@ -1,6 +1,6 @@
 """What the nano that the project carries can do, beside what is asked of it.
 
-    .venv/bin/python -m benchmarks.nano                  # all of it: some 25 minutes on 2 cores
+    .venv/bin/python -m benchmarks.nano                  # all of it: some 30 minutes on 2 cores
     .venv/bin/python -m benchmarks.nano known absent     # parts, by name
     .venv/bin/python -m benchmarks.nano known --weights outputs/nano/weights/best
 

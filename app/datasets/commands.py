@@ -17,7 +17,7 @@ from app.config import Config, load_config
 from app.datasets import sources
 from app.datasets.build import Splits, Survey, advise, decode, make_splits, many_classes, survey
 from app.datasets.coco import Dataset
-from app.datasets.dataset_report import by_kind, render
+from app.datasets.dataset_report import REPORT, by_kind, render
 from app.datasets.faults import KINDS, MAX_DROP, Action, Fault, counts_of, lines, notes
 from app.datasets.writing import is_built, write_splits
 from app.errors import UserError
@@ -25,7 +25,6 @@ from app.files import atomic_folder, write_text
 from app.progress import progress
 
 log = logging.getLogger("app")
-REPORT = "dataset_report.html"
 DropOption = Annotated[
     float,
     typer.Option(min=0, max=1, help="most images and annotations left out as faulty, 0 to 1"),

@@ -85,7 +85,7 @@ def train(
     Args:
         config: the whole of it, checked.
         splits: the images to train on and to validate on.
-        start: weights to start from; None for random ones.
+        start: file or folder of the weights to start from; None for random ones.
         resume: go on from the newest checkpoint in the output folder; "weights": from its weights.
         stop: what signals ask for.
 
@@ -95,6 +95,7 @@ def train(
         UserError: the disk is full; the last checkpoint is whole.
     """
     begun = time.monotonic()
+    start = None if start is None else weights.find_file(start)
     config = settle_features(config, splits, resume, trained=start is not None)
     device = choose_device(config.training.device)
     precision = choose_precision(config.training.precision, device, config.model)

@@ -215,7 +215,7 @@ def test_no_two_blobs_are_alike():
 
     areas = [area(seed, 60.0) for seed in np.linspace(0, 0.99, 50)]
     assert len({round(value, 3) for value in areas}) > 45
-    assert min(areas) < 0.8 < 1.6 < max(areas)  # thin ones and full ones; a circle has 3.14
+    assert min(areas) < 1.3 < 2.0 < max(areas)  # thin ones and full ones; a circle has 3.14
     assert area(0.5, 80.0) == pytest.approx(area(0.5, 40.0), rel=0.03)  # one outline, of any size
 
 
@@ -286,11 +286,11 @@ def test_backgrounds_differ(tmp_path):
 
 
 def test_workers_change_no_byte(tmp_path):
-    words = {"kinds": KINDS, "colors": list(COLORS), "label_by": "both", "train": 20, "valid": 3}
+    words = {"kinds": KINDS, "colors": list(COLORS), "label_by": "both", "train": 22, "valid": 3}
     for workers in (1, 2, 5):
         make_shapes(tmp_path / str(workers), workers=workers, width=96, height=64, **words)
     one, two, five = (contents(tmp_path / name) for name in "125")
-    assert len(one) == 25
+    assert len(one) == 27
     assert one == two == five
 
 

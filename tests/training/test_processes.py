@@ -74,6 +74,7 @@ def train(folder: Path, output: Path, batch_size: int) -> None:
     list(loop.run_epoch(10))  # they are in step still
     if second:
         os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, which a run would defer
     with launch.without_others():
         list(loop.run_epoch(11))
 
