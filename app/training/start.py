@@ -115,14 +115,13 @@ def start(
         run.check_masks(config, splits.train)
     found: list[str] = []  # here, once, for all processes
     if not (eval_only or handed_over):
-        settled = run.settle_features(config, splits, resume, trained=trained)
-        found.append(f"training.cache_features={json.dumps(settled.training.cache_features)}")
-        found.append(f"dataset.views={json.dumps(settled.dataset.views)}")
-        config = changed([*overrides, *found])
+        config = run.settle_features(config, splits, resume, trained=trained)
+        found.append(f"training.cache_features={json.dumps(config.training.cache_features)}")
+        found.append(f"dataset.views={json.dumps(config.dataset.views)}")
     if fitted and not handed_over:
         found.append(_fitted_batch(config, splits, resume, trained=trained))
+        config = changed([*overrides, *found])
     overrides = [*overrides, *found]
-    config = changed(overrides) if found else config
     if plan:
         planned = planning.make_plan(config, splits, trained=trained)
         planning.show(planned, splits)
