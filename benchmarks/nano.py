@@ -36,7 +36,7 @@ SHAPES = load_config([], recipe_file("nano")).dataset.shapes
 PAIRS = [f"{color} {kind}" for color in SHAPES.colors or () for kind in SHAPES.kinds]
 KNOWN_KINDS = [kind for kind in SHAPES.kinds if kind != "blob"]  # of any form: no kind to measure
 NEW_KINDS = ["star", "ring"]
-NEW_EPOCHS, POTHOLES_EPOCHS = 80, 45  # what 3 and 10 minutes on 2 cores hold
+NEW_EPOCHS, POTHOLES_EPOCHS = 75, 45  # what 3 and 10 minutes on 2 cores hold
 POTHOLES = Path(__file__).resolve().parents[2] / "shared" / "datasets" / "potholes"
 
 

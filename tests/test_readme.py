@@ -96,7 +96,7 @@ def test_prediction(command: Command, tiny_run: Path, tmp_path: Path, monkeypatc
     best = ("--checkpoint", tiny_run / "weights" / "best")
     done = command("infer", *_words(line), *best, "--output-dir", tmp_path / "out")
     assert done.code == 0, done.err
-    assert len(list((tmp_path / "out").glob("*.png"))) == 5
+    assert len(list((tmp_path / "out").glob("*.png"))) == (5 if "potholes" in line else 1)
 
 
 @pytest.mark.parametrize("line", COMMANDS)

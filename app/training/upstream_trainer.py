@@ -133,7 +133,9 @@ def build(size: str, resolution: int, segmentation: bool, checkpoint_path: str |
     matcher = BinaryHungarianMatcherV2(
         focal=True, cost_class=2.0, cost_bbox=5.0, cost_giou=2.0, alpha=0.25, gamma=2, stable=False
     )
-    model = build_model(_size(size, resolution, segmentation), matcher=matcher)
+    config = _size(size, resolution, segmentation)
+    recomputing = config.model_copy(update={"activation_checkpointing": True})  # as upstream does
+    model = build_model(recomputing, matcher=matcher)
     if checkpoint_path is not None:
         weights.load_into(model, Path(checkpoint_path))
     return model
