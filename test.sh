@@ -14,4 +14,4 @@ ensure_venv
 cd "$root"
 # Two workers with a thread each: more threads than cores wait for one another.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$venv/bin/python" -m pytest -n 2 "$@"
+exec "$venv/bin/python" -m pytest -n 2 --dist worksteal "$@"
