@@ -172,11 +172,14 @@ class Loop:
         self.sampler.first = first_update * training.batch_size * training.grad_accum
         set_training(self.accelerator.unwrap_model(self.model))
         batches = iter(self.loader)
-        while group := list(itertools.islice(batches, training.grad_accum)):
-            with together(self.accelerator.device):
-                if bad := [batch for batch in group if isinstance(batch, UserError)]:
-                    raise bad[0]
-            yield self._update(group)
+        try:
+            while group := list(itertools.islice(batches, training.grad_accum)):
+                with together(self.accelerator.device):
+                    if bad := [batch for batch in group if isinstance(batch, UserError)]:
+                        raise bad[0]
+                yield self._update(group)
+        finally:
+            del batches  # ends its processes, which an error would keep, and the exit wait for
 
     def _update(self, group: list[BatchedDatapoint]) -> StepResult:
         """One update from the mean gradient of the batches in `group`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hydra.utils import instantiate
 from app.config import load_config
 from app.datasets.build import load_splits
 from app.datasets.queries import QueryDataset, collate
+from app.errors import UserError
 from app.model.build import build_model
 from app.model.guard import NotFiniteError
 from app.training.loop import EpochSampler, Loop, build_accelerator, build_optimizer
@@ -75,6 +77,20 @@ def test_an_epoch_takes_every_image_once(shapes: Path) -> None:
         steps = list(loop.run_epoch(0))
         assert len(steps) == updates
         assert sum(step.images for step in steps) == 4
+
+
+def test_an_error_leaves_no_loading_process(shapes: Path, monkeypatch) -> None:
+    """Whoever holds the error holds its frames: the exit would wait for the processes for ever."""
+    loop, data = _loop(shapes, "training.num_workers=2")
+
+    def bad(*_: object) -> None:
+        raise UserError("bad image")
+
+    monkeypatch.setattr(type(data), "__getitem__", bad)
+    with pytest.raises(UserError, match="bad image") as caught:
+        list(loop.run_epoch(0))
+    assert caught.value.__traceback__ is not None
+    assert not multiprocessing.active_children()
 
 
 def test_gradients_are_clipped(shapes: Path) -> None:
