@@ -329,3 +329,8 @@ def _write_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) ->
             written += target.write(chunk)
     if written != member.file_size:
         raise zipfile.BadZipFile(f"it does not unpack to the {member.file_size} bytes it claims")
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that there is."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())

@@ -68,17 +68,21 @@ def potholes() -> Path:
 def tiny_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of one epoch."""
     folder = tmp_path_factory.mktemp("run") / "out"
-    words = [
-        *("app", "train", "--dataset-dir", str(shapes), "--model", "nano", "--epochs", "1"),
+    finish(
+        *("train", "--dataset-dir", str(shapes), "--model", "nano", "--epochs", "1"),
         *("--checkpoint", "none"),
         *("--output-dir", str(folder), "evaluation.pictures=1", *TINY),
-    ]
-    before, sys.argv = sys.argv, words
+    )
+    return folder
+
+
+def finish(*words: str) -> None:
+    """`python -m app WORDS` in this process, for fixtures that many tests share."""
+    before, sys.argv = sys.argv, ["app", *words]
     try:
         main()
     except SystemExit as stop:
         if stop.code:
-            raise RuntimeError(f"the tiny run ended with {stop.code}") from None
+            raise RuntimeError(f"the run ended with {stop.code}") from None
     finally:
         sys.argv = before
-    return folder

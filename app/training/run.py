@@ -35,7 +35,7 @@ from app.evaluation import record, report
 from app.evaluation.model_card import write_card
 from app.evaluation.record import Record
 from app.evaluation.report_page import write_report
-from app.files import write_json, write_text
+from app.files import existing, write_json, write_text
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, count_parameters
@@ -418,15 +418,7 @@ def query_dataset(config: Config, dataset: Dataset) -> QueryDataset:
         nouns=tuple(nouns_beside(names)),
     )
     transforms = [instantiate(node) for node in config.transforms.train]
-    views = config.dataset.views
-    return QueryDataset(dataset, transforms, seed=config.seed, choice=choice, views=views)
-
-
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that there is."""
-    while not path.exists():
-        path = path.absolute().parent
-    return path
+    return QueryDataset(dataset, transforms, seed=config.seed, choice=choice, views=settings.views)
 
 
 def check_masks(config: Config, dataset: Dataset) -> None:

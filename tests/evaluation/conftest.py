@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from app.__main__ import main
+from tests.conftest import finish
 
 CONFIGURED = {
     "model": {"name": "nano", "mask_points": 64},
@@ -24,13 +23,6 @@ def nano_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nano")
     file = folder / "mine.yaml"
     file.write_text(yaml.safe_dump({**CONFIGURED, "dataset": {"dir": str(shapes)}}))
-    words = ["app", "train", "--config", str(file), "--lr", "2e-6", "evaluation.off_prompts=2"]
-    before, sys.argv = sys.argv, [*words, "--output-dir", str(folder / "run")]
-    try:
-        main()
-    except SystemExit as stop:
-        if stop.code:
-            raise RuntimeError(f"the run ended with {stop.code}") from None
-    finally:
-        sys.argv = before
+    words = ["train", "--config", str(file), "--lr", "2e-6", "evaluation.off_prompts=2"]
+    finish(*words, "--output-dir", str(folder / "run"))
     return folder / "run"
