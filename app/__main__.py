@@ -106,6 +106,18 @@ def train(
     warm_start: Annotated[
         str | None, typer.Option(help="pixels: from random weights, the trunk learns these first")
     ] = None,
+    mlflow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[=URI]",
+            help="send figures, files and weights to MLflow too: at MLFLOW_TRACKING_URI, or else "
+            "in outputs/mlflow.db",
+        ),
+    ] = None,
+    register: Annotated[
+        str | None,
+        typer.Option(help="name in MLflow's model registry that the best weights get"),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML in our schema or in upstream's Trainer's")
     ] = None,
@@ -128,6 +140,8 @@ def train(
         "training.num_gpus": num_gpus,
         "cluster.name": cluster,
         "cluster.nodes": nodes,
+        "tracking.mlflow": mlflow,
+        "tracking.register_as": register,
         "model.resolution": resolution,
         "output_dir": output_dir,
         "checkpoint": checkpoint,
@@ -322,6 +336,32 @@ def compare(
 
 
 @cli.command()
+def track(
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    mlflow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[=URI]",
+            help="server or store; MLFLOW_TRACKING_URI unless given, or else outputs/mlflow.db",
+        ),
+    ] = None,
+    register: Annotated[
+        str | None, typer.Option(help="name in the model registry that the best weights get")
+    ] = None,
+) -> None:
+    """Send to MLflow what it has not of a run: after a server was down, or for the first time."""
+    from app.training.mlflow_sender import track as send
+
+    uri, state = send(run, mlflow or "auto", register)
+    log.info("MLflow: run %s at %s", state.run_id, uri)
+    if state.version:
+        log.info("registered: %s", state.version)
+    if not state.complete:
+        log.warning("not all was sent: %s", state.problem)
+        raise typer.Exit(3)
+
+
+@cli.command()
 def pack(
     weights: Annotated[Path, typer.Argument(help="weights folder or file of a run")],
     output_dir: Annotated[Path, typer.Option(help="folder for the packed ones")],
@@ -346,7 +386,7 @@ def merge(
 
 def _spell_out(words: Sequence[str]) -> list[str]:
     """Flags alone as flags with a value: typer has no options whose value may be left out."""
-    alone = {"--resume": "--resume=all", "--plan": "--plan=show"}
+    alone = {"--resume": "--resume=all", "--plan": "--plan=show", "--mlflow": "--mlflow=auto"}
     return [alone.get(word, word) for word in words]
 
 

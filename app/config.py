@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -342,6 +343,21 @@ class PredictionConfig(_Strict):
     threshold: float = Field(ge=0, le=1)
 
 
+class TrackingConfig(_Strict):
+    mlflow: str | None
+    experiment: str = Field(min_length=1)
+    register_as: str | None = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrackingConfig:
+        if self.mlflow and "@" in urlsplit(self.mlflow).netloc:
+            raise ValueError(
+                "--mlflow: an address with a password in it would be kept in the run's files; give "
+                "the password as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return self
+
+
 class Config(_Strict):
     """Everything that decides a run; the schema of `configs/train.yaml`."""
 
@@ -355,6 +371,7 @@ class Config(_Strict):
     evaluation: EvaluationConfig
     prediction: PredictionConfig
     cluster: ClusterConfig
+    tracking: TrackingConfig
     output_dir: str
     checkpoint: str
     seed: int = Field(ge=0)

@@ -46,8 +46,9 @@ from app.training import checkpoints, features, method
 from app.training.checkpoints import RunState
 from app.training.fingerprint import are_comparable, check_same, differences, fingerprint
 from app.training.loop import Loop, build_accelerator
+from app.training.metric import metric_name
 from app.training.preview import draw_first
-from app.training.session import Figures, Session, metric_name, score, summary
+from app.training.session import Figures, Session, score, summary
 from app.training.signals import StopRequest
 from app.training.tracking import Tracker
 from app.training.warm_start import warm_start
@@ -59,7 +60,7 @@ FEATURES = sources.DATA / "features"  # of frozen encoders
 LEAVES = (
     *("config.yaml", "config_resolved.yaml", "environment.json", "train.log", "metrics.csv"),
     *("metrics.json", "metrics_by_class.csv", "report.html", "weights", "checkpoints"),
-    *("predictions", "plots", "tensorboard", "slurm", "dataset_report.html"),
+    *("predictions", "plots", "tensorboard", "slurm", "dataset_report.html", "mlflow.json"),
     *("dataset", "dumps", "logs"),  # of upstream's Trainer
 )
 
@@ -350,7 +351,7 @@ def free_folder(folder: Path) -> Path:
 
 
 def write_settings(
-    folder: Path, config: Config, overrides: Sequence[str], resume: Resume | None
+    folder: Path, config: Config, overrides: Sequence[str], splits: Splits, resume: Resume | None
 ) -> None:
     """config.yaml (what was asked for), config_resolved.yaml (all of it), environment.json.
 
@@ -368,7 +369,13 @@ def write_settings(
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "sam3_commit": COMMIT,
         "packages": {name: version(name) for name in packages},
-        "git": _git_commit(),
+        "git": _git("rev-parse", "HEAD"),
+        "git_modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "data": {
+            name: {"images": len(split.images), "sha256": split.content_hash()}
+            for name in ("train", "valid", "test")
+            if (split := getattr(splits, name)) is not None
+        },
         "command": sys.argv[1:],
     }
     write_json(folder / "environment.json", environment)
@@ -482,7 +489,7 @@ def _finish(
     features.keep(best, kept, FEATURES, precision)
     predictor = Predictor(best.to(device), header.model, precision)
     scored = score(predictor, dataset, config, "best weights, reloaded")
-    again = scored.figures[metric_name(scored.figures, config)]
+    again = scored.figures[metric_name(scored.figures, config.evaluation.metric)]
     # Kernels on CUDA add in any order; on a CPU the figures are the same to the bit.
     tolerance = 0.0 if device.type == "cpu" else 0.005
     if state.best is None or abs(again - state.best) > tolerance:
@@ -530,8 +537,9 @@ def say_where(weights_folder: Path, splits: Splits) -> None:
     )
 
 
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+def _git(*words: str) -> str | None:
+    """What git says of the program's own repository; None where it lies in none."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):

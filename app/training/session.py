@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,6 @@ from sam3.model.sam3_image import Sam3Image
 
 from app.config import Config
 from app.datasets.coco import Dataset
-from app.errors import UserError, nearest
 from app.evaluation.off_prompt import choose_nouns
 from app.evaluation.scoring import THRESHOLD
 from app.evaluation.validate import Validation, validate
@@ -30,6 +28,7 @@ from app.training import checkpoints
 from app.training.checkpoints import RunState
 from app.training.fingerprint import Fingerprint
 from app.training.loop import Loop
+from app.training.metric import gain, metric_name
 from app.training.random_state import random_state
 from app.training.signals import Stopped, StopRequest
 from app.training.table import Table
@@ -37,7 +36,6 @@ from app.training.tracking import Tracker
 
 log = logging.getLogger("app")
 Figures = dict[str, float]
-LESS_IS_BETTER = "off_prompt/"  # figures so named count what should not be
 
 
 class Session:
@@ -93,7 +91,7 @@ class Session:
         with self.stop.deferred():
             try:
                 self._score_start()
-                metric_name(self.state.baseline, self.config)  # one that there is
+                metric_name(self.state.baseline, self.config.evaluation.metric)  # one that there is
                 while not self._is_finished():
                     self._train_epoch()
                     self._end_epoch()
@@ -234,7 +232,7 @@ class Session:
 
     def _keep_best(self, figures: Figures) -> None:
         """Save `weights/best` when the chosen figure improves; at equal figures the later stays."""
-        name = metric_name(figures, self.config)
+        name = metric_name(figures, self.config.evaluation.metric)
         better = gain(name, figures[name], self.state.best)
         self.state.stale = 0 if better > 0 else self.state.stale + 1
         if better >= 0:
@@ -269,26 +267,6 @@ def score(
             nouns=choose_nouns(dataset, config.evaluation.off_prompts, config.seed),
             on_image=on_image,
         )
-
-
-def gain(name: str, value: float, best: float | None) -> float:
-    """By how much a figure is better than the best so far; infinite for the first."""
-    if best is None:
-        return math.inf
-    return best - value if name.startswith(LESS_IS_BETTER) else value - best
-
-
-def metric_name(figures: Figures, config: Config) -> str:
-    """The figure that decides which weights are best."""
-    name = config.evaluation.metric
-    if name == "auto":
-        return "segm/AP" if "segm/AP" in figures else "bbox/AP"
-    if name not in figures:
-        raise UserError(
-            f"evaluation.metric={name}: validation gives no such figure; it gives "
-            f"{', '.join(figures)}.{nearest(name, figures)}"
-        )
-    return name
 
 
 def summary(figures: Figures) -> str:

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from app.training import checkpoints, cluster, launch, method, run, upstream_tra
 from app.training import plan as planning
 from app.training.recipe import auto
 from app.training.signals import StopRequest
+from app.training.tracking import followed_by_mlflow
 
 log = logging.getLogger("app")
 BATCH_SIZE = "training.batch_size"
@@ -64,10 +66,14 @@ def start(
         file = recipe_file(recipe)
     if plan and eval_only:
         raise UserError("--plan and --eval-only: a plan is of training; leave one of them out")
+    tracks = any(text.startswith("tracking.") for text in overrides)
+    if tracks and eval_only:
+        raise UserError("--mlflow and --register: of a training; leave them out, or --eval-only")
     if file is not None and upstream_trainer.is_upstream_schema(file):
-        ours = {"--plan": plan, "--batch-size auto": f"{BATCH_SIZE}=auto" in overrides}
+        auto_batch = f"{BATCH_SIZE}=auto" in overrides
+        ours = {"--plan": plan, "--batch-size auto": auto_batch, "--mlflow, --register": tracks}
         if problems := [
-            f"{flag}: counts this project's own training, and {file} is for upstream's Trainer; "
+            f"{flag}: of this project's own training, and {file} is for upstream's Trainer; "
             "leave one of them out"
             for flag, value in ours.items()
             if value
@@ -143,13 +149,14 @@ def start(
         run.prepare_folder(folder, resume=resume, overwrite=overwrite)
         if not eval_only:
             checkpoints.check_space(folder, config, trained=weights_file is not None)
-        run.write_settings(folder, config, overrides, resume)
+        run.write_settings(folder, config, overrides, splits, resume)
         logging.raiseExceptions = False  # a full disk is told once, not by each line of the log
         log.addHandler(logging.FileHandler(folder / "train.log", encoding="utf-8"))
     if eval_only:
         run.evaluate(config, splits, weights_file)
     else:
-        with launch.without_others():
+        following = followed_by_mlflow(config.tracking, folder) if main else nullcontext()
+        with launch.without_others(), following:
             run.train(config, splits, weights_file, resume=resume, stop=stop)
 
 

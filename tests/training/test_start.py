@@ -94,7 +94,7 @@ def test_flags_reach_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--use-base-config", "--plan"], ["--plan: counts this project's own training"]),
+        (["--use-base-config", "--plan"], ["--plan: of this project's own training"]),
         (["--use-base-config", "--batch-size", "auto"], ["--batch-size auto: counts"]),
         (
             ["--use-base-config", "--plan", "--batch-size", "auto"],

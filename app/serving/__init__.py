@@ -1,0 +1,1 @@
+"""Tuned weights behind a server's request."""
