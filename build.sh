@@ -7,6 +7,7 @@
 #   --tag TAG           name of the image ($SAM3_IMAGE or sam3-finetuning)
 #   --no-cache          build every layer anew
 #   --dry-run           print the command that would run, and run nothing
+#   --help              print this
 set -euo pipefail
 root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=scripts/runtime.sh
@@ -24,10 +25,16 @@ while [ $# -gt 0 ]; do
     --tag) image="$2" && shift ;;
     --tag=*) image="${1#*=}" ;;
     --dry-run) dry_run=yes ;;
+    -h | --help) usage && exit ;;
     *) options+=("$1") ;;
   esac
   shift
 done
+# What an image was made of, where git knows.
+revision="$(git -C "$root" describe --always --abbrev=40 --exclude '*' --dirty 2>/dev/null || true)"
+if [ -n "$revision" ]; then
+  options+=(--label "org.opencontainers.image.revision=$revision")
+fi
 command=(env DOCKER_BUILDKIT=1 docker build --network host --tag "$image"
   ${options[@]+"${options[@]}"} "$root")
 

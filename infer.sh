@@ -10,7 +10,7 @@
 #   SAM3_IMAGE            the image (sam3-finetuning)
 #   GPUS                  for docker: auto, none, all, or a list such as 0,1 (auto)
 #   SAM3_BASE             file of the weights that a LoRA belongs to, where they were moved
-#   HF_TOKEN, ROBOFLOW_API_KEY, MLFLOW_TRACKING_URI    passed on
+#   HF_TOKEN, ROBOFLOW_API_KEY, MLFLOW_TRACKING_URI, _USERNAME, _PASSWORD, _TOKEN    passed on
 #
 # In docker only the current folder and the paths given to flags are visible, and of a folder of
 # links only those that stay inside it.

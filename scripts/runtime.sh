@@ -13,6 +13,9 @@ fail() {
   exit 2
 }
 
+# The comment at the head of the script that was called.
+usage() { sed -n '2,/^set -/s/^# \{0,1\}//p' "$0"; }
+
 # --- .venv ---------------------------------------------------------------------------------------
 
 # Python itself hashes: sha256sum is missing on macOS, shasum on slim Linux.
@@ -54,7 +57,7 @@ make_venv() {
     "$python" -m venv --clear "$venv" >&2 || fail "$python could not make $venv: see above"
   fi
   venv_identity >"$stamp.part" || fail "requirements.lock cannot be read"
-  say "installing requirements.lock into .venv: about 6 GB, a few minutes, once"
+  say "installing requirements.lock into .venv: about 7 GB, a few minutes, once"
   "$venv/bin/python" -m pip install -qq --disable-pip-version-check --require-hashes \
     --no-deps --requirement "$root/requirements.lock" >&2 ||
     fail "the installation into .venv failed: see above; mend it and run again"
@@ -108,20 +111,18 @@ check_bindable() {
   esac
 }
 
-# add_mount PATH [readonly]: at the place that it has outside. The quotes are CSV's, for commas.
+# add_mount PATH [readonly]: at the place that it has outside, once. The quotes are CSV's, for commas.
 add_mount() {
-  local quote='"' path
+  local quote='"' path known
+  for known in "${mounted[@]}"; do if [ "$known" = "$1" ]; then return; fi; done
+  mounted+=("$1")
   path="${1//$quote/$quote$quote}"
   command+=(--mount "type=bind,\"source=$path\",\"target=$path\"${2:+,readonly}")
 }
 
-# bind PATH [readonly]: once, and not what the current folder brings along.
+# bind PATH [readonly]: not what the current folder brings along.
 bind() {
-  local known
-  case "$1/" in / | "$PWD"/*) return ;; esac
-  for known in "${bound[@]}"; do if [ "$known" = "$1" ]; then return; fi; done
-  bound+=("$1")
-  add_mount "$@"
+  case "$1/" in / | "$PWD"/*) ;; *) add_mount "$@" ;; esac
 }
 
 # An input may be a glob, a misspelt path or a word such as `none`: its deepest existing parent.
@@ -144,8 +145,20 @@ bind_output() {
   path="$(absolute "$1")"
   check_bindable "$path" "$1"
   if [ -z "$dry_run" ]; then mkdir -p "$path"; fi
+  outputs+=("$path")
   bind "$path"
   bind "$(readlink -f "$path" || true)"
+}
+
+# Read-only below the current folder as well, unless what the app writes lies within.
+bind_dataset() {
+  local path written
+  bind_input "$1"
+  path="$(readlink -f "$(absolute "$1")" || true)"
+  case "$path" in "$PWD"/*) ;; *) return ;; esac
+  if [ ! -e "$path" ]; then return; fi
+  for written in "${outputs[@]}"; do case "$written/" in "$path"/*) return ;; esac done
+  add_mount "$path" readonly
 }
 
 # bind_flags BINDER FLAGS ARGS…: bind what is given to these flags, `--flag value` or `--flag=value`.
@@ -182,26 +195,41 @@ add_gpus() {
   esac
 }
 
+# Inside a container `localhost` is the container: a tracking server of this machine's own needs
+# this machine's network.
+add_network() {
+  local word uri="${MLFLOW_TRACKING_URI:-}"
+  for word in "$@"; do case "$word" in --mlflow=* | tracking.mlflow=*) uri="${word#*=}" ;; esac done
+  if [[ "$uri" =~ ^https?://([^/]*@)?(localhost|127\.[0-9.]+|\[::1\])(:|/|$) ]]; then
+    say "network: host (the tracking server is on this machine)"
+    command+=(--network host)
+  fi
+}
+
 # The Hugging Face cache is shared with the host, or each run would fetch 3.4 GB of weights anew.
 docker_command() {
   local cache="${HF_HOME:-${HOME:-}/.cache/huggingface}"
   cd -P . || exit # so that `../data` means the same folder inside
   check_bindable "$PWD" "the current folder"
-  bound=("$PWD")
+  mounted=('')
+  outputs=("$PWD/outputs" "$PWD/data/features") # where no flag says another
   command=(docker run --rm --init --stop-timeout 120 --shm-size 8g)
   case "$engine" in
-    *name=rootless*) ;; # there root inside is the caller outside
+    *name=rootless*) command+=(--user 0:0) ;; # there root inside is the caller outside
     *) command+=(--user "$(id -u):$(id -g)") ;;
   esac
   if [ -t 0 ] && [ -t 1 ]; then command+=(-it); fi
   command+=(-e HOME=/tmp/home -e "HF_HOME=$(absolute "$cache")")
-  command+=(-e HF_TOKEN -e ROBOFLOW_API_KEY -e MLFLOW_TRACKING_URI -e SAM3_BASE)
+  command+=(-e SAM3_BASE -e HF_TOKEN -e ROBOFLOW_API_KEY -e MLFLOW_TRACKING_URI)
+  command+=(-e MLFLOW_TRACKING_USERNAME -e MLFLOW_TRACKING_PASSWORD -e MLFLOW_TRACKING_TOKEN)
   add_gpus
+  add_network "$@"
   command+=(--workdir "$PWD")
   add_mount "$PWD"
   bind_output "$cache"
   bind_flags bind_output "--output-dir" "$@"
-  bind_flags bind_input "--dataset-dir --hf-dataset --checkpoint --input --config --prompts" "$@"
+  bind_flags bind_dataset "--dataset-dir" "$@"
+  bind_flags bind_input "--hf-dataset --checkpoint --input --config --prompts" "$@"
   if [ -n "${SAM3_BASE:-}" ]; then bind_input "$SAM3_BASE"; fi
   command+=("$image" "$@")
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,6 +19,8 @@ COMMANDS = [line.partition("  #")[0].strip() for line in BLOCKS.splitlines() if 
 TABLED = re.findall(r"\| `((?:\./train\.sh|\.venv/bin/python -m app) [^`]*)`", README)
 TRAINING = [c for c in COMMANDS if c.startswith("./train.sh")]
 PREDICTING = [c for c in COMMANDS if c.startswith("./infer.sh")]
+TRACKING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app track")]
+IN_AN_ENGINE = {"docker compose up -d mlflow"}  # tests/container runs it
 LESS = ["dataset.limit=2", "dataset.shapes.train=2", "dataset.shapes.valid=1"]
 
 
@@ -31,13 +34,16 @@ def test_the_readme_has_commands() -> None:
     assert len(TABLED) == 6
     assert len(TRAINING) >= 3
     assert len(PREDICTING) >= 2
-    assert set(COMMANDS) - set(TRAINING) - set(PREDICTING) == {"./build.sh", "./test.sh"}
+    assert len(TRACKING) == 1
+    rest = set(COMMANDS) - {*TRAINING, *PREDICTING, *TRACKING}
+    assert rest == {"./build.sh", "./test.sh", *IN_AN_ENGINE}
 
 
 @pytest.mark.parametrize("line", [c for c in TRAINING if "--use-base-config" not in c])
 def test_training(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, line: str) -> None:
     monkeypatch.chdir(REPOSITORY)
     words = [*_words(line), *LESS, *TINY, "evaluation.pictures=0"]
+    words = [re.sub("^--mlflow=.*", "--mlflow=none", word) for word in words]  # test_tracking.py
     if "--resolution" in words:
         words.remove("model.resolution=64")
     if "--checkpoint" in words:
@@ -99,7 +105,15 @@ def test_prediction(command: Command, tiny_run: Path, tmp_path: Path, monkeypatc
     assert len(list((tmp_path / "out").glob("*.png"))) == (5 if "potholes" in line else 1)
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", TRACKING)
+def test_tracking(command: Command, tiny_run: Path, tmp_path: Path, line: str) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    words = shlex.split(line.removeprefix(".venv/bin/python -m app"))
+    words = ["track", tmp_path / "run", f"--mlflow=sqlite:///{tmp_path}/mlflow.db", *words[3:]]
+    assert command(*words).code == 0
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("./")])
 def test_the_scripts_take_it(tmp_path: Path, line: str) -> None:
     """Through the shell, as printed, up to the command that would run."""
     if line == "./test.sh":

@@ -1,8 +1,8 @@
-"""The shell scripts, run for real.
+"""The shell scripts, run for real: what they ask Docker for, and the life of .venv.
 
-No network and no engine: a stub `docker` on PATH answers as an engine would and records what it is
-asked to run, so these tests prove the command that is built, not that an image runs it. Installs
-are made in a tiny copy of the repository whose lock names no package.
+What they pass on, say and refuse is in scripts/scripts.bats, what comes of it in container/. No
+network and no engine here: a stub `docker` on PATH answers as an engine would and records what it
+is asked to run. Installs are made in a tiny copy of the repository whose lock names no package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = ["train.sh", "infer.sh", "test.sh", "build.sh", ".ci/run"]
-PASSED_ON = ["HF_TOKEN", "ROBOFLOW_API_KEY", "MLFLOW_TRACKING_URI", "SAM3_BASE"]
+SERVER = [f"MLFLOW_TRACKING_{what}" for what in ("URI", "USERNAME", "PASSWORD", "TOKEN")]
+PASSED_ON = ["HF_TOKEN", "ROBOFLOW_API_KEY", "SAM3_BASE", *SERVER]
 
 
 def make_executable(path: Path, text: str) -> None:
@@ -135,61 +136,6 @@ def test_script_is_executable_strict_and_says_its_usage(script: str) -> None:
     assert header.startswith("#!/usr/bin/env bash\n# ")
     assert f"# Usage: {'bash ' if script == '.ci/run' else './'}{script}" in header
     assert all(line.startswith("#") for line in header.splitlines())
-
-
-# --- local ---------------------------------------------------------------------------------------
-
-AWKWARD = ["--input", "my images/ünï*.jpg", "a'b\"c", "$HOME `id`", "", "--x=y z", "lr=[1,2]"]
-
-
-@pytest.mark.parametrize(("script", "command"), [("train.sh", "train"), ("infer.sh", "infer")])
-def test_dry_run_prints_a_command_that_a_shell_reads_back(
-    machine: Machine, script: str, command: str
-) -> None:
-    done = machine.run(script, "--dry-run", *AWKWARD, SAM3_RUNTIME="local")
-    assert done.returncode == 0
-    assert words(done.stdout) == [
-        "env",
-        f"PYTHONPATH={REPOSITORY}",
-        "PYTHONSAFEPATH=1",
-        f"{REPOSITORY}/.venv/bin/python",
-        *("-m", "app", command),
-        *AWKWARD,
-    ]
-
-
-def test_dry_run_without_arguments(machine: Machine) -> None:
-    done = machine.run("train.sh", "--dry-run", SAM3_RUNTIME="local")
-    assert words(done.stdout)[-3:] == ["-m", "app", "train"]
-
-
-def test_bad_runtime_is_refused(machine: Machine) -> None:
-    done = machine.run("train.sh", SAM3_RUNTIME="podman")
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
-        "train.sh: SAM3_RUNTIME=podman: must be docker or local, or unset to choose by itself"
-    ]
-
-
-@pytest.mark.parametrize(
-    ("stub", "reason"),
-    [
-        ({"engine": False}, "no Docker engine answers"),
-        ({"info": "null null"}, "no Docker engine answers"),
-        ({"image": False}, "the image sam3-finetuning is not built: ./build.sh"),
-    ],
-)
-def test_without_engine_or_image_unset_is_local_and_docker_is_refused(
-    machine: Machine, stub: dict[str, object], reason: str
-) -> None:
-    machine.docker(**stub)  # type: ignore[arg-type]
-    chosen = machine.run("infer.sh", "--dry-run")
-    assert chosen.returncode == 0
-    assert chosen.stderr.splitlines() == [f"infer.sh: runtime: local ({reason})"]
-    refused = machine.run("infer.sh", "--dry-run", SAM3_RUNTIME="docker")
-    assert refused.returncode == 2
-    assert refused.stdout == ""
-    assert reason in refused.stderr
 
 
 # --- .venv ---------------------------------------------------------------------------------------
@@ -327,6 +273,7 @@ def test_docker_mounts_the_paths_of_flags_where_they_are(machine: Machine, tmp_p
     assert command[command.index("sam3-finetuning") + 1 :] == ["infer", *arguments]
     assert mounts(command) == {
         str(machine.cwd): "rw",
+        str(machine.cwd / "inside"): "ro",
         str(machine.home / ".cache/huggingface"): "rw",
         str(outside / "runs/new"): "rw",
         str(outside / "images"): "ro",
@@ -347,18 +294,41 @@ def test_docker_mounts_a_folder_once_and_writable_where_it_is_written(
     assert mounts(command)[str(folder)] == "rw"
 
 
-def test_docker_dry_run_prints_the_same_command_and_makes_nothing(
-    machine: Machine, tmp_path: Path
+@pytest.mark.parametrize("dataset", [".", "data", "outputs", "mine"])
+def test_docker_leaves_writable_what_the_app_writes(machine: Machine, dataset: str) -> None:
+    """Features are kept in data/features, runs in outputs, or where --output-dir says."""
+    machine.docker()
+    for name in ("data", "outputs", "mine"):
+        (machine.cwd / name).mkdir()
+    command = machine.docker_run("--dataset-dir", dataset, "--output-dir", "mine/run")
+    cache = machine.home / ".cache/huggingface"
+    assert mounts(command) == {str(machine.cwd): "rw", str(cache): "rw"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "is_here"),
+    [
+        ("http://localhost:5000", True),
+        ("https://me:secret@127.0.0.1/mlflow", True),
+        ("http://[::1]:5000", True),
+        ("http://localhost.example:5000", False),
+        ("http://mlflow:5000", False),
+        ("http://mlflow:5000/localhost", False),
+        ("sqlite:///outputs/mlflow.db", False),
+        ("", False),
+    ],
+)
+def test_docker_reaches_a_tracking_server_on_this_machine(
+    machine: Machine, uri: str, is_here: bool
 ) -> None:
     machine.docker()
-    output = tmp_path.resolve() / "new/run"
-    arguments = ["--output-dir", str(output)]
-    dry = machine.run("train.sh", "--dry-run", *arguments, SAM3_RUNTIME="docker")
-    assert dry.returncode == 0, dry.stderr
-    assert not output.parent.exists()
-    assert not (machine.home / ".cache").exists()
-    assert not machine.record.exists()
-    assert words(dry.stdout) == ["docker", *machine.docker_run(*arguments)]
+    for words, environment in (
+        ([], {"MLFLOW_TRACKING_URI": uri}),
+        ([f"--mlflow={uri}"], {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}),
+    ):
+        command = machine.docker_run(*words, **environment)
+        assert (("--network", "host") in set(itertools.pairwise(command))) == is_here
+        assert uri not in command or not uri
 
 
 @pytest.mark.parametrize("path", ["/no such folder/x", "/usr", "/opt/*.jpg"])
@@ -376,9 +346,10 @@ def test_unset_runtime_takes_docker_where_the_image_is_built(machine: Machine) -
     assert words(done.stdout)[-2:] == ["mine:1", "train"]
 
 
-def test_rootless_engine_needs_no_user(machine: Machine) -> None:
+def test_in_a_rootless_engine_root_is_the_caller(machine: Machine) -> None:
     machine.docker(security=("name=seccomp,profile=builtin", "name=rootless"))
-    assert "--user" not in machine.docker_run()
+    command = machine.docker_run()
+    assert command[command.index("--user") + 1] == "0:0"
 
 
 @pytest.mark.parametrize(
@@ -436,7 +407,9 @@ def test_bad_gpus_are_refused(machine: Machine) -> None:
     ],
 )
 def test_build(machine: Machine, arguments: list[str], expected: list[str]) -> None:
-    command = ["build", "--network", "host", *expected, str(REPOSITORY)]
+    make_executable(machine.bin / "git", "#!/bin/sh\necho 0123abc\n")
+    label = ["--label", "org.opencontainers.image.revision=0123abc"]
+    command = ["build", "--network", "host", *expected, *label, str(REPOSITORY)]
     dry = machine.run("build.sh", "--dry-run", *arguments)
     assert dry.returncode == 0, dry.stderr
     assert words(dry.stdout) == ["env", "DOCKER_BUILDKIT=1", "docker", *command]
@@ -445,8 +418,15 @@ def test_build(machine: Machine, arguments: list[str], expected: list[str]) -> N
     assert json.loads(machine.record.read_text()) == {"arguments": command, "buildkit": "1"}
 
 
-def test_build_without_engine_or_value(machine: Machine) -> None:
-    without = machine.run("build.sh")
-    assert without.returncode == 2
-    assert "no Docker engine answers" in without.stderr
+def test_build_without_git_or_value(machine: Machine) -> None:
+    make_executable(machine.bin / "git", "#!/bin/sh\nexit 128\n")
+    assert "--label" not in machine.run("build.sh", "--dry-run").stdout
     assert machine.run("build.sh", "--dry-run", "--tag").returncode == 2
+
+
+def test_the_dockerfile_asks_no_builder_for_more_than_all_can() -> None:
+    """BuildKit, the classic builder and buildah: none but the first takes these."""
+    text = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
+    assert not [
+        word for word in ("# syntax", "<<", "--network", "--mount", "--link") if word in text
+    ]

@@ -291,12 +291,11 @@ def _flatten(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 def _best_and_baseline(figures: Mapping[str, Any]) -> dict[str, float]:
     """The figures of the best weights as best/…, and those from before training."""
-    numbers = {name: float(v) for name, v in figures.items() if isinstance(v, int | float)}
-    named = {
-        name if name.startswith("baseline/") else f"best/{name}": value
-        for name, value in numbers.items()
+    return {
+        name if name.startswith("baseline/") else f"best/{name}": float(value)
+        for name, value in figures.items()
+        if "/" in name and not name.startswith("last/") and isinstance(value, int | float)
     }
-    return {name: value for name, value in named.items() if not name.startswith("best/last/")}
 
 
 def _valid_name(name: str) -> str:
