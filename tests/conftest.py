@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "datasets"
 # A nano that answers in a blink: what matters in most tests is the path, not the size.
 TINY = ["model.resolution=64", "model.mask_points=64"]
+
+# Starts a command and says its peak memory. A process's peak counts what the one that started it
+# held: this is a small one.
+PEAK = """import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(code)
+"""
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,15 @@ def tiny_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--output-dir", str(folder), "evaluation.pictures=1", *TINY),
     )
     return folder
+
+
+def until(happened: Callable[[], bool], seconds: float, what: str) -> None:
+    """Wait for it."""
+    end = time.monotonic() + seconds
+    while not happened():
+        if time.monotonic() > end:
+            pytest.fail(f"not in {seconds:g} s: {what}")
+        time.sleep(0.05)
 
 
 def finish(*words: str) -> None:

@@ -1,4 +1,7 @@
-"""A real Slurm of one node on loopback, as Debian packages it, run by whoever runs the tests."""
+"""A real Slurm on loopback, as Debian packages it, run by whoever runs the tests.
+
+It has two nodes on one machine; their names are addresses, so that each finds the other by name.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import until
+
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 _CONFIG = """
 ClusterName=test
 SlurmctldHost=localhost
 SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
 SlurmUser={user}
 SlurmdUser={user}
@@ -28,11 +32,11 @@ AuthType=auth/munge
 CredType=cred/munge
 AuthInfo=socket={root}/munge.sock,cred_expire=5
 StateSaveLocation={root}/state
-SlurmdSpoolDir={root}/spool
+SlurmdSpoolDir={root}/spool-%n
 SlurmctldPidFile={root}/slurmctld.pid
-SlurmdPidFile={root}/slurmd.pid
+SlurmdPidFile={root}/slurmd-%n.pid
 SlurmctldLogFile={root}/slurmctld.log
-SlurmdLogFile={root}/slurmd.log
+SlurmdLogFile={root}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -46,9 +50,11 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0
 ReturnToService=2
 JobRequeue=1
 KillWait=30
-NodeName=localhost NodeAddr=127.0.0.1 CPUs=2 RealMemory=1000 State=UNKNOWN
-PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE State=UP
+NodeName=127.0.0.[1-2] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] \
+  CPUs=2 RealMemory=1000 State=UNKNOWN
+PartitionName=main Nodes=127.0.0.[1-2] Default=YES MaxTime=INFINITE State=UP
 """
+_NODES = ("127.0.0.1", "127.0.0.2")
 
 
 @dataclass(frozen=True)
@@ -70,15 +76,6 @@ class Slurm:
         return next(word.partition("=")[2] for word in shown if word.startswith(f"{name}="))
 
 
-def until(happened: Callable[[], bool], seconds: float, what: str) -> None:
-    """Wait for it."""
-    end = time.monotonic() + seconds
-    while not happened():
-        if time.monotonic() > end:
-            pytest.fail(f"not in {seconds:g} s: {what}")
-        time.sleep(0.2)
-
-
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     """A running cluster; skips where the programs are missing or it does not come up."""
@@ -86,8 +83,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     if missing := [name for name in PROGRAMS if shutil.which(name, path=path) is None]:
         pytest.skip(f"no Slurm on this machine: {', '.join(missing)} missing")
     root = tmp_path_factory.mktemp("slurm")
-    (root / "state").mkdir()
-    (root / "spool").mkdir()
+    for name in ("state", *(f"spool-{node}" for node in _NODES)):
+        (root / name).mkdir()
     config = root / "slurm.conf"
     config.write_text(_CONFIG.format(root=root, user=getpass.getuser(), ports=_free_ports()))
     environment = os.environ | {"PATH": path, "SLURM_CONF": str(config)}
@@ -117,14 +114,15 @@ def _start(
     )
     _await(sock.exists, "munged")
     _daemon(stack, root, environment, "slurmctld", "-i", "-D")
-    _daemon(stack, root, environment, "slurmd", "-D")
-    _await(lambda: "idle" in _states(environment), "an idle node")
+    for node in _NODES:
+        _daemon(stack, root, environment, "slurmd", "-D", "-N", node)
+    _await(lambda: _states(environment) == ["idle"] * len(_NODES), "two idle nodes")
 
 
 def _daemon(
     stack: contextlib.ExitStack, root: Path, environment: dict[str, str], *words: str
 ) -> None:
-    with (root / f"{words[0]}.out").open("w") as output:
+    with (root / f"{words[0]}.out").open("a") as output:
         process = subprocess.Popen(words, env=environment, stdout=output, stderr=output)
 
     def stop() -> None:
@@ -138,9 +136,10 @@ def _daemon(
     stack.callback(stop)
 
 
-def _states(environment: dict[str, str]) -> str:
-    asked = ["sinfo", "-h", "-o", "%T"]
-    return subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=30).stdout
+def _states(environment: dict[str, str]) -> list[str]:
+    asked = ["sinfo", "-h", "-N", "-o", "%T"]
+    done = subprocess.run(asked, env=environment, capture_output=True, text=True, timeout=30)
+    return done.stdout.split()
 
 
 def _await(happened: Callable[[], bool], what: str) -> None:
@@ -152,8 +151,11 @@ def _await(happened: Callable[[], bool], what: str) -> None:
 
 
 def _free_ports() -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(2)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Of the controller, and one after the other of the nodes."""
+    while True:
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
+            controller, first, second = (stack.enter_context(socket.socket()) for _ in range(3))
+            controller.bind(("127.0.0.1", 0))
+            first.bind(("127.0.0.1", 0))
+            second.bind(("127.0.0.1", first.getsockname()[1] + 1))
+            return [one.getsockname()[1] for one in (controller, first, second)]

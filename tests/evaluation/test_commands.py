@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from app.datasets.shapes import make_shapes
 from app.errors import UserError
 from app.evaluation import record
 from app.evaluation.compare import compare
 from app.evaluation.record import Record
+from app.model.carried import carried_nano
 from tests.conftest import SHARED, TINY, Command
 from tests.evaluation.examples import BOX, found, truth
 from tests.evaluation.test_metrics import NAMES, _oracle
@@ -145,7 +147,7 @@ def test_a_box_that_is_missing_is_its_masks(command: Command, files, tmp_path: P
 
 
 def test_weights_on_a_split(command: Command, tiny_run: Path, shapes: Path, tmp_path: Path) -> None:
-    """The figures of the training; on another split, others; a split that is not there, refused."""
+    """The figures of the training."""
     words = ("evaluate", "--checkpoint", tiny_run / "weights/best", "--dataset-dir", shapes)
     fast = ("evaluation.pictures=0", *TINY)
     assert command(*words, "--output-dir", tmp_path / "valid", *fast).code == 0
@@ -154,9 +156,53 @@ def test_weights_on_a_split(command: Command, tiny_run: Path, shapes: Path, tmp_
     assert figures == {name: trained[name] for name in figures}
     assert command(*words, "--split", "train", "--output-dir", tmp_path / "train", *fast).code == 0
     assert (tmp_path / "train" / "predictions" / "train.json").is_file()
-    done = command(*words, "--split", "test", "--output-dir", tmp_path / "test", *fast)
-    assert (done.code, "has no test split" in done.err) == (2, True)
-    assert not (tmp_path / "test").exists()
+
+
+@pytest.fixture(scope="module")
+def three_splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of shapes; what is drawn for testing is in no other split."""
+    folder = tmp_path_factory.mktemp("splits")
+    make_shapes(folder / "set", train=2, valid=2, width=160, height=120, seed=1)
+    make_shapes(folder / "more", train=3, valid=0, width=160, height=120, seed=2)
+    (folder / "more" / "train").rename(folder / "set" / "test")
+    return folder / "set"
+
+
+@pytest.mark.parametrize("words", [("evaluate",), ("train", "--eval-only")])
+def test_the_test_split_alone_is_scored(
+    command: Command, three_splits: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """Of its own images and labels, as pycocotools scores the predictions; not of another's."""
+    found = {}
+    for split in ("test", "valid"):
+        done = command(
+            *(*words, "--checkpoint", carried_nano(), "--dataset-dir", three_splits),
+            *("--split", split, "--output-dir", tmp_path / split, "evaluation.pictures=0"),
+        )
+        assert done.code == 0, done.err
+        figures = json.loads((tmp_path / split / "metrics.json").read_text())
+        results = json.loads((tmp_path / split / "predictions" / f"{split}.json").read_text())
+        document = json.loads((three_splits / split / "_annotations.coco.json").read_text())
+        assert {r["image_id"] for r in results} == {image["id"] for image in document["images"]}
+        for iou_type in ("bbox", "segm"):
+            expected = _oracle(document, results, iou_type)
+            assert expected[f"{iou_type}/AP"] > 0.1
+            ours = {name: figures[name] for name in expected}
+            assert ours == pytest.approx(expected, abs=1e-6)
+        found[split] = figures
+    assert found["test"]["segm/AP"] != pytest.approx(found["valid"]["segm/AP"], abs=1e-3)
+
+
+@pytest.mark.parametrize("words", [("evaluate",), ("train", "--eval-only")])
+def test_a_split_that_is_not_there(command: Command, shapes: Path, tmp_path: Path, words) -> None:
+    """Refused before anything is written, with what there is."""
+    done = command(
+        *(*words, "--checkpoint", carried_nano(), "--dataset-dir", shapes, "--split", "test"),
+        *("--output-dir", tmp_path / "out"),
+    )
+    assert done.code == 2
+    assert "has no test split; there are train and valid" in done.err
+    assert not (tmp_path / "out").exists()
 
 
 def _run(folder: Path, results: list[dict], *labels: Any) -> Path:

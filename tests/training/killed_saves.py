@@ -72,7 +72,7 @@ def main() -> None:
     save(state)
     begun = time.monotonic()
     save(state)
-    longest = 4 * (time.monotonic() - begun)  # some saves end before the kill, some do not
+    longest = 2 * (time.monotonic() - begun)  # some saves end before the kill, some do not
     moments = random.Random(0)
     partial = 0
     for _ in range(kills):

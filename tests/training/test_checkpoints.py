@@ -17,10 +17,21 @@ from app.config import load_config
 from app.training import method
 from app.training.checkpoints import checkpoint_bytes, run_bytes
 from app.training.loop import Loop
-from tests.conftest import REPOSITORY, TINY, Command
+from tests.conftest import REPOSITORY, TINY, Command, finish
 
 MIB = 1 << 20
 FAST = ("--checkpoint", "none", "evaluation.pictures=0", *TINY)
+
+
+SAVING = ("--epochs", "2", "training.save_minutes=0", "evaluation.every=2", *FAST)
+
+
+@pytest.fixture(scope="module")
+def whole_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What comes of SAVING where the disk has room."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    finish("train", "--dataset-dir", str(shapes), "--output-dir", str(folder), *SAVING)
+    return folder
 
 
 @pytest.fixture
@@ -83,12 +94,9 @@ def test_a_folder_that_is_read_only(command: Command, shapes, small_disk) -> Non
 
 @pytest.mark.parametrize("left", [4 * MIB, 40 * MIB])  # within the weights, within the state
 def test_a_disk_that_fills_up(
-    command: Command, shapes, small_disk, tmp_path, monkeypatch, left: int
+    command: Command, shapes, whole_run: Path, small_disk, monkeypatch, left: int
 ) -> None:
     """It ends with 2 and a line; the last checkpoint is whole, and the run goes on from it."""
-    words = ["train", "--dataset-dir", shapes, "--epochs", 2, "training.save_minutes=0"]
-    words += ["evaluation.every=2", *FAST]
-    assert command(*words, "--output-dir", tmp_path / "whole").code == 0
     update, updates = Loop._update, 0
 
     def fill_at_the_second(*arguments: object) -> object:
@@ -100,18 +108,18 @@ def test_a_disk_that_fills_up(
 
     monkeypatch.setattr(Loop, "_update", fill_at_the_second)
     folder = small_disk / "out"
-    done = command(*words, "--output-dir", folder)
+    words = ("train", "--dataset-dir", shapes, "--output-dir", folder, *SAVING)
+    done = command(*words)
     assert done.code == 2, done.out + done.err
     assert "could not be written" in done.err
     assert "update-00000001" in done.err
     assert "Traceback" not in done.out + done.err
     assert [path.name for path in _checkpoints(folder)] == ["update-00000001"]
     (small_disk / "filler").unlink()
-    resumed = command(*words, "--output-dir", folder, "--resume")
+    resumed = command(*words, "--resume")
     assert resumed.code == 0, resumed.err
     ours, theirs = (
-        load_file(f / "weights" / "last" / "model.safetensors")
-        for f in (tmp_path / "whole", folder)
+        load_file(f / "weights" / "last" / "model.safetensors") for f in (whole_run, folder)
     )
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
@@ -125,6 +133,18 @@ def test_two_hundred_kills(tmp_path: Path) -> None:
     assert counts["kills"] == 200
     assert counts["within a save"] > 20
     assert counts["updates"] > 3  # saves that were whole, gone on from
+
+
+@pytest.mark.slow
+def test_runs_killed_anywhere_come_to_the_same_end(tmp_path: Path) -> None:
+    """In real runs: while they read, validate, train, save or draw."""
+    command = [sys.executable, "-m", "tests.training.killed_runs", str(tmp_path), "6"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["kills"] == 6
+    assert counts["runs"] >= 1
+    assert counts["resumed"] >= 1  # from a checkpoint; the others began anew
 
 
 def test_a_canary_is_nowhere(command: Command, shapes, tmp_path: Path, monkeypatch) -> None:

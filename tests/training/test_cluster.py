@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, TINY, Command
-from tests.slurm import Slurm, until
+from tests.conftest import REPOSITORY, TINY, Command, Result, until
+from tests.slurm import Slurm
 
 EPOCHS = 60
 
@@ -25,17 +25,25 @@ def _words(shapes: Path, folder: Path, *more: object) -> list[str]:
     return list(map(str, words))
 
 
-def _submit(slurm: Slurm, words: list[str]) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "app", *words, "--cluster", "slurm", "cluster.cpus=1"],
-        env=slurm.environment,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return re.search(r"submitted: job (\d+)", done.stdout)[1]
+@pytest.fixture
+def submit(
+    slurm: Slurm, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Result]:
+    """`python -m app train WORDS --cluster slurm`, where jobs are submitted."""
+
+    def run(*words: object) -> Result:
+        with monkeypatch.context() as patch:
+            patch.chdir(REPOSITORY)
+            for name, value in slurm.environment.items():
+                patch.setenv(name, value)
+            return command(*words, "--cluster", "slurm", "cluster.cpus=1")
+
+    return run
+
+
+def _job(submitted: Result) -> str:
+    assert submitted.code == 0, submitted.err
+    return re.search(r"submitted: job (\d+)", submitted.out)[1]
 
 
 def _epochs(folder: Path) -> int:
@@ -50,13 +58,14 @@ def _weights(folder: Path) -> bytes:
 @pytest.mark.slow
 def test_a_job_goes_on_after_preemption_and_cancelling(
     slurm: Slurm,
+    submit: Callable[..., Result],
     shapes: Path,
     tmp_path: Path,
     command: Command,
 ) -> None:
     """Warned by USR2, then requeued by hand, then cancelled and resumed here: the same weights."""
     folder = tmp_path / "out"
-    job = _submit(slurm, _words(shapes, folder))
+    job = _job(submit(*_words(shapes, folder)))
     until(lambda: _epochs(folder) >= 3, 90, "three epochs")
     slurm("scancel", "--signal=USR2", job)
     until(lambda: slurm.field(job, "Restarts") == "1", 60, "the job queued again by itself")
@@ -79,19 +88,34 @@ def test_a_job_goes_on_after_preemption_and_cancelling(
 
 
 @pytest.mark.slow
-def test_what_slurm_refuses(slurm: Slurm, shapes: Path, tmp_path: Path) -> None:
-    words = _words(shapes, tmp_path / "out", "--cluster", "slurm", "cluster.partition=none")
-    done = subprocess.run(
-        [sys.executable, "-m", "app", *words],
-        env=slurm.environment,
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2
-    assert "invalid partition" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_two_nodes_train_one_run(slurm: Slurm, submit, shapes: Path, tmp_path: Path) -> None:
+    """They find each other, as one run; on whose account, and how well, is said to Slurm."""
+    folder = tmp_path / "out"
+    asked = ("cluster.account=lab", "cluster.qos=short", "cluster.partition=main")
+    job = _job(submit(*_words(shapes, folder, "--nodes", 2, "--epochs", 3, *asked)))
+    assert slurm.field(job, "Account") == "lab"
+    script = (folder / "slurm" / f"{job}_submission.sh").read_text()
+    # Without a database of accounts, Slurm takes a QOS and does not say it.
+    for line in ("--qos=short", "--account=lab", "--partition=main", "--nodes=2", "--requeue"):
+        assert f"#SBATCH {line}\n" in script
+    states = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+    until(lambda: slurm.field(job, "JobState") not in states, 240, "the end of the job")
+    said = "".join(file.read_text() for file in sorted((folder / "slurm").glob(f"{job}_*_log.*")))
+    assert slurm.field(job, "JobState") == "COMPLETED", said
+    assert slurm.field(job, "NumNodes") == "2"
+    assert "2 process(es)" in (folder / "train.log").read_text()
+    run = json.loads((folder / "checkpoints" / "update-00000003" / "run.json").read_text())
+    assert run["fingerprint"]["processes"] == 2
+    assert run["state"]["updates"] == 3  # of four images, two in each of the processes
+    assert _epochs(folder) == 3
+
+
+@pytest.mark.slow
+def test_what_slurm_refuses(submit: Callable[..., Result], shapes: Path, tmp_path: Path) -> None:
+    done = submit(*_words(shapes, tmp_path / "out", "cluster.partition=none"))
+    assert done.code == 2
+    assert "invalid partition" in done.err
+    assert "Traceback" not in done.err
 
 
 def test_without_slurm(shapes: Path, tmp_path: Path, command: Command, monkeypatch) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import instantiate
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from app.config import load_config, to_yaml
@@ -16,7 +18,7 @@ from app.datasets.queries import QueryDataset
 from app.errors import UserError
 from app.model import adapters, weights
 from app.model.build import build_model, components, count_parameters
-from app.training import method
+from app.training import method, run
 from app.training.loop import Loop, build_accelerator
 from tests.conftest import TINY, Command, Result
 
@@ -105,6 +107,45 @@ def test_what_is_frozen_stays(shapes: Path, base: Path, overrides, trained, from
     for part, module in components(loop.model).items():
         inside = {id(p) for p in module.parameters()}
         assert any(id(after[name]) in inside for name in changed) is (part in trained), part
+
+
+@pytest.mark.parametrize("name", ["lora-minimal", "lora", "lora-full"])
+def test_what_an_adapter_adds_is_scaled_by_two(shapes: Path, base: Path, name: str) -> None:
+    """By default: alpha over rank, in each layer, as it multiplies in a forward pass."""
+    model = _loop(shapes, base, f"method={name}").model
+    plain = build_model(load_config(TINY).model)
+    weights.load_into(plain, base)
+    torch.manual_seed(0)
+    compared = 0
+    for place, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer) or not isinstance(layer.base_layer, torch.nn.Linear):
+            continue
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        up.data.normal_(std=0.05)
+        values = torch.randn(3, down.shape[1])
+        added = layer.eval()(values) - plain.get_submodule(place)(values)
+        assert torch.allclose(added, 2 * values @ down.T @ up.T, rtol=1e-4, atol=1e-5), place
+        compared += 1
+    scales = {layer.scaling["default"] for layer in model.modules() if isinstance(layer, LoraLayer)}
+    assert scales == {2.0}
+    assert compared > 0 or name == "lora-minimal"  # its layers are all of packed attention
+
+
+def test_by_default_negatives_are_on_and_text_is_frozen(shapes: Path, base: Path) -> None:
+    """What a run trains on when nothing is said: each image is asked for what it lacks."""
+    config = load_config()
+    assert (config.method.name, config.method.freeze) == ("full", None)
+    assert config.dataset.negatives == 1
+    loop = _loop(shapes, base)
+    assert _trained(loop) == EVERY - {"text"}
+    splits = load_splits(shapes)
+    data = run.query_dataset(load_config(TINY), splits.train)
+    asked = [data[(epoch, index)].find_queries for epoch in range(5) for index in range(4)]
+    for queries in asked:
+        assert {bool(query.object_ids_output) for query in queries} == {True, False}
+    absent = {q.query_text for queries in asked for q in queries if not q.object_ids_output}
+    assert absent & set(splits.train.class_names)
+    assert absent - set(splits.train.class_names)  # common nouns
 
 
 def test_adapters_and_activation_checkpointing(shapes: Path, base: Path) -> None:
@@ -206,7 +247,8 @@ def test_a_run_with_lora(train, command, shapes, base: Path, tmp_path: Path) -> 
 def test_a_stopped_lora_run_resumes_to_the_same_weights(train, tmp_path: Path) -> None:
     words = ("--method", "lora-minimal", "method.lora.parts.vision=true", "--epochs", 3)
     assert train(*words).code == 0
-    assert train(*words, folder="cut").code == 0
+    shutil.copytree(tmp_path / "out", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "weights")
     for path in (tmp_path / "cut/checkpoints/update-00000006").iterdir():
         path.unlink()
     done = train(*words, "--resume", folder="cut")

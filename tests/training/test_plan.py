@@ -9,15 +9,56 @@ from pathlib import Path
 
 import pytest
 import torch
+from sam3.model.data_misc import BatchedDatapoint
+from sam3.model.sam3_image import Sam3Image
 
-from app.config import load_config
+from app.config import Config, load_config
 from app.datasets.build import load_splits
-from app.model import device
+from app.model import device, weights
+from app.model.build import build_model
 from app.training import plan as planning
+from app.training.memory import step_bytes
 from app.training.plan import largest_batch, make_plan
-from tests.conftest import REPOSITORY, TINY, Command
+from tests.conftest import PEAK, REPOSITORY, TINY, Command
 
 GB = 1e9
+
+
+# Whose step is counted soon: what is asked here is what becomes of the count.
+LEAST = [
+    *(*TINY, "model.vision.depth=2", "model.vision.global_blocks=[1]", "model.text.depth=1"),
+    *("model.encoder_layers=1", "model.decoder_layers=1", "model.num_queries=8"),
+]
+
+
+@pytest.fixture(scope="module")
+def least(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of that size to start from."""
+    model = load_config(LEAST).model
+    folder = tmp_path_factory.mktemp("least")
+    return weights.save(build_model(model), folder, weights.Header(model=model)).parent
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[object, int]:
+    """Bytes of a step by all that they depend on."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _count_once(counted: dict[object, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step is counted twice in this file: that takes nearly all of a plan's time."""
+
+    def once(config: Config, model: Sam3Image, batch: BatchedDatapoint, precision: torch.dtype):
+        sizes = tuple((tuple(p.shape), p.requires_grad) for p in model.parameters())
+        objects = tuple(batch.find_targets[0].num_boxes.tolist())  # of each prompt
+        settings = config.model.model_dump_json() + config.loss.model_dump_json()
+        key = settings, precision, sizes, objects, tuple(batch.img_batch.shape)
+        if key not in counted:
+            counted[key] = step_bytes(config, model, batch, precision)
+        return counted[key]
+
+    monkeypatch.setattr(planning, "step_bytes", once)
 
 
 def _figures(text: str, name: str) -> list[float]:
@@ -26,18 +67,11 @@ def _figures(text: str, name: str) -> list[float]:
     return [float(number) for number in re.findall(r"[\d.]+\d", line)]
 
 
-# A process's peak counts what the one that started it held: a small one starts it here.
-PEAK = """import resource, subprocess, sys
-subprocess.run(sys.argv[1:], check=True)
-print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-"""
-
-
 def test_memory_and_disk_are_those_of_the_run(tmp_path: Path) -> None:
     """Within 15 %: of nano as it is, on the synthetic shapes."""
     words = [sys.executable, "-m", "app", "train", "--checkpoint", "none", "--epochs", "2"]
-    words += ["--limit", "12", "--batch-size", "4", "--output-dir", str(tmp_path / "run")]
-    words += ["evaluation.pictures=0"]
+    words += ["--limit", "8", "--batch-size", "4", "--output-dir", str(tmp_path / "run")]
+    words += ["evaluation.pictures=0", "evaluation.every=2"]
 
     def run(*command: str) -> str:
         return subprocess.run(
@@ -46,18 +80,18 @@ def test_memory_and_disk_are_those_of_the_run(tmp_path: Path) -> None:
 
     plan = run(*words, "--plan")
     assert not (tmp_path / "run").exists()
-    peak = int(run(sys.executable, "-c", PEAK, *words).split()[-1]) * 1024
+    peak = int(run(sys.executable, "-c", PEAK, *words).split()[-1])
     assert _figures(plan, "memory")[0] == pytest.approx(peak / GB, rel=0.15)
     written = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())
     assert _figures(plan, "disk")[0] == pytest.approx(written / GB, rel=0.15)
-    assert "updates     6: 3 in each of 2 epochs" in plan
+    assert "updates     4: 2 in each of 2 epochs" in plan
 
 
 def test_a_plan_reads_no_weights(
-    shapes: Path, tiny_run: Path, tmp_path: Path, command: Command, monkeypatch
+    shapes: Path, least: Path, tmp_path: Path, command: Command, monkeypatch
 ) -> None:
     monkeypatch.setattr("app.model.weights.load_into", None)
-    words = ["train", "--dataset-dir", shapes, "--checkpoint", tiny_run / "weights" / "best"]
+    words = ["train", "--dataset-dir", shapes, "--checkpoint", least]
     done = command(*words, "--plan", "--method", "head", "--output-dir", tmp_path / "run")
     assert done.code == 0, done.err
     every, trained = _figures(done.out, "parameters")
@@ -65,8 +99,8 @@ def test_a_plan_reads_no_weights(
     assert "features" in done.out
 
 
-def test_measured(shapes: Path, tiny_run: Path, tmp_path: Path, command: Command) -> None:
-    words = ["train", "--dataset-dir", shapes, "--checkpoint", tiny_run / "weights" / "best"]
+def test_measured(shapes: Path, least: Path, tmp_path: Path, command: Command) -> None:
+    words = ["train", "--dataset-dir", shapes, "--checkpoint", least]
     words += ["--output-dir", tmp_path / "run", "--plan=measure"]
     for method, kept in (("head", True), ("lora", False)):
         done = command(*words, "--method", method)
@@ -83,7 +117,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
 def test_what_does_not_fit_is_refused_with_what_would(
     shapes: Path, command: Command, monkeypatch
 ) -> None:
-    words = ["train", "--dataset-dir", shapes, "--checkpoint", "none", "--plan", *TINY]
+    words = ["train", "--dataset-dir", shapes, "--checkpoint", "none", "--plan", *LEAST]
     words += ["--batch-size", 4]
     whole = _figures(command(*words).out, "memory")
     step = whole[4]
@@ -100,12 +134,12 @@ def test_what_does_not_fit_is_refused_with_what_would(
 
 
 def test_what_is_refused_is_not_measured(
-    shapes: Path, tiny_run: Path, command: Command, monkeypatch
+    shapes: Path, least: Path, command: Command, monkeypatch
 ) -> None:
     """And proposals that do not go with it, as LoRA with a frozen trunk, are left out."""
     monkeypatch.setattr(planning, "measure", lambda *_, **__: pytest.fail("it trained"))
     _small(monkeypatch, 0)
-    words = ["train", "--dataset-dir", shapes, "--checkpoint", tiny_run / "weights/best"]
+    words = ["train", "--dataset-dir", shapes, "--checkpoint", least]
     done = command(*words, "--plan=measure", "--freeze", "vision")
     assert done.code == 2
     assert "memory: " in done.err
@@ -113,10 +147,10 @@ def test_what_is_refused_is_not_measured(
 
 
 def test_the_largest_batch_fits_and_one_more_does_not(shapes: Path, monkeypatch) -> None:
-    config, splits = load_config(TINY), load_splits(shapes)
+    config, splits = load_config(LEAST), load_splits(shapes)
 
     def needed(size: int) -> int:
-        sized = load_config([*TINY, f"training.batch_size={size}"])
+        sized = load_config([*LEAST, f"training.batch_size={size}"])
         return make_plan(sized, splits, trained=False).memory.total
 
     sizes = {size: needed(size) for size in (1, 2, 3, 4)}
@@ -131,7 +165,7 @@ def test_the_largest_batch_fits_and_one_more_does_not(shapes: Path, monkeypatch)
 
 def test_batch_size_auto(shapes: Path, tmp_path: Path, command: Command, monkeypatch) -> None:
     words = ["train", "--dataset-dir", shapes, "--checkpoint", "none", "--batch-size", "auto"]
-    words += ["--output-dir", tmp_path / "run", "evaluation.pictures=0", *TINY]
+    words += ["--output-dir", tmp_path / "run", "evaluation.pictures=0", *LEAST]
     sizes = {}
     for free in (1e12, 0):
         _small(monkeypatch, free)
@@ -149,11 +183,11 @@ def test_batch_size_auto(shapes: Path, tmp_path: Path, command: Command, monkeyp
 
 
 def test_too_small_a_disk_is_refused(
-    shapes: Path, tiny_run: Path, command: Command, monkeypatch
+    shapes: Path, least: Path, command: Command, monkeypatch
 ) -> None:
     usage = type("Usage", (), {"free": 50_000_000})
     monkeypatch.setattr(planning.shutil, "disk_usage", lambda _: usage)
-    words = ["train", "--dataset-dir", shapes, "--checkpoint", tiny_run / "weights/best", "--plan"]
+    words = ["train", "--dataset-dir", shapes, "--checkpoint", least, "--plan"]
     done = command(*words)
     assert done.code == 2
     assert "more are needed on its disk; what would do:" in done.err

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from app.config import load_config
 from app.datasets.build import load_splits
 from app.datasets.overlay import color_of
+from app.training.loop import EpochSampler
 from app.training.preview import draw, draw_first
 from app.training.run import query_dataset
-from tests.conftest import TINY
+from tests.conftest import TINY, Command
 
 
 @pytest.fixture
@@ -44,6 +47,29 @@ def test_they_are_the_first_that_are_trained_on(tiny_run: Path, data, tmp_path: 
     assert len(list((tiny_run / "plots").glob("train_*.png"))) == 1  # evaluation.pictures
     files = draw_first(data, [(0, 2), (0, 1), (0, 0)], tmp_path, 2)
     assert [file.name for file in files] == ["train_001.png", "train_002.png"]
+
+
+def test_they_are_there_before_the_first_step(
+    tiny_run: Path, shapes: Path, tmp_path: Path, command: Command
+) -> None:
+    """Also of a run that ends in it: of the first batches, as they are trained on."""
+    state = load_file(tiny_run / "weights" / "best" / "model.safetensors")
+    state["dot_prod_scoring.hs_proj.bias"].fill_(float("nan"))
+    save_file(state, tmp_path / "nan.safetensors")
+    done = command(
+        *("train", "--dataset-dir", shapes, "--checkpoint", tmp_path / "nan.safetensors", *TINY),
+        *("--output-dir", tmp_path / "out", "--augmentation", "strong", "evaluation.pictures=3"),
+    )
+    assert done.code == 1
+    (saved,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert saved.name == "update-00000000"
+    config = load_config([], tmp_path / "out" / "config_resolved.yaml")
+    data = query_dataset(config, load_splits(shapes).train)
+    order = list(EpochSampler(len(data), config.seed, rank=0, processes=1))
+    files = sorted((tmp_path / "out" / "plots").glob("train_*.png"))
+    assert len(files) == 3
+    for key, file in zip(order[:3], files, strict=True):
+        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(draw(data[key])))
 
 
 def test_an_image_that_cannot_be_decoded_is_left_to_training(data, tmp_path: Path) -> None:

@@ -7,31 +7,38 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
+from app.training.signals import StopRequest
 from tests.conftest import REPOSITORY, TINY
 
 UPDATES = 6
+WAIT = 2.0  # seconds
 
 
 def train(folder: Path, output: Path, batch_size: int) -> None:
     """Write the losses of a few updates; masks by all pixels, not by points drawn at random.
 
-    Of two processes the second then finds something that is not finite, and is killed.
+    Of two processes the first then validates slowly, and the second finds something that is not
+    finite, and is killed.
     """
-    import torch
     from hydra.utils import instantiate
 
     from app.config import load_config
     from app.datasets.build import load_splits
     from app.errors import UserError
+    from app.model import weights
     from app.model.build import build_model
     from app.model.guard import NotFiniteError
     from app.training import launch, run
     from app.training.loop import Loop, build_accelerator
     from app.training.processes import together
+    from app.training.session import Session
 
     config = load_config(
         [
@@ -42,7 +49,8 @@ def train(folder: Path, output: Path, batch_size: int) -> None:
     accelerator = build_accelerator(torch.device("cpu"))
     torch.manual_seed(0)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
-    data = run.query_dataset(config, load_splits(folder).train)
+    splits = load_splits(folder)
+    data = run.query_dataset(config, splits.train)
     loop = Loop(config, model, data, accelerator, lr_scale=0.1)
     loop.criterion.loss_fns_find[2].num_sample_points = None
     steps = [step for epoch in range(UPDATES // 2) for step in loop.run_epoch(epoch)]
@@ -52,6 +60,30 @@ def train(folder: Path, output: Path, batch_size: int) -> None:
         output.write_text(json.dumps(content), encoding="utf-8")
     if accelerator.num_processes == 1:
         return
+
+    session = Session(
+        *(config, model, loop, accelerator),
+        valid=splits.valid,
+        header=weights.Header(model=config.model),
+        fingerprint={},
+        precision=torch.float32,
+        tracker=None,
+        stop=_Slow(),
+    )
+    begun = time.monotonic()
+    figures = session._score("slowly")
+    took = time.monotonic() - begun
+    mean = accelerator.reduce(torch.tensor(figures["bbox/AP"]), "mean")
+    waits = torch.distributed.distributed_c10d._get_default_group()._get_backend(mean.device)
+    waited = {
+        "took": took,
+        "agree": bool(mean == figures["bbox/AP"]),
+        "limit": waits.options._timeout.total_seconds(),
+        "shorter": _wait(timedelta(seconds=WAIT / 2), accelerator.is_main_process),
+        "longer": _wait(timedelta(seconds=WAIT * 20), accelerator.is_main_process),
+    }
+    sys.stdout.write(f"WAITED {accelerator.process_index} {json.dumps(waited)}\n")
+    sys.stdout.flush()
 
     second = not accelerator.is_main_process
     try:
@@ -77,6 +109,26 @@ def train(folder: Path, output: Path, batch_size: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, which a run would defer
     with launch.without_others():
         list(loop.run_epoch(11))
+
+
+class _Slow(StopRequest):
+    """Asked after each image of a validation, it takes its time."""
+
+    def check(self) -> None:
+        time.sleep(WAIT)
+        super().check()
+
+
+def _wait(limit: timedelta, is_first: bool) -> str:
+    """What becomes of a group with this limit whose first process lets the others wait."""
+    group = torch.distributed.new_group(timeout=limit, backend="gloo")
+    try:
+        if is_first:
+            time.sleep(WAIT)
+        torch.distributed.broadcast(torch.zeros(1), 0, group=group)
+    except RuntimeError as error:
+        return str(error)
+    return "went on"
 
 
 @pytest.mark.slow
@@ -106,7 +158,21 @@ def test_two_processes_are_as_one(shapes: Path, tmp_path: Path) -> None:
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     # Later, rounding has gone through AdamW, which divides it by gradients near to nothing.
     assert together["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-5)
+    _check_waits(done[1].stdout)
     _check_ends(done[1])
+
+
+def _check_waits(out: str) -> None:
+    """The second waits for the first one's validation, for longer than a group that ends at it."""
+    lines = [line.split(maxsplit=2) for line in out.splitlines() if line.startswith("WAITED ")]
+    waited = {int(rank): json.loads(content) for _, rank, content in lines}
+    assert sorted(waited) == [0, 1]
+    for rank in (0, 1):
+        assert waited[rank]["took"] > 2 * WAIT  # two images
+        assert waited[rank]["agree"]
+        assert waited[rank]["limit"] == 12 * 3600
+        assert waited[rank]["longer"] == "went on"
+    assert "imed out" in waited[1]["shorter"]
 
 
 def _check_ends(done: subprocess.CompletedProcess[str]) -> None:

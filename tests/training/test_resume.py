@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,22 +17,34 @@ from safetensors.torch import load_file
 
 from app.training.loop import Loop
 from app.training.session import Session
-from tests.conftest import TINY, Command, Result
+from tests.conftest import TINY, Command, Result, finish
 
 # What draws random numbers in a step, and more than one batch an update: six updates in all.
 RANDOM = ("model.dropout=0.2", "model.vision.drop_path=0.2", "--checkpoint", "none")
 STEPS = ("--epochs", 2, "--batch-size", 1, "--grad-accum", 2)
+AVERAGED = "training.ema=0.9"
 Train = Callable[..., Result]
+
+
+def _words(shapes: Path, folder: Path) -> tuple[object, ...]:
+    base = ("train", "--dataset-dir", shapes, "--model", "nano", *RANDOM, *STEPS)
+    return (*base, "evaluation.pictures=0", *TINY, "--output-dir", folder)
 
 
 @pytest.fixture
 def train(command: Command, shapes: Path, tmp_path: Path) -> Train:
     def run(*words: object, folder: str = "cut") -> Result:
-        base = ("train", "--dataset-dir", shapes, "--model", "nano", *RANDOM, *STEPS)
-        fast = ("evaluation.pictures=0", *TINY)
-        return command(*base, "--output-dir", tmp_path / folder, *words, *fast)
+        return command(*_words(shapes, tmp_path / folder), *words)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def whole(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never stopped, with an average, loading its images itself."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    finish(*map(str, _words(shapes, folder)), AVERAGED)
+    return folder
 
 
 @pytest.fixture
@@ -78,10 +91,9 @@ def _saved(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("updates", [1, 2, 3])
-def test_stopped_at_an_update(train, stop_after, tmp_path, monkeypatch, updates, workers) -> None:
-    """Within an epoch, and at its end, before its validation."""
-    words = (f"training.num_workers={workers}", "training.ema=0.9")
-    assert train(*words, folder="whole").code == 0
+def test_stopped_at_an_update(train, stop_after, whole, tmp_path, updates, workers) -> None:
+    """Within an epoch, and at its end, before its validation; whoever loads the images."""
+    words = (f"training.num_workers={workers}", AVERAGED)
     stop_after(updates)
     stopped = train(*words)
     assert stopped.code == 143
@@ -91,32 +103,32 @@ def test_stopped_at_an_update(train, stop_after, tmp_path, monkeypatch, updates,
     done = train(*words, "--resume")
     assert done.code == 0, done.err
     for name in ("last", "best"):
-        assert _same(tmp_path / "whole", tmp_path / "cut", name)
-    assert _figures(tmp_path / "whole") == _figures(tmp_path / "cut")
+        assert _same(whole, tmp_path / "cut", name)
+    assert _figures(whole) == _figures(tmp_path / "cut")
 
 
-def test_without_the_random_state_it_would_differ(train, stop_after, tmp_path, monkeypatch) -> None:
+def test_without_the_random_state_it_would_differ(
+    train, stop_after, whole, tmp_path, monkeypatch
+) -> None:
     """The test above can fail: dropout does decide the weights."""
-    assert train(folder="whole").code == 0
     stop_after(1)
-    assert train().code == 143
+    assert train(AVERAGED).code == 143
     monkeypatch.setattr("app.training.checkpoints.restore_random_state", lambda _: None)
-    assert train("--resume").code == 0
-    assert not _same(tmp_path / "whole", tmp_path / "cut")
+    assert train(AVERAGED, "--resume").code == 0
+    assert not _same(whole, tmp_path / "cut")
 
 
-def test_stopped_in_a_validation(train, stop_after, tmp_path) -> None:
+def test_stopped_in_a_validation(train, stop_after, whole, tmp_path) -> None:
     """It is repeated, and the best weights are those of the run that was not stopped."""
-    assert train(folder="whole").code == 0
     stop_after(2, Session, "_row")
-    assert train().code == 143
+    assert train(AVERAGED).code == 143
     assert len(_figures(tmp_path / "cut")) == 1
-    done = train("--resume")
+    done = train(AVERAGED, "--resume")
     assert "  2/2  " in done.out
     assert "  1/2  " not in done.out
     for name in ("last", "best"):
-        assert _same(tmp_path / "whole", tmp_path / "cut", name)
-    assert _figures(tmp_path / "whole") == _figures(tmp_path / "cut")
+        assert _same(whole, tmp_path / "cut", name)
+    assert _figures(whole) == _figures(tmp_path / "cut")
 
 
 def test_saves_by_the_clock(train, tmp_path) -> None:
@@ -133,10 +145,11 @@ def test_more_epochs(train, tmp_path) -> None:
     assert [row["epoch"] for row in _figures(tmp_path / "cut")] == ["1", "2"]
 
 
-def test_another_run_is_refused_by_name(train, tmp_path) -> None:
-    assert train().code == 0
+def test_another_run_is_refused_by_name(train, whole, tmp_path) -> None:
+    shutil.copytree(whole, tmp_path / "cut")
     settings = (tmp_path / "cut" / "config_resolved.yaml").read_bytes()
-    done = train("--resume", "--seed", 4, "--lr", 1e-3, "--batch-size", 2, "dataset.limit=3")
+    words = ("--seed", 4, "--lr", 1e-3, "--batch-size", 2, "dataset.limit=3")
+    done = train(AVERAGED, "--resume", *words)
     assert done.code == 2
     assert "  seed: 0 then, 4 now" in done.err
     assert "  training.batch_size: 1 then, 2 now" in done.err
@@ -165,10 +178,10 @@ def test_another_method_is_refused_by_name(train, tiny_run: Path, tmp_path: Path
     assert "(method.lora.rank)" in done.err
 
 
-def test_another_world_size_is_refused_by_name(train, monkeypatch) -> None:
-    assert train().code == 0
+def test_another_world_size_is_refused_by_name(train, whole, tmp_path, monkeypatch) -> None:
+    shutil.copytree(whole, tmp_path / "cut")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    done = train("--resume")
+    done = train(AVERAGED, "--resume")
     assert done.code == 2
     assert "  processes: 1 then, 2 now" in done.err
 

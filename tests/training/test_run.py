@@ -117,9 +117,8 @@ def test_epochs_batches_and_seed(train, tmp_path: Path) -> None:
 def test_a_stopped_run_resumes_to_the_same_weights(train, tmp_path: Path) -> None:
     """Stopped after the second of three epochs, as a kill between epochs would."""
     assert train("--epochs", 3).code == 0
-    whole = tmp_path / "out"
-    assert train("--epochs", 3, folder="cut").code == 0
-    cut = tmp_path / "cut"
+    whole, cut = tmp_path / "out", tmp_path / "cut"
+    shutil.copytree(whole, cut)
     for name in ("checkpoints/update-00000006", "weights"):
         for path in (cut / name).rglob("*.safetensors"):
             path.unlink()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from app.datasets.shapes import make_shapes
 from app.training import signals
 from tests.conftest import REPOSITORY, TINY, Command
 
@@ -21,8 +24,9 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start(shapes: Path, tmp_path: Path) -> Start:
+def start(shapes: Path, tmp_path: Path) -> Iterator[Start]:
     """Begin `python -m app train WORDS` as the leader of its own process group."""
+    begun: list[subprocess.Popen[str]] = []
 
     def run(*words: object) -> subprocess.Popen[str]:
         command = [
@@ -30,7 +34,7 @@ def start(shapes: Path, tmp_path: Path) -> Start:
             *("--output-dir", tmp_path / "out", "--epochs", 300, "--checkpoint", "none"),
             *("evaluation.every=300", "evaluation.pictures=0", *TINY, *words),
         ]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [str(word) for word in command],
             cwd=REPOSITORY,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -39,12 +43,17 @@ def start(shapes: Path, tmp_path: Path) -> Start:
             text=True,
             start_new_session=True,
         )
+        begun.append(process)
+        return process
 
-    return run
+    yield run
+    for process in begun:
+        with contextlib.suppress(ProcessLookupError):  # of a test that failed
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 240
     while not path.exists():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < limit, f"{path} never came"
@@ -90,8 +99,39 @@ def test_a_second_signal_ends_at_once(start, tmp_path: Path) -> None:
     assert process.returncode == 143
     assert time.monotonic() - begun < 5
     newest = max(path for path in folder.glob("update-*"))
-    assert load_file(newest / "model.safetensors")
-    assert torch.load(newest / "state.pt", weights_only=True)["optimizer"]
+    _check_whole(newest)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_all_processes_at_once(start, tmp_path: Path) -> None:
+    """In an update that takes long; torchrun, which alone is told, hands each of the two on."""
+    make_shapes(tmp_path / "set", train=160, valid=1, width=64, height=64, seed=0)
+    process = start(
+        *("--dataset-dir", tmp_path / "set", "--num-gpus", 2, "training.device=cpu"),
+        *("--batch-size", 1, "--grad-accum", 80, "--warm-start", "pixels"),
+        *("training.warm_start.steps=1", "training.warm_start.batch_size=2"),
+    )
+    folder = tmp_path / "out" / "checkpoints"
+    _wait_for(folder / "update-00000000", process)  # what the warm start came to
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    assert len(ranks) >= 2
+    process.send_signal(signal.SIGTERM)
+    time.sleep(signals.ECHO_SECONDS + 0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.count("once more ends at once") == 1
+    assert "Traceback" not in err
+    assert not psutil.wait_procs(ranks, timeout=2)[1]
+    _check_whole(folder / "update-00000000")
+    # The update under way was neither finished nor saved.
+    assert [path.name for path in folder.glob("update-*")] == ["update-00000000"]
+
+
+def _check_whole(checkpoint: Path) -> None:
+    assert load_file(checkpoint / "model.safetensors")
+    assert torch.load(checkpoint / "state.pt", weights_only=True)["optimizer"]
 
 
 def test_a_warm_start_is_cut_off(command: Command, shapes, tmp_path, monkeypatch) -> None:

@@ -106,7 +106,7 @@ def _users_yaml(shapes: Path, folder: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_a_yaml_in_upstreams_schema_with_its_traps(command, shapes, tmp_path) -> None:
+def test_a_yaml_in_upstreams_schema_with_its_traps(command, shapes, tmp_path, monkeypatch) -> None:
     folder = tmp_path / "out"
     (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(_users_yaml(shapes, folder)))
     assert is_upstream_schema(tmp_path / "theirs.yaml")
@@ -117,9 +117,10 @@ def test_a_yaml_in_upstreams_schema_with_its_traps(command, shapes, tmp_path) ->
     assert (folder / "checkpoints" / "checkpoint.pt").is_file()
     _check_loadable(folder, shapes, tmp_path, "weights/last", command)
     # What is there is not resumed from unasked.
-    again = _run("train", "--config", tmp_path / "theirs.yaml", "--model", "nano", cwd=tmp_path)
-    assert again.returncode == 2
-    assert "--overwrite" in again.stderr
+    monkeypatch.chdir(tmp_path)
+    again = command("train", "--config", tmp_path / "theirs.yaml", "--model", "nano")
+    assert again.code == 2
+    assert "--overwrite" in again.err
 
 
 def test_schemas_are_told_apart() -> None:
