@@ -65,15 +65,17 @@ def methods(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
 
 
 def cached(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
-    """`head` with features from disk, beside itself without."""
-    found = _child("kept", arguments, folder)
-    ratio = found["plain"] / found["cached"]
-    print(
-        f"{arguments.size} head: {found['cached']:.2f} s a step from features on disk, "
-        f"{found['plain']:.2f} s without: {ratio:.1f} times (goal {CACHED:.0f})\n"
-        f"  {found['disk_mb']:.1f} MB on disk an image, {found['peak_mb']:.0f} MB of memory"
-    )
-    yield ratio >= CACHED
+    """Methods that leave the trunk frozen, with its features from disk, beside without."""
+    for name in ("head", "lora-minimal"):
+        found = _child("kept", arguments, folder, name)
+        ratio = found["plain"] / found["cached"]
+        print(
+            f"{arguments.size} {name}: {found['cached']:.2f} s a step from features on disk, "
+            f"{found['plain']:.2f} s without: {ratio:.1f} times (goal {CACHED:.0f})\n"
+            f"  {found['disk_mb']:.1f} MB on disk an image, {found['peak_mb']:.0f} MB of memory",
+            flush=True,
+        )
+        yield ratio >= CACHED
 
 
 def checkpoint(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
@@ -179,14 +181,14 @@ def _upstream_epoch(arguments: argparse.Namespace, folder: Path) -> Callable[[],
     return epoch
 
 
-def _kept(_: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    loop, _accelerator = _loop(load_config([*_settings(arguments), "method=head"]), folder)
+def _kept(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
+    loop, _accelerator = _loop(load_config([*_settings(arguments), f"method={name}"]), folder)
     precision = loop.precision
     plain = statistics.median(_seconds(loop))
-    features.keep(loop.model, features.frozen_encoders(loop.model), folder / "kept", precision)
+    features.keep(loop.model, features.frozen_encoders(loop.model), folder / name, precision)
     list(loop.run_epoch(0))
     again = statistics.median(_seconds(loop))
-    files = [file.stat().st_size for file in (folder / "kept").rglob("*.safetensors")]
+    files = [file.stat().st_size for file in (folder / name).rglob("*.safetensors")]
     largest = sorted(files)[-len(loop.sampler) :]
     disk = statistics.mean(largest) / 1e6
     return {"plain": plain, "cached": again, "disk_mb": disk, "peak_mb": _peak_mb()}
