@@ -95,12 +95,13 @@ def test_flags_reach_the_configuration() -> None:
     ("words", "said"),
     [
         (["--use-base-config", "--plan"], ["--plan: of this project's own training"]),
-        (["--use-base-config", "--batch-size", "auto"], ["--batch-size auto: counts"]),
+        (["--use-base-config", "--batch-size", "auto"], ["--batch-size auto: of this"]),
         (
             ["--use-base-config", "--plan", "--batch-size", "auto"],
             ["--plan: ", "--batch-size auto"],
         ),
         (["--plan", "--eval-only"], ["--plan and --eval-only"]),
+        (["--use-base-config", "--mlflow"], ["--mlflow, --register: of this"]),
         (["--use-base-config", "--recipe", "auto"], ["--use-base-config and --recipe: give one"]),
     ],
 )

@@ -21,11 +21,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
+import mlflow
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
 from app.config import load_config
+from app.datasets.images import open_image
 from app.files import read_json, write_json
+from app.inference import Predictor
 from app.training.mlflow_sender import Sender, _requirements, _valid_name
 from app.training.mlflow_state import State, mlflow_uri, read_state, without_password
 from app.training.tracking import followed_by_mlflow
@@ -298,7 +302,7 @@ class Failing(BaseHTTPRequestHandler):
 def failing(delay: float) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
         server.delay = delay  # type: ignore[attr-defined]
-        server.daemon_threads = True
+        server.daemon_threads, server.block_on_close = True, False
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -360,10 +364,39 @@ def test_a_server_that_dies_and_comes_back(
     first = read_state(run)
     assert (first.epochs, first.complete) == (1, False)
     with server.up():
+        with closing(sqlite3.connect(server.store)) as holder:
+            holder.execute("BEGIN EXCLUSIVE")
+            locked = command("track", run, f"--mlflow={server.uri}")
+        assert (locked.code, server.uri in locked.err) == (2, True)
         assert command("track", run, f"--mlflow={server.uri}").code == 0
         history = MlflowClient(server.uri).get_metric_history(first.run_id, "train/loss")
     assert [metric.step for metric in history] == [1, 2]
     assert read_state(run).complete
+
+
+def test_a_lora_goes_as_its_adapter(
+    shapes: Path, tiny_run: Path, tmp_path: Path, command: Command
+) -> None:
+    run, uri = tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    trained = command(
+        *("train", "--dataset-dir", shapes, "--method", "lora-minimal", "--epochs", 1),
+        *("--checkpoint", tiny_run / "weights" / "best", "--output-dir", run),
+        *("evaluation.pictures=0", "training.cache_features=false"),
+    )
+    assert trained.code == 0, trained.err
+    assert command("track", run, f"--mlflow={uri}").code == 0
+    model = f"models:/{read_state(run).model}"
+    files = Path(mlflow.artifacts.download_artifacts(model, tracking_uri=uri)) / "artifacts"
+    adapter = {path.name: path.stat().st_size for path in files.rglob("*") if path.is_file()}
+    assert "adapter_model.safetensors" in adapter
+    assert "model.safetensors" not in adapter
+    assert sum(adapter.values()) < 1e6
+    image = next((shapes / "valid").rglob("*.png"))
+    rows = pd.DataFrame({"image": [image.read_bytes()], "threshold": [0.0]})
+    (found,) = mlflow.pyfunc.load_model(model).predict(rows)
+    ours = Predictor.load(run / "weights" / "best").predict(open_image(image), threshold=0.0)
+    assert found["scores"] == pytest.approx(ours.scores.tolist())
+    assert len(found["masks"]) == len(ours) > 0
 
 
 def test_a_stopped_run_is_killed_in_mlflow(tiny_run: Path, tmp_path: Path) -> None:
