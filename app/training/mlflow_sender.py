@@ -370,7 +370,6 @@ def follow(folder: Path, uri: str, ended: Iterable[Any]) -> None:
                 print(f"MLflow: {sender.explain(error)}", file=sys.__stderr__)
             sender.keep(problem=sender.explain(error))
             wait = RETRY_SECONDS
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # now someone waits
     if monitor is not None:
         monitor.finish()
     try:
@@ -411,6 +410,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the run says when it ends
     os.environ.setdefault(RETRIES, "0")  # the next try is RETRY_SECONDS later
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # at the end someone waits
     folder = Path(sys.argv[1])
     with _quiet(), _alone(folder):
         follow(folder, os.environ["MLFLOW_TRACKING_URI"], [sys.stdin])
