@@ -37,7 +37,7 @@ PAIRS = [f"{color} {kind}" for color in SHAPES.colors or () for kind in SHAPES.k
 KNOWN_KINDS = [kind for kind in SHAPES.kinds if kind != "blob"]  # of any form: no kind to measure
 NEW_KINDS = ["star", "ring"]
 NEW_EPOCHS, POTHOLES_EPOCHS = 100, 45  # what 3 and 10 minutes on 2 cores hold
-# Boxes alone are learnt in half of the updates; the masks of the new words pay for it.
+# Without masks a step is shorter and serves the boxes; the masks of the new words pay for it.
 NEW_SETTINGS = ["loss=boxes", "optim.lr_scale=1", "training.precision=bf16"]
 POTHOLES = Path(__file__).resolve().parents[2] / "shared" / "datasets" / "potholes"
 

@@ -20,9 +20,9 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import mlflow
 from mlflow import MlflowClient
@@ -74,6 +74,8 @@ class Sender:
     def __init__(self, folder: Path, uri: str, register_as: str | None = None) -> None:
         self.folder, self.uri = folder, uri
         self.settings: dict[str, Any] = read_yaml(folder / "config_resolved.yaml")
+        environment = folder / "environment.json"  # a run from Python has none
+        self.environment = read_json(environment) if environment.is_file() else {}
         tracking = self.settings.get("tracking", {})
         self.experiment = tracking.get("experiment", "sam3-finetuning")
         self.register_as = register_as or tracking.get("register_as")
@@ -170,7 +172,7 @@ class Sender:
 
     def _log_settings(self, run_id: str, known: Mapping[str, str]) -> None:
         """The settings as parameters; MLflow changes none, so changed ones become tags."""
-        environment = self._environment()
+        environment = self.environment
         settings = dict(_flatten(self.settings)) | {
             "sam3_commit": str(environment.get("sam3_commit")),
             "git": str(environment.get("git")),
@@ -202,7 +204,7 @@ class Sender:
                 ),
                 tags=[InputTag("mlflow.data.context", name)],
             )
-            for name, split in self._environment().get("data", {}).items()
+            for name, split in self.environment.get("data", {}).items()
         ]
         if inputs:
             self.client.log_inputs(run_id, datasets=inputs)
@@ -271,12 +273,8 @@ class Sender:
             self.client.set_registered_model_alias(self.register_as, CHAMPION, version.version)
         return f"{self.register_as}/{version.version}"
 
-    def _environment(self) -> dict[str, Any]:
-        file = self.folder / "environment.json"
-        return read_json(file) if file.is_file() else {}
-
     def _data_hash(self, split: str) -> str:
-        return str(self._environment().get("data", {}).get(split, {}).get("sha256"))
+        return str(self.environment.get("data", {}).get(split, {}).get("sha256"))
 
 
 def _flatten(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -347,13 +345,13 @@ def track(folder: Path, asked: str = "auto", register_as: str | None = None) -> 
     return without_password(uri), sender.state
 
 
-def follow(folder: Path, uri: str, ended: Iterable[Any]) -> None:
+def follow(folder: Path, uri: str, ended: TextIO) -> None:
     """Send what the folder holds as it grows, until `ended` can be read; then all that is left."""
     sender = Sender(folder, uri)
     sender.reopen()
     monitor: SystemMetricsMonitor | None = None
     seen, wait = "", 0.0
-    while not select.select(list(ended), [], [], wait)[0]:
+    while not select.select([ended], [], [], wait)[0]:
         wait = POLL_SECONDS
         table = folder / "metrics.csv"
         now = str(table.stat().st_mtime_ns) if table.is_file() else "none"
@@ -413,7 +411,7 @@ def main() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # at the end someone waits
     folder = Path(sys.argv[1])
     with _quiet(), _alone(folder):
-        follow(folder, os.environ["MLFLOW_TRACKING_URI"], [sys.stdin])
+        follow(folder, os.environ["MLFLOW_TRACKING_URI"], sys.stdin)
 
 
 if __name__ == "__main__":

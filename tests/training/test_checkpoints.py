@@ -124,12 +124,18 @@ def test_a_disk_that_fills_up(
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.slow
-def test_two_hundred_kills(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.training.killed_saves", str(tmp_path), "200"]
+def _counts(program: str, folder: Path, kills: int) -> dict[str, int]:
+    """What a program that kills others says of it."""
+    command = [sys.executable, "-m", f"tests.training.{program}", str(folder), str(kills)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout.splitlines()[-1])
+    counts: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return counts
+
+
+@pytest.mark.slow
+def test_two_hundred_kills(tmp_path: Path) -> None:
+    counts = _counts("killed_saves", tmp_path, 200)
     assert counts["kills"] == 200
     assert counts["within a save"] > 20
     assert counts["updates"] > 3  # saves that were whole, gone on from
@@ -138,10 +144,7 @@ def test_two_hundred_kills(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_runs_killed_anywhere_come_to_the_same_end(tmp_path: Path) -> None:
     """In real runs: while they read, validate, train, save or draw."""
-    command = [sys.executable, "-m", "tests.training.killed_runs", str(tmp_path), "6"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout.splitlines()[-1])
+    counts = _counts("killed_runs", tmp_path, 6)
     assert counts["kills"] == 6
     assert counts["runs"] >= 1
     assert counts["resumed"] >= 1  # from a checkpoint; the others began anew

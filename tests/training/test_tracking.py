@@ -33,7 +33,7 @@ from app.inference import Predictor
 from app.training.mlflow_sender import Sender, _requirements, _valid_name
 from app.training.mlflow_state import State, mlflow_uri, read_state, without_password
 from app.training.tracking import followed_by_mlflow
-from tests.conftest import REPOSITORY, TINY, Command
+from tests.conftest import REPOSITORY, TINY, Command, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_own_environment")]
 UP_SECONDS = 120
@@ -72,11 +72,9 @@ def serving(port: int, health: str, *words: object) -> Iterator[subprocess.Popen
         start_new_session=True,
     )
     try:
-        until = time.monotonic() + UP_SECONDS
-        while not answers(f"http://127.0.0.1:{port}{health}"):
-            assert process.poll() is None, "mlflow ended"
-            assert time.monotonic() < until, "mlflow does not answer"
-            time.sleep(0.2)
+        address = f"http://127.0.0.1:{port}{health}"
+        until(lambda: process.poll() is not None or answers(address), UP_SECONDS, "mlflow answers")
+        assert process.poll() is None, "mlflow ended"
         yield process
     finally:
         with suppress(ProcessLookupError):
@@ -268,13 +266,13 @@ def test_a_resumed_run_goes_on_in_mlflow(tiny_run: Path, tmp_path: Path) -> None
 
 def completed(run: Path, epochs: int) -> State:
     """What mlflow.json says when a sender that was late, and left alone, is done."""
-    until = time.monotonic() + UP_SECONDS
-    while time.monotonic() < until:
+
+    def is_sent() -> bool:
         state = read_state(run)
-        if state.complete and state.epochs == epochs:
-            return state
-        time.sleep(0.1)
-    raise AssertionError(f"not sent in {UP_SECONDS} s: {read_state(run)}")
+        return state.complete and state.epochs == epochs
+
+    until(is_sent, UP_SECONDS, f"all sent of {run}")
+    return read_state(run)
 
 
 def add_epoch(run: Path) -> None:
@@ -353,9 +351,7 @@ def test_a_server_that_dies_and_comes_back(
         tracking = load_config().tracking.model_copy(update={"mlflow": server.uri})
         following = followed_by_mlflow(tracking, run)
         following.__enter__()
-        until = time.monotonic() + UP_SECONDS
-        while read_state(run).epochs < 1 and time.monotonic() < until:
-            time.sleep(0.1)
+        until(lambda: read_state(run).epochs == 1, UP_SECONDS, "an epoch sent")
     add_epoch(run)
     finished.rename(run / "metrics.json")
     begun = time.monotonic()
