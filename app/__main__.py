@@ -61,6 +61,12 @@ def train(
         str | None,
         typer.Option(help="weights to start from: file, folder, or none for random ones"),
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="weights of any size to learn from as well (keys: distill.* in train.yaml)"
+        ),
+    ] = None,
     output_dir: Annotated[str | None, typer.Option(help="folder that the run leaves")] = None,
     epochs: Annotated[int | None, typer.Option()] = None,
     batch_size: Annotated[
@@ -145,6 +151,7 @@ def train(
         "model.resolution": resolution,
         "output_dir": output_dir,
         "checkpoint": checkpoint,
+        "distill.teacher": teacher,
         "evaluation.split": split,
         "seed": seed,
     }
@@ -359,6 +366,90 @@ def track(
     if not state.complete:
         log.warning("not all was sent: %s", state.problem)
         raise typer.Exit(3)
+
+
+@cli.command()
+def compact(
+    checkpoint: Annotated[Path, typer.Argument(help="weights folder or file")],
+    output_dir: Annotated[Path, typer.Option(help="folder for the smaller weights")],
+    overrides: options.Overrides = None,
+    to: Annotated[
+        str | None, typer.Option(help="a size to cut down to: small or small-text")
+    ] = None,
+    blocks: Annotated[
+        int | None, typer.Option(help="blocks of the trunk that stay: those that matter most")
+    ] = None,
+    remove_blocks: Annotated[
+        str | None, typer.Option(metavar="5,17-22|dart", help="instead: the blocks that go")
+    ] = None,
+    mlp: Annotated[float | None, typer.Option(help="share of the MLPs' units that stays")] = None,
+    heads: Annotated[int | None, typer.Option(help="heads that stay in each block")] = None,
+    text_layers: Annotated[int | None, typer.Option(help="that stay")] = None,
+    encoder_layers: Annotated[int | None, typer.Option(help="of DETR, that stay")] = None,
+    decoder_layers: Annotated[int | None, typer.Option(help="of DETR, that stay")] = None,
+    queries: Annotated[int | None, typer.Option(help="of DETR, that stay")] = None,
+    width: Annotated[
+        str,
+        typer.Option(
+            help="how units and heads are chosen: taylor (their part in the loss), activation (how "
+            "much they say), or svd (a projection, to compare with)"
+        ),
+    ] = "taylor",
+    vocabulary: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="store prompts in the text encoder's place, for deployment: classes for those of "
+            "the weights, a file, or each prompt by its own --vocabulary"
+        ),
+    ] = None,
+    resolution: Annotated[int | None, typer.Option(help="pixels, square")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="images without labels to measure on: folder, file or glob")
+    ] = None,
+    measure_on: Annotated[int, typer.Option(min=1, help="most images to measure on")] = 16,
+    dataset_dir: options.DatasetDir = None,
+    hf_dataset: options.HfDataset = None,
+    hf_config: options.HfConfig = None,
+    hf_split: options.HfSplit = None,
+    columns: options.Columns = None,
+    roboflow: options.Roboflow = None,
+    format: options.Format = None,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Cut weights down to smaller ones, and say what each step removes, leaves and costs."""
+    from app.training import compaction
+
+    sources = options.source(
+        dataset_dir, hf_dataset, hf_config, hf_split, columns, roboflow, format
+    )
+    given = options.asked(overrides, sources)
+    file = compaction.compact(
+        checkpoint,
+        output_dir,
+        lambda header: compaction.make_goal(
+            header.model,
+            to=to,
+            blocks=blocks,
+            remove_blocks=remove_blocks,
+            mlp=mlp,
+            heads=heads,
+            layers={
+                "text_layers": text_layers,
+                "encoder_layers": encoder_layers,
+                "decoder_layers": decoder_layers,
+                "queries": queries,
+            },
+            vocabulary=compaction.read_vocabulary(vocabulary or (), header.prompts),
+            resolution=resolution,
+        ),
+        given,
+        by=compaction.check_width(width),
+        images=images,
+        measure_on=measure_on,
+        has_data=any(text.startswith("dataset.") for text in given),
+        overwrite=overwrite,
+    )
+    log.info("weights: %s", file.parent)
 
 
 @cli.command()

@@ -62,9 +62,14 @@ class VisionConfig(_Strict):
     window_size: int = Field(gt=0)
     global_blocks: list[int]
     drop_path: float = Field(ge=0, lt=1)
+    heads: int | None = Field(default=None, ge=1)  # that were left of num_heads; None: all
 
     @model_validator(mode="after")
     def _check(self) -> VisionConfig:
+        if self.heads is not None and self.heads > self.num_heads:
+            raise ValueError(
+                f"vision.heads {self.heads} must be at most vision.num_heads ({self.num_heads})"
+            )
         if self.embed_dim % (4 * self.num_heads):
             raise ValueError(
                 f"vision.embed_dim {self.embed_dim} must be a multiple of 4 x vision.num_heads "
@@ -112,6 +117,7 @@ class ModelConfig(_Strict):
     mask_points: int = Field(gt=0)
     segmentation: bool
     activation_checkpointing: bool
+    vocabulary: list[str] | None = None  # the prompts stored in the text encoder's place; None: any
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -310,6 +316,24 @@ class TrainingConfig(_Strict):
     cache_features: Literal["auto"] | bool
 
 
+class DistillConfig(_Strict):
+    teacher: str | None
+    resolution: int | None = Field(ge=1)
+    feature_epochs: int = Field(ge=0)
+    trunk: float = Field(ge=0)
+    levels: tuple[float, float, float]
+    text: float = Field(ge=0)
+    words: int = Field(ge=0)
+    outputs: float = Field(ge=0)
+    labels: float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillConfig:
+        if min(self.levels) < 0:
+            raise ValueError(f"distill.levels {list(self.levels)}: a weight is below 0")
+        return self
+
+
 class EvaluationConfig(_Strict):
     every: int = Field(ge=1)
     metric: str
@@ -368,6 +392,7 @@ class Config(_Strict):
     optim: OptimConfig
     method: MethodConfig
     training: TrainingConfig
+    distill: DistillConfig
     evaluation: EvaluationConfig
     prediction: PredictionConfig
     cluster: ClusterConfig

@@ -24,7 +24,7 @@ from app.errors import UserError
 
 
 def test_every_size_and_group_composes() -> None:
-    assert model_names() == ["nano", "sam3", "small"]
+    assert model_names() == ["nano", "sam3", "small", "small-text"]
     for name in model_names():
         assert load_model_config(name).name == name
     assert load_config(["loss=boxes"]).loss.criterion["loss_fn_semantic_seg"] is None

@@ -28,11 +28,12 @@ from app.inference.detections import Detections
 from app.inference.inputs import find_images, output_names
 from app.inference.journal import Entry, Journal, file_state, read_contents
 from app.inference.outputs import PER_IMAGE, coco_results
-from app.inference.predictor import VISUAL_PROMPT, Predictor, normalised_boxes
+from app.inference.predictor import Predictor, normalised_boxes
 from app.inference.settings import RANDOM, Settings
 from app.inference.tables import TABLES
 from app.model.build import build_model
 from app.model.device import choose_device, choose_precision
+from app.model.vocabulary import VISUAL_PROMPT
 from app.progress import duration, progress
 
 log = logging.getLogger("app")

@@ -26,11 +26,11 @@ from app.inference.merging import merge_tiles, suppress
 from app.inference.tiles import make_tiles
 from app.model import weights
 from app.model.device import choose_device, choose_precision
+from app.model.vocabulary import VISUAL_PROMPT
 
 PROMPTS_A_PASS = 16  # pairs of image and prompt that go through DETR together: bounds the memory
 TEXTS_KEPT = 64  # passes whose text features are kept
 RAW = ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")  # what a result needs
-VISUAL_PROMPT = "visual"  # what upstream says in place of words when there are boxes only
 THRESHOLD = 0.5  # where the weights say none
 BOX_IN_TILE = "--tile and --box: a box lies in one tile, not in all; give one of them"
 

@@ -15,6 +15,7 @@ from app.inference.outputs import PER_IMAGE
 from app.inference.predictor import BOX_IN_TILE, THRESHOLD, check_prompts
 from app.inference.tables import TABLES
 from app.model import weights
+from app.model.vocabulary import unknown_words
 
 log = logging.getLogger("app")
 SAVES = tuple(dict.fromkeys([*PER_IMAGE, *TABLES]))  # what --save takes
@@ -107,6 +108,10 @@ def make_settings(
         check_prompts(prompts, [()] * len(boxes))  # those that could not be read are boxes as well
     except UserError as error:
         problems += error.problems
+    if settings.checkpoint != RANDOM:
+        header = weights.read_header(Path(settings.checkpoint))
+        vocabulary = None if header is None else header.model.vocabulary
+        problems += [f"--prompt {line}" for line in unknown_words(vocabulary, prompts)]
     if problems:
         raise UserError(problems)
     return replace(

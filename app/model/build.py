@@ -27,6 +27,7 @@ from torch import nn
 
 from app.config import ModelConfig
 from app.model import upstream
+from app.model.vocabulary import StoredText
 
 
 def build_model(
@@ -86,6 +87,11 @@ def count_parameters(model: Sam3Image, *, trainable: bool = False) -> dict[str, 
     }
 
 
+def mlp_units(config: ModelConfig) -> int:
+    """Hidden units of the MLP in each block of the trunk."""
+    return round(config.vision.embed_dim * config.vision.mlp_ratio)
+
+
 def _position_encoding(config: ModelConfig) -> PositionEmbeddingSine:
     return PositionEmbeddingSine(
         num_pos_feats=config.d_model, normalize=True, scale=None, temperature=10000
@@ -101,7 +107,8 @@ def _vision(config: ModelConfig) -> Sam3DualViTDetNeck:
         embed_dim=vision.embed_dim,
         depth=vision.depth,
         num_heads=vision.num_heads,
-        mlp_ratio=vision.mlp_ratio,
+        mlp_ratio=(mlp_units(config) + 0.5)
+        / vision.embed_dim,  # upstream cuts off, and may lose one
         norm_layer="LayerNorm",
         drop_path_rate=vision.drop_path,
         qkv_bias=True,
@@ -120,6 +127,8 @@ def _vision(config: ModelConfig) -> Sam3DualViTDetNeck:
         bias_patch_embed=False,
         use_act_checkpoint=config.activation_checkpointing,
     )
+    if vision.heads is not None:
+        _leave_heads(trunk, vision.heads)
     return Sam3DualViTDetNeck(
         position_encoding=_position_encoding(config),
         d_model=config.d_model,
@@ -128,8 +137,20 @@ def _vision(config: ModelConfig) -> Sam3DualViTDetNeck:
     )
 
 
-def _text(config: ModelConfig) -> VETextEncoder:
+def _leave_heads(trunk: ViT, heads: int) -> None:
+    """Attention of fewer heads, each as wide as before, so that their rotary tables stay."""
+    for block in trunk.blocks:
+        attention = block.attn
+        width, dim = heads * attention.head_dim, attention.qkv.in_features
+        attention.qkv, attention.proj = nn.Linear(dim, 3 * width), nn.Linear(width, dim)
+        attention.num_heads = heads
+        attention.apply(trunk._init_weights)
+
+
+def _text(config: ModelConfig) -> VETextEncoder | StoredText:
     text = config.text
+    if config.vocabulary is not None:
+        return StoredText(config.vocabulary, text.context_length, config.d_model)
     return VETextEncoder(
         tokenizer=_tokenizer(),
         d_model=config.d_model,

@@ -96,24 +96,21 @@ def image_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return int(side * side * config.vision.embed_dim * dtype.itemsize)
 
 
-def check_space(
-    folder: Path, images: int, config: ModelConfig, dtype: torch.dtype, *, beside: int = 0
-) -> None:
+def check_space(folder: Path, needed: int, *, beside: int = 0) -> None:
     """Refuse features that the disk cannot hold.
 
     Args:
-        images: training images times their views, and validation images.
+        needed: bytes, of training images times their views, and of validation images.
         beside: bytes that other files of the run will take of the same disk.
 
     Raises:
         UserError: says what is needed, what is free, and what to change.
     """
-    needed = images * image_bytes(config, dtype)
     free = max(0, shutil.disk_usage(folder).free - beside)
     if needed > free:
         raise UserError(
-            f"training.cache_features: {images} images' features take {needed / 1e9:.1f} GB in "
-            f"{folder}, where {free / 1e9:.1f} GB are free. Fewer dataset.views, --limit, or "
+            f"training.cache_features: images' features take {needed / 1e9:.1f} GB in {folder}, "
+            f"where {free / 1e9:.1f} GB are free. Fewer dataset.views, --limit, or "
             "training.cache_features=false"
         )
 

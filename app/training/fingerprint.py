@@ -11,6 +11,8 @@ from app.config import Config
 from app.datasets.build import Splits
 from app.datasets.coco import Dataset
 from app.errors import UserError
+from app.model import adapters
+from app.training.distillation import teacher_file
 
 Fingerprint = dict[str, Any]
 
@@ -23,7 +25,7 @@ _HARMLESS = (
     *("training.warm_start.", "cluster."),
     *("dataset.dir", "dataset.format", "dataset.huggingface.", "dataset.roboflow"),
     *("dataset.valid_fraction", "dataset.test_fraction", "dataset.max_drop", "dataset.limit"),
-    *("dataset.prompts", "dataset.bad_images", "dataset.shapes."),
+    *("dataset.prompts", "dataset.bad_images", "dataset.shapes.", "distill.teacher"),
 )
 # Without these alike, a figure from before cannot be compared with one of now.
 _JUDGES = ("validation data", "model.", "evaluation.", "training.precision", "training.ema")
@@ -32,9 +34,11 @@ _JUDGES = ("validation data", "model.", "evaluation.", "training.precision", "tr
 def fingerprint(config: Config, splits: Splits, processes: int) -> Fingerprint:
     """Name → value, as JSON has them; `processes` is the world size."""
     settings = _flat(config.model_dump(mode="json"))
+    teacher = teacher_file(config)
     return {
         "training data": _identify(splits.train),
         "validation data": _identify(splits.valid),
+        "teacher": None if teacher is None else adapters.hash_file(teacher),
         "processes": processes,
         **{key: value for key, value in settings.items() if not key.startswith(_HARMLESS)},
     }

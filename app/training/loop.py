@@ -36,6 +36,8 @@ from app.datasets.queries import QueryDataset, collate
 from app.errors import UserError
 from app.model.device import choose_precision
 from app.model.guard import NotFiniteError, finite_outputs
+from app.training import distillation
+from app.training.distillation import Lesson
 from app.training.ema import Average
 from app.training.method import set_training
 from app.training.processes import over_processes, together
@@ -113,7 +115,12 @@ def _collate(items: list[Datapoint | UserError]) -> BatchedDatapoint | UserError
 
 
 class Loop:
-    """Trains one model; every process of a run has one."""
+    """Trains one model; every process of a run has one.
+
+    Args:
+        lr_scale: of the configuration's learning rates.
+        lesson: where there is a teacher; the model is then called as `show_on_the_way` says.
+    """
 
     def __init__(
         self,
@@ -123,8 +130,10 @@ class Loop:
         accelerator: Accelerator,
         *,
         lr_scale: float,
+        lesson: Lesson | None = None,
     ) -> None:
         self.config = config
+        self.lesson = lesson
         self.accelerator = accelerator
         self.precision = choose_precision(
             config.training.precision, accelerator.device, config.model
@@ -155,6 +164,8 @@ class Loop:
             lambda i: learning_rate_factor(min(i, total - 1), total, config.optim.schedule),
         )
         decay = config.training.ema
+        if lesson is not None:
+            distillation.show_on_the_way(model)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.average = None if decay is None else Average(model, decay)
         self.random_before = random_state()  # the last update
@@ -285,7 +296,16 @@ class Loop:
         module = self.accelerator.unwrap_model(self.model)
         model = module if watched else self.model  # DDP would wait for others
         with finite_outputs(module, enabled=watched or self.config.training.check_finite):
-            return batch_losses(model, self.criterion, batch, self.precision)
+            if self.lesson is None:
+                return batch_losses(model, self.criterion, batch, self.precision)
+            return lesson_losses(
+                model,
+                self.criterion,
+                batch,
+                self.precision,
+                self.lesson,
+                of_features=self.lesson.is_of_features(self.sampler.epoch),
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Of all that an update changes, but for the weights."""
@@ -322,25 +342,69 @@ def batch_losses(
         FloatingPointError: the model's outputs are not finite, in this or another process.
     """
     module: Any = getattr(model, "module", model)
-    grouped = module is not model
-    # Not accelerate's: its conversion of outputs to float32 cannot rebuild a SAM3Output.
-    with torch.autocast(
-        batch.img_batch.device.type, torch.bfloat16, enabled=precision == torch.bfloat16
-    ):
-        targets = [module.back_convert(target) for target in batch.find_targets]
-        with together(batch.img_batch.device) if grouped else contextlib.nullcontext():
+    with _autocast(batch, precision):
+        with _together(model, batch):
             outputs = _forward(model, batch)
-        losses = criterion(outputs, targets)
-    if grouped:
+        return _label_losses(model, criterion, outputs, _targets(module, batch))
+
+
+def lesson_losses(
+    model: nn.Module,
+    criterion: nn.Module,
+    batch: BatchedDatapoint,
+    precision: torch.dtype,
+    lesson: Lesson,
+    *,
+    of_features: bool,
+) -> dict[str, torch.Tensor]:
+    """Like `batch_losses`, of what a teacher teaches, and of the labels as far as they count.
+
+    Args:
+        of_features: what is seen alone is taught: nothing is answered, no label read.
+    """
+    module: Any = getattr(model, "module", model)
+    labelled: dict[str, torch.Tensor] = {}
+    with _autocast(batch, precision):
+        words = lesson.draw_words(batch)
+        with _together(model, batch):
+            outputs, seen = _forward(model, batch, words=words, encoders_only=of_features)
+        taught = lesson.losses(batch, words, outputs, seen)
+        total = torch.stack([*taught.values()]).sum()
+        if not of_features and lesson.config.labels:
+            labelled = _label_losses(model, criterion, outputs, _targets(module, batch))
+            total = total + lesson.config.labels * labelled.pop("loss")
+    return {"loss": total, **labelled, **taught}
+
+
+def _autocast(batch: BatchedDatapoint, precision: torch.dtype) -> torch.autocast:
+    """Not accelerate's: its conversion of outputs to float32 cannot rebuild a SAM3Output."""
+    enabled = precision == torch.bfloat16
+    return torch.autocast(batch.img_batch.device.type, torch.bfloat16, enabled=enabled)
+
+
+def _together(model: nn.Module, batch: BatchedDatapoint) -> contextlib.AbstractContextManager[None]:
+    grouped = hasattr(model, "module")
+    return together(batch.img_batch.device) if grouped else contextlib.nullcontext()
+
+
+def _targets(module: Any, batch: BatchedDatapoint) -> list[dict[str, torch.Tensor]]:
+    return [module.back_convert(target) for target in batch.find_targets]
+
+
+def _label_losses(
+    model: nn.Module, criterion: nn.Module, outputs: Any, targets: list[dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    losses = criterion(outputs, targets)
+    if hasattr(model, "module"):
         losses = over_processes(losses, criterion, targets[0])
     parts = {name: losses[name].float() for name in PARTS if name in losses}
     return {"loss": losses["core_loss"], **parts}
 
 
-def _forward(model: nn.Module, batch: BatchedDatapoint) -> Any:
+def _forward(model: nn.Module, batch: BatchedDatapoint, **how: Any) -> Any:
     """The model's outputs; its matcher raises a ValueError where its costs are not finite."""
     try:
-        return model(batch)
+        return model(batch, **how)
     except ValueError as error:
         if "invalid numeric" not in str(error):
             raise

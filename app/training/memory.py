@@ -6,9 +6,9 @@ allocation is counted: activations, what activation checkpointing makes anew, gr
 
 from __future__ import annotations
 
-import itertools
+import functools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,18 @@ from sam3.model.data_misc import BatchedDatapoint
 from sam3.model.sam3_image import Sam3Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from app.config import Config
-from app.training import method
-from app.training.loop import batch_losses
+from app.config import Config, ModelConfig
+from app.inference.predictor import Predictor
+from app.model.build import build_model
+from app.training import distillation, method
+from app.training.distillation import Lesson, Matches
+from app.training.loop import batch_losses, lesson_losses
 
 
 def step_bytes(
@@ -36,6 +41,7 @@ def step_bytes(
         batch: a real one.
     """
     objects = batch.find_targets[0].num_boxes.tolist()
+    teacher = distillation.teacher_on_meta(config, model, precision)
     criterion: Any = instantiate(config.loss.criterion, _convert_="all")
     model.matcher = criterion.matcher = _AnyMatcher(objects, 1)
     if criterion.o2m_matcher is not None:
@@ -44,10 +50,39 @@ def step_bytes(
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         method.set_training(model)
-        live = LiveBytes(itertools.chain(model.parameters(), model.buffers()))
+        known = [model]
+        if teacher is None:
+            losses = functools.partial(batch_losses, model, criterion, batch, precision)
+        else:
+            known.append(teacher.model.to_empty(device="cpu"))
+            distillation.show_on_the_way(model)
+            lesson = Lesson(teacher, config.distill, match=_any_match(objects))
+            losses = functools.partial(
+                lesson_losses, model, criterion, batch, precision, lesson, of_features=False
+            )
+        live = LiveBytes(t for part in known for t in (*part.parameters(), *part.buffers()))
         with live, _KnownValues(len(batch.img_batch), grid):
-            batch_losses(model, criterion, batch, precision)["loss"].backward()
+            losses()["loss"].backward()
     return live.peak
+
+
+def count_flops(config: ModelConfig) -> int:
+    """Floating-point operations of one image and one prompt, multiplications and additions apart.
+
+    Those of matrix products and convolutions; a model of the size is made without contents.
+    """
+    model = build_model(config, device="meta")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        predictor = Predictor(model, config)
+        pixels = torch.zeros(1, 3, config.resolution, config.resolution)
+        grid = config.resolution // config.vision.patch_size
+        words = config.vocabulary or ["thing"]
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter, _KnownValues(1, grid), sdpa_kernel(SDPBackend.MATH):
+            features = model.backbone.forward_image(pixels)
+            predictor._ground(features, words[:1], torch.zeros(0, 1, 4), torch.zeros(0).bool())
+    return counter.get_total_flops()
 
 
 class LiveBytes(TorchDispatchMode):
@@ -105,6 +140,16 @@ class _KnownValues(TorchFunctionMode):
             inverse = kwargs.get("return_inverse")
             return (torch.arange(self.images), args[0]) if inverse else torch.tensor([0, 1])
         return self.known[func] if func in self.known else func(*args, **kwargs)
+
+
+def _any_match(objects: Sequence[int]) -> Callable[[Any, Any], Matches]:
+    """A match for each object, of no query in particular."""
+
+    def match(student: dict[str, Tensor], _teacher: dict[str, Tensor]) -> Matches:
+        matches = sum(min(student["pred_logits"].shape[1], n) for n in objects)
+        return Matches(*torch.zeros(4, matches, dtype=torch.long).unbind())
+
+    return match
 
 
 class _AnyMatcher(nn.Module):

@@ -32,7 +32,7 @@ from app.inference.predictor import Predictor
 from app.model.build import build_model, count_parameters
 from app.model.device import choose_device, choose_precision, free_memory
 from app.progress import duration
-from app.training import checkpoints, features, method, run
+from app.training import checkpoints, distillation, features, method, run
 from app.training.loop import EpochSampler, Loop, build_accelerator
 from app.training.memory import step_bytes
 from app.training.session import score
@@ -64,7 +64,7 @@ class Memory:
 
     Attributes:
         process: Python, libraries and labels; on a GPU, CUDA's context.
-        weights: the model's.
+        weights: the model's, and its teacher's where it has one.
         optimizer: AdamW's moments, and the average where there is one.
         step: activations and gradients, and what the allocator holds beyond them.
     """
@@ -266,6 +266,8 @@ def predict_memory(
     """
     gpu = device.type == "cuda"
     weights = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
+    if (teacher := distillation.teacher_on_meta(config, model, precision)) is not None:
+        weights += distillation.own_bytes(teacher, model)
     step = step_bytes(config, model, _heaviest_batch(config, splits), precision)
     return Memory(
         process=CUDA_CONTEXT if gpu else _process_bytes(),
@@ -278,8 +280,7 @@ def predict_memory(
 def predict_disk(config: Config, splits: Splits, model: Sam3Image, precision: torch.dtype) -> Disk:
     """What a run writes; pictures and tables, some MB, apart."""
     kept, while_saving = checkpoints.run_bytes(config, model)
-    images = run.kept_images(config, splits, model)
-    return Disk(kept, while_saving, images * features.image_bytes(config.model, precision))
+    return Disk(kept, while_saving, run.kept_bytes(config, splits, model, precision))
 
 
 @dataclass(frozen=True)
@@ -322,7 +323,8 @@ def measure(config: Config, splits: Splits, *, trained: bool) -> Times:
     data = run.query_dataset(config, splits.train)
     with tempfile.TemporaryDirectory() as folder:
         features.keep(model, kept, Path(folder), precision)
-        loop = Loop(config, model, data, accelerator, lr_scale=1.0)
+        lesson = run.make_lesson(config, model, splits, device, precision, Path(folder))
+        loop = Loop(config, model, data, accelerator, lr_scale=1.0, lesson=lesson)
         update = _seconds_per_update(loop)
         cached = _seconds_per_update(loop) if kept else None
         few = splits.valid.subset([image.id for image in splits.valid.images[:2]])

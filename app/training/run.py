@@ -28,7 +28,7 @@ from app.datasets.build import Splits, load_splits, many_classes
 from app.datasets.coco import Dataset
 from app.datasets.dataset_report import write_page
 from app.datasets.decoding import decoding_problems
-from app.datasets.prompts import name_classes, nouns_beside, read_prompts
+from app.datasets.prompts import NOUNS, name_classes, nouns_beside, read_prompts
 from app.datasets.queries import PromptChoice, QueryDataset
 from app.errors import UserError
 from app.evaluation import record, report
@@ -41,9 +41,11 @@ from app.model import weights
 from app.model.build import build_model, count_parameters
 from app.model.device import choose_device, choose_precision
 from app.model.upstream import COMMIT
+from app.model.vocabulary import askable, unknown_words
 from app.progress import duration
-from app.training import checkpoints, features, method
+from app.training import checkpoints, distillation, features, method
 from app.training.checkpoints import RunState
+from app.training.distillation import Lesson
 from app.training.fingerprint import are_comparable, check_same, differences, fingerprint
 from app.training.loop import Loop, build_accelerator
 from app.training.metric import metric_name
@@ -126,13 +128,14 @@ def train(
     features.keep(model, kept, FEATURES, precision)
     if kept and main:
         log.info("features of the frozen %s: kept in %s", " and ".join(kept), FEATURES)
+    lesson = make_lesson(config, model, splits, device, precision)
     data = query_dataset(config, splits.train)
     new = start is None or adapts  # what is trained has learnt nothing yet
     lr_scale = config.optim.lr_scale or (1.0 if new else 0.1)
     session = Session(
         config,
         model,
-        Loop(config, model, data, accelerator, lr_scale=lr_scale),
+        Loop(config, model, data, accelerator, lr_scale=lr_scale, lesson=lesson),
         accelerator,
         valid=splits.valid,
         header=weights.Header(
@@ -219,22 +222,22 @@ def settle_features(
 def _has_room_for_features(config: Config, splits: Splits, *, trained: bool) -> bool:
     """Whether a frozen trunk's features fit on their disk, beside the run's own files."""
     model = method.on_meta(config, trained=trained)
-    images = kept_images(config, splits, model)
     precision = choose_precision(
         config.training.precision, choose_device(config.training.device), config.model
     )
+    needed = kept_bytes(config, splits, model, precision)
     FEATURES.mkdir(parents=True, exist_ok=True)
     output = existing(Path(config.output_dir))
     beside = output.stat().st_dev == FEATURES.stat().st_dev
     own = sum(checkpoints.run_bytes(config, model)) if beside else 0
     try:
-        features.check_space(FEATURES, images, config.model, precision, beside=own)
+        features.check_space(FEATURES, needed, beside=own)
     except UserError as error:
         if config.training.cache_features is True:
             raise
         log.info("note: not kept: %s", error)
         return False
-    return images > 0
+    return needed > 0
 
 
 def kept_encoders(config: Config, model: Sam3Image) -> list[str]:
@@ -243,12 +246,42 @@ def kept_encoders(config: Config, model: Sam3Image) -> list[str]:
     return frozen if config.training.cache_features and "vision" in frozen else []
 
 
-def kept_images(config: Config, splits: Splits, model: Sam3Image) -> int:
-    """Images whose features would go to disk, each view by itself; 0 where the trunk learns."""
-    if not kept_encoders(config, model):
+def kept_bytes(config: Config, splits: Splits, model: Sam3Image, precision: torch.dtype) -> int:
+    """On disk, of features: each view by itself; 0 where no trunk is frozen and no one teaches."""
+    if not config.training.cache_features:
         return 0
     views = min(config.dataset.views or features.VIEWS, config.training.epochs)
-    return len(splits.train.images) * views + len(splits.valid.images)
+    seen = len(splits.train.images) * views
+    total = 0
+    if kept_encoders(config, model):
+        images = seen + len(splits.valid.images)
+        total += images * features.image_bytes(config.model, precision)
+    if (size := distillation.teacher_size(config)) is not None:
+        total += seen * features.image_bytes(size, precision)
+    return total
+
+
+def make_lesson(
+    config: Config,
+    model: Sam3Image,
+    splits: Splits,
+    device: torch.device,
+    precision: torch.dtype,
+    folder: Path = FEATURES,
+) -> Lesson | None:
+    """What the run's teacher teaches the model; None where it has none.
+
+    Args:
+        folder: for the features of its encoders, where they are kept.
+    """
+    teacher = distillation.load_teacher(config, model, device, precision)
+    if teacher is None:
+        return None
+    if config.training.cache_features:
+        features.keep(teacher.model, features.ENCODERS, folder, precision)
+    learns = any(p.requires_grad for p in model.backbone.language_backbone.parameters())
+    words = [*splits.train.class_names, *NOUNS] if learns else []
+    return Lesson(teacher, config.distill, words)
 
 
 def _go_on(session: Session, newest: Path, resume: Resume | None) -> None:
@@ -422,10 +455,21 @@ def query_dataset(config: Config, dataset: Dataset) -> QueryDataset:
         negatives=settings.negatives,
         foreign=settings.foreign,
         near_misses=tuple(settings.near_misses),
-        nouns=tuple(nouns_beside(names)),
+        nouns=tuple(askable(config.model.vocabulary, nouns_beside(names))),
     )
     transforms = [instantiate(node) for node in config.transforms.train]
     return QueryDataset(dataset, transforms, seed=config.seed, choice=choice, views=settings.views)
+
+
+def check_words(config: Config, splits: Splits) -> None:
+    """Weights with a stored vocabulary can be asked for its prompts alone.
+
+    Raises:
+        UserError: each class, synonym and near miss that is not among them.
+    """
+    names = [name for c in splits.train.categories for name in (c.name, *c.synonyms)]
+    if problems := unknown_words(config.model.vocabulary, [*names, *config.dataset.near_misses]):
+        raise UserError(problems)
 
 
 def check_masks(config: Config, dataset: Dataset) -> None:

@@ -23,6 +23,7 @@ from app.evaluation.scoring import THRESHOLD
 from app.evaluation.validate import Validation, validate
 from app.inference.predictor import Predictor
 from app.model import weights
+from app.model.vocabulary import askable
 from app.progress import progress
 from app.training import checkpoints
 from app.training.checkpoints import RunState
@@ -258,13 +259,14 @@ def score(
         advance(done, "")
         check()
 
+    nouns = choose_nouns(dataset, config.evaluation.off_prompts, config.seed)
     with progress(f"{title}: image", len(dataset.images)) as advance:
         return validate(
             predictor,
             dataset,
             max_detections=config.evaluation.max_detections,
             threshold=config.prediction.threshold,
-            nouns=choose_nouns(dataset, config.evaluation.off_prompts, config.seed),
+            nouns=askable(predictor.config.vocabulary, nouns),
             on_image=on_image,
         )
 

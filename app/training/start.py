@@ -101,6 +101,7 @@ def start(
     if not eval_only:
         method.check(config, weights_file)
     splits = run.read_splits(config)
+    run.check_words(config, splits)
 
     def changed(more: Sequence[str]) -> Config:
         """The configuration with other overrides, of the same model and weights."""
