@@ -6,7 +6,9 @@ known key, never ignored (the most common mistake in forks of upstream).
 
 from __future__ import annotations
 
+import copy
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Collection, Mapping, Sequence
@@ -498,11 +500,17 @@ def _check_target(node: Mapping[str, Any], where: str) -> list[str]:
     ]
 
 
-def _compose(name: str, overrides: list[str]) -> DictConfig:
+def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
+    """Composed once a process: Hydra takes a tenth of a second."""
+    return copy.deepcopy(_composed(name, tuple(overrides)))
+
+
+@functools.cache
+def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return compose(name, overrides=overrides)
+            return compose(name, overrides=list(overrides))
     except HydraException as error:
         raise UserError(f"Configuration: {' '.join(str(error).split())}") from None
 

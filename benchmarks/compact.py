@@ -35,7 +35,7 @@ from app.training import run
 from app.training.compaction import REPORT, compact, make_goal
 from benchmarks.nano import KNOWN_KINDS, Figure, draw
 
-IMAGES = 2000  # to learn from, drawn as the recipe of nano draws them
+IMAGES = 1600  # to learn from, drawn as the recipe of nano draws them
 FEATURE_EPOCHS, EPOCHS = 7, 8  # what 20 minutes on 2 cores hold
 MINUTES = 20
 BLOCKS, MLP = 2, 0.5  # that stay of nano's 4 blocks and of their units
@@ -50,7 +50,7 @@ sys.exit(code)
 def table(start: Path, folder: Path) -> list[Figure]:
     """Students of half the blocks and half the MLP units, by the way they were made."""
     truth = draw(folder / "truth", train=300, valid=1, kinds=KNOWN_KINDS, label_by="kind").train
-    learn = draw(folder / "learn", train=IMAGES, valid=20, seed=2_000_000)
+    learn = draw(folder / "learn", train=IMAGES, valid=10, seed=2_000_000)
     teacher = mask_ap(start, truth)
     pruned = cut(start, folder / "pruned", folder / "learn", "taylor")
     projected = cut(start, folder / "projected", folder / "learn", "svd")
@@ -139,6 +139,7 @@ def distil(student: Path, teacher: Path, learn: Splits, folder: Path) -> tuple[P
             f"distill.feature_epochs={FEATURE_EPOCHS}",
             f"training.epochs={EPOCHS}",
             f"training.save_every={EPOCHS}",
+            f"evaluation.every={EPOCHS}",
             "evaluation.pictures=0",
         ],
         recipe_file("distill"),

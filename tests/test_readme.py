@@ -20,6 +20,7 @@ TABLED = re.findall(r"\| `((?:\./train\.sh|\.venv/bin/python -m app) [^`]*)`", R
 TRAINING = [c for c in COMMANDS if c.startswith("./train.sh")]
 PREDICTING = [c for c in COMMANDS if c.startswith("./infer.sh")]
 TRACKING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app track")]
+CUTTING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app compact")]
 IN_AN_ENGINE = {"docker compose up -d mlflow"}  # tests/container runs it
 LESS = ["dataset.limit=2", "dataset.shapes.train=2", "dataset.shapes.valid=1"]
 
@@ -35,7 +36,8 @@ def test_the_readme_has_commands() -> None:
     assert len(TRAINING) >= 3
     assert len(PREDICTING) >= 2
     assert len(TRACKING) == 1
-    rest = set(COMMANDS) - {*TRAINING, *PREDICTING, *TRACKING}
+    assert len(CUTTING) == 2
+    rest = set(COMMANDS) - {*TRAINING, *PREDICTING, *TRACKING, *CUTTING}
     assert rest == {"./build.sh", "./test.sh", *IN_AN_ENGINE}
 
 
@@ -48,6 +50,8 @@ def test_training(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch,
         words.remove("model.resolution=64")
     if "--checkpoint" in words:
         words += ["--checkpoint", str(tiny_run / "weights" / "best")]
+    if "--teacher" in words:
+        words += ["--teacher", str(tiny_run / "weights" / "best")]
     if "--resume" in words:
         words.remove("--resume")
         assert command("train", *words, "--epochs", 1, "--output-dir", tmp_path).code == 0
@@ -111,6 +115,19 @@ def test_tracking(command: Command, tiny_run: Path, tmp_path: Path, line: str) -
     words = shlex.split(line.removeprefix(".venv/bin/python -m app"))
     words = ["track", tmp_path / "run", f"--mlflow=sqlite:///{tmp_path}/mlflow.db", *words[3:]]
     assert command(*words).code == 0
+
+
+@pytest.mark.parametrize("line", CUTTING)
+def test_cutting(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, line: str) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    words = _words(line)[3:]
+    less = ["dataset.limit=2", "--measure-on", 2] if "--dataset-dir" in words else []
+    done = command(
+        *("compact", tiny_run / "weights" / "best", *words[1:], *less),
+        *("--output-dir", tmp_path / "out"),
+    )
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("./")])

@@ -92,6 +92,21 @@ def mlp_units(config: ModelConfig) -> int:
     return round(config.vision.embed_dim * config.vision.mlp_ratio)
 
 
+def padding_note(config: ModelConfig) -> str | None:
+    """What padding costs where windows do not tile the image; None where they do."""
+    vision = config.vision
+    side, window = config.resolution // vision.patch_size, vision.window_size
+    padded = -(-side // window) * window
+    if padded == side or len(vision.global_blocks) == vision.depth:
+        return None
+    step = window * vision.patch_size
+    return (
+        f"model.resolution {config.resolution}: its {side} patches a side do not tile windows of "
+        f"{window}; blocks that have these compute {(padded / side) ** 2 - 1:.0%} more. Multiples "
+        f"of {step} need no padding"
+    )
+
+
 def _position_encoding(config: ModelConfig) -> PositionEmbeddingSine:
     return PositionEmbeddingSine(
         num_pos_feats=config.d_model, normalize=True, scale=None, temperature=10000

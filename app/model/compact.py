@@ -184,7 +184,7 @@ def project_hidden(fc1: nn.Linear, units: int) -> Units:
     """
     weight = fc1.weight.detach()
     joined = torch.cat([weight, fc1.bias.detach()[:, None]], dim=1)  # (H, d + 1)
-    left = torch.linalg.svd(joined.double(), full_matrices=False).U
+    left = torch.linalg.svd(joined.double(), full_matrices=True).U  # (H, H)
     return left[:, :units].T.float().contiguous()
 
 

@@ -22,7 +22,7 @@ from app.files import write_json
 from app.inference.inputs import find_images, read_prompts
 from app.inference.predictor import Predictor, check_prompts
 from app.model import weights
-from app.model.build import build_model, count_parameters, mlp_units
+from app.model.build import build_model, count_parameters, mlp_units, padding_note
 from app.model.compact import (
     DART,
     LAYERS,
@@ -245,6 +245,8 @@ def compact(
             "prompts": classes,
         }
     )
+    if note := padding_note(header.model):
+        log.info("note: %s", note)
     file = weights.save(cutting.model, folder, header)
     write_json(folder / REPORT, {"source": str(source), "width": by, "steps": cutting.rows})
     return file

@@ -159,6 +159,17 @@ def teacher_size(config: Config) -> ModelConfig | None:
     return model_config(content, "distill.resolution")
 
 
+def note(config: Config) -> str | None:
+    """What of a teacher's lessons a run leaves out."""
+    taught, epochs = config.distill, config.training.epochs
+    if taught.teacher is None or taught.feature_epochs < epochs:
+        return None
+    return (
+        f"distill.feature_epochs={taught.feature_epochs} are all of the {epochs} epochs: what is "
+        "seen is taught, what is answered is not"
+    )
+
+
 def load_teacher(
     config: Config, student: Sam3Image, device: torch.device, precision: torch.dtype
 ) -> Teacher | None:

@@ -38,7 +38,7 @@ from app.evaluation.report_page import write_report
 from app.files import existing, write_json, write_text
 from app.inference.predictor import Predictor
 from app.model import weights
-from app.model.build import build_model, count_parameters
+from app.model.build import build_model, count_parameters, padding_note
 from app.model.device import choose_device, choose_precision
 from app.model.upstream import COMMIT
 from app.model.vocabulary import askable, unknown_words
@@ -492,8 +492,9 @@ def _describe(
     precision: torch.dtype,
     lr_scale: float,
 ) -> None:
-    for note in splits.notes:
-        log.info("note: %s", note)
+    for note in (*splits.notes, padding_note(config.model), distillation.note(config)):
+        if note:
+            log.info("note: %s", note)
     counts = count_parameters(model)
     log.info(
         "model %s: %.1f M parameters, %d px, on %s in %s, %d process(es)",

@@ -12,7 +12,7 @@ from app.config import load_config, load_model_config, model_names
 from app.datasets.queries import collate
 from app.errors import UserError
 from app.model import upstream
-from app.model.build import build_model, count_parameters
+from app.model.build import build_model, count_parameters, padding_note
 from benchmarks.init import first_step_is_finite, query_dataset
 from tests.conftest import TINY
 
@@ -65,6 +65,18 @@ def test_sizes_stay_expressible_in_transformers(name: str) -> None:
     assert config.d_model % 8 == 0
     assert config.d_model % config.num_heads == 0
     assert config.text.context_length == 32
+
+
+@pytest.mark.parametrize(
+    ("resolution", "said"), [(336, None), (672, None), (1008, None), (252, "78% more")]
+)
+def test_what_padding_costs_is_said(resolution: int, said: str | None) -> None:
+    """252 px are 18 patches: windows of 24 compute 24 * 24 cells for 18 * 18."""
+    note = padding_note(load_model_config("small", [f"model.resolution={resolution}"]))
+    assert (note is None) == (said is None)
+    if said is not None and note is not None:
+        assert said in note
+        assert "Multiples of 336 need no padding" in note
 
 
 @pytest.mark.parametrize("name", model_names())

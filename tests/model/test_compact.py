@@ -188,6 +188,7 @@ def test_projected_units_say_what_the_first_layer_says_most() -> None:
     lost = (joined - rows.T @ rows @ joined).square().sum()
     values = torch.linalg.svdvals(joined.double())
     assert float(lost) == pytest.approx(float(values[5:].square().sum()), rel=1e-4)
+    assert project_hidden(layer, 20).shape == (20, 24)  # more than it has directions: equal in size
 
 
 @functools.cache
