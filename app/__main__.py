@@ -259,6 +259,43 @@ def infer(
 
 
 @cli.command()
+def label(
+    input: Annotated[
+        str,
+        typer.Option(help="an image, a folder, a quoted glob, or a .txt with a path a line"),
+    ],
+    checkpoint: Annotated[Path, typer.Option(help="weights file or folder")],
+    output_dir: Annotated[Path, typer.Option(help="folder for the dataset; a new one")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="a class; several; without any, the classes of the weights"),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="least score; the weights' own unless given, else 0.5"),
+    ] = None,
+    max_detections: Annotated[int, typer.Option(min=1, help="an image")] = 100,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Make a dataset of images without labels: what weights find in them are its labels."""
+    from app.inference.labelling import label as make
+
+    bad = make(
+        input,
+        checkpoint,
+        output_dir,
+        prompt or (),
+        threshold=threshold,
+        max_detections=max_detections,
+        device=device,
+    )
+    for problem in bad:
+        log.warning("left out: %s", problem)
+    if bad:
+        raise typer.Exit(3)
+
+
+@cli.command()
 def evaluate(
     overrides: options.Overrides = None,
     checkpoint: Annotated[

@@ -50,12 +50,13 @@ def write_splits(
     parts = {"train": splits.train, "valid": splits.valid, "test": splits.test}
     for name, dataset in parts.items():
         if dataset is not None:
-            _write_split(dataset, folder / name, info, count)
+            write_split(dataset, folder / name, info, count)
 
 
-def _write_split(
+def write_split(
     dataset: Dataset, folder: Path, info: dict[str, Any], on_image: Callable[[int], None]
 ) -> None:
+    """Write one split, as `write_splits` does."""
     (folder / "images").mkdir(parents=True)
     targets = _targets(dataset.images, folder / "images")
     work = partial(_write_image, targets=targets)

@@ -54,7 +54,7 @@ def step_bytes(
         if teacher is None:
             losses = functools.partial(batch_losses, model, criterion, batch, precision)
         else:
-            known.append(teacher.model.to_empty(device="cpu"))
+            known.append(_to_empty_beside(teacher.model, model))
             distillation.show_on_the_way(model)
             lesson = Lesson(teacher, config.distill, match=_any_match(objects))
             losses = functools.partial(
@@ -64,6 +64,18 @@ def step_bytes(
         with live, _KnownValues(len(batch.img_batch), grid):
             losses()["loss"].backward()
     return live.peak
+
+
+def _to_empty_beside(teacher: Sam3Image, model: Sam3Image) -> Sam3Image:
+    """`to_empty`, but for a text encoder that the two share."""
+    text = teacher.backbone.language_backbone
+    shared = text is model.backbone.language_backbone
+    if shared:
+        teacher.backbone.language_backbone = None
+    teacher.to_empty(device="cpu")
+    if shared:
+        teacher.backbone.language_backbone = text
+    return teacher
 
 
 def count_flops(config: ModelConfig) -> int:

@@ -267,18 +267,18 @@ def make_lesson(
     splits: Splits,
     device: torch.device,
     precision: torch.dtype,
-    folder: Path = FEATURES,
+    folder: Path | None = None,
 ) -> Lesson | None:
     """What the run's teacher teaches the model; None where it has none.
 
     Args:
-        folder: for the features of its encoders, where they are kept.
+        folder: for the features of its encoders, where they are kept; None: `FEATURES`.
     """
     teacher = distillation.load_teacher(config, model, device, precision)
     if teacher is None:
         return None
     if config.training.cache_features:
-        features.keep(teacher.model, features.ENCODERS, folder, precision)
+        features.keep(teacher.model, features.ENCODERS, folder or FEATURES, precision)
     learns = any(p.requires_grad for p in model.backbone.language_backbone.parameters())
     words = [*splits.train.class_names, *NOUNS] if learns else []
     return Lesson(teacher, config.distill, words)

@@ -14,10 +14,11 @@ from sam3.model.data_misc import BatchedDatapoint
 
 from app.config import Config, load_config
 from app.datasets.build import load_splits
+from app.datasets.prompts import NOUNS
 from app.datasets.queries import collate
 from app.model import weights
 from app.model.build import build_model
-from app.model.compact import Cut, cut_model
+from app.model.compact import Cut, cut_model, replace_text
 from app.training import distillation, run
 from app.training.distillation import (
     Lesson,
@@ -217,3 +218,54 @@ def test_a_teacher_that_is_not_there(shapes: Path, tmp_path: Path, command: Comm
     assert done.code == 2
     assert "no such checkpoint" in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_thin_text_encoder_learns_to_say_what_the_teachers_says(config: Config) -> None:
+    """Words it was never taught come nearer as well: it learns the encoder, not a list."""
+    thin = load_config([*TINY, "model.text.width=32", "model.text.depth=1"])
+    teacher = Teacher(_model(config), config.model)
+    student, size = replace_text(_model(config), config.model, thin.model)
+    assert size.text.width == 32
+    text = student.backbone.language_backbone
+    optimizer = torch.optim.AdamW(text.parameters(), lr=3e-3)
+
+    def far(words: list[str]) -> torch.Tensor:
+        said = student.backbone.forward_text(words, device="cpu")
+        truth = teacher.model.backbone.forward_text(words, device="cpu")
+        used = ~truth["language_mask"].T
+        return distance(
+            said["language_features"][used].T, truth["language_features"][used].detach().T
+        )
+
+    taught, others = [*NOUNS[:60]], [*NOUNS[60:]]
+    before, never = far(taught).item(), far(others).item()
+    for _ in range(30):
+        far(taught).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert far(taught).item() < 0.5 * before
+    assert far(others).item() < 0.7 * never
+
+
+def test_a_teachers_features_are_kept_and_teach_the_same(
+    shapes: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "FEATURES", tmp_path / "features")
+    config = load_config(TINY)
+    weights.save(_model(config), tmp_path / "teacher", weights.Header(model=config.model))
+    words = (
+        *("train", "--dataset-dir", shapes, "--model", "nano", "--checkpoint", "none", "--epochs"),
+        *("2", "--teacher", tmp_path / "teacher", "transforms=none", "evaluation.pictures=0"),
+        *("evaluation.off_prompts=0", "training.precision=fp32", *TINY),
+    )
+    losses = []
+    for kept in ("false", "true"):
+        out = tmp_path / kept
+        done = command(*words, f"training.cache_features={kept}", "--output-dir", out)
+        assert done.code == 0, done.err
+        heading, *rows = (out / "metrics.csv").read_text(encoding="utf-8").splitlines()
+        column = heading.split(",").index("train/loss")
+        losses.append([float(row.split(",")[column]) for row in rows])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    files = list((tmp_path / "features").rglob("*.safetensors"))
+    assert len([f for f in files if f.stat().st_size > 30_000]) == 4  # each image, once

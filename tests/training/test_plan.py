@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from sam3.model.data_misc import BatchedDatapoint
 from sam3.model.sam3_image import Sam3Image
 
-from app.config import Config, load_config
+from app.config import Config, ModelConfig, load_config, load_model_config, recipe_file
 from app.datasets.build import load_splits
 from app.model import device, weights
 from app.model.build import build_model
@@ -39,6 +40,14 @@ def least(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return weights.save(build_model(model), folder, weights.Header(model=model)).parent
 
 
+def _header_alone(folder: Path, size: ModelConfig) -> Path:
+    """A file that says what weights it holds, and holds none: a plan reads no more."""
+    folder.mkdir()
+    header = {"sam3-finetuning": weights.Header(model=size).model_dump_json()}
+    save_file({"none": torch.zeros(1)}, folder / weights.FILE, metadata=header)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def counted() -> dict[object, int]:
     """Bytes of a step by all that they depend on."""
@@ -52,7 +61,8 @@ def _count_once(counted: dict[object, int], monkeypatch: pytest.MonkeyPatch) -> 
     def once(config: Config, model: Sam3Image, batch: BatchedDatapoint, precision: torch.dtype):
         sizes = tuple((tuple(p.shape), p.requires_grad) for p in model.parameters())
         objects = tuple(batch.find_targets[0].num_boxes.tolist())  # of each prompt
-        settings = config.model.model_dump_json() + config.loss.model_dump_json()
+        parts = (config.model, config.loss, config.distill)
+        settings = "".join(part.model_dump_json() for part in parts)
         key = settings, precision, sizes, objects, tuple(batch.img_batch.shape)
         if key not in counted:
             counted[key] = step_bytes(config, model, batch, precision)
@@ -211,3 +221,27 @@ def test_limits_of_control_groups_count(tmp_path: Path, monkeypatch) -> None:
     resident = planning.psutil.Process().memory_info().rss
     assert device.free_memory(cpu) == pytest.approx(resident + 1000, rel=0.05)
     assert device.free_memory(cpu, 2) == pytest.approx((resident + 1000) / 2, rel=0.05)
+
+
+@pytest.mark.parametrize("recipe", ["distill", None])
+def test_small_is_taught_and_fine_tuned_in_8_gb(
+    recipe: str | None, shapes: Path, tmp_path: Path
+) -> None:
+    """At 672 px, two images a step, with stored words; benchmarks/compact.py measures it."""
+    words = [*load_splits(shapes).train.class_names, "visual"]
+    small = load_model_config("small").model_copy(update={"vocabulary": words})
+    taught = [f"distill.teacher={_header_alone(tmp_path / 'sam3', load_model_config('sam3'))}"]
+    config = load_config(
+        [
+            *("training.batch_size=2", "training.precision=bf16", "dataset.max_prompts=2"),
+            *(taught if recipe else []),
+        ],
+        recipe_file(recipe) if recipe else None,
+        small,
+    )
+    memory = make_plan(config, load_splits(shapes), trained=True).memory
+    assert memory.total - memory.process + planning.CUDA_CONTEXT < 8e9
+    own = sum(p.numel() for p in build_model(small, device="meta").parameters())
+    teacher = 454_039_808 * 2 + (840_509_750 - 454_039_808 - 353_724_672) * 4
+    expected = own * 4 + (teacher if recipe else 0)
+    assert memory.weights == pytest.approx(expected, rel=0.01)

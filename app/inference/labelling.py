@@ -1,0 +1,103 @@
+"""Images without labels → a dataset whose labels are what weights find in them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from pycocotools import mask as coco_mask
+
+from app.datasets.coco import Annotation, Category, Dataset, Image
+from app.datasets.images import ImageError, open_image
+from app.datasets.writing import write_split
+from app.errors import UserError
+from app.files import atomic_folder
+from app.inference.detections import Detections
+from app.inference.inputs import find_images
+from app.inference.predictor import Predictor, check_prompts
+from app.progress import progress
+
+log = logging.getLogger("app")
+LABELLER = "labelled by python -m app label"
+
+
+def label(
+    source: str,
+    checkpoint: Path,
+    folder: Path,
+    prompts: Sequence[str] = (),
+    *,
+    threshold: float | None = None,
+    max_detections: int = 100,
+    device: str = "auto",
+) -> list[str]:
+    """Write `folder/train`, COCO JSON and images; returns what is wrong with images left out.
+
+    Args:
+        source: file, folder, glob or list of images.
+        checkpoint: weights that find.
+        prompts: the classes; without any, those of the weights.
+        threshold: 0..1, least score of what becomes a label; None takes the weights' own.
+
+    Raises:
+        UserError: no images, no classes, nothing found, or a folder that is there already.
+    """
+    if folder.exists():
+        raise UserError(f"--output-dir {folder}: is there already; name another folder")
+    paths = find_images(source)
+    predictor = Predictor.load(checkpoint, device=device)
+    names = check_prompts(prompts or predictor.prompts)
+    images: list[Image] = []
+    annotations: list[Annotation] = []
+    bad: list[str] = []
+    with progress("labelling: image", len(paths)) as advance:
+        for done, path in enumerate(paths, start=1):
+            try:
+                pixels = open_image(path)
+            except ImageError as error:
+                bad += error.problems
+                continue
+            image = Image(len(images) + 1, path.resolve(), pixels.width, pixels.height)
+            images.append(image)
+            found = predictor.predict(
+                pixels, names, threshold=threshold, max_detections=max_detections
+            )
+            annotations += _annotations(found, image.id, len(annotations) + 1)
+            advance(done, f"{len(annotations)} objects")
+    if not annotations:
+        raise UserError(
+            f"Nothing was found in {len(images)} images: lower --threshold, or ask for other words "
+            f"than {', '.join(names)}"
+        )
+    categories = tuple(Category(id, name) for id, name in enumerate(names, start=1))
+    dataset = Dataset(tuple(images), tuple(annotations), categories)
+    with atomic_folder(folder) as temporary, progress("writing: image", len(images)) as advance:
+        info = {"description": LABELLER, "weights": str(checkpoint)}
+        write_split(dataset, temporary / "train", info, lambda done: advance(done, ""))
+    log.info("%d objects in %d images: %s", len(annotations), len(images), folder)
+    log.info("train on it: ./train.sh --dataset-dir '%s'", folder)
+    return bad
+
+
+def _annotations(found: Detections, image_id: int, first: int) -> list[Annotation]:
+    annotations = []
+    for index in range(len(found)):
+        left, top, right, bottom = (float(side) for side in found.boxes_xyxy[index])
+        width, height = right - left, bottom - top
+        mask = None if found.masks is None else found.masks[index]
+        area = width * height if mask is None else float(coco_mask.area(mask))
+        if not (width > 0 and height > 0 and area > 0):
+            continue
+        annotations.append(
+            Annotation(
+                id=first + len(annotations),
+                image_id=image_id,
+                category_id=int(found.prompt_ids[index]) + 1,
+                bbox_xywh=(left, top, width, height),
+                segmentation=mask,
+                area=area,
+                iscrowd=False,
+            )
+        )
+    return annotations

@@ -1,0 +1,52 @@
+"""A folder of images becomes a dataset by what weights find in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from app.datasets.build import load_splits
+from app.datasets.images import open_image
+from app.inference import Predictor
+from tests.conftest import REPOSITORY, Command
+
+NANO = REPOSITORY / "app" / "assets" / "nano"
+SCENE = REPOSITORY / "docs" / "images" / "scene.png"
+
+
+def test_what_is_found_are_the_labels(tmp_path: Path, command: Command) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(SCENE, photos / name)
+    (photos / "broken.png").write_bytes(SCENE.read_bytes()[:900])
+    words = ("label", "--input", photos, "--checkpoint", NANO, "--output-dir", tmp_path / "set")
+    done = command(*words, "--prompt", "circle", "--prompt", "red thing", "--threshold", "0.6")
+    assert done.code == 3
+    assert "left out: " in done.out
+    assert "broken.png" in done.out
+    dataset = load_splits(tmp_path / "set", valid_fraction=0.5, test_fraction=0).train
+    assert dataset.class_names == ["circle", "red thing"]
+    (image,) = dataset.images
+    found = Predictor.load(NANO).predict(open_image(SCENE), ["circle", "red thing"], threshold=0.6)
+    assert len(dataset.annotations) == len(found) == 2
+    boxes = [(x, y, x + w, y + h) for x, y, w, h in (a.bbox_xywh for a in dataset.annotations)]
+    np.testing.assert_allclose(boxes, found.boxes_xyxy, atol=0.01)
+    assert [a.segmentation for a in dataset.annotations] == found.masks
+    assert image.path.read_bytes() == SCENE.read_bytes()
+
+    done = command(*words, "--prompt", "circle")
+    assert done.code == 2
+    assert "is there already" in done.err
+
+
+def test_nothing_found_is_no_dataset(tmp_path: Path, command: Command) -> None:
+    done = command(
+        *("label", "--input", SCENE, "--checkpoint", NANO, "--output-dir", tmp_path / "set"),
+        *("--prompt", "circle", "--threshold", "0.999"),
+    )
+    assert done.code == 2
+    assert "lower --threshold" in done.err
+    assert not (tmp_path / "set").exists()
