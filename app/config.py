@@ -321,6 +321,7 @@ class TrainingConfig(_Strict):
 class DistillConfig(_Strict):
     teacher: str | None
     resolution: int | None = Field(ge=1)
+    trunk_epochs: int = Field(ge=0)
     feature_epochs: int = Field(ge=0)
     trunk: float = Field(ge=0)
     levels: tuple[float, float, float]

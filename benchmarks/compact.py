@@ -36,7 +36,7 @@ from app.training.compaction import REPORT, compact, make_goal
 from benchmarks.nano import KNOWN_KINDS, Figure, draw
 
 IMAGES = 1600  # to learn from, drawn as the recipe of nano draws them
-FEATURE_EPOCHS, EPOCHS = 7, 8  # what 20 minutes on 2 cores hold
+TRUNK_EPOCHS, FEATURE_EPOCHS, EPOCHS = 8, 2, 11  # some 10 minutes on 2 cores
 MINUTES = 20
 BLOCKS, MLP = 2, 0.5  # that stay of nano's 4 blocks and of their units
 FULL_GB, FULL_SPEED = 20, 2
@@ -136,6 +136,7 @@ def distil(student: Path, teacher: Path, learn: Splits, folder: Path) -> tuple[P
         [
             f"output_dir={folder}",
             f"distill.teacher={teacher}",
+            f"distill.trunk_epochs={TRUNK_EPOCHS}",
             f"distill.feature_epochs={FEATURE_EPOCHS}",
             f"training.epochs={EPOCHS}",
             f"training.save_every={EPOCHS}",

@@ -81,7 +81,7 @@ def label(
 
 
 def _annotations(found: Detections, image_id: int, first: int) -> list[Annotation]:
-    annotations = []
+    annotations: list[Annotation] = []
     for index in range(len(found)):
         left, top, right, bottom = (float(side) for side in found.boxes_xyxy[index])
         width, height = right - left, bottom - top

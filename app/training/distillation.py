@@ -1,7 +1,7 @@
 """A student learns to see and to answer what a teacher does, on images with or without labels.
 
-First what trunk and neck make of an image, which needs no prompt; then boxes, presence, masks and
-how well words and pixels agree, beside the losses of fine-tuning where there are labels.
+First what the trunk makes of an image, and the neck, which needs no prompt; then boxes, presence,
+masks and how well words and pixels agree, beside the losses of fine-tuning where there are labels.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from sam3.model.box_ops import box_cxcywh_to_xyxy, generalized_box_iou
@@ -32,6 +32,7 @@ MOST_CELLS = 32  # a side: maps of other widths than the teacher's are compared 
 # Of the parts of what is answered, and of their costs when students' boxes are matched.
 BOX, GIOU, SCORES, PRESENCE, MASKS, SEMANTIC = 5.0, 2.0, 2.0, 2.0, 5.0, 5.0
 Losses = dict[str, Tensor]
+Stage = Literal["trunk", "features", "answers"]  # each teaches what the one before does, and more
 
 
 class Matches(NamedTuple):
@@ -53,7 +54,8 @@ class Seen(NamedTuple):
 
     Attributes:
         trunk: (B, d, g, g), the last block's output.
-        levels: the neck's maps that the detector reads, from fine to coarse, each (B, d, s, s).
+        levels: the neck's maps that the detector reads, from fine to coarse, each (B, d, s, s);
+            none where the trunk alone is taught.
         text: (L, N, d) features of N words.
         padding: (N, L) bool, True where a word has no token.
     """
@@ -68,45 +70,49 @@ def look(
     model: Sam3Image,
     batch: BatchedDatapoint,
     words: Sequence[str],
-    answer: Callable[[BatchedDatapoint], Any] | None,
+    stage: Stage,
+    answer: Callable[[BatchedDatapoint], Any] | None = None,
 ) -> tuple[Any, Seen]:
-    """What the model answers (None where it is not asked to), and what it sees on the way."""
-    found: list[Any] = []
+    """What the model answers (None before the last stage), and what it sees on the way.
+
+    Args:
+        answer: the model's own call, where it is not `model` itself.
+    """
     vision = model.backbone.vision_backbone
+    levels = list(vision.convs)[:-1]  # nothing reads the last one
+    outputs = None
+    if stage == "answers":
+        found: list[Any] = []
 
-    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        found.append(output)
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            found.append(output)
 
-    read = [vision.trunk, *list(vision.convs)[:-1]]  # in this order; nothing reads the last level
-    hooks = [part.register_forward_hook(keep) for part in read]
-    try:
-        if answer is None:
-            model.backbone.forward_image(batch.img_batch)
-            outputs = None
-        else:
-            outputs = answer(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+        hooks = [part.register_forward_hook(keep) for part in (vision.trunk, *levels)]
+        try:
+            outputs = (answer or model)(batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        trunk, *maps = found
+    else:
+        trunk = vision.trunk(batch.img_batch)
+        maps = [level(trunk[-1]) for level in levels] if stage == "features" else []
     text = padding = None
     if words:
         encoded = model.backbone.forward_text(list(words), device=batch.img_batch.device)
         text, padding = encoded["language_features"], encoded["language_mask"]
-    trunk, *levels = found
-    return outputs, Seen(trunk[-1], levels, text, padding)
+    return outputs, Seen(trunk[-1], maps, text, padding)
 
 
 def show_on_the_way(model: Sam3Image) -> None:
-    """Let `model(batch, words=…, encoders_only=…)` return what `look` does.
+    """Let `model(batch, words, stage)` return what `look` does.
 
     All that is trained goes through the model's own call, as DDP wants it.
     """
     answer = model.forward
 
-    def forward(
-        batch: BatchedDatapoint, words: Sequence[str] = (), encoders_only: bool = False
-    ) -> tuple[Any, Seen]:
-        return look(model, batch, words, None if encoders_only else answer)
+    def forward(batch: BatchedDatapoint, words: Sequence[str], stage: Stage) -> tuple[Any, Seen]:
+        return look(model, batch, words, stage, answer)
 
     model.forward = forward
 
@@ -125,7 +131,7 @@ class Teacher:
 
     @torch.no_grad()
     def look(
-        self, batch: BatchedDatapoint, words: Sequence[str], *, encoders_only: bool
+        self, batch: BatchedDatapoint, words: Sequence[str], stage: Stage
     ) -> tuple[dict[str, Tensor] | None, Seen]:
         """Its outputs of the batch's prompts, and what it sees on the way."""
         side = self.config.resolution
@@ -134,7 +140,7 @@ class Teacher:
             batch.img_batch = F.interpolate(
                 batch.img_batch, size=(side, side), mode="bicubic", antialias=True
             )
-        outputs, seen = look(self.model, batch, words, None if encoders_only else self.model)
+        outputs, seen = look(self.model, batch, words, stage)
         return (None if outputs is None else last_outputs(outputs)), seen
 
 
@@ -162,11 +168,12 @@ def teacher_size(config: Config) -> ModelConfig | None:
 def note(config: Config) -> str | None:
     """What of a teacher's lessons a run leaves out."""
     taught, epochs = config.distill, config.training.epochs
-    if taught.teacher is None or taught.feature_epochs < epochs:
+    first = taught.trunk_epochs + taught.feature_epochs
+    if taught.teacher is None or first < epochs:
         return None
     return (
-        f"distill.feature_epochs={taught.feature_epochs} are all of the {epochs} epochs: what is "
-        "seen is taught, what is answered is not"
+        f"distill: {taught.trunk_epochs} trunk_epochs and {taught.feature_epochs} feature_epochs "
+        f"are all of the {epochs} epochs: what is seen is taught, what is answered is not"
     )
 
 
@@ -261,9 +268,12 @@ class Lesson:
         self.words = words
         self.match = match or match_queries
 
-    def is_of_features(self, epoch: int) -> bool:
-        """Whether the epoch teaches what is seen alone, not what is answered."""
-        return epoch < self.config.feature_epochs
+    def stage(self, epoch: int) -> Stage:
+        """What an epoch teaches: the trunk, the neck as well, or all and what is answered."""
+        config = self.config
+        if epoch < config.trunk_epochs:
+            return "trunk"
+        return "features" if epoch < config.trunk_epochs + config.feature_epochs else "answers"
 
     def draw_words(self, batch: BatchedDatapoint) -> list[str]:
         """A step's words to read: those of the batch, and some of the others, drawn anew."""
@@ -273,19 +283,21 @@ class Lesson:
         return list(dict.fromkeys([*batch.find_text_batch, *drawn]))
 
     def losses(
-        self, batch: BatchedDatapoint, words: Sequence[str], outputs: Any, seen: Seen
+        self,
+        batch: BatchedDatapoint,
+        words: Sequence[str],
+        stage: Stage,
+        outputs: Any,
+        seen: Seen,
     ) -> Losses:
-        """The parts by the names of `PARTS`, each weighted; their sum is what is taught."""
-        told, shown = self.teacher.look(batch, words, encoders_only=outputs is None)
+        """The parts that a stage has, of `PARTS`, each weighted; their sum is what is taught."""
+        told, shown = self.teacher.look(batch, words, stage)
         config = self.config
-        levels = zip(config.levels, seen.levels, shown.levels, strict=True)
-        found = {
-            "distill_trunk": config.trunk * distance(seen.trunk, shown.trunk),
-            "distill_levels": sum(
-                (weight * distance(mine, yours) for weight, mine, yours in levels),
-                seen.trunk.new_zeros(()),
-            ),
-        }
+        found = {"distill_trunk": config.trunk * distance(seen.trunk, shown.trunk)}
+        if stage != "trunk":
+            levels = zip(config.levels, seen.levels, shown.levels, strict=True)
+            far = [weight * distance(mine, yours) for weight, mine, yours in levels]
+            found["distill_levels"] = torch.stack(far).sum()
         if seen.text is not None and shown.text is not None and shown.padding is not None:
             used = ~shown.padding.T  # (L, N)
             found["distill_text"] = config.text * distance(seen.text[used].T, shown.text[used].T)

@@ -108,7 +108,7 @@ class _Recorded(Teacher):
     """The whole model as a teacher of one batch, whose answers were written down."""
 
     def __init__(self, model: Sam3Image, batch: BatchedDatapoint) -> None:
-        outputs, self._seen = distillation.look(model, batch, (), model)
+        outputs, self._seen = distillation.look(model, batch, (), "answers")
         needed = ("pred_logits", "pred_boxes", "presence_logit_dec", "pred_masks", "semantic_seg")
         answers = last_outputs(outputs)
         self._answers = {key: answers[key] for key in needed if key in answers}
@@ -118,8 +118,8 @@ class _Recorded(Teacher):
 
     def distance(self, model: Sam3Image, batch: BatchedDatapoint, config: Config) -> Tensor:
         """How far the model's answers are, weighted as in distillation."""
-        outputs, seen = distillation.look(model, batch, (), model)
-        parts = Lesson(self, config.distill).losses(batch, (), outputs, seen)
+        outputs, seen = distillation.look(model, batch, (), "answers")
+        parts = Lesson(self, config.distill).losses(batch, (), "answers", outputs, seen)
         return torch.stack([*parts.values()]).sum()
 
 

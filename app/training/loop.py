@@ -37,7 +37,7 @@ from app.errors import UserError
 from app.model.device import choose_precision
 from app.model.guard import NotFiniteError, finite_outputs
 from app.training import distillation
-from app.training.distillation import Lesson
+from app.training.distillation import Lesson, Stage
 from app.training.ema import Average
 from app.training.method import set_training
 from app.training.processes import over_processes, together
@@ -304,7 +304,7 @@ class Loop:
                 batch,
                 self.precision,
                 self.lesson,
-                of_features=self.lesson.is_of_features(self.sampler.epoch),
+                self.lesson.stage(self.sampler.epoch),
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -354,23 +354,18 @@ def lesson_losses(
     batch: BatchedDatapoint,
     precision: torch.dtype,
     lesson: Lesson,
-    *,
-    of_features: bool,
+    stage: Stage,
 ) -> dict[str, torch.Tensor]:
-    """Like `batch_losses`, of what a teacher teaches, and of the labels as far as they count.
-
-    Args:
-        of_features: what is seen alone is taught: nothing is answered, no label read.
-    """
+    """Like `batch_losses`, of what a teacher teaches, and of labels in the last stage."""
     module: Any = getattr(model, "module", model)
     labelled: dict[str, torch.Tensor] = {}
     with _autocast(batch, precision):
         words = lesson.draw_words(batch)
         with _together(model, batch):
-            outputs, seen = _forward(model, batch, words=words, encoders_only=of_features)
-        taught = lesson.losses(batch, words, outputs, seen)
+            outputs, seen = _forward(model, batch, words, stage)
+        taught = lesson.losses(batch, words, stage, outputs, seen)
         total = torch.stack([*taught.values()]).sum()
-        if not of_features and lesson.config.labels:
+        if stage == "answers" and lesson.config.labels:
             labelled = _label_losses(model, criterion, outputs, _targets(module, batch))
             total = total + lesson.config.labels * labelled.pop("loss")
     return {"loss": total, **labelled, **taught}
@@ -401,10 +396,10 @@ def _label_losses(
     return {"loss": losses["core_loss"], **parts}
 
 
-def _forward(model: nn.Module, batch: BatchedDatapoint, **how: Any) -> Any:
+def _forward(model: nn.Module, batch: BatchedDatapoint, *how: Any) -> Any:
     """The model's outputs; its matcher raises a ValueError where its costs are not finite."""
     try:
-        return model(batch, **how)
+        return model(batch, *how)
     except ValueError as error:
         if "invalid numeric" not in str(error):
             raise

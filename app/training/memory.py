@@ -58,7 +58,7 @@ def step_bytes(
             distillation.show_on_the_way(model)
             lesson = Lesson(teacher, config.distill, match=_any_match(objects))
             losses = functools.partial(
-                lesson_losses, model, criterion, batch, precision, lesson, of_features=False
+                lesson_losses, model, criterion, batch, precision, lesson, "answers"
             )
         live = LiveBytes(t for part in known for t in (*part.parameters(), *part.buffers()))
         with live, _KnownValues(len(batch.img_batch), grid):
