@@ -229,7 +229,7 @@ docker_command() {
   bind_output "$cache"
   bind_flags bind_output "--output-dir" "$@"
   bind_flags bind_dataset "--dataset-dir" "$@"
-  bind_flags bind_input "--hf-dataset --checkpoint --input --config --prompts" "$@"
+  bind_flags bind_input "--hf-dataset --checkpoint --teacher --input --config --prompts" "$@"
   if [ -n "${SAM3_BASE:-}" ]; then bind_input "$SAM3_BASE"; fi
   command+=("$image" "$@")
 }

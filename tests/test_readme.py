@@ -32,7 +32,7 @@ def _words(line: str) -> list[str]:
 
 
 def test_the_readme_has_commands() -> None:
-    assert len(TABLED) == 6
+    assert len(TABLED) == 7
     assert len(TRAINING) >= 3
     assert len(PREDICTING) >= 2
     assert len(TRACKING) == 1

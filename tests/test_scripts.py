@@ -254,7 +254,7 @@ def test_docker_command(machine: Machine) -> None:
 def test_docker_mounts_the_paths_of_flags_where_they_are(machine: Machine, tmp_path: Path) -> None:
     machine.docker()
     outside = tmp_path.resolve() / 'out, "side" ü'
-    for folder in ("images", "data", "weights", "linked"):
+    for folder in ("images", "data", "weights", "teacher", "linked"):
         (outside / folder).mkdir(parents=True)
     (outside / "my config.yaml").touch()
     (machine.cwd / "inside").mkdir()
@@ -263,6 +263,7 @@ def test_docker_mounts_the_paths_of_flags_where_they_are(machine: Machine, tmp_p
         *("--input", f"{outside}/images/*.jpg"),
         f"--dataset-dir={os.path.relpath(outside / 'data', machine.cwd)}",
         f"--checkpoint={outside}/weights",
+        f"--teacher={outside}/teacher",
         *("--config", f"{outside}/my config.yaml"),
         *("--prompts", "link"),
         f"--output-dir={outside}/runs/new",
@@ -279,6 +280,7 @@ def test_docker_mounts_the_paths_of_flags_where_they_are(machine: Machine, tmp_p
         str(outside / "images"): "ro",
         str(outside / "data"): "ro",
         str(outside / "weights"): "ro",
+        str(outside / "teacher"): "ro",
         str(outside / "my config.yaml"): "ro",
         str(outside / "linked"): "ro",
     }

@@ -272,9 +272,12 @@ def _activation_checkpointing_by_choice() -> None:
     """encoder.py:440 and the decoder refuse to train without activation checkpointing.
 
     A small model has the memory and wants the speed: a module whose `checkpoint_activations` is
-    False (set by `model/build.py`) is run plainly.
+    False (set by `model/build.py`) is run plainly. The mask head is made anew for one prompt of an
+    image at a time, not for all of a batch at once (sam3_image.py:389): it holds maps a quarter as
+    large as the image for each, and was what a step's memory grew with.
     """
     from sam3.model import act_ckpt_utils, decoder, encoder, geometry_encoders, sam3_image
+    from sam3.model.maskformer_segmentation import UniversalSegmentationHead
     from torch import nn
 
     original = act_ckpt_utils.activation_ckpt_wrapper
@@ -287,10 +290,37 @@ def _activation_checkpointing_by_choice() -> None:
                 return module(*args, **kwargs)
 
             return plain
+        if isinstance(module, UniversalSegmentationHead):
+            return functools.partial(_one_prompt_at_a_time, original(module))
         return original(module)
 
     for user in (decoder, encoder, geometry_encoders, sam3_image):
         user.activation_ckpt_wrapper = wrapper
+
+
+def _one_prompt_at_a_time(head: Any, **inputs: Any) -> dict[str, Any]:
+    """The mask head's outputs for N prompts, of which each is checkpointed by itself."""
+    import torch
+
+    if not inputs["act_ckpt_enable"]:
+        return dict(head(**inputs))
+
+    def of_prompt(index: int) -> dict[str, Any]:
+        one = slice(index, index + 1)
+        second = ("obj_queries", "encoder_hidden_states", "prompt")  # axis of the prompts
+        first = ("image_ids", "prompt_mask")
+        return (
+            inputs
+            | {key: inputs[key][:, one] for key in second}
+            | {key: inputs[key][one] for key in first}
+        )
+
+    count = inputs["encoder_hidden_states"].shape[1]
+    found = [head(**of_prompt(index)) for index in range(count)]
+    return {
+        key: None if value is None else torch.cat([outputs[key] for outputs in found])
+        for key, value in found[0].items()
+    }
 
 
 def _focal_loss_without_triton_on_cpu() -> None:

@@ -152,7 +152,8 @@ def choose_layers(
         )
     kept = list(range(layers))
     trials = sum(n - len(stay) for n in range(count + 1, layers + 1))
-    with progress(f"{name}: trial", trials) as advance:
+    sees = contextlib.nullcontext() if name == "blocks" else _seen_once(model)
+    with sees, progress(f"{name}: trial", trials) as advance:
         done = 0
         while len(kept) > count:
             losses = {}
@@ -166,6 +167,24 @@ def choose_layers(
             kept.remove(goes)
             log.info("  %s %d goes: loss %.4g", name, goes, losses[goes])
     return tuple(kept)
+
+
+@contextlib.contextmanager
+def _seen_once(model: Sam3Image) -> Iterator[None]:
+    """The trunk looks at each batch once: what is tried leaves it as it is."""
+    trunk: Any = model.backbone.vision_backbone.trunk
+    compute, known = trunk.forward, dict[int, list[Tensor]]()
+
+    def forward(pixels: Tensor) -> list[Tensor]:
+        if pixels.data_ptr() not in known:
+            known[pixels.data_ptr()] = compute(pixels)
+        return known[pixels.data_ptr()]
+
+    trunk.forward = forward
+    try:
+        yield
+    finally:
+        del trunk.forward
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from app.errors import UserError
 from app.inference.inputs import find_images
 from app.model import weights
 from app.model.build import build_model, mlp_units
-from app.model.compact import DART
+from app.model.compact import DART, LAYERS
 from app.training.compaction import parse_blocks, unlabelled
 from app.training.importance import Measure, Width, choose_layers, choose_queries, most, only
 from tests.conftest import TINY, Command
@@ -68,9 +68,20 @@ def test_a_layer_that_does_nothing_is_not_missed(
 
 @pytest.mark.parametrize("name", ["text_layers", "encoder_layers", "decoder_layers"])
 def test_layers_of_each_kind(config: Config, model: Any, shapes: Path, name: str) -> None:
+    """Chosen by the loss itself: the least, of all that could go; the trunk looks once."""
     measure = _measure(config, model, shapes, labelled=True)
-    assert len(choose_layers(model, config.model, name, 1, measure)) == 1
-    assert measure.mean_loss(model) == measure.mean_loss(model)
+    count = len(model.get_submodule(LAYERS[name]))
+    losses = {}
+    for index in range(count):
+        with only(model, name, [i for i in range(count) if i != index]):
+            losses[index] = measure.mean_loss(model)
+    looked: list[int] = []
+    trunk = model.backbone.vision_backbone.trunk
+    trunk.blocks[0].register_forward_hook(lambda *_: looked.append(1))
+    kept = choose_layers(model, config.model, name, count - 1, measure)
+    assert {*range(count)} - {*kept} == {min(losses, key=losses.__getitem__)}
+    assert len(looked) == len(measure.batches)
+    assert "forward" not in vars(trunk)
 
 
 def test_what_was_measured_is_not_measured_again(

@@ -233,7 +233,8 @@ def test_small_is_taught_and_fine_tuned_in_8_gb(
     taught = [f"distill.teacher={_header_alone(tmp_path / 'sam3', load_model_config('sam3'))}"]
     config = load_config(
         [
-            *("training.batch_size=2", "training.precision=bf16", "dataset.max_prompts=2"),
+            *("training.batch_size=2", "training.precision=bf16", "dataset.max_prompts=4"),
+            "model.dropout=0",  # on a CPU, attention with dropout is made whole
             *(taught if recipe else []),
         ],
         recipe_file(recipe) if recipe else None,
