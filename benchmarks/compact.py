@@ -213,11 +213,10 @@ def full(start: Path, folder: Path) -> list[Figure]:
         Figure("distilling small at 672 px, four steps of 2 images, start to end, seconds", taught),
         Figure("  its peak, GB", peak / 1e9, STUDENT_GB, FULL_GB, True),
     ]
-    times = {}
+    times, side = {}, load_model_config("sam3").resolution
     for name, path in (("sam3", sam3), ("small", folder / "small")):
-        model, header = weights.load(path)
+        model, _ = weights.load(path, resolution=side)
         trunk = model.eval().backbone.vision_backbone.trunk
-        side = header.model.resolution
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             pixels = torch.zeros(1, 3, side, side)
             trunk(pixels)
