@@ -147,5 +147,6 @@ def test_activation_checkpointing_leaves_gradients_as_they_are(shapes) -> None:
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     for name, gradient in grads[0].items():  # summed in another order
-        scale = float(gradient.abs().max())
-        assert torch.allclose(gradient, grads[1][name], rtol=1e-3, atol=1e-4 * scale), name
+        # What attention cannot feel, as a bias that all keys share, has no gradient but rounding.
+        tolerance = max(1e-4 * float(gradient.abs().max()), 1e-6)
+        assert torch.allclose(gradient, grads[1][name], rtol=1e-3, atol=tolerance), name
