@@ -175,10 +175,7 @@ def train(
 
 @cli.command()
 def infer(
-    input: Annotated[
-        str,
-        typer.Option(help="an image, a folder, a quoted glob, or a .txt with a path a line"),
-    ],
+    input: options.Input,
     checkpoint: Annotated[str, typer.Option(help="weights file or folder; none for random ones")],
     output_dir: Annotated[Path, typer.Option(help="folder for what is found")],
     prompt: Annotated[
@@ -194,10 +191,7 @@ def infer(
     negative_box: Annotated[
         list[str] | None, typer.Option(metavar="X,Y,W,H", help="box of what is not meant; several")
     ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="least score; the weights' own unless given, else 0.5"),
-    ] = None,
+    threshold: options.Threshold = None,
     max_detections: Annotated[int, typer.Option(min=1, help="an image, or a tile")] = 100,
     nms: Annotated[
         float | None,
@@ -217,7 +211,7 @@ def infer(
     ] = None,
     model: Annotated[str, typer.Option(help="size, for weights that do not say theirs")] = "auto",
     resolution: Annotated[int | None, typer.Option(help="pixels, square")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: options.Device = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="images seen together")] = 1,
     num_gpus: Annotated[int, typer.Option(min=1, help="processes that share the images")] = 1,
@@ -260,22 +254,16 @@ def infer(
 
 @cli.command()
 def label(
-    input: Annotated[
-        str,
-        typer.Option(help="an image, a folder, a quoted glob, or a .txt with a path a line"),
-    ],
+    input: options.Input,
     checkpoint: Annotated[Path, typer.Option(help="weights file or folder")],
     output_dir: Annotated[Path, typer.Option(help="folder for the dataset; a new one")],
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="a class; several; without any, the classes of the weights"),
     ] = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="least score; the weights' own unless given, else 0.5"),
-    ] = None,
+    threshold: options.Threshold = None,
     max_detections: Annotated[int, typer.Option(min=1, help="an image")] = 100,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    device: options.Device = "auto",
 ) -> None:
     """Make a dataset of images without labels: what weights find in them are its labels."""
     from app.inference.labelling import label as make

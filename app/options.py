@@ -12,6 +12,16 @@ Overrides = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
 
+# What infer and label look for, and in what.
+Input = Annotated[
+    str, typer.Option(help="an image, a folder, a quoted glob, or a .txt with a path a line")
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="least score; the weights' own unless given, else 0.5"),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+
 # Where images come from. Without any: synthetic shapes.
 DatasetDir = Annotated[str | None, typer.Option(help="folder or zip of labelled images")]
 HfDataset = Annotated[

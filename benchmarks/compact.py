@@ -13,9 +13,7 @@ import argparse
 import logging
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from app.model.carried import carried_nano
 from app.model.compact import Cut, cut_model
 from app.training import run
 from app.training.compaction import REPORT, compact, make_goal
-from benchmarks.nano import KNOWN_KINDS, Figure, draw
+from benchmarks.nano import KNOWN_KINDS, Figure, Part, draw, run_parts
 
 IMAGES = 1600  # to learn from, drawn as the recipe of nano draws them
 TRUNK_EPOCHS, FEATURE_EPOCHS, EPOCHS = 8, 2, 11  # some 10 minutes on 2 cores
@@ -55,12 +53,10 @@ def table(start: Path, folder: Path) -> list[Figure]:
     pruned = cut(start, folder / "pruned", folder / "learn", "taylor")
     projected = cut(start, folder / "projected", folder / "learn", "svd")
     misplaced = misplace(start, folder / "misplaced")
-    share = {
-        name: mask_ap(path, truth) / teacher
-        for name, path in (("pruned", pruned), ("projected", projected), ("misplaced", misplaced))
-    }
+    students = {"pruned": pruned, "projected": projected, "misplaced": misplaced}
+    share = {name: mask_ap(path, truth) / teacher for name, path in students.items()}
     taught, seconds = {}, {}
-    for name, path in (("pruned", pruned), ("projected", projected), ("misplaced", misplaced)):
+    for name, path in students.items():
         best, seconds[name] = distil(path, start, learn, folder / f"{name}-taught")
         taught[name] = mask_ap(best, truth) / teacher
         print(f"  {name}, distilled: {taught[name]:.3f} in {seconds[name]:.0f} s", flush=True)
@@ -239,9 +235,7 @@ def command(*words: object) -> tuple[float, int]:
     return time.monotonic() - begun, int(done.stdout.split()[-1])
 
 
-PARTS: dict[str, Callable[[Path, Path], list[Figure]]] = {
-    part.__name__: part for part in (table, vocabulary, full)
-}
+PARTS: dict[str, Part] = {part.__name__: part for part in (table, vocabulary, full)}
 
 
 def main() -> int:
@@ -254,14 +248,8 @@ def main() -> int:
     logging.getLogger("app").setLevel(logging.INFO)
     start = carried_nano()
     assert start is not None
-    figures: list[Figure] = []
-    for name in arguments.parts or ("table", "vocabulary"):
-        with tempfile.TemporaryDirectory() as folder:
-            found = PARTS[name](start, Path(folder) / "work")
-        for figure in found:
-            print(figure, flush=True)
-        figures += found
-    return 0 if all(figure.reached for figure in figures) else 1
+    names = arguments.parts or ("table", "vocabulary")
+    return run_parts([PARTS[name] for name in names], start)
 
 
 if __name__ == "__main__":

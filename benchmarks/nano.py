@@ -188,7 +188,8 @@ def join(first: Dataset, second: Dataset) -> Dataset:
     return Dataset(tuple(images), tuple(annotations), first.categories)
 
 
-PARTS: dict[str, Callable[[Path, Path], list[Figure]]] = {
+Part = Callable[[Path, Path], list[Figure]]  # of the weights to start from, and a new folder
+PARTS: dict[str, Part] = {
     part.__name__: part for part in (known, pairs, absent, new, potholes, speed)
 }
 
@@ -203,10 +204,15 @@ def main() -> int:
     start = arguments.weights or carried_nano()
     if start is None:
         parser.error("the project carries no nano yet: give --weights")
+    return run_parts([PARTS[name] for name in arguments.parts or PARTS], start)
+
+
+def run_parts(parts: Sequence[Part], start: Path) -> int:
+    """Print the figures of each part; the exit code: 1 where one misses its least value."""
     figures: list[Figure] = []
-    for name in arguments.parts or PARTS:
+    for part in parts:
         with tempfile.TemporaryDirectory() as folder:
-            found = PARTS[name](start, Path(folder) / "work")
+            found = part(start, Path(folder) / "work")
         for figure in found:
             print(figure, flush=True)
         figures += found

@@ -327,6 +327,12 @@ def normalised_boxes(boxes_xywh: Sequence[Sequence[float]], image: Image.Image) 
     return torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1)
 
 
+def query_scores(outputs: dict[str, Tensor]) -> Tensor:
+    """(P, Q), 0..1: of each query, that it is a thing that the prompt names."""
+    presence = outputs["presence_logit_dec"].float().reshape(-1, 1).sigmoid()  # (P, 1)
+    return outputs["pred_logits"].float().squeeze(-1).sigmoid() * presence
+
+
 def _best(
     outputs: dict[str, Tensor], first: int, threshold: float, limit: int
 ) -> dict[str, Tensor]:
@@ -339,8 +345,7 @@ def _best(
         `scores` (N,), `prompt_ids` (N,), `boxes` (N, 4) cxcywh, 0..1, and where the model makes
         masks `logits` (N, h, w).
     """
-    presence = outputs["presence_logit_dec"].float().reshape(-1, 1).sigmoid()  # (P, 1)
-    scores = outputs["pred_logits"].float().squeeze(-1).sigmoid() * presence  # (P, Q)
+    scores = query_scores(outputs)
     flat = scores.flatten()
     order = flat.argsort(descending=True, stable=True)[:limit]
     order = order[flat[order] > threshold]

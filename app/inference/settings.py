@@ -108,15 +108,16 @@ def make_settings(
         check_prompts(prompts, [()] * len(boxes))  # those that could not be read are boxes as well
     except UserError as error:
         problems += error.problems
-    if settings.checkpoint != RANDOM:
-        header = weights.read_header(Path(settings.checkpoint))
-        vocabulary = None if header is None else header.model.vocabulary
+    random = settings.checkpoint == RANDOM
+    header = None if random else weights.read_header(Path(settings.checkpoint))
+    if header is not None:
+        vocabulary = header.model.vocabulary
         problems += [f"--prompt {line}" for line in unknown_words(vocabulary, prompts)]
     if problems:
         raise UserError(problems)
     return replace(
         settings,
-        threshold=_threshold(settings),
+        threshold=_threshold(settings, header),
         prompts=tuple(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts)),
         boxes=tuple(parsed["--box"]),
         negative_boxes=tuple(parsed["--negative-box"]),
@@ -124,12 +125,10 @@ def make_settings(
     )
 
 
-def _threshold(settings: Settings) -> float:
+def _threshold(settings: Settings, header: weights.Header | None) -> float:
     """The one given, or the one that the weights were calibrated to, or the usual; says which."""
     if settings.threshold is not None:
         return settings.threshold
-    random = settings.checkpoint == RANDOM
-    header = None if random else weights.read_header(Path(settings.checkpoint))
     if header is None or header.threshold is None:
         log.info("threshold: %g (--threshold decides by hand)", THRESHOLD)
         return THRESHOLD

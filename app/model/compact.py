@@ -2,8 +2,8 @@
 
 Blocks and layers go whole. Within a block go MLP units and attention heads, so that the small
 model computes what the large one does with the same units masked. Global attention is never put
-where windows were, nor the reverse: a student whose global slots got windowed weights finds nothing
-(AP 0, however long it is trained).
+where windows were, nor the reverse: students whose global slots got windowed weights are the known
+failure at AP 0.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from app.config import ModelConfig, model_config
 from app.errors import UserError
 from app.model.build import build_model
 from app.model.vocabulary import store
+from app.model.weights import COMPUTED
 
 # Blocks that DART removes from SAM 3 (mkturkcan/DART, arXiv 2603.11441): half of the 32.
 DART = (5, 10, 12, 14, *range(17, 23), *range(24, 29), 30)
@@ -30,7 +31,6 @@ LAYERS = {
     "decoder_layers": "transformer.decoder.layers",
 }
 _QUERIES = ("transformer.decoder.query_embed.weight", "transformer.decoder.reference_points.weight")
-_COMPUTED = ".freqs_cis"
 Units = Tensor  # (K,) int64 indices of what stays, or (K, H) float32 rows that H units project to
 
 
@@ -149,7 +149,7 @@ def cut_model(model: Sam3Image, config: ModelConfig, cut: Cut) -> tuple[Sam3Imag
 def build_from(config: ModelConfig, state: dict[str, Tensor], device: torch.device) -> Sam3Image:
     """A model of the size with the weights of a state; tables of positions are its own."""
     model = build_model(config).to(device)
-    own = {key: value for key, value in model.state_dict().items() if key.endswith(_COMPUTED)}
+    own = {key: value for key, value in model.state_dict().items() if key.endswith(COMPUTED)}
     model.load_state_dict({**state, **own}, strict=True)
     return model
 

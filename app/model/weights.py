@@ -36,7 +36,7 @@ _PREFIX = "detector."
 _TRACKER = ("tracker.", "detector.backbone.vision_backbone.sam2_convs.")
 # RoPE tables are persistent buffers upstream (vitdet.py:457); they follow from the resolution and
 # are computed when the model is built, so they are neither saved nor loaded.
-_COMPUTED = ".freqs_cis"
+COMPUTED = ".freqs_cis"
 
 
 class Header(BaseModel):
@@ -67,7 +67,7 @@ def save(model: Sam3Image, folder: Path, header: Header) -> Path:
     state = {
         key: value.detach().contiguous().cpu()
         for key, value in model.state_dict().items()
-        if not key.endswith(_COMPUTED)
+        if not key.endswith(COMPUTED)
     }
     file = folder / FILE
     with atomic_path(file) as temporary:
@@ -242,7 +242,7 @@ def _read_state(file: Path) -> dict[str, Tensor]:
     if any(key.startswith(_PREFIX) for key in state):
         state = {k: v for k, v in state.items() if not k.startswith(_TRACKER)}
         state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
-    return {key: value for key, value in state.items() if not key.endswith(_COMPUTED)}
+    return {key: value for key, value in state.items() if not key.endswith(COMPUTED)}
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -277,7 +277,7 @@ def _load_state(model: Sam3Image, state: Mapping[str, Tensor], file: Path) -> No
 
 
 def _differences(model: Sam3Image, state: Mapping[str, Tensor]) -> list[str]:
-    expected = {k: v.shape for k, v in model.state_dict().items() if not k.endswith(_COMPUTED)}
+    expected = {k: v.shape for k, v in model.state_dict().items() if not k.endswith(COMPUTED)}
     shapes = [
         f"  {key}: shape {tuple(state[key].shape)} in the file, {tuple(shape)} in the model"
         for key, shape in expected.items()

@@ -54,7 +54,7 @@ class Goal:
 
     Attributes:
         removed_blocks: a given list; None: `layers["blocks"]` stay, those that matter most.
-        layers: of each of `LAYERS` and "queries", how many stay.
+        layers: how many stay, of those of `LAYERS` and "queries" from which some go.
         mlp: 0..1, share of an MLP's units that stays.
         heads: of attention, in each block.
         size: the size that all of this makes, where it was asked for by name.
@@ -70,10 +70,9 @@ class Goal:
     vocabulary: tuple[str, ...] = ()
     resolution: int | None = None
 
-    def needs_images(self, size: ModelConfig, by: WidthBy) -> bool:
+    def needs_images(self, by: WidthBy) -> bool:
         """Whether what stays is to be measured."""
-        by_number = any(n < count_layers(size)[name] for name, n in self.layers.items())
-        return by_number or (self.mlp is not None and by != "svd") or self.heads is not None
+        return bool(self.layers) or (self.mlp is not None and by != "svd") or self.heads is not None
 
 
 def make_goal(
@@ -228,7 +227,7 @@ def compact(
     device = choose_device(config.training.device)
     cutting = _Cutting(model.to(device), config, None if splits is None else splits.valid)
     cutting.tell("whole", "")
-    if goal.needs_images(still, by):
+    if goal.needs_images(by):
         few = (
             _few(splits.train, measure_on)
             if splits is not None
@@ -405,7 +404,7 @@ def _check(
             "--width svd: heads cannot be projected, for rotary embedding turns pairs of their "
             "units; leave out --heads"
         )
-    if goal.needs_images(size, by) and not has_images:
+    if goal.needs_images(by) and not has_images:
         problems.append(
             "What matters is measured on images: give --dataset-dir DIR (with labels) or --images "
             "DIR (without)"

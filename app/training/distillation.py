@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.config import Config, DistillConfig, ModelConfig, model_config
+from app.inference.predictor import query_scores
 from app.model import weights
 from app.model.build import build_model
 from app.model.vocabulary import StoredText, store
@@ -342,7 +343,7 @@ def match_queries(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Mat
     overlap = generalized_box_iou(box_cxcywh_to_xyxy(mine), box_cxcywh_to_xyxy(yours))
     chance = [o["pred_logits"].float().sigmoid().squeeze(-1) for o in (student, teacher)]  # (P, Q)
     unlike = (chance[0][:, :, None] - chance[1][:, None]).abs()
-    scores = scores_of(teacher)
+    scores = query_scores(teacher)
     cost = BOX * torch.cdist(mine, yours, p=1) - GIOU * overlap + SCORES * unlike
     costs = (cost - SUREST_FIRST * scores[:, None]).cpu().numpy()
     found = [
@@ -355,12 +356,6 @@ def match_queries(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Mat
     return Matches(prompts, queries, theirs, (scores[prompts, theirs] > TAUGHT).nonzero()[:, 0])
 
 
-def scores_of(outputs: dict[str, Tensor]) -> Tensor:
-    """(P, Q), 0..1: of each query, that it is a thing that the prompt names."""
-    presence = outputs["presence_logit_dec"].float().reshape(-1, 1).sigmoid()
-    return outputs["pred_logits"].float().squeeze(-1).sigmoid() * presence
-
-
 def answer_losses(
     student: dict[str, Tensor], teacher: dict[str, Tensor], matches: Matches
 ) -> Losses:
@@ -370,7 +365,7 @@ def answer_losses(
     score 0.
     """
     prompts, queries, theirs, taught = matches
-    sure = scores_of(teacher)[prompts, theirs]  # (M,)
+    sure = query_scores(teacher)[prompts, theirs]  # (M,)
     total = sure.sum().clamp(min=1)
     mine, yours = (
         outputs["pred_boxes"].float()[prompts, places]

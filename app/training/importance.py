@@ -26,10 +26,11 @@ from app.datasets.coco import Dataset
 from app.datasets.queries import PromptChoice, QueryDataset, collate
 from app.errors import UserError
 from app.files import read_json, write_json
+from app.inference.predictor import query_scores
 from app.model.compact import LAYERS, protected_blocks
 from app.progress import progress
 from app.training import distillation
-from app.training.distillation import Lesson, Teacher, last_outputs, scores_of
+from app.training.distillation import Lesson, Teacher, last_outputs
 from app.training.loop import batch_losses
 
 log = logging.getLogger("app")
@@ -214,7 +215,7 @@ def choose_queries(model: Sam3Image, count: int, measure: Measure) -> tuple[int,
     model.eval()
     with torch.no_grad(), measure._autocast():
         for batch in measure.batches:
-            scores = scores_of(last_outputs(model(batch))).double().sum(dim=0)  # (Q,)
+            scores = query_scores(last_outputs(model(batch))).double().sum(dim=0)  # (Q,)
             total = scores if total is None else total + scores
     assert total is not None
     return tuple(sorted(total.topk(count).indices.tolist()))

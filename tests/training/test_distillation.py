@@ -16,6 +16,7 @@ from app.config import Config, load_config
 from app.datasets.build import load_splits
 from app.datasets.prompts import NOUNS
 from app.datasets.queries import collate
+from app.inference.predictor import query_scores
 from app.model import weights
 from app.model.build import build_model
 from app.model.compact import Cut, cut_model, replace_text
@@ -28,7 +29,6 @@ from app.training.distillation import (
     load_teacher,
     look,
     match_queries,
-    scores_of,
 )
 from tests.conftest import TINY, Command
 
@@ -145,7 +145,7 @@ def test_queries_are_matched_where_they_are() -> None:
     # By hand: -log(1/2) for each of three queries, less the entropy of each target.
     targets = torch.sigmoid(torch.tensor([4.0, 3.0, -9.0]))
     entropy = -(targets * targets.log() + (1 - targets) * (1 - targets).log()).sum()
-    sure = float(scores_of(teacher).sum())
+    sure = float(query_scores(teacher).sum())
     by_hand = distillation.SCORES * (3 * math.log(2) - float(entropy)) / sure
     assert float(losses["scores"]) == pytest.approx(by_hand, rel=1e-5)
 
@@ -168,7 +168,7 @@ def test_fewer_queries_say_what_the_teacher_is_surest_of_and_more_of_them_nothin
     matches = match_queries(four, teacher)
     assert matches.queries.tolist() == [0, 1, 2]
     losses = answer_losses(four, teacher, matches)
-    sure = max(float(scores_of(teacher).sum()), 1.0)
+    sure = max(float(query_scores(teacher).sum()), 1.0)
     by_hand = distillation.SCORES * math.log1p(math.exp(5.0)) / sure
     assert float(losses["scores"]) == pytest.approx(by_hand, rel=1e-4)
 
