@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -48,6 +48,7 @@ from app.training.signals import leave_to_parent
 # The first process validates while the others wait. One that dies is not waited for: torchrun ends
 # the others at once.
 LONGEST_WAIT = timedelta(hours=12)
+TEXT = "backbone.language_backbone."
 PARTS = (  # of upstream's losses: those that are recorded
     *("loss_bbox", "loss_giou", "loss_ce", "presence_loss", "loss_mask", "loss_dice"),
     *("loss_semantic_seg", "loss_semantic_dice"),
@@ -420,7 +421,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> O
     parts = OmegaConf.create(
         {
             "optimizer": config.optimizer,
-            "options": config.options,
+            "options": _of_parts(config.options, model),
             "modifiers": config.param_group_modifiers,
         }
     )
@@ -433,6 +434,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> O
         group["params"] = [p for p in group["params"] if p.requires_grad]
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
     return optimizer
+
+
+def _of_parts(options: Mapping[str, Any], model: nn.Module) -> dict[str, list[Any]]:
+    """Upstream's options without those of the text encoder, where stored words are in its place."""
+    if any(name.startswith(TEXT) for name, _ in model.named_parameters()):
+        return dict(options)
+    return {
+        kind: [entry for entry in entries if entry.get("param_names") != [f"{TEXT}*"]]
+        for kind, entries in options.items()
+    }
 
 
 def build_accelerator(device: torch.device, *, find_unused: bool = True) -> Accelerator:

@@ -82,3 +82,24 @@ def test_any_word_can_be_asked_where_nothing_is_stored() -> None:
     assert unknown_words(None, ["dog"]) == []
     assert askable(None, ["dog"]) == ["dog"]
     assert askable(["cat", "visual"], ["dog", "cat"]) == ["cat"]
+
+
+def test_a_model_with_stored_prompts_trains_on(shapes, command, tmp_path) -> None:
+    classes = ["circle", "rectangle", "triangle"]
+    model, header = weights.load(NANO)
+    model, size = store_vocabulary(model, header.model, classes)
+    header = header.model_copy(update={"model": size, "prompts": classes})
+    weights.save(model, tmp_path / "stored", header)
+    words = ("train", "--checkpoint", tmp_path / "stored", "--dataset-dir", shapes)
+    few = ("--resolution", 64, "model.mask_points=64", "dataset.near_misses=[]")
+    done = command(*words, "--plan=measure", *few)
+    assert done.code == 0, done.err
+    done = command(*words, "--epochs", 1, "--output-dir", tmp_path / "run", *few)
+    assert done.code == 0, done.err
+    tuned, header = weights.load(tmp_path / "run" / "weights" / "best")
+    assert header.model.vocabulary == [*classes, "visual"]
+    before, after = model.state_dict(), tuned.state_dict()
+    key = "transformer.decoder.query_embed.weight"
+    assert not before[key].equal(after[key])
+    kept = "backbone.language_backbone.memory"
+    np.testing.assert_array_equal(before[kept], after[kept])
