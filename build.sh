@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Builds the Docker image that train.sh and infer.sh run in.
 #
-# Usage: ./build.sh [--base-image IMG] [--tag TAG] [--no-cache] [--dry-run] [DOCKER BUILD ARGS…]
+# Usage: ./build.sh [--jetson] [--base-image IMG] [--tag TAG] [--no-cache] [--dry-run] [DOCKER BUILD ARGS…]
 #
+#   --jetson            the image of Dockerfile.jetson, for ./infer.sh --jetson: docs/jetson.md
 #   --base-image IMG    any image with Python 3.11 or newer (that of the Dockerfile)
-#   --tag TAG           name of the image ($SAM3_IMAGE or sam3-finetuning)
+#   --tag TAG           name of the image ($SAM3_IMAGE or sam3-finetuning, sam3-finetuning-jetson)
 #   --no-cache          build every layer anew
 #   --dry-run           print the command that would run, and run nothing
 #   --help              print this
@@ -14,6 +15,7 @@ root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 source "$root/scripts/runtime.sh"
 
 dry_run=''
+tag=''
 options=()
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -22,8 +24,9 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --base-image) options+=(--build-arg "BASE_IMAGE=$2") && shift ;;
     --base-image=*) options+=(--build-arg "BASE_IMAGE=${1#*=}") ;;
-    --tag) image="$2" && shift ;;
-    --tag=*) image="${1#*=}" ;;
+    --tag) tag="$2" && shift ;;
+    --tag=*) tag="${1#*=}" ;;
+    --jetson) use_jetson && options+=(--file "$root/Dockerfile.jetson") ;;
     --dry-run) dry_run=yes ;;
     -h | --help) usage && exit ;;
     *) options+=("$1") ;;
@@ -35,7 +38,7 @@ revision="$(git -C "$root" describe --always --abbrev=40 --exclude '*' --dirty 2
 if [ -n "$revision" ]; then
   options+=(--label "org.opencontainers.image.revision=$revision")
 fi
-command=(env DOCKER_BUILDKIT=1 docker build --network host --tag "$image"
+command=(env DOCKER_BUILDKIT=1 docker build --network host --tag "${tag:-$image}"
   ${options[@]+"${options[@]}"} "$root")
 
 if [ -n "$dry_run" ]; then

@@ -478,6 +478,83 @@ def compact(
 
 
 @cli.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="weights folder or file")],
+    output_dir: Annotated[
+        Path, typer.Option("--output", "--output-dir", help="folder for what is exported")
+    ],
+    overrides: options.Overrides = None,
+    to_format: Annotated[
+        str, typer.Option("--format", help="onnx (any runtime, TensorRT) or hf (transformers)")
+    ] = "onnx",
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(help="fp32, fp16, bf16, int8; several in one where commas part them"),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="what can be asked for; the classes of the weights unless given"),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="a file of prompts: .txt, or YAML class: prompt")
+    ] = None,
+    open_vocabulary: Annotated[
+        bool, typer.Option("--open-vocabulary", help="any words: exports the text encoder as well")
+    ] = False,
+    prompts_a_pass: Annotated[
+        int | None, typer.Option(help="prompts that one run of the graph answers")
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(help="masks of so many queries a prompt alone, as 32; all")
+    ] = None,
+    resolution: Annotated[int | None, typer.Option(help="pixels, square; the weights' own")] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(help="images without labels to compare and calibrate on: folder, file, glob"),
+    ] = None,
+    measure_on: Annotated[int, typer.Option(min=1, help="most images to compare on")] = 20,
+    tensorrt: Annotated[str | None, typer.Option(help="version that it is for; noted")] = None,
+    target: Annotated[str | None, typer.Option(help="device that it is for; noted")] = None,
+    dataset_dir: options.DatasetDir = None,
+    hf_dataset: options.HfDataset = None,
+    hf_config: options.HfConfig = None,
+    hf_split: options.HfSplit = None,
+    columns: options.Columns = None,
+    roboflow: options.Roboflow = None,
+    format_: Annotated[
+        str | None, typer.Option("--dataset-format", help="of --dataset-dir, decided by hand")
+    ] = None,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Write weights for other runtimes, each file compared with the model it came from."""
+    from app.deploy import commands
+
+    sources = options.source(
+        dataset_dir, hf_dataset, hf_config, hf_split, columns, roboflow, format_
+    )
+    commands.export(
+        checkpoint,
+        output_dir,
+        to_format,
+        options.asked(overrides, sources),
+        {
+            "--precision": precision,
+            "--prompt": prompt,
+            "--prompts": prompts,
+            "--open-vocabulary": open_vocabulary or None,
+            "--prompts-a-pass": prompts_a_pass,
+            "--top": top,
+            "--resolution": resolution,
+            "--images": images,
+            "--tensorrt": tensorrt,
+            "--target": target,
+        },
+        measure_on=measure_on,
+        overwrite=overwrite,
+    )
+
+
+@cli.command()
 def pack(
     weights: Annotated[Path, typer.Argument(help="weights folder or file of a run")],
     output_dir: Annotated[Path, typer.Option(help="folder for the packed ones")],

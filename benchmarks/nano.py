@@ -61,7 +61,9 @@ class Figure:
     def __str__(self) -> str:
         sign = "<=" if self.lower_is_better else ">="
         asked = "" if self.least is None else f" (goal {sign} {self.goal}, least {self.least})"
-        return f"{self.name}: {self.value:.3f}{asked}{'' if self.reached else '  MISSED'}"
+        small = 0 < abs(self.value) < 0.001
+        value = f"{self.value:.1e}" if small else f"{self.value:.3f}"
+        return f"{self.name}: {value}{asked}{'' if self.reached else '  MISSED'}"
 
 
 def draw(folder: Path, *, train: int, valid: int, **settings: object) -> Splits:

@@ -124,7 +124,7 @@ def plan(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
 def _settings(arguments: argparse.Namespace) -> list[str]:
     settings = [f"model={arguments.size}", f"training.batch_size={arguments.batch}"]
     settings += [f"model.resolution={arguments.resolution}"] if arguments.resolution else []
-    return [*settings, "transforms=none"]  # the same on both sides
+    return [*settings, "transforms=none", *arguments.set]  # the same on both sides
 
 
 def _run(arguments: argparse.Namespace, folder: Path) -> list[str]:
@@ -249,6 +249,7 @@ def _child(
     words = [f"--size={arguments.size}", f"--batch={arguments.batch}", f"--child={work}:{name}"]
     words += [f"--folder={folder}"]
     words += [f"--resolution={arguments.resolution}"] if arguments.resolution else []
+    words += [f"--set={setting}" for setting in arguments.set]
     command = [sys.executable, "-m", "benchmarks.training", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -269,6 +270,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--resolution", type=int)
     parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

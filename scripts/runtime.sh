@@ -3,6 +3,7 @@
 # Sourced, never run; needs $root, the repository's folder. Bash 3.2 (macOS) suffices.
 
 image="${SAM3_IMAGE:-sam3-finetuning}"
+jetson='' # yes where the image is that of Dockerfile.jetson
 venv="${root:?}/.venv"
 stamp="$venv/.requirements.sha256"
 unset CDPATH # or `cd` may land elsewhere, and prints where
@@ -11,6 +12,11 @@ say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 fail() {
   say "$@"
   exit 2
+}
+
+use_jetson() {
+  jetson=yes
+  image="${SAM3_IMAGE:-sam3-finetuning-jetson}"
 }
 
 # The comment at the head of the script that was called.
@@ -206,32 +212,89 @@ add_network() {
   fi
 }
 
-# The Hugging Face cache is shared with the host, or each run would fetch 3.4 GB of weights anew.
-docker_command() {
-  local cache="${HF_HOME:-${HOME:-}/.cache/huggingface}"
+# begin_command OPTIONS…: as the caller, in the current folder.
+begin_command() {
   cd -P . || exit # so that `../data` means the same folder inside
   check_bindable "$PWD" "the current folder"
   mounted=('')
-  outputs=("$PWD/outputs" "$PWD/data/features") # where no flag says another
-  command=(docker run --rm --init --stop-timeout 120 --shm-size 8g)
+  outputs=()
+  command=(docker run --rm --init --stop-timeout 120 "$@")
   case "$engine" in
     *name=rootless*) command+=(--user 0:0) ;; # there root inside is the caller outside
     *) command+=(--user "$(id -u):$(id -g)") ;;
   esac
   if [ -t 0 ] && [ -t 1 ]; then command+=(-it); fi
-  command+=(-e HOME=/tmp/home -e "HF_HOME=$(absolute "$cache")")
+  command+=(-e HOME=/tmp/home --workdir "$PWD")
+  add_mount "$PWD"
+}
+
+# The Hugging Face cache is shared with the host, or each run would fetch 3.4 GB of weights anew.
+docker_command() {
+  local cache="${HF_HOME:-${HOME:-}/.cache/huggingface}"
+  begin_command --shm-size 8g
+  outputs=("$PWD/outputs" "$PWD/data/features") # where no flag says another
+  command+=(-e "HF_HOME=$(absolute "$cache")")
   command+=(-e SAM3_BASE -e HF_TOKEN -e ROBOFLOW_API_KEY -e MLFLOW_TRACKING_URI)
   command+=(-e MLFLOW_TRACKING_USERNAME -e MLFLOW_TRACKING_PASSWORD -e MLFLOW_TRACKING_TOKEN)
   add_gpus
   add_network "$@"
-  command+=(--workdir "$PWD")
-  add_mount "$PWD"
   bind_output "$cache"
   bind_flags bind_output "--output-dir" "$@"
   bind_flags bind_dataset "--dataset-dir" "$@"
   bind_flags bind_input "--hf-dataset --checkpoint --teacher --input --config --prompts" "$@"
   if [ -n "${SAM3_BASE:-}" ]; then bind_input "$SAM3_BASE"; fi
   command+=("$image" "$@")
+}
+
+# A Jetson's GPU is not --gpus': its runtime brings it, and the group video owns its devices.
+add_jetson() {
+  local group id word
+  if [ "${GPUS:-auto}" = none ]; then return; fi
+  case "$engine" in
+    *'"nvidia"'*) command+=(--runtime nvidia) ;;
+    *) say "GPUs: none (Docker has no nvidia runtime: docs/jetson.md)" ;;
+  esac
+  for group in video render; do
+    id="$(getent group "$group" 2>/dev/null | cut -d: -f3 || true)"
+    if [ -n "$id" ]; then command+=(--group-add "$id"); fi
+  done
+  for word in "$@"; do
+    case "${word#--input=}" in
+      camera:/dev/*) command+=(--device "${word#*camera:}") ;;
+      camera:[0-9]*) command+=(--device "/dev/video${word#*camera:}") ;;
+    esac
+  done
+}
+
+# jetson_command ARGS…: sets $command to what runs an exported folder, or prints it under --dry-run.
+# The folder is the word with a manifest: its engines are kept in it.
+jetson_command() {
+  local arguments=() argument
+  dry_run=''
+  for argument in "$@"; do
+    case "$argument" in
+      --dry-run) dry_run=yes ;;
+      --jetson) ;;
+      *) arguments+=("$argument") ;;
+    esac
+  done
+  set -- ${arguments[@]+"${arguments[@]}"}
+  use_jetson
+  choose_runtime
+  if [ "$runtime" = local ]; then fail "--jetson runs in its image alone: docs/jetson.md"; fi
+  begin_command
+  command+=(-e SAM3_TRT_WORKSPACE)
+  add_jetson "$@"
+  for argument in "$@"; do
+    if [ -f "$argument/manifest.json" ]; then bind_output "$argument"; fi
+  done
+  bind_flags bind_output "--output-dir --output" "$@"
+  bind_flags bind_input "--input --prompts" "$@"
+  command+=("$image" "$@")
+  if [ -n "$dry_run" ]; then
+    print_command "${command[@]}"
+    exit 0
+  fi
 }
 
 # --- the choice ----------------------------------------------------------------------------------
@@ -248,7 +311,7 @@ choose_runtime() {
   if ! engine="$(ask_engine)"; then
     obstacle="no Docker engine answers"
   elif ! docker image inspect "$image" >/dev/null 2>&1; then
-    obstacle="the image $image is not built: ./build.sh"
+    obstacle="the image $image is not built: ./build.sh${jetson:+ --jetson}"
   fi
   if [ -z "$obstacle" ]; then
     say "runtime: docker (${runtime:+SAM3_RUNTIME=docker, }image $image)"

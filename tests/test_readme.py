@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from app.deploy.run import main as run_deployed
 from tests.conftest import REPOSITORY, SHARED, TINY, Command
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -21,6 +22,8 @@ TRAINING = [c for c in COMMANDS if c.startswith("./train.sh")]
 PREDICTING = [c for c in COMMANDS if c.startswith("./infer.sh")]
 TRACKING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app track")]
 CUTTING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app compact")]
+EXPORTING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app export")]
+DEPLOYED = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app.deploy.run")]
 IN_AN_ENGINE = {"docker compose up -d mlflow"}  # tests/container runs it
 LESS = ["dataset.limit=2", "dataset.shapes.train=2", "dataset.shapes.valid=1"]
 
@@ -36,8 +39,9 @@ def test_the_readme_has_commands() -> None:
     assert len(TRAINING) >= 3
     assert len(PREDICTING) >= 2
     assert len(TRACKING) == 1
-    assert len(CUTTING) == 2
-    rest = set(COMMANDS) - {*TRAINING, *PREDICTING, *TRACKING, *CUTTING}
+    assert len(CUTTING) == len(EXPORTING) == 2
+    assert len(DEPLOYED) == 1
+    rest = set(COMMANDS) - {*TRAINING, *PREDICTING, *TRACKING, *CUTTING, *EXPORTING, *DEPLOYED}
     assert rest == {"./build.sh", "./test.sh", *IN_AN_ENGINE}
 
 
@@ -128,6 +132,24 @@ def test_cutting(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, 
     )
     assert done.code == 0, done.err
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_exporting(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch) -> None:
+    """Each on the run's own weights, the graphs' answers by the command beside them."""
+    monkeypatch.chdir(REPOSITORY)
+    for line in EXPORTING:
+        out = tmp_path / ("hf" if "--format hf" in line else "onnx")
+        done = command(
+            *("export", tiny_run / "weights" / "best", *_words(line)[4:], "--output", out)
+        )
+        assert done.code == 0, done.err
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
+    found = tmp_path / "found"
+    words = [tmp_path / "onnx", *_words(DEPLOYED[0])[3:], "--output", found]
+    with pytest.raises(SystemExit) as ended:
+        run_deployed([str(word) for word in words])
+    assert ended.value.code == 0
+    assert len(list(found.glob("*.png"))) == 5
 
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("./")])

@@ -22,6 +22,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = ["train.sh", "infer.sh", "test.sh", "build.sh", ".ci/run"]
 SERVER = [f"MLFLOW_TRACKING_{what}" for what in ("URI", "USERNAME", "PASSWORD", "TOKEN")]
+JETSON = str(REPOSITORY / "Dockerfile.jetson")
 PASSED_ON = ["HF_TOKEN", "ROBOFLOW_API_KEY", "SAM3_BASE", *SERVER]
 
 
@@ -307,6 +308,96 @@ def test_docker_leaves_writable_what_the_app_writes(machine: Machine, dataset: s
     assert mounts(command) == {str(machine.cwd): "rw", str(cache): "rw"}
 
 
+def exported(folder: Path) -> Path:
+    """What the scripts know an exported folder by."""
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").touch()
+    return folder
+
+
+def test_jetson_command(machine: Machine, tmp_path: Path) -> None:
+    """Its own image and runtime; the folder is writable, as its engines are kept in it."""
+    machine.docker(runtimes=("runc", "nvidia"))
+    make_executable(machine.bin / "getent", '#!/bin/sh\necho "$2:x:4$(printf %s "$2" | wc -c):"\n')
+    outside = tmp_path.resolve() / "out side"
+    folder = exported(outside / "model ü")
+    for name in ("images", "words"):
+        (outside / name).mkdir()
+    arguments = [
+        *("--threshold", "0.4", str(folder), "--input", f"{outside}/images/*.jpg"),
+        *(f"--prompts={outside}/words", "--output", f"{outside}/found"),
+    ]
+    command = machine.docker_run(*arguments, "--jetson", script="infer.sh", GPUS="auto")
+    options = command[: command.index("sam3-finetuning-jetson")]
+    assert command[len(options) + 1 :] == arguments
+    pairs = set(itertools.pairwise(options))
+    assert {
+        ("--runtime", "nvidia"),
+        ("--group-add", "45"),
+        ("--group-add", "46"),
+        ("--user", f"{os.getuid()}:{os.getgid()}"),
+        ("--workdir", str(machine.cwd)),
+        ("-e", "SAM3_TRT_WORKSPACE"),
+    } <= pairs
+    assert not {"--gpus", "--device", "HF_TOKEN", "HF_HOME"} & set(options)
+    assert mounts(command) == {
+        str(machine.cwd): "rw",
+        str(folder): "rw",
+        str(outside / "images"): "ro",
+        str(outside / "words"): "ro",
+        str(outside / "found"): "rw",
+    }
+    assert (outside / "found").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("given", "device"),
+    [
+        (["--input", "camera:0"], "/dev/video0"),
+        (["--input=camera:12"], "/dev/video12"),
+        (["--input", "camera:/dev/v4l/one"], "/dev/v4l/one"),
+        (["--input", "camera:rtsp://there/0"], None),
+        (["--input", "images"], None),
+    ],
+)
+def test_jetson_takes_the_camera_along(
+    machine: Machine, given: list[str], device: str | None
+) -> None:
+    machine.docker(runtimes=("runc", "nvidia"))
+    command = machine.docker_run("--jetson", "DIR", "--loop", *given, script="infer.sh")
+    assert command[-len(given) :] == given
+    assert (command[command.index("--device") + 1] if "--device" in command else None) == device
+
+
+@pytest.mark.parametrize(
+    ("runtimes", "gpus", "said"),
+    [
+        (("runc",), "auto", "GPUs: none (Docker has no nvidia runtime: docs/jetson.md)"),
+        (("runc", "nvidia"), "none", ""),
+    ],
+)
+def test_jetson_without_a_gpu(
+    machine: Machine, runtimes: tuple[str, ...], gpus: str, said: str
+) -> None:
+    machine.docker(runtimes=runtimes)
+    done = machine.run("infer.sh", "--jetson", "DIR", "--dry-run", GPUS=gpus)
+    assert done.returncode == 0
+    assert "--runtime" not in done.stdout
+    assert said in done.stderr
+    assert words(done.stdout)[-2:] == ["sam3-finetuning-jetson", "DIR"]
+
+
+def test_jetson_needs_its_image(machine: Machine) -> None:
+    machine.docker(image=False)
+    done = machine.run("infer.sh", "--jetson", "DIR")
+    assert done.returncode == 2
+    assert "the image sam3-finetuning-jetson is not built: ./build.sh --jetson" in done.stderr
+    assert "--jetson runs in its image alone: docs/jetson.md" in done.stderr
+    machine.docker()
+    done = machine.run("infer.sh", "--jetson", "DIR", "--dry-run", SAM3_IMAGE="mine:1")
+    assert words(done.stdout)[-2:] == ["mine:1", "DIR"]
+
+
 @pytest.mark.parametrize(
     ("uri", "is_here"),
     [
@@ -406,6 +497,8 @@ def test_bad_gpus_are_refused(machine: Machine) -> None:
             ["--tag", "a:b", "--build-arg", "BASE_IMAGE=py:3", "--no-cache", "--label", "x=y z"],
         ),
         (["--tag=a:b", "--base-image=py:3"], ["--tag", "a:b", "--build-arg", "BASE_IMAGE=py:3"]),
+        (["--jetson"], ["--tag", "sam3-finetuning-jetson", "--file", JETSON]),
+        (["--tag", "a:b", "--jetson"], ["--tag", "a:b", "--file", JETSON]),
     ],
 )
 def test_build(machine: Machine, arguments: list[str], expected: list[str]) -> None:
@@ -426,9 +519,10 @@ def test_build_without_git_or_value(machine: Machine) -> None:
     assert machine.run("build.sh", "--dry-run", "--tag").returncode == 2
 
 
-def test_the_dockerfile_asks_no_builder_for_more_than_all_can() -> None:
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.jetson"])
+def test_the_dockerfile_asks_no_builder_for_more_than_all_can(name: str) -> None:
     """BuildKit, the classic builder and buildah: none but the first takes these."""
-    text = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
+    text = (REPOSITORY / name).read_text(encoding="utf-8")
     assert not [
         word for word in ("# syntax", "<<", "--network", "--mount", "--link") if word in text
     ]

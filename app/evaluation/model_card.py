@@ -51,7 +51,7 @@ def write_card(
     figures = read_json(folder / "metrics.json")
     by_command = folder / "environment.json"  # a run from Python has none
     environment = read_json(by_command) if by_command.is_file() else {}
-    metas = start is not None and header.model.name == "sam3"
+    metas = start is not None and not header.model.name.startswith("nano")
     data = ModelCardData(
         license="other" if metas else "apache-2.0",
         license_name="sam-license" if metas else None,

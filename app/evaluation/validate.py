@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+from PIL import Image
 
 from app.datasets.coco import Dataset
 from app.datasets.images import open_image
 from app.evaluation.concepts import SCORE
 from app.evaluation.off_prompt import Firing, OffPrompts
 from app.evaluation.scoring import score
+from app.inference.detections import Detections
 from app.inference.outputs import coco_results
-from app.inference.predictor import Predictor
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,21 @@ class Validation:
     off_prompts: OffPrompts
 
 
+class Finder(Protocol):
+    """What answers prompts: a `Predictor`, or the `Runtime` of exported graphs."""
+
+    def predict(
+        self,
+        image: Image.Image,
+        prompts: Sequence[str] = ...,
+        *,
+        threshold: float | None = ...,
+        max_detections: int = ...,
+    ) -> Detections: ...
+
+
 def validate(
-    predictor: Predictor,
+    predictor: Finder,
     dataset: Dataset,
     *,
     max_detections: int,

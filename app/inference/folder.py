@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
-import multiprocessing
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-import torch
 from PIL import Image
 
-from app.config import load_model_config
 from app.datasets.images import ImageError, open_image
 from app.errors import UserError
 from app.inference.detections import Detections
-from app.inference.inputs import find_images, output_names
+from app.inference.inputs import find_images, normalised_boxes, output_names
 from app.inference.journal import Entry, Journal, file_state, read_contents
 from app.inference.outputs import PER_IMAGE, coco_results
-from app.inference.predictor import Predictor, normalised_boxes
-from app.inference.settings import RANDOM, Settings
+from app.inference.settings import Settings
 from app.inference.tables import TABLES
-from app.model.build import build_model
-from app.model.device import choose_device, choose_precision
 from app.model.vocabulary import VISUAL_PROMPT
 from app.progress import duration, progress
 
 log = logging.getLogger("app")
 SHOWN = 20  # files that are in the way
-CHUNKS = 4  # batches that a process takes at once
+
+
+class Finder(Protocol):
+    """What finds: `Predictor`, or the `Runtime` of an exported folder."""
+
+    @property
+    def predict_batch(self) -> Callable[..., list[Detections]]: ...
 
 
 @dataclass(frozen=True)
@@ -58,6 +53,8 @@ class Outcome:
 
 
 Work = Callable[[Sequence[Sequence[Job]]], Iterator[Outcome]]  # batches → what became of each
+# settings, output, processes → what does the work while it is open, and in which precision
+OpenWork = Callable[[Settings, Path, int], contextlib.AbstractContextManager[tuple[Work, str]]]
 
 
 def predict_folder(
@@ -68,10 +65,14 @@ def predict_folder(
     batch_size: int = 1,
     processes: int = 1,
     overwrite: bool = False,
+    open_work: OpenWork | None = None,
 ) -> list[str]:
     """Predict on every image that `source` stands for; see `python -m app infer --help`.
 
     What is done is noted image by image, so the same call after a stop does the rest.
+
+    Args:
+        open_work: None: `worker.open_work`, which loads the checkpoint into torch.
 
     Returns:
         What went wrong with single images: one bad image costs only itself.
@@ -88,9 +89,9 @@ def predict_folder(
         _check_clear(source, images, output, files)
     begun = time.monotonic()
     with (
-        _ended_by_sigterm(),
-        _work(settings, output, processes) as (work, precision),
-        _unwritable_said(output),
+        ended_by_sigterm(),
+        (open_work or _torch_work())(settings, output, processes) as (work, precision),
+        unwritable_said(output),
         Journal(output, settings.identity(), overwrite=overwrite) as journal,
     ):
         journal.begin(files)
@@ -106,6 +107,12 @@ def predict_folder(
         *(duration(time.monotonic() - begun), precision, output),
     )
     return failed
+
+
+def _torch_work() -> OpenWork:
+    from app.inference.worker import open_work  # here: what has another needs no torch
+
+    return open_work
 
 
 def _do_what_is_left(
@@ -129,7 +136,7 @@ def _do_what_is_left(
 
 
 def predict_images(
-    predictor: Predictor, settings: Settings, output: Path, batch: Sequence[Job]
+    finder: Finder, settings: Settings, output: Path, batch: Sequence[Job]
 ) -> Outcome:
     """Predict on a few images together and write the files of each."""
     opened: list[tuple[Job, Image.Image]] = []
@@ -146,11 +153,11 @@ def predict_images(
     if not opened:
         return Outcome((), tuple(failed))
     entries = []
-    found = predictor.predict_batch(
+    boxes = {"boxes_xywh": settings.boxes, "negative_boxes_xywh": settings.negative_boxes}
+    found = finder.predict_batch(
         [image for _, image in opened],
         settings.prompts,
-        boxes_xywh=settings.boxes,
-        negative_boxes_xywh=settings.negative_boxes,
+        **{key: value for key, value in boxes.items() if value},  # a runtime takes none
         threshold=settings.threshold,
         max_detections=settings.max_detections,
         nms=settings.nms,
@@ -242,7 +249,7 @@ def _refuse(problems: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _unwritable_said(output: Path) -> Iterator[None]:
+def unwritable_said(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -252,83 +259,8 @@ def _unwritable_said(output: Path) -> Iterator[None]:
         ) from None
 
 
-# --- processes -----------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
-def _work(settings: Settings, output: Path, processes: int) -> Iterator[tuple[Work, str]]:
-    """What predicts on batches, in order, and the precision that it does it in.
-
-    With one process, it is this one; else each of several has a GPU of its own, or where there is
-    none its share of the cores, and takes batches as it gets through them.
-    """
-    if processes == 1:
-        predictor = load_predictor(settings)
-        yield (
-            lambda batches: (predict_images(predictor, settings, output, b) for b in batches),
-            _precision(predictor),
-        )
-        return
-    gpus = torch.cuda.device_count() if choose_device(settings.device).type == "cuda" else 0
-    if 0 < gpus < processes:
-        raise UserError(f"--num-gpus {processes}: this machine has {gpus}")
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    rank = context.Value("i", 0)
-    pool = ProcessPoolExecutor(processes, context, _begin_process, (rank, processes, gpus > 0))
-    task = functools.partial(_predict_in_process, settings, output)
-    try:
-        precision = pool.submit(_precision_in_process, settings).result()
-        yield lambda batches: pool.map(task, batches, chunksize=CHUNKS), precision
-    except BrokenProcessPool:
-        raise UserError(
-            f"--num-gpus {processes}: a process ended before its work did, as when memory runs "
-            "out. What is done is kept: run the same command again, with fewer processes."
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def load_predictor(settings: Settings) -> Predictor:
-    options: dict[str, Any] = {"size": settings.size, "resolution": settings.resolution}
-    if settings.checkpoint != RANDOM:
-        choice = {"device": settings.device, "precision": settings.precision}
-        return Predictor.load(settings.checkpoint, **choice, **options)
-    changes = [f"model.resolution={settings.resolution}"] if settings.resolution else []
-    config = load_model_config(settings.size or "nano", changes)
-    log.info("weights: random; what is found means nothing")
-    torch.manual_seed(0)
-    target = choose_device(settings.device)
-    model = build_model(config).to(target)
-    return Predictor(model, config, choose_precision(settings.precision, target, config))
-
-
-def _precision(predictor: Predictor) -> str:
-    return str(predictor.precision).removeprefix("torch.")
-
-
-def _begin_process(rank: Synchronized[int], processes: int, on_gpu: bool) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the first one answers it
-    with rank.get_lock():
-        mine = rank.value
-        rank.value += 1
-    if on_gpu:
-        torch.cuda.set_device(mine)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-
-
-_predictor_of_process = functools.lru_cache(maxsize=1)(load_predictor)
-
-
-def _precision_in_process(settings: Settings) -> str:
-    return _precision(_predictor_of_process(settings))
-
-
-def _predict_in_process(settings: Settings, output: Path, batch: Sequence[Job]) -> Outcome:
-    return predict_images(_predictor_of_process(settings), settings, output, batch)
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def ended_by_sigterm() -> Iterator[None]:
     """SIGTERM ends the block as an exit with 143 would: files are closed, processes ended."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

@@ -8,13 +8,17 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 from app.datasets.images import EXTENSIONS
 from app.errors import UserError
+from app.model.vocabulary import VISUAL_PROMPT
 
 LIST = ".txt"
 SHOWN = 20  # missing files of a list
+BOX_IN_TILE = "--tile and --box: a box lies in one tile, not in all; give one of them"
 Box = tuple[float, float, float, float]  # x, y, w, h in pixels
 
 
@@ -83,6 +87,8 @@ def read_prompts(file: Path) -> list[str]:
     text = _read_text(f"--prompts {file}", file)
     if file.suffix.lower() == LIST:
         return [line.strip() for line in text.splitlines() if line.strip()]
+    import yaml  # here: no other input needs it
+
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -101,6 +107,43 @@ def _read_text(place: str, file: Path) -> str:
         raise UserError(f"{place}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: cannot be read as UTF-8 text ({error})") from None
+
+
+def check_prompts(
+    prompts: Sequence[str], boxes_xywh: Sequence[Sequence[float]] = ()
+) -> tuple[str, ...]:
+    """Prompts without outer blanks; the visual prompt where there are boxes only."""
+    stripped = tuple(" ".join(prompt.split()) for prompt in prompts)
+    if any(not any(c.isalnum() for c in prompt) for prompt in stripped):
+        raise UserError(
+            "--prompt: a prompt of no words; name what to find, as in --prompt 'pothole'"
+        )
+    if not stripped and not boxes_xywh:
+        raise UserError("Nothing to find: give --prompt 'a noun phrase' or --box x,y,w,h")
+    return stripped or (VISUAL_PROMPT,)
+
+
+def normalised_boxes(
+    boxes_xywh: Sequence[Sequence[float]], image: Image.Image
+) -> NDArray[np.float32]:
+    """(N, 4) cxcywh, 0..1, clipped to the image.
+
+    Raises:
+        UserError: a box that covers nothing of it.
+    """
+    boxes = np.array([list(box) for box in boxes_xywh], dtype=np.float32).reshape(-1, 4)
+    size = np.array([image.width, image.height] * 2, dtype=np.float32)
+    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    corners = corners.clip(0, size)
+    for box, (left, top, right, bottom) in zip(boxes_xywh, corners.tolist(), strict=True):
+        if not (right > left and bottom > top):
+            raise UserError(
+                f"--box {','.join(f'{side:g}' for side in box)}: covers nothing of an image of "
+                f"{image.width} x {image.height} pixels; it is x,y,w,h in pixels"
+            )
+    corners /= size
+    middles = (corners[:, :2] + corners[:, 2:]) / 2
+    return np.concatenate([middles, corners[:, 2:] - corners[:, :2]], axis=1)
 
 
 def output_names(images: Sequence[Path]) -> list[str]:

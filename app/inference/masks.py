@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
-from torch import Tensor
-from torch.nn import functional as F
 
-Rle = dict[str, Any]  # compressed COCO RLE {"size": [height, width], "counts": str}
+from app.inference.rle import Indices, Rle, decode, from_bounds
+
 Floats = NDArray[np.float32]
-Indices = NDArray[np.int64]
+Whole = Callable[[Floats, int, int], NDArray[np.bool_]]  # logits (h, w), height, width → the mask
 # Sums of four products in another order differ by less than this share of the largest of them.
 DOUBT = 1e-6
 
@@ -27,45 +24,43 @@ class Axis(NamedTuple):
     share: Floats
 
 
-def encode_masks(logits: Tensor, height: int, width: int) -> list[Rle]:
+def encode_masks(logits: Floats, height: int, width: int, plain: Whole | None = None) -> list[Rle]:
     """Mask logits (N, h, w) → N RLEs of the image's size.
 
     Upstream's order: the logits are resized, then thresholded at a probability of one half. Only
-    where a mask can be is it computed, and the result is the same bit for bit: a mask with a pixel
-    so near the threshold that the order of the sums could decide it goes the plain way.
+    where a mask can be is it computed.
+
+    Args:
+        plain: upstream's own way, for a mask with a pixel so near the threshold that the order of
+            the sums could decide it, and for one that fills most of the image: the result is its
+            own bit for bit. None: all is computed here, and such a pixel may fall otherwise.
     """
-    values = logits.float().cpu().numpy()
-    rows, columns = _axis(values.shape[1], height), _axis(values.shape[2], width)
-    return [_encode(mask, rows, columns) for mask in values]
+    rows, columns = _axis(logits.shape[1], height), _axis(logits.shape[2], width)
+    return [_encode(mask, rows, columns, plain) for mask in logits]
 
 
 def bool_masks(masks: Sequence[Rle], height: int, width: int) -> NDArray[np.bool_]:
     """N RLEs → (N, height, width)."""
-    decoded = coco_mask.decode(list(masks)) if masks else np.zeros((height, width, 0))
-    return decoded.astype(bool).transpose(2, 0, 1)
+    if not masks:
+        return np.zeros((0, height, width), dtype=bool)
+    columns = np.stack([decode(mask).T for mask in masks])  # as the runs go: no mask is turned
+    return columns.transpose(0, 2, 1)
 
 
-def _encode(logits: Floats, rows: Axis, columns: Axis) -> Rle:
+def _encode(logits: Floats, rows: Axis, columns: Axis, plain: Whole | None) -> Rle:
     height, width = len(rows.low), len(columns.low)
     positive = logits > 0
     ys, xs = np.flatnonzero(positive.any(axis=1)), np.flatnonzero(positive.any(axis=0))
     if not len(ys):
         return place(np.zeros((0, 0), dtype=bool), 0, 0, height, width)
     down, across = _reached(rows, ys[0], ys[-1]), _reached(columns, xs[0], xs[-1])
-    if (down.stop - down.start) * (across.stop - across.start) > height * width / 2:
-        return place(plain_mask(logits, height, width), 0, 0, height, width)  # nothing to save
+    most = (down.stop - down.start) * (across.stop - across.start) > height * width / 2
+    if plain is not None and most:
+        return place(plain(logits, height, width), 0, 0, height, width)  # nothing to save
     resized, peak = _resize(logits, rows, columns, down, across)
-    if np.abs(resized).min(initial=np.inf) < DOUBT * peak:
-        return place(plain_mask(logits, height, width), 0, 0, height, width)
+    if plain is not None and np.abs(resized).min(initial=np.inf) < DOUBT * peak:
+        return place(plain(logits, height, width), 0, 0, height, width)
     return place(resized > 0, across.start, down.start, height, width)
-
-
-def plain_mask(logits: Floats, height: int, width: int) -> NDArray[np.bool_]:
-    """The mask (height, width) of logits (h, w), as upstream's Sam3Processor makes it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(logits))[None, None]
-    resized = F.interpolate(tensor, (height, width), mode="bilinear", align_corners=False)
-    mask: NDArray[np.bool_] = (resized[0, 0] > 0).numpy()
-    return mask
 
 
 def _axis(source: int, target: int) -> Axis:
@@ -105,6 +100,11 @@ def _between(low: Floats, high: Floats, share: Floats) -> Floats:
 
 def place(crop: NDArray[np.bool_], left: int, top: int, height: int, width: int) -> Rle:
     """The RLE of a mask (h, w) that lies at (left, top) in an image that is empty elsewhere."""
+    return from_bounds(bounds_of(crop, left, top, height), height, width)
+
+
+def bounds_of(crop: NDArray[np.bool_], left: int, top: int, height: int) -> Indices:
+    """Where the runs of a mask (h, w) start and end, which lies so in an image of that height."""
     tall = crop.shape[0] + 2
     framed = np.zeros((crop.shape[1], tall), dtype=bool)  # by columns, as RLE runs
     framed[:, 1:-1] = crop.T
@@ -112,9 +112,4 @@ def place(crop: NDArray[np.bool_], left: int, top: int, height: int, width: int)
     column, row = np.divmod(np.flatnonzero(flat[1:] != flat[:-1]), tall)
     bounds = (column + left) * height + row + top  # starts and ends of runs, in turn
     again = np.flatnonzero(bounds[1:-1:2] == bounds[2::2])  # a run that goes on in the next column
-    bounds = np.delete(bounds, np.concatenate([2 * again + 1, 2 * again + 2]))
-    counts = np.diff(bounds, prepend=0, append=height * width).tolist()
-    if counts[-1] == 0:
-        counts.pop()
-    rle = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+    return np.delete(bounds, np.concatenate([2 * again + 1, 2 * again + 2]))

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 
 from app.inference.detections import Detections
-from app.inference.masks import Rle, place
+from app.inference.masks import bounds_of, place
+from app.inference.rle import Indices, covered, decode, from_bounds, iou, merge, to_bounds
 from app.inference.tiles import Tile
 
 SAME = 0.5  # IoU from which two detections in tiles that overlap are one object
 EDGE = 2.0  # pixels; a detection that ends so near its tile's edge may go on beyond it
+Part = tuple[Indices, NDArray[np.float32], Tile]  # bounds of its pixels, box_xyxy, where it is seen
 
 
 def suppress(detections: Detections, limit: float) -> Detections:
@@ -23,12 +24,9 @@ def suppress(detections: Detections, limit: float) -> Detections:
         limit: IoU above which two are one, whatever their prompts.
     """
     regions = _regions(detections)
-    if not regions:
-        return detections
-    overlaps = coco_mask.iou(regions, regions, [0] * len(regions))  # (N, N)
     kept: list[int] = []
-    for index in range(len(detections)):
-        if not (overlaps[index, kept] > limit).any():
+    for index, region in enumerate(regions):
+        if not (iou(region, [regions[other] for other in kept]) > limit).any():
             kept.append(index)
     return detections.select(kept)
 
@@ -53,21 +51,23 @@ def merge_tiles(
     return merged.select(np.argsort(-merged.scores, kind="stable"))
 
 
-def _regions(detections: Detections) -> list[Rle]:
-    """The masks; where there are none, the boxes as masks."""
+def _regions(detections: Detections) -> list[Indices]:
+    """Bounds of the masks; where there are none, of the pixels with their centres in the boxes."""
     if detections.masks is not None:
-        return detections.masks
-    boxes = detections.boxes_xyxy.astype(np.float64)
-    boxes[:, 2:] -= boxes[:, :2]
-    regions: list[Rle] = coco_mask.frPyObjects(boxes, detections.height, detections.width)
-    return regions
+        return [to_bounds(mask) for mask in detections.masks]
+    sides = np.ceil(detections.boxes_xyxy - 0.5).astype(np.int64)
+    return [_rectangle(x1, y1, x2, y2, detections.height) for x1, y1, x2, y2 in sides.tolist()]
+
+
+def _rectangle(left: int, top: int, right: int, bottom: int, height: int) -> Indices:
+    filled = np.ones((max(0, bottom - top), max(0, right - left)), dtype=bool)
+    return bounds_of(filled, left, top, height)
 
 
 def _move(part: Detections, tile: Tile, width: int, height: int) -> Detections:
     masks = None
     if part.masks is not None:
-        decoded = (coco_mask.decode(mask).astype(bool) for mask in part.masks)
-        masks = [place(mask, tile.left, tile.top, height, width) for mask in decoded]
+        masks = [place(decode(mask), tile.left, tile.top, height, width) for mask in part.masks]
     boxes = part.boxes_xyxy + np.array([tile.left, tile.top] * 2, dtype=np.float32)
     return Detections(boxes, part.scores, part.prompt_ids, part.prompts, masks, width, height)
 
@@ -98,23 +98,22 @@ def _groups(detections: Detections, tiles: Sequence[Tile]) -> list[list[int]]:
             if tiles[index] != tiles[other] and _are_one(
                 (regions[index], boxes[index], tiles[index]),
                 (regions[other], boxes[other], tiles[other]),
+                (detections.width, detections.height),
             ):
                 group[group == group[index]] = group[other]
     return [np.flatnonzero(group == number).tolist() for number in np.unique(group)]
 
 
-def _are_one(
-    one: tuple[Rle, NDArray[np.float32], Tile], other: tuple[Rle, NDArray[np.float32], Tile]
-) -> bool:
-    height, width = one[0]["size"]
+def _are_one(one: Part, other: Part, size: tuple[int, int]) -> bool:
+    """Whether two parts of an image of this size, width and height, are of one object."""
+    width, height = size
     shared = one[2].shared(other[2])
     if shared is None:
         return False
-    seen = np.ones((shared.height, shared.width), dtype=bool)
-    window = place(seen, shared.left, shared.top, height, width)
-    parts = [coco_mask.merge([region, window], intersect=True) for region in (one[0], other[0])]
-    areas = [int(coco_mask.area(part)) for part in parts]
-    common = int(coco_mask.area(coco_mask.merge(parts, intersect=True)))
+    window = _rectangle(*shared.box_xyxy, height)
+    parts = [merge([region, window], intersect=True) for region in (one[0], other[0])]
+    areas = [covered(part) for part in parts]
+    common = covered(merge(parts, intersect=True))
     if common >= SAME * (sum(areas) - common):
         return common > 0
     _, box, tile = one if areas[0] <= areas[1] else other
@@ -127,8 +126,8 @@ def _join(same: Detections) -> Detections:
     best = same.select([int(same.scores.argmax())])
     masks = same.masks
     if masks is not None and len(masks) > 1:
-        joined = coco_mask.merge(masks)
-        masks = [{"size": list(joined["size"]), "counts": joined["counts"].decode("ascii")}]
+        joined = merge([to_bounds(mask) for mask in masks])
+        masks = [from_bounds(joined, same.height, same.width)]
     return Detections(
         boxes[None], best.scores, best.prompt_ids, same.prompts, masks, same.width, same.height
     )

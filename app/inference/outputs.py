@@ -7,21 +7,22 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as coco_mask
 
-from app.datasets.formats.yolo_export import label_line
-from app.datasets.overlay import color_of, draw_objects
 from app.errors import UserError
 from app.files import atomic_folder, atomic_path, write_text
 from app.inference.detections import Detections
-from app.inference.masks import Rle
-from app.inference.polygons import Polygon, polygons
+from app.inference.rle import Rle, area, decode
 
+if TYPE_CHECKING:
+    from app.inference.polygons import Polygon
+
+# What draws and traces needs OpenCV and more: it is imported where it is asked for, so that a
+# device that asks for nothing of the kind needs none.
 MAX_ID = 65_535  # of 16 bits
 
 
@@ -40,6 +41,8 @@ class Output:
 
 def draw_detections(image: Image.Image, detections: Detections) -> Image.Image:
     """Overlay of mask, box, prompt and score on a copy of the image."""
+    from app.datasets.overlay import color_of, draw_objects
+
     labels = [
         f"{detections.prompts[prompt]} {score:.2f}"
         for prompt, score in zip(detections.prompt_ids, detections.scores, strict=True)
@@ -81,6 +84,8 @@ def _write_overlay(path: Path, image: Image.Image, detections: Detections) -> No
 
 def _write_yolo(path: Path, _: Image.Image, detections: Detections) -> None:
     """Labels as Ultralytics trains on them; classes count from 0 in the order of the prompts."""
+    from app.datasets.formats.yolo_export import label_line
+
     size = detections.width, detections.height
     lines = [
         label_line(int(prompt), _mask(detections, index), _box_xywh(detections, index), *size)
@@ -107,7 +112,7 @@ def _painted(kind: str, detections: Detections, ids: NDArray[np.int64]) -> Image
         )
     canvas = np.zeros((detections.height, detections.width), dtype=np.uint16)
     for id, mask in zip(ids[::-1], reversed(_masks(kind, detections)), strict=True):
-        canvas[coco_mask.decode(mask).astype(bool)] = id
+        canvas[decode(mask)] = id
     return Image.fromarray(canvas)
 
 
@@ -117,11 +122,13 @@ def _write_cutouts(folder: Path, image: Image.Image, detections: Detections) -> 
     pixels = np.array(image)
     with atomic_folder(folder) as temporary:
         for index, mask in enumerate(_masks("cutouts", detections)):
-            left, top, width, height = (int(side) for side in coco_mask.toBbox(mask))
-            if not width:
+            inside = decode(mask)
+            if not inside.any():
                 continue
-            window = slice(top, top + height), slice(left, left + width)
-            alpha = coco_mask.decode(mask)[window] * 255
+            ys, xs = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+            top, left = int(ys[0]), int(xs[0])
+            window = slice(top, int(ys[-1]) + 1), slice(left, int(xs[-1]) + 1)
+            alpha = inside[window].astype(np.uint8) * 255
             prompt = _slug(detections.prompts[int(detections.prompt_ids[index])])
             cut = Image.fromarray(np.dstack([pixels[window], alpha]))
             cut.save(temporary / f"{index + 1:03d}_{prompt}_{left}_{top}.png")
@@ -149,6 +156,8 @@ def _write_geojson(path: Path, _: Image.Image, detections: Detections) -> None:
 
 def _outlines(detections: Detections, index: int) -> list[Polygon] | list[list[list[list[float]]]]:
     if mask := _mask(detections, index):
+        from app.inference.polygons import polygons
+
         return polygons(mask)
     x1, y1, x2, y2 = (float(side) for side in detections.boxes_xyxy[index])
     return [[[[x1, y1], [x2, y1], [x2, y2], [x1, y2], [x1, y1]]]]
@@ -157,7 +166,7 @@ def _outlines(detections: Detections, index: int) -> list[Polygon] | list[list[l
 def _mask(detections: Detections, index: int) -> Rle | None:
     """None where there is no mask, or one that covers no pixel."""
     mask = detections.masks[index] if detections.masks is not None else None
-    return mask if mask is not None and coco_mask.area(mask) else None
+    return mask if mask is not None and area(mask) else None
 
 
 def _masks(kind: str, detections: Detections) -> list[Rle]:

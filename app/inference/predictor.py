@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from sam3.model.box_ops import box_cxcywh_to_xyxy
 from sam3.model.data_misc import FindStage
 from sam3.model.geometry_encoders import Prompt
 from sam3.model.sam3_image import Sam3Image
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from app.config import ModelConfig
 from app.datasets.square import to_square
 from app.errors import UserError
 from app.inference.detections import Detections
-from app.inference.masks import encode_masks
-from app.inference.merging import merge_tiles, suppress
-from app.inference.tiles import make_tiles
+from app.inference.inputs import BOX_IN_TILE, check_prompts, normalised_boxes
+from app.inference.masks import Floats
+from app.inference.postprocess import THRESHOLD, Best, best_queries, find_all, to_detections
 from app.model import weights
 from app.model.device import choose_device, choose_precision
-from app.model.vocabulary import VISUAL_PROMPT
 
 PROMPTS_A_PASS = 16  # pairs of image and prompt that go through DETR together: bounds the memory
 TEXTS_KEPT = 64  # passes whose text features are kept
 RAW = ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")  # what a result needs
-THRESHOLD = 0.5  # where the weights say none
-BOX_IN_TILE = "--tile and --box: a box lies in one tile, not in all; give one of them"
 
 
 class Predictor:
@@ -167,11 +166,7 @@ class Predictor:
             threshold=self.threshold if threshold is None else threshold,
             max_detections=max_detections,
         )
-        if tile is None:
-            found = find(images)
-        else:
-            found = [_find_in_tiles(find, image, tile, overlap) for image in images]
-        return found if nms is None else [suppress(detections, nms) for detections in found]
+        return find_all(find, images, nms=nms, tile=tile, overlap=overlap)
 
     @torch.inference_mode()
     def _find(
@@ -186,23 +181,36 @@ class Predictor:
     ) -> list[Detections]:
         """What is in each image as a whole."""
         every_box = [*boxes_xywh, *negative_boxes_xywh]
-        boxes = torch.stack([normalised_boxes(every_box, image) for image in images], dim=1)
+        boxes = np.stack([normalised_boxes(every_box, image) for image in images], axis=1)
         labels = torch.arange(len(every_box)) < len(boxes_xywh)  # (N,) whether it is an example
         step = max(1, PROMPTS_A_PASS // len(images))
-        found: list[list[dict[str, Tensor]]] = [[] for _ in images]
+        found: list[list[Best]] = [[] for _ in images]
         with self._autocast(), self._no_gradients():
             features = self._features(images)
             for start in range(0, len(prompts), step):
                 part = prompts[start : start + step]
-                outputs = self._ground(features, part, boxes, labels)
+                outputs = self._ground(features, part, torch.from_numpy(boxes), labels)
                 needed = {k: outputs[k].unflatten(0, (-1, len(part))) for k in RAW if k in outputs}
                 for index, best in enumerate(found):
                     rows = {key: value[index] for key, value in needed.items()}
                     best.append(_best(rows, start, threshold, max_detections))
         return [
-            _postprocess(best, prompts, image, max_detections)
+            to_detections(best, prompts, *image.size, max_detections, plain_mask)
             for best, image in zip(found, images, strict=True)
         ]
+
+    @torch.inference_mode()
+    def answers(
+        self, image: Image.Image, prompts: Sequence[str]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Upstream's own features of an image and outputs for P prompts, (P, …), nothing chosen.
+
+        What exports are compared with.
+        """
+        with self._autocast(), self._no_gradients():
+            features = self._features([image])
+            nowhere = torch.zeros(0, 1, 4), torch.zeros(0, dtype=torch.bool)
+            return features, self._ground(features, tuple(prompts), *nowhere)
 
     @contextlib.contextmanager
     def _no_gradients(self) -> Iterator[None]:
@@ -280,51 +288,10 @@ class Predictor:
         )
 
 
-def _find_in_tiles(
-    find: Callable[[Sequence[Image.Image]], list[Detections]],
-    image: Image.Image,
-    side: int,
-    overlap: float,
-) -> Detections:
-    tiles = make_tiles(image.width, image.height, side, overlap)
-    parts = [find([image.crop(tile.box_xyxy)])[0] for tile in tiles]
-    return merge_tiles(tiles, parts, image.width, image.height)
-
-
 def normalise(pixels: Tensor) -> Tensor:
     """(3, R, R) uint8 → (1, 3, R, R) float32 in -1..1, in the order of upstream's Sam3Processor."""
     scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
     return v2.functional.normalize(scaled, [0.5] * 3, [0.5] * 3)[None]
-
-
-def check_prompts(
-    prompts: Sequence[str], boxes_xywh: Sequence[Sequence[float]] = ()
-) -> tuple[str, ...]:
-    """Prompts without outer blanks; the visual prompt where there are boxes only."""
-    stripped = tuple(" ".join(prompt.split()) for prompt in prompts)
-    if any(not any(c.isalnum() for c in prompt) for prompt in stripped):
-        raise UserError(
-            "--prompt: a prompt of no words; name what to find, as in --prompt 'pothole'"
-        )
-    if not stripped and not boxes_xywh:
-        raise UserError("Nothing to find: give --prompt 'a noun phrase' or --box x,y,w,h")
-    return stripped or (VISUAL_PROMPT,)
-
-
-def normalised_boxes(boxes_xywh: Sequence[Sequence[float]], image: Image.Image) -> Tensor:
-    """(N, 4) cxcywh, 0..1, clipped to the image."""
-    boxes = torch.tensor([list(box) for box in boxes_xywh], dtype=torch.float32).reshape(-1, 4)
-    size = torch.tensor([image.width, image.height] * 2, dtype=torch.float32)
-    corners = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1)
-    corners = torch.minimum(corners.clamp(min=0), size)
-    for box, (left, top, right, bottom) in zip(boxes_xywh, corners.tolist(), strict=True):
-        if not (right > left and bottom > top):
-            raise UserError(
-                f"--box {','.join(f'{side:g}' for side in box)}: covers nothing of an image of "
-                f"{image.width} x {image.height} pixels; it is x,y,w,h in pixels"
-            )
-    corners = corners / size
-    return torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1)
 
 
 def query_scores(outputs: dict[str, Tensor]) -> Tensor:
@@ -333,51 +300,33 @@ def query_scores(outputs: dict[str, Tensor]) -> Tensor:
     return outputs["pred_logits"].float().squeeze(-1).sigmoid() * presence
 
 
-def _best(
-    outputs: dict[str, Tensor], first: int, threshold: float, limit: int
-) -> dict[str, Tensor]:
-    """The highest scores of P prompts x Q queries on one image.
-
-    Args:
-        first: the index of the first of these prompts.
-
-    Returns:
-        `scores` (N,), `prompt_ids` (N,), `boxes` (N, 4) cxcywh, 0..1, and where the model makes
-        masks `logits` (N, h, w).
-    """
-    scores = query_scores(outputs)
-    flat = scores.flatten()
-    order = flat.argsort(descending=True, stable=True)[:limit]
-    order = order[flat[order] > threshold]
-    prompt_ids, query_ids = order // scores.shape[1], order % scores.shape[1]
-    best = {
-        "scores": flat[order],
-        "prompt_ids": prompt_ids + first,
-        "boxes": outputs["pred_boxes"][prompt_ids, query_ids].float(),
+def _best(outputs: dict[str, Tensor], first: int, threshold: float, limit: int) -> Best:
+    """The highest scores of P prompts x Q queries on one image; `first`: the first's index."""
+    scores = query_scores(outputs).cpu().numpy()
+    prompt_ids, query_ids = best_queries(scores, threshold, limit)
+    device = outputs["pred_boxes"].device
+    where = torch.from_numpy(prompt_ids).to(device), torch.from_numpy(query_ids).to(device)
+    kept = {
+        key: _to_numpy(outputs[key][where])
+        for key in ("pred_boxes", "pred_masks")
+        if key in outputs
     }
-    if "pred_masks" in outputs:
-        best["logits"] = outputs["pred_masks"][prompt_ids, query_ids].float()
-    return best
-
-
-def _postprocess(
-    passes: list[dict[str, Tensor]], prompts: tuple[str, ...], image: Image.Image, limit: int
-) -> Detections:
-    """The best of each pass → detections in pixels of the image."""
-    best = {key: torch.cat([output[key] for output in passes]) for key in passes[0]}
-    order = best["scores"].argsort(descending=True, stable=True)[:limit]
-    size = best["boxes"].new_tensor([image.width, image.height] * 2)
-    boxes = box_cxcywh_to_xyxy(best["boxes"][order]) * size
-    boxes = torch.minimum(boxes.clamp(min=0), size)  # (N, 4)
-    masks = None
-    if "logits" in best:
-        masks = encode_masks(best["logits"][order], image.height, image.width)
-    return Detections(
-        boxes_xyxy=boxes.cpu().numpy(),
-        scores=best["scores"][order].cpu().numpy(),
-        prompt_ids=best["prompt_ids"][order].cpu().numpy(),
-        prompts=prompts,
-        masks=masks,
-        width=image.width,
-        height=image.height,
+    return Best(
+        scores=scores[prompt_ids, query_ids],
+        prompt_ids=prompt_ids + first,
+        boxes=kept["pred_boxes"],
+        logits=kept.get("pred_masks"),
     )
+
+
+def _to_numpy(tensor: Tensor) -> Floats:
+    array: Floats = tensor.float().cpu().numpy()
+    return array
+
+
+def plain_mask(logits: Floats, height: int, width: int) -> NDArray[np.bool_]:
+    """The mask (height, width) of logits (h, w), as upstream's Sam3Processor makes it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(logits))[None, None]
+    resized = F.interpolate(tensor, (height, width), mode="bilinear", align_corners=False)
+    mask: NDArray[np.bool_] = (resized[0, 0] > 0).numpy()
+    return mask

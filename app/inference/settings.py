@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from app.errors import UserError, nearest
-from app.inference.inputs import Box, parse_box, read_prompts
+from app.inference.inputs import BOX_IN_TILE, Box, check_prompts, parse_box, read_prompts
 from app.inference.journal import file_state
 from app.inference.outputs import PER_IMAGE
-from app.inference.predictor import BOX_IN_TILE, THRESHOLD, check_prompts
+from app.inference.postprocess import THRESHOLD
 from app.inference.tables import TABLES
-from app.model import weights
 from app.model.vocabulary import unknown_words
 
 log = logging.getLogger("app")
@@ -59,8 +58,25 @@ class Settings:
         settings = asdict(self)
         del settings["device"]
         if self.checkpoint != RANDOM:
+            from app.model import weights
+
             settings["weights"] = file_state(weights.find_file(Path(self.checkpoint)))
         return settings
+
+
+@dataclass(frozen=True)
+class Known:
+    """What a model says of itself.
+
+    Attributes:
+        prompts: asked for where none are named.
+        vocabulary: what it can be asked for; None: anything.
+        threshold: 0..1, that it was calibrated to; None: it was not.
+    """
+
+    prompts: Sequence[str] = ()
+    vocabulary: Collection[str] | None = None
+    threshold: float | None = None
 
 
 def make_settings(
@@ -70,11 +86,13 @@ def make_settings(
     boxes: Sequence[str],
     negative_boxes: Sequence[str],
     save: Sequence[str],
+    known: Known | None = None,
 ) -> Settings:
     """The settings with what the command line gave as text; without prompts, the weights' own.
 
     Args:
         save: kinds of output, several in one where commas part them.
+        known: of the model; None: what the checkpoint says.
 
     Raises:
         UserError: every problem at once.
@@ -101,23 +119,21 @@ def make_settings(
     ]
     if settings.tile is not None and (boxes or negative_boxes):
         problems.append(BOX_IN_TILE)
-    if not (prompts or boxes or prompts_file) and settings.checkpoint != RANDOM:
-        prompts = weights.describe(Path(settings.checkpoint), settings.size).prompts
+    classes = not (prompts or boxes or prompts_file) and settings.checkpoint != RANDOM
+    known = known or _read_known(settings, classes=classes)
+    if classes:
+        prompts = list(known.prompts)
         log.info("prompts: %s (the classes of these weights)", ", ".join(prompts) or "none")
     try:
         check_prompts(prompts, [()] * len(boxes))  # those that could not be read are boxes as well
     except UserError as error:
         problems += error.problems
-    random = settings.checkpoint == RANDOM
-    header = None if random else weights.read_header(Path(settings.checkpoint))
-    if header is not None:
-        vocabulary = header.model.vocabulary
-        problems += [f"--prompt {line}" for line in unknown_words(vocabulary, prompts)]
+    problems += [f"--prompt {line}" for line in unknown_words(known.vocabulary, prompts)]
     if problems:
         raise UserError(problems)
     return replace(
         settings,
-        threshold=_threshold(settings, header),
+        threshold=_threshold(settings, known),
         prompts=tuple(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts)),
         boxes=tuple(parsed["--box"]),
         negative_boxes=tuple(parsed["--negative-box"]),
@@ -125,15 +141,33 @@ def make_settings(
     )
 
 
-def _threshold(settings: Settings, header: weights.Header | None) -> float:
+def _read_known(settings: Settings, *, classes: bool) -> Known:
+    """What the checkpoint's header says.
+
+    Args:
+        classes: whether they are needed: a checkpoint without a header is read for them.
+    """
+    if settings.checkpoint == RANDOM:
+        return Known()
+    from app.model import weights  # here: what needs no checkpoint needs no torch
+
+    path = Path(settings.checkpoint)
+    prompts = weights.describe(path, settings.size).prompts if classes else ()
+    header = weights.read_header(path)
+    if header is None:
+        return Known(prompts)
+    return Known(prompts, header.model.vocabulary, header.threshold)
+
+
+def _threshold(settings: Settings, known: Known) -> float:
     """The one given, or the one that the weights were calibrated to, or the usual; says which."""
     if settings.threshold is not None:
         return settings.threshold
-    if header is None or header.threshold is None:
+    if known.threshold is None:
         log.info("threshold: %g (--threshold decides by hand)", THRESHOLD)
         return THRESHOLD
     log.info(
         "threshold: %.3f, the best on the validation images (--threshold decides by hand)",
-        header.threshold,
+        known.threshold,
     )
-    return header.threshold
+    return known.threshold

@@ -7,11 +7,9 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import yaml
-from pycocotools import mask as coco_mask
-
 from app.files import atomic_path, write_json, write_text
 from app.inference.journal import Entry
+from app.inference.rle import area
 
 COLUMNS = (
     *("file_name", "instance", "prompt", "category_id", "score", "x", "y", "width", "height"),
@@ -45,12 +43,12 @@ def _write_csv(path: Path, entries: Numbered, prompts: Sequence[str]) -> None:
         for _, entry in entries:
             for instance, found in enumerate(entry["found"], start=1):
                 mask = found.get("segmentation")
-                area = int(coco_mask.area(mask)) if mask else ""
+                pixels = area(mask) if mask else ""
                 category = found["category_id"]
                 rows.writerow(
                     [
                         *(Path(entry["image"]).name, instance, prompts[category - 1], category),
-                        *(found["score"], *found["bbox"], area, entry["width"], entry["height"]),
+                        *(found["score"], *found["bbox"], pixels, entry["width"], entry["height"]),
                         mask["counts"] if mask else "",
                     ]
                 )
@@ -61,6 +59,8 @@ def _write_legend(path: Path, _: Numbered, prompts: Sequence[str]) -> None:
 
 
 def _write_classes(path: Path, _: Numbered, prompts: Sequence[str]) -> None:
+    import yaml  # here: no other table needs it
+
     write_text(path, yaml.safe_dump({"names": list(prompts)}, allow_unicode=True))
 
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from app.config import ModelConfig
 from app.model import upstream
-from app.model.vocabulary import StoredText
+from app.model.stored_text import StoredText
 
 
 def build_model(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from app.config import ModelConfig, model_config
 from app.errors import UserError
 from app.model.build import build_model
-from app.model.vocabulary import store
+from app.model.stored_text import store
 from app.model.weights import COMPUTED
 
 # Blocks that DART removes from SAM 3 (mkturkcan/DART, arXiv 2603.11441): half of the 32.

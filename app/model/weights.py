@@ -23,7 +23,7 @@ from app import __version__
 from app.config import ModelConfig, load_model_config, model_config, model_names
 from app.errors import UserError
 from app.files import atomic_path
-from app.model import adapters
+from app.model import adapters, huggingface
 from app.model.build import build_model
 from app.model.upstream import COMMIT
 
@@ -61,18 +61,26 @@ def save(model: Sam3Image, folder: Path, header: Header) -> Path:
 
     Each file is written whole or not at all.
     """
-    metadata = {_HEADER: header.model_dump_json()}
     if adapters.has_lora(model):
-        return adapters.save_lora(model, folder, metadata)
-    state = {
+        return adapters.save_lora(model, folder, to_metadata(header))
+    file = folder / FILE
+    with atomic_path(file) as temporary:
+        save_file(to_state(model), temporary, metadata=to_metadata(header))
+    return file
+
+
+def to_metadata(header: Header) -> dict[str, str]:
+    """How a safetensors file carries the header."""
+    return {_HEADER: header.model_dump_json()}
+
+
+def to_state(model: Sam3Image) -> dict[str, Tensor]:
+    """What is saved of a model: all but what is computed."""
+    return {
         key: value.detach().contiguous().cpu()
         for key, value in model.state_dict().items()
         if not key.endswith(COMPUTED)
     }
-    file = folder / FILE
-    with atomic_path(file) as temporary:
-        save_file(state, temporary, metadata=metadata)
-    return file
 
 
 def load(
@@ -80,14 +88,17 @@ def load(
     *,
     size: str | None = None,
     resolution: int | None = None,
+    mapped: bool = False,
 ) -> tuple[Sam3Image, Header]:
     """Build the model that the checkpoint holds and load it, strictly.
 
     Args:
         path: a weights folder or file: ours, an adapter, upstream's `sam3.pt` (`detector.`
-            prefix), or the upstream trainer's `checkpoint.pt` (bare keys).
+            prefix), the upstream trainer's `checkpoint.pt` (bare keys), or a folder of
+            transformers' `Sam3Model`.
         size: name of the size that is expected; None takes what the file says or fits.
         resolution: pixels, where it should differ from the one trained at.
+        mapped: as of `load_into`.
 
     Raises:
         UserError: no such file, not a checkpoint, or another size; names the first keys that do
@@ -98,7 +109,7 @@ def load(
         config = header.model.model_dump() | {"resolution": resolution}
         header = header.model_copy(update={"model": model_config(config, "--resolution")})
     model = build_model(header.model)
-    load_into(model, path, merge=False)
+    load_into(model, path, merge=False, mapped=mapped)
     return model, header
 
 
@@ -117,11 +128,13 @@ def merge(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
 
 
 def describe(path: Path, size: str | None = None) -> Header:
-    """What a checkpoint is: its header, or the size that its keys and shapes fit."""
+    """What a checkpoint is: its header, or the size that its keys and shapes, or its config fit."""
     file = find_file(path)
     header = read_header(file)
     if header is None and file.name == adapters.FILE:
         header = describe(find_base(file.parent))
+    elif header is None and huggingface.is_transformers(file):
+        header = Header(model=huggingface.read_config(file.parent))
     header = header or Header(model=_identify(file, _read_state(file), size))
     if size is not None and header.model.name != size:
         raise UserError(
@@ -131,24 +144,26 @@ def describe(path: Path, size: str | None = None) -> Header:
     return header
 
 
-def load_into(model: Sam3Image, path: Path, *, merge: bool = True) -> None:
+def load_into(model: Sam3Image, path: Path, *, merge: bool = True, mapped: bool = False) -> None:
     """Load a checkpoint of any layout into a model that is already built, strictly.
 
     Args:
         model: where it holds an adapter, `path` is another state of that adapter.
         merge: add an adapter to the weights, so that the model stays plain.
+        mapped: leave the weights in the file, read where they are used: half the memory of a copy,
+            for as long as the file stays what it is.
     """
     file = find_file(path)
     if adapters.has_lora(model):
         adapters.load_lora(model, file.parent)
     elif file.name == adapters.FILE:
         base = find_base(file.parent)
-        _load_state(model, _read_state(base), base)
+        _load_state(model, _read_state(base), base, mapped=mapped)
         adapters.load_lora(model, file.parent)
         if merge:
             adapters.merge_lora(model)
     else:
-        _load_state(model, _read_state(file), file)
+        _load_state(model, _read_state(file), file, mapped=mapped)
 
 
 def base_reference(file: Path) -> adapters.Base:
@@ -242,6 +257,8 @@ def _read_state(file: Path) -> dict[str, Tensor]:
     if any(key.startswith(_PREFIX) for key in state):
         state = {k: v for k, v in state.items() if not k.startswith(_TRACKER)}
         state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+    elif huggingface.is_layout(state):
+        state = huggingface.from_transformers(state)
     return {key: value for key, value in state.items() if not key.endswith(COMPUTED)}
 
 
@@ -268,12 +285,16 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     return {str(key): value for key, value in content.items()}
 
 
-def _load_state(model: Sam3Image, state: Mapping[str, Tensor], file: Path) -> None:
+def _load_state(model: Sam3Image, state: Mapping[str, Tensor], file: Path, *, mapped: bool) -> None:
     problems = _differences(model, state)
     if problems:
         more = [f"… and {len(problems) - 6} more"] if len(problems) > 6 else []
         raise UserError([f"{file} does not fit the model:", *problems[:6], *more])
-    model.load_state_dict(dict(state), strict=False)  # strict but for what is computed
+    if mapped:
+        own = model.state_dict()
+        state = {key: value.to(own[key].dtype) for key, value in state.items()}
+    # strict but for what is computed
+    model.load_state_dict(dict(state), strict=False, assign=mapped)
 
 
 def _differences(model: Sam3Image, state: Mapping[str, Tensor]) -> list[str]:

@@ -24,7 +24,7 @@ from app.config import Config, DistillConfig, ModelConfig, model_config
 from app.inference.predictor import query_scores
 from app.model import weights
 from app.model.build import build_model
-from app.model.vocabulary import StoredText, store
+from app.model.stored_text import StoredText, store
 
 PARTS = ("distill_trunk", "distill_levels", "distill_text", "distill_outputs")
 TAUGHT = 0.1  # least score of a teacher's detection whose mask is taught
@@ -189,10 +189,14 @@ def load_teacher(
     file, size = teacher_file(config), teacher_size(config)
     if file is None or size is None:
         return None
-    model, _ = weights.load(file, resolution=size.resolution)
+    model, _ = weights.load(file, resolution=size.resolution, mapped=True)
     if says_the_same(student, model):
         _share_text(model, student)
     _use_precision(model, precision)
+    students = {id(parameter) for parameter in student.parameters()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in students:
+            tensor.data = tensor.data.clone()  # out of the file, whatever becomes of that
     return Teacher(model.to(device), size)
 
 

@@ -1,4 +1,4 @@
-"""One engine with the image built, for every test in here and each process that runs some.
+"""One engine, for every test in here and each process that runs some, and its images.
 
 What is run is a copy of what the image is made of, with things beside it that must stay out.
 """
@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from tests.container import engine as engines
 from tests.container.engine import Engine, Unavailable
 
 IMAGE = "sam3-finetuning-test"
+JETSON_IMAGE = "sam3-finetuning-test-jetson"
 CALLER = 4242  # nobody that this machine or the image knows
 CANARY = "canary-5d1f7c"
 SECRETS = {
@@ -40,9 +41,10 @@ class Caller:
     repository: Path
     folder: Path
     dataset: Path
+    image: str = IMAGE
 
     def environment(self, **more: str) -> dict[str, str]:
-        named = {"HOME": str(self.folder.parent / "home"), "SAM3_IMAGE": IMAGE, "GPUS": "none"}
+        named = {"HOME": str(self.folder.parent / "home"), "SAM3_IMAGE": self.image, "GPUS": "none"}
         return {**self.engine.environment, "SAM3_RUNTIME": "docker", **SECRETS, **named, **more}
 
     def start(self, *words: object, **environment: str) -> subprocess.Popen[str]:
@@ -71,8 +73,8 @@ class Caller:
 
 
 @pytest.fixture(scope="session")
-def caller() -> Iterator[Caller]:
-    """The engine is started and the image built by whoever comes first; the last one cleans up.
+def workplace() -> Iterator[Caller]:
+    """The engine is started, with a base image, by whoever comes first; the last one cleans up.
 
     SAM3_TEST_ENGINE=FOLDER keeps what the engine stores in there, so that the next build is short.
     """
@@ -83,7 +85,7 @@ def caller() -> Iterator[Caller]:
     with _alone(folder):
         try:
             if not list(folder.glob("user-*")):
-                _build(folder, keep=bool(kept))
+                _start(folder, keep=bool(kept))
         except Unavailable as reason:
             folder.with_suffix(".lock").unlink(missing_ok=True)
             pytest.skip(f"no container engine: {reason}")
@@ -96,6 +98,28 @@ def caller() -> Iterator[Caller]:
             folder.with_suffix(".lock").unlink(missing_ok=True)
 
 
+@pytest.fixture(scope="session")
+def caller(workplace: Caller) -> Caller:
+    """Where the image is built."""
+    _build_once(workplace, IMAGE)
+    return workplace
+
+
+@pytest.fixture(scope="session")
+def jetson(workplace: Caller) -> Caller:
+    """Where a Jetson's image is built, on a base that is none, and so for ONNX Runtime."""
+    _build_once(workplace, JETSON_IMAGE, "--jetson", "--build-arg", "BACKEND=onnxruntime")
+    return replace(workplace, image=JETSON_IMAGE)
+
+
+def _build_once(caller: Caller, image: str, *options: str) -> None:
+    built = caller.engine.folder / f"built-{image}"
+    with _alone(caller.engine.folder):
+        if not built.exists():
+            caller("build.sh", "--base-image", engines.BASE_IMAGE, "--tag", image, *options)
+            built.touch()
+
+
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     with folder.with_suffix(".lock").open("w") as lock:
@@ -104,21 +128,23 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _caller(folder: Path) -> Caller:
-    places = ("repository", "wörk, here", "data set")
-    return Caller(engines.reach(folder), *(folder / "caller" / place for place in places))
+    place = folder / "caller"
+    places = (place / "repository", place / "wörk, here", place / "data set")
+    return Caller(engines.reach(folder), *places)
 
 
-def _build(folder: Path, *, keep: bool) -> None:
+def _start(folder: Path, *, keep: bool) -> None:
     engines.check()
     folder.mkdir(exist_ok=True)
     folder.chmod(0o755)
+    for built in folder.glob("built-*"):  # by an earlier run, of what was then
+        built.unlink()
     try:
         caller = _caller(folder)
         _prepare(caller)
         engine = engines.start(folder, group=CALLER)
         if not engine("images", "--quiet", engines.BASE_IMAGE):
             engines.make_base(engine)
-        caller("build.sh", "--base-image", engines.BASE_IMAGE, "--tag", IMAGE)
     except BaseException:
         engines.stop(folder, keep=keep)
         raise
@@ -137,10 +163,11 @@ def _prepare(caller: Caller) -> None:
             caller.repository / name,
             ignore=shutil.ignore_patterns("__pycache__"),
         )
-    for name in ("LICENSE", "Dockerfile", ".dockerignore", "requirements.lock"):
+    for name in ("LICENSE", ".dockerignore"):
         shutil.copy(REPOSITORY / name, caller.repository)
-    for file in [*REPOSITORY.glob("*.sh"), *REPOSITORY.glob("*.y*ml")]:
-        shutil.copy(file, caller.repository)
+    for pattern in ("*.sh", "*.y*ml", "*.lock", "Dockerfile*"):
+        for file in REPOSITORY.glob(pattern):
+            shutil.copy(file, caller.repository)
     for name in KEPT_OUT:
         file = caller.repository / name
         file.parent.mkdir(exist_ok=True)

@@ -104,8 +104,8 @@ def run(caller: Caller) -> Path:
     """A run of two epochs on data from elsewhere."""
     output = caller.folder / "outputs" / "ün run"
     printed = caller(
-        *("train.sh", "--dataset-dir", caller.dataset, "--model", "nano", "--limit", 8),
-        *("--epochs", 2, "--output-dir", output, "evaluation.pictures=1"),
+        *("train.sh", "--dataset-dir", caller.dataset, "--limit", 8, *SHORT),
+        *("--epochs", 2, "--output-dir", output),
     )
     assert f"runtime: docker (SAM3_RUNTIME=docker, image {IMAGE})" in printed
     assert SECRETS["HF_TOKEN"] not in printed

@@ -448,7 +448,7 @@ def test_suppression_leaves_one_of_each(command, seeing, tmp_path) -> None:
 
 def test_sigterm_ends_a_run_as_an_exit_does() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stop, folder_module._ended_by_sigterm():
+    with pytest.raises(SystemExit) as stop, folder_module.ended_by_sigterm():
         signal.raise_signal(signal.SIGTERM)
     assert stop.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before

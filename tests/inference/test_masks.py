@@ -8,8 +8,9 @@ import torch
 from pycocotools import mask as coco_mask
 from torch.nn import functional as F
 
-from app.inference import masks as masks_module
 from app.inference.masks import bool_masks, encode_masks, place
+from app.inference.predictor import plain_mask
+from app.inference.rle import decode
 from benchmarks.inference import discs
 
 
@@ -30,26 +31,42 @@ def test_the_plain_way_is_equalled_bit_for_bit(height: int, width: int) -> None:
     corner[0, 0, 0] = corner[1, 0, 15] = corner[2, 15, 0] = corner[3, 15, 15] = 9
     constant = torch.stack([torch.full((16, 16), value) for value in (-1.0, 0.0, 1.0)])
     for logits in (noise, corner, constant, discs(20, 72)):
-        assert encode_masks(logits, height, width) == _plain(logits, height, width)
+        found = encode_masks(logits.numpy(), height, width, plain_mask)
+        assert found == _plain(logits, height, width)
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_without_the_plain_way_only_pixels_on_the_threshold_may_differ(height, width) -> None:
+    """Where the logit is so near 0 that the order of the sums decides; noise has hardly any."""
+    noise = torch.randn(20, 16, 16, generator=torch.Generator().manual_seed(2))
+    for logits in (noise, discs(20, 72)):
+        values = F.interpolate(logits[:, None], (height, width), mode="bilinear")[:, 0].numpy()
+        found = bool_masks(encode_masks(logits.numpy(), height, width), height, width)
+        doubtful = np.abs(values) < 1e-5 * float(logits.abs().max())
+        np.testing.assert_array_equal((found != (values > 0)) & ~doubtful, False)
+        assert doubtful.mean() < 1e-3
 
 
 def test_no_masks() -> None:
-    assert encode_masks(torch.zeros(0, 16, 16), 30, 20) == []
+    assert encode_masks(np.zeros((0, 16, 16), np.float32), 30, 20) == []
     assert bool_masks([], 30, 20).shape == (0, 30, 20)
 
 
-def test_a_pixel_on_the_threshold_goes_the_plain_way(monkeypatch) -> None:
+def test_a_pixel_on_the_threshold_goes_the_plain_way() -> None:
     asked = []
-    plain = masks_module.plain_mask
-    monkeypatch.setattr(masks_module, "plain_mask", lambda *a: asked.append(a) or plain(*a))
+
+    def plain(*arguments) -> np.ndarray:
+        asked.append(arguments)
+        return plain_mask(*arguments)
+
     logits = torch.full((2, 2, 12), -1.0)
     logits[0, :, -1], logits[1, :, -1] = 1.5, 1.0
-    assert encode_masks(logits[:1], 6, 30) == _plain(logits[:1], 6, 30)
-    assert len(asked) == 0
-    assert encode_masks(logits[1:], 6, 30) == _plain(logits[1:], 6, 30)  # 0 at column 27
-    assert len(asked) == 1
-    assert encode_masks(-logits[:1], 6, 30) == _plain(-logits[:1], 6, 30)  # most of the image
-    assert len(asked) == 2
+    cases = ((logits[:1], 0), (logits[1:], 1), (-logits[:1], 2))  # 0 at column 27; most of it
+    for case, count in cases:
+        assert encode_masks(case.numpy(), 6, 30, plain) == _plain(case, 6, 30)
+        assert len(asked) == count
+    (most,) = encode_masks(-logits[:1].numpy(), 6, 30)
+    np.testing.assert_array_equal(decode(most), plain_mask(-logits[0].numpy(), 6, 30))
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -88,6 +88,15 @@ passes_on() {
   done
 }
 
+@test "infer.sh --jetson passes every other word on to the container" {
+  docker_with_image
+  words=('my model' --input 'ünï*.jpg' "a'b\"c" "\$HOME" '' --threshold=0.5)
+  "$copy/infer.sh" "${words[@]}" --jetson >got 2>said
+  diff <(printf '%s\n' sam3-finetuning-jetson "${words[@]}") <(tail -n "$((${#words[@]} + 1))" got)
+  grep -q "runtime: docker (image sam3-finetuning-jetson)" said
+  bash -c "$("$copy/infer.sh" --dry-run --jetson "${words[@]}" 2>/dev/null)" | diff got -
+}
+
 @test "a dry run without arguments" {
   run bash -c 'SAM3_RUNTIME=local "$copy/train.sh" --dry-run 2>/dev/null'
   [[ "$output" == *" -m app train " ]]

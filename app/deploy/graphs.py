@@ -1,0 +1,305 @@
+"""The model as three graphs of plain operators: image, text and ground.
+
+Attention is written out, as fused attention breaks in TensorRT's half precision, and rotary
+embedding turns pairs by a cosine and a sine, not by complex numbers. Shapes are static.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from sam3.model.maskformer_segmentation import MaskPredictor
+from sam3.model.model_misc import inverse_sigmoid
+from sam3.model.sam3_image import Sam3Image
+from sam3.model.vitdet import Attention, get_abs_pos
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FPN = ("fpn0", "fpn1", "fpn2")  # finest first: four, two and one feature a patch's side
+HIDDEN = -1e4  # an attention's score of what is masked: its exponential is 0, and fits in a half
+
+
+class RotaryAttention(nn.Module):
+    """Upstream's ViT attention, its rotary embedding in real numbers.
+
+    The units of queries and keys are put in another order, the same in both: the first of each
+    rotated pair before all the second ones, so that halves are turned and not neighbours.
+
+    Args:
+        attention: `sam3.model.vitdet.Attention`.
+    """
+
+    cos: Tensor  # (tokens, head_dim / 2)
+    sin: Tensor
+
+    def __init__(self, attention: Any) -> None:
+        super().__init__()
+        self.heads, self.head_dim = attention.num_heads, attention.head_dim
+        self.qkv, self.proj = attention.qkv, attention.proj
+        turns: Tensor = attention.freqs_cis  # (tokens, head_dim / 2) complex
+        self.register_buffer("cos", turns.real.contiguous())
+        self.register_buffer("sin", turns.imag.contiguous())
+        width = self.heads * self.head_dim
+        units = torch.arange(width).view(self.heads, -1, 2).transpose(1, 2).flatten()
+        order = torch.cat([units, width + units, 2 * width + torch.arange(width)])
+        with torch.no_grad():
+            self.qkv.weight.copy_(self.qkv.weight[order])
+            self.qkv.bias.copy_(self.qkv.bias[order])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) → the same."""
+        batch, height, width, _ = x.shape
+        query, key, value = (
+            part.reshape(batch, height * width, self.heads, -1).transpose(1, 2)
+            for part in self.qkv(x).chunk(3, dim=-1)
+        )  # (B, heads, tokens, head_dim)
+        found = attend(self._turn(query), self._turn(key), value)
+        found = found.permute(0, 2, 1, 3).reshape(batch, height, width, -1)
+        out: Tensor = self.proj(found)
+        return out
+
+    def _turn(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat(
+            [first * self.cos - second * self.sin, first * self.sin + second * self.cos], dim=-1
+        )
+
+
+class PlainAttention(nn.Module):
+    """`nn.MultiheadAttention` as matrix products and a softmax, called as upstream calls it."""
+
+    def __init__(self, attention: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.heads, self.batch_first = attention.num_heads, attention.batch_first
+        self.out_proj = attention.out_proj
+        assert attention.in_proj_weight is not None
+        weights = attention.in_proj_weight.detach().chunk(3)
+        biases = attention.in_proj_bias.detach().chunk(3)
+        self.projections = nn.ModuleList()
+        for weight, bias in zip(weights, biases, strict=True):
+            linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+            linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
+            self.projections.append(linear)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """Tokens first, or the batch where `batch_first` says so.
+
+        Args:
+            attn_mask: (B * heads, queries, keys) or (queries, keys) float32, added to the scores.
+            key_padding_mask: (B, keys) bool, True where there is no key.
+        """
+        q, k, v = (
+            self._split(projection(x))
+            for projection, x in zip(self.projections, (query, key, value), strict=True)
+        )
+        batch, queries = q.shape[0], q.shape[2]
+        mask = attn_mask
+        if mask is not None and mask.ndim == 3:
+            mask = mask.view(batch, self.heads, *mask.shape[1:])
+        if key_padding_mask is not None:
+            hidden = key_padding_mask[:, None, None].to(q.dtype) * HIDDEN
+            mask = hidden if mask is None else mask + hidden
+        found = attend(q, k, v, mask)
+        if self.batch_first:
+            found = found.permute(0, 2, 1, 3).reshape(batch, queries, -1)
+        else:
+            found = found.permute(2, 0, 1, 3).reshape(queries, batch, -1)
+        return self.out_proj(found), None
+
+    def _split(self, x: Tensor) -> Tensor:
+        """→ (B, heads, tokens, head_dim)."""
+        x = x.view(*x.shape[:2], self.heads, -1)
+        return x.permute(0, 2, 1, 3) if self.batch_first else x.permute(1, 2, 0, 3)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot products, each factor scaled by itself, so that no score leaves half precision.
+
+    Args:
+        query, key, value: (B, heads, tokens, head_dim).
+        mask: added to the scores.
+    """
+    scale = query.shape[-1] ** -0.25
+    scores = (query * scale) @ (key * scale).transpose(-1, -2)
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(dim=-1) @ value
+
+
+def write_out(model: Sam3Image) -> Sam3Image:
+    """The model with its attentions and its masks written out, in place, in evaluation mode."""
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Attention):
+                setattr(parent, name, RotaryAttention(child))
+            elif isinstance(child, nn.MultiheadAttention):
+                setattr(parent, name, PlainAttention(child))
+            elif isinstance(child, MaskPredictor):
+                setattr(parent, name, MaskProduct(child))
+    return model.eval().requires_grad_(False)
+
+
+class MaskProduct(nn.Module):
+    """Upstream's `MaskPredictor` as one matrix product, in place of its einsum."""
+
+    def __init__(self, predictor: Any) -> None:
+        super().__init__()
+        self.mask_embed = predictor.mask_embed
+
+    def forward(self, queries: Tensor, pixels: Tensor) -> Tensor:
+        """(K, Q, D), (K, D, h, w) → (K, Q, h, w)."""
+        found = self.mask_embed(queries) @ pixels.flatten(2)
+        return found.view(*found.shape[:2], *pixels.shape[-2:])
+
+
+class ImageGraph(nn.Module):
+    """Pixels → three FPN maps and the position map that goes with the coarsest."""
+
+    places: Tensor  # (1, tokens, tokens, C)
+    map: Tensor  # (1, D, tokens, tokens)
+
+    def __init__(self, model: Sam3Image) -> None:
+        super().__init__()
+        neck: Any = model.backbone.vision_backbone
+        self.trunk, self.convs = neck.trunk, neck.convs[: len(FPN)]
+        tokens = int(self.trunk.blocks[self.trunk.full_attn_ids[0]].attn.cos.shape[0] ** 0.5)
+        self.register_buffer("places", self._places(tokens))
+        with torch.no_grad():
+            side = torch.empty(1, 1, tokens, tokens)
+            self.register_buffer("map", neck.position_encoding(side).clone())
+
+    def _places(self, tokens: int) -> Tensor:
+        table = self.trunk.pos_embed.detach()
+        places: Tensor = get_abs_pos(
+            table, self.trunk.pretrain_use_cls_token, (tokens, tokens), False, tiling=True
+        )
+        return places
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """(1, 3, R, R) float32 in -1..1 → fpn0, fpn1, fpn2 and position, (1, D, side, side)."""
+        x = self.trunk.ln_pre(self.trunk.patch_embed(pixels) + self.places)
+        for block in self.trunk.blocks:
+            x = block(x)
+        x = self.trunk.ln_post(x).permute(0, 3, 1, 2)
+        return *(conv(x) for conv in self.convs), self.map.clone()
+
+
+class TextGraph(nn.Module):
+    """Tokens → what is known of the words."""
+
+    def __init__(self, model: Sam3Image) -> None:
+        super().__init__()
+        text: Any = model.backbone.language_backbone
+        self.encoder, self.resizer = text.encoder, text.resizer
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, L) int64 → (1, L, D) float32, and (1, L) bool, True where there is no token."""
+        _, memory = self.encoder(tokens)
+        return self.resizer(memory), tokens == 0
+
+
+class GroundGraph(nn.Module):
+    """Features of an image and K prompts → scores, presence, boxes and masks.
+
+    As upstream's `forward_grounding` without example boxes, whose encoder then says a single token
+    about the image. It is the same for all prompts, and so is made once.
+
+    Args:
+        prompts: K.
+        top: how many queries a prompt are answered for, the highest scores; None: all, in order.
+    """
+
+    def __init__(self, model: Sam3Image, prompts: int, top: int | None = None) -> None:
+        super().__init__()
+        self.geometry, self.transformer = model.geometry_encoder, model.transformer
+        self.scoring, self.head = model.dot_prod_scoring, model.segmentation_head
+        self.prompts, self.top = prompts, top
+
+    def forward(
+        self,
+        fpn0: Tensor,
+        fpn1: Tensor,
+        fpn2: Tensor,
+        position: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """See `app.deploy.manifest` for shapes; masks are left out where the model makes none."""
+        count, side = self.prompts, fpn2.shape[-1]
+        image = fpn2.flatten(2).permute(2, 0, 1)  # (tokens, 1, D)
+        places = position.flatten(2).permute(2, 0, 1)
+        token = self._image_token(image, places).expand(-1, count, -1)
+        prompt = torch.cat([text.transpose(0, 1), token])  # (L + 1, K, D)
+        mask = F.pad(text_mask, (0, 1))  # (K, L + 1)
+
+        memory = image.transpose(0, 1).expand(count, -1, -1)  # (K, tokens, D)
+        where = places.transpose(0, 1)
+        for layer in self.transformer.encoder.layers:
+            memory = layer(
+                tgt=memory,
+                memory=prompt.transpose(0, 1),
+                memory_key_padding_mask=mask,
+                query_pos=where,
+            )
+        memory = memory.transpose(0, 1)
+
+        queries, boxes, presence = self._decode(memory, places, prompt, mask, side)
+        logits = self.scoring(queries[None], prompt, mask)[0].squeeze(-1)  # (K, Q)
+        presence = presence.sigmoid()  # (K, 1)
+        scores = logits.sigmoid() * presence
+        if self.top is not None:
+            scores, best = scores.topk(min(self.top, scores.shape[1]), dim=1)
+            boxes = boxes.gather(1, best[..., None].expand(-1, -1, 4))
+            queries = queries.gather(1, best[..., None].expand(-1, -1, queries.shape[-1]))
+        found = (scores, presence.squeeze(-1), boxes)
+        if self.head is None:
+            return found
+        masks = self.head(
+            backbone_feats=[fpn0, fpn1, fpn2],
+            obj_queries=queries[None],
+            image_ids=torch.zeros(count, dtype=torch.long, device=fpn2.device),
+            encoder_hidden_states=memory,
+            prompt=prompt,
+            prompt_mask=mask,
+        )["pred_masks"]
+        return *found, masks
+
+    def _image_token(self, image: Tensor, places: Tensor) -> Tensor:
+        """(1, 1, D): what upstream's geometry encoder says of an image without boxes."""
+        encoder = self.geometry
+        token = encoder.norm(encoder.final_proj(encoder.cls_embed.weight[None]))
+        for layer in encoder.encode:
+            token = layer(tgt=token, memory=image, pos=places)
+        out: Tensor = encoder.encode_norm(token)
+        return out
+
+    def _decode(
+        self, memory: Tensor, places: Tensor, prompt: Tensor, mask: Tensor, side: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (K, Q, D), their boxes (K, Q, 4) cxcywh and presence logits (K, 1)."""
+        decoder = self.transformer.decoder
+        start = decoder.query_embed.weight[:, None].expand(-1, self.prompts, -1)
+        hidden, references, presence, _ = decoder(
+            tgt=start,
+            memory=memory,
+            pos=places,
+            spatial_shapes=np.array([[side, side]]),  # known when exported, unlike a tensor's
+            valid_ratios=torch.ones(self.prompts, 1, 2, device=memory.device),
+            memory_text=prompt,
+            text_attention_mask=mask,
+            apply_dac=False,
+        )
+        queries = hidden[-1].transpose(0, 1)
+        boxes = decoder.bbox_embed(hidden[-1]) + inverse_sigmoid(references[-1])
+        return queries, boxes.sigmoid().transpose(0, 1), presence[-1].transpose(0, 1)

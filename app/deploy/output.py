@@ -1,0 +1,44 @@
+"""The folder that an export goes to: never one that holds anything else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from app.deploy.manifest import FILE, FORMAT
+from app.errors import UserError
+from app.model import huggingface
+
+
+def check_output(folder: Path, source: Path, *, overwrite: bool) -> None:
+    """Raises UserError where writing to `folder` would lose something that is not an export.
+
+    Args:
+        source: the weights file that is exported.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if source.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"--output {folder}: holds the weights {source}; name another folder.")
+    if not _is_export(folder):
+        raise UserError(
+            f"--output {folder}: holds something other than an exported model; name a new folder."
+        )
+    if not overwrite:
+        raise UserError(
+            f"--output {folder}: holds an exported model. Replace it with --overwrite, or name "
+            "another folder."
+        )
+
+
+def _is_export(folder: Path) -> bool:
+    config = _read(folder / huggingface.CONFIG).get("architectures")
+    return config == ["Sam3Model"] or _read(folder / FILE).get("format") == FORMAT
+
+
+def _read(file: Path) -> dict[str, object]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,75 @@
+"""An image → the model's square without torch, bit for bit as `app.datasets.square` makes it.
+
+Torch's antialiased resize of uint8, on x86 with AVX2 and on ARM with NEON: a triangle filter, its
+weights as integers, across and then down, rounded to uint8 after each (ATen's UpSampleKernel.cpp).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+BLOCK = 32  # target pixels a matrix product: few zeros in its weights, and few products
+EXACT_BITS = 16  # of weights whose sums with uint8 float32 holds exactly: 16 + 8 bits
+Bytes = NDArray[np.uint8]
+Numbers = NDArray[np.floating]
+# the 256 values that Normalize(0.5, 0.5) makes in float32, in the order of upstream's Sam3Processor
+SCALED = np.arange(256, dtype=np.float32) * np.float32(1 / 255)
+LEVELS = (SCALED - np.float32(0.5)) / np.float32(0.5)
+
+
+def to_pixels(square: Bytes) -> NDArray[np.float32]:
+    """(3, R, R) uint8 → (1, 3, R, R) float32 in -1..1, what the image graph takes."""
+    return LEVELS[square][None]
+
+
+def to_square(image: Image.Image, side: int) -> Bytes:
+    """An RGB image as (3, side, side) uint8, its sides stretched."""
+    planes: Numbers = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)
+    wide = planes if image.width == side else _resize(planes, side)
+    if image.height != side:
+        wide = _resize(wide.swapaxes(1, 2), side).swapaxes(1, 2)
+    return np.ascontiguousarray(wide).astype(np.uint8)
+
+
+def _resize(planes: Numbers, target: int) -> Numbers:
+    """Whole numbers 0..255 (C, n, source) → (C, n, target), as whole numbers again."""
+    first, weights, bits = _weights(planes.shape[2], target)
+    kind = np.float32 if bits <= EXACT_BITS else np.float64
+    planes = planes.astype(kind, copy=False)
+    resized = np.empty((*planes.shape[:2], target), dtype=kind)
+    for start in range(0, target, BLOCK):
+        begin, end = first[start], first[start : start + BLOCK].max() + weights.shape[1]
+        end = min(end, planes.shape[2])
+        taps = np.zeros((end - begin, len(first[start : start + BLOCK])), dtype=kind)
+        for column, (place, row) in enumerate(zip(first[start:], weights[start:], strict=True)):
+            if column == taps.shape[1]:
+                break
+            inside = row[: end - place]
+            taps[place - begin : place - begin + len(inside), column] = inside
+        resized[:, :, start : start + BLOCK] = planes[:, :, begin:end] @ taps
+    resized += 2.0 ** (bits - 1)
+    resized *= 2.0**-bits
+    return np.floor(resized, out=resized).clip(max=255, out=resized)
+
+
+def _weights(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """For each target pixel the first source pixel (T,), the weights from there on (T, n).
+
+    The weights of a pixel come to 2**bits; the largest of all fits 16 bits with its sign.
+    """
+    scale = source / target
+    support = max(scale, 1.0)
+    middles = scale * (np.arange(target) + 0.5)
+    first = (middles - support + 0.5).astype(np.int64).clip(min=0)
+    last = np.minimum((middles + support + 0.5).astype(np.int64), source)
+    taps = np.arange((last - first).max())
+    distances = (taps + first[:, None] - middles[:, None] + 0.5) * (1 / support)
+    shares = (1 - np.abs(distances)).clip(min=0)
+    shares[taps >= (last - first)[:, None]] = 0
+    shares /= shares.cumsum(axis=1)[:, -1:]  # one by one, as there
+    bits = 0
+    while bits < 22 and int(0.5 + shares.max() * 2 ** (bits + 1)) < 2**15:
+        bits += 1
+    return first, (0.5 + shares * 2**bits).astype(np.int64), bits

@@ -1,0 +1,101 @@
+"""What predicts on a folder's images in torch: in this process, or in several that share them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.config import load_model_config
+from app.errors import UserError
+from app.inference.folder import Job, Outcome, Work, predict_images
+from app.inference.predictor import Predictor
+from app.inference.settings import RANDOM, Settings
+from app.model.build import build_model
+from app.model.device import choose_device, choose_precision
+
+log = logging.getLogger("app")
+CHUNKS = 4  # batches that a process takes at once
+
+
+@contextlib.contextmanager
+def open_work(settings: Settings, output: Path, processes: int) -> Iterator[tuple[Work, str]]:
+    """What predicts on batches, in order, and the precision that it does it in.
+
+    With one process, it is this one; else each of several has a GPU of its own, or where there is
+    none its share of the cores, and takes batches as it gets through them.
+    """
+    if processes == 1:
+        predictor = load_predictor(settings)
+        yield (
+            lambda batches: (predict_images(predictor, settings, output, b) for b in batches),
+            _precision(predictor),
+        )
+        return
+    gpus = torch.cuda.device_count() if choose_device(settings.device).type == "cuda" else 0
+    if 0 < gpus < processes:
+        raise UserError(f"--num-gpus {processes}: this machine has {gpus}")
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    rank = context.Value("i", 0)
+    pool = ProcessPoolExecutor(processes, context, _begin_process, (rank, processes, gpus > 0))
+    task = functools.partial(_predict_in_process, settings, output)
+    try:
+        precision = pool.submit(_precision_in_process, settings).result()
+        yield lambda batches: pool.map(task, batches, chunksize=CHUNKS), precision
+    except BrokenProcessPool:
+        raise UserError(
+            f"--num-gpus {processes}: a process ended before its work did, as when memory runs "
+            "out. What is done is kept: run the same command again, with fewer processes."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def load_predictor(settings: Settings) -> Predictor:
+    options: dict[str, Any] = {"size": settings.size, "resolution": settings.resolution}
+    if settings.checkpoint != RANDOM:
+        choice = {"device": settings.device, "precision": settings.precision}
+        return Predictor.load(settings.checkpoint, **choice, **options)
+    changes = [f"model.resolution={settings.resolution}"] if settings.resolution else []
+    config = load_model_config(settings.size or "nano", changes)
+    log.info("weights: random; what is found means nothing")
+    torch.manual_seed(0)
+    target = choose_device(settings.device)
+    model = build_model(config).to(target)
+    return Predictor(model, config, choose_precision(settings.precision, target, config))
+
+
+def _precision(predictor: Predictor) -> str:
+    return str(predictor.precision).removeprefix("torch.")
+
+
+def _begin_process(rank: Synchronized[int], processes: int, on_gpu: bool) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the first one answers it
+    with rank.get_lock():
+        mine = rank.value
+        rank.value += 1
+    if on_gpu:
+        torch.cuda.set_device(mine)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
+_predictor_of_process = functools.lru_cache(maxsize=1)(load_predictor)
+
+
+def _precision_in_process(settings: Settings) -> str:
+    return _precision(_predictor_of_process(settings))
+
+
+def _predict_in_process(settings: Settings, output: Path, batch: Sequence[Job]) -> Outcome:
+    return predict_images(_predictor_of_process(settings), settings, output, batch)

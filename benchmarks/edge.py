@@ -1,0 +1,229 @@
+"""Exported graphs in ONNX Runtime beside torch, on the same images in one run.
+
+    .venv/bin/python -m benchmarks.edge              # nano: 3 minutes on 2 cores
+    .venv/bin/python -m benchmarks.edge small sam3   # random weights; 10 and 25 minutes
+    .venv/bin/python -m benchmarks.edge hf           # full size beside transformers; 10 minutes
+
+Times are of the model's answer to one image and one prompt; of sam3, of its features alone. They
+are taken in turn, image by image, and their medians compared. int8 is held to its goal where the
+CPU multiplies it (VNNI, AMX). Exits 1 where a figure misses its least value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from app.config import load_model_config
+from app.datasets.images import open_image
+from app.deploy.huggingface import TOLERANCES, differences, our_outputs, their_outputs
+from app.deploy.manifest import read_manifest
+from app.deploy.runtime import Runtime
+from app.deploy.square import to_pixels, to_square
+from app.inference.predictor import Predictor
+from app.model import weights
+from app.model.build import build_model
+from app.model.carried import carried_nano
+from benchmarks.compact import command
+from benchmarks.nano import Figure, draw, run_parts
+
+PROMPT = "circle"
+FASTER = {"fp32": 1.3, "int8": 2.0}  # times torch
+SAME_MASKS = 0.98
+NANO_MB = 200  # peak memory of the runtime's process
+EXPORT_MINUTES, EXPORT_GB = 10, 20
+COLD = f"""import sys
+from pathlib import Path
+from PIL import Image
+from app.deploy.runtime import Runtime
+runtime = Runtime.load(Path(sys.argv[1]), precision=sys.argv[2])
+runtime.predict(Image.open(sys.argv[3]), ["{PROMPT}"])
+"""
+PEAK = """import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
+def nano(start: Path, folder: Path) -> list[Figure]:
+    """The carried weights."""
+    return compare(start, folder, "nano", images=24)
+
+
+def small(start: Path, folder: Path) -> list[Figure]:
+    """Random weights, 193 M parameters and the text encoder; 672 px."""
+    del start
+    return compare(random_weights("small", folder), folder, "small", images=3)
+
+
+def sam3(start: Path, folder: Path) -> list[Figure]:
+    """Random weights, the trunk and its neck; 1008 px."""
+    del start
+    return compare(random_weights("sam3", folder), folder, "sam3", images=1)
+
+
+def hf(start: Path, folder: Path) -> list[Figure]:
+    """sam3, random in every parameter: transformers' own model beside ours, from one folder."""
+    del start
+    torch.manual_seed(0)
+    config = load_model_config("sam3")
+    model = build_model(config)
+    with torch.no_grad():
+        for parameter in model.parameters():  # none stays zero, as the box head's last one is made
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    weights.save(model, folder / "weights", weights.Header(model=config))
+    del model
+    seconds, peak = command(
+        "export", folder / "weights", "--format", "hf", "--output", folder / "hf"
+    )
+    image = Image.effect_noise((320, 240), 60).convert("RGB")
+    model, _ = weights.load(folder / "weights")
+    ours = our_outputs(model, config, image, PROMPT)
+    del model
+    found = differences(ours, their_outputs(folder / "hf", image, PROMPT))
+    return [
+        Figure(
+            "sam3: exported to transformers, minutes",
+            seconds / 60,
+            EXPORT_MINUTES,
+            EXPORT_MINUTES,
+            True,
+        ),
+        Figure("  its peak, GB", peak / 1e9, EXPORT_GB, EXPORT_GB, True),
+        *(
+            Figure(f"  {name} differ by", value, TOLERANCES[name], TOLERANCES[name], True)
+            for name, value in found.items()
+        ),
+    ]
+
+
+def random_weights(size: str, folder: Path) -> Path:
+    config = load_model_config(size)
+    header = weights.Header(model=config, prompts=[PROMPT])
+    return weights.save(build_model(config), folder / "weights", header).parent
+
+
+def compare(path: Path, folder: Path, size: str, *, images: int) -> list[Figure]:
+    draw(folder / "set", train=images, valid=1)
+    pictures = sorted((folder / "set" / "train" / "images").iterdir())
+    out = folder / "exported"
+    flags = ["--prompt", PROMPT, "--precision", "int8", "--images", pictures[0].parent]
+    seconds, peak = command(
+        *("export", path, "--output", out, *flags, "--measure-on", min(images, 20))
+    )
+    manifest = read_manifest(out)
+    figures = [
+        Figure(f"{size}: exported, minutes", seconds / 60, EXPORT_MINUTES, EXPORT_MINUTES, True),
+        Figure("  its peak, GB", peak / 1e9, EXPORT_GB, EXPORT_GB, True),
+        *(
+            Figure(f"  {precision}: {key}", manifest.parity[precision][key])
+            for precision in ("fp32", "int8")
+            for key in ("cosine", "scores", "boxes")
+        ),
+        Figure("  int8: mask IoU", manifest.parity["int8"]["mask_iou"], SAME_MASKS, SAME_MASKS),
+    ]
+    for precision in ("fp32", "int8"):
+        names = {files.get(precision, files["fp32"]) for files in manifest.graphs.values()}
+        size_mb = sum(
+            manifest.files[name]["bytes"] for name in manifest.files if _belongs(name, names)
+        )
+        figures.append(Figure(f"  {precision}: bytes of the model, MB", size_mb / 1e6))
+        cold, memory = start_cold(out, precision, pictures[0])
+        figures.append(Figure(f"  {precision}: first answer of a new process, seconds", cold))
+        limits = (NANO_MB, NANO_MB) if size == "nano" else (None, None)
+        figures.append(Figure("    its peak memory, MB", memory / 1e6, *limits, True))
+    times = answer_times(path, out, [open_image(picture) for picture in pictures], size)
+    for name, value in times.items():
+        figures.append(Figure(f"  {name}: seconds an image", value))
+    goals = dict(FASTER)
+    if not multiplies_int8():
+        del goals["int8"]
+    return figures + [
+        Figure(f"  {name}: times torch's speed", times["torch"] / times[name], goal, goal)
+        for name, goal in goals.items()
+    ]
+
+
+def _belongs(name: str, graphs: set[str]) -> bool:
+    return name.removesuffix(".data") in graphs or name == "text.npz"
+
+
+def answer_times(
+    path: Path, exported: Path, pictures: list[Image.Image], size: str
+) -> dict[str, float]:
+    """Median seconds an image of torch in float32 and of ONNX Runtime, taken in turn."""
+    predictor = Predictor.load(path, device="cpu", precision="fp32")
+    runtimes = {name: Runtime.load(exported, precision=name) for name in FASTER}
+    answer: dict[str, Callable[[Image.Image], object]] = {
+        "torch": lambda image: predictor.predict(image, [PROMPT]),
+        **{name: _predict_by(runtime) for name, runtime in runtimes.items()},
+    }
+    if size == "sam3":
+        answer = {
+            "torch": lambda image: predictor._features([image]),
+            **{name: _encode_by(runtime) for name, runtime in runtimes.items()},
+        }
+    taken: dict[str, list[float]] = {name: [] for name in answer}
+    for image in [pictures[0], *pictures]:  # the first time is none: buffers are made
+        for name, one in answer.items():
+            predictor._encoded = None
+            begun = time.perf_counter()
+            one(image)
+            taken[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(values[1:]) for name, values in taken.items()}
+
+
+def _predict_by(runtime: Runtime) -> Callable[[Image.Image], object]:
+    return lambda image: runtime.predict(image, [PROMPT])
+
+
+def _encode_by(runtime: Runtime) -> Callable[[Image.Image], object]:
+    side = runtime.manifest.resolution
+    return lambda image: runtime.backend.image(to_pixels(to_square(image, side)))
+
+
+def start_cold(exported: Path, precision: str, image: Path) -> tuple[float, int]:
+    """Seconds from the start of a process to its first answer, and its peak bytes."""
+    python = [sys.executable, "-c", COLD, str(exported), precision, str(image)]
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", PEAK, *python], capture_output=True, text=True)
+    seconds = time.monotonic() - begun
+    if done.returncode:
+        sys.exit(done.stderr)
+    return seconds, int(done.stdout.split()[-1])
+
+
+def multiplies_int8() -> bool:
+    flags = Path("/proc/cpuinfo")
+    text = flags.read_text() if flags.is_file() else ""
+    return "vnni" in text or "amx_int8" in text
+
+
+PARTS = {part.__name__: part for part in (nano, small, sam3, hf)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="|".join(PARTS))
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("app").setLevel(logging.INFO)
+    start = carried_nano()
+    assert start is not None
+    return run_parts([PARTS[name] for name in arguments.parts or ("nano",)], start)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
