@@ -12,6 +12,11 @@ source "$root/scripts/runtime.sh"
 
 ensure_venv
 cd "$root"
-# Two workers with a thread each: more threads than cores wait for one another.
+# Workers with a thread each: more threads than cores wait for one another. One worker more than
+# cores, as many tests wait for another process; eight at most, as each takes more than 1 GB.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$venv/bin/python" -m pytest -n 2 --dist worksteal "$@"
+cores="$(getconf _NPROCESSORS_ONLN)"
+workers=$((cores < 7 ? cores + 1 : 8))
+# The tests start app/ some hundred times: each would compile it anew where none keeps its bytecode.
+unset PYTHONDONTWRITEBYTECODE
+exec "$venv/bin/python" -m pytest -n "$workers" --dist worksteal "$@"

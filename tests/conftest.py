@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +29,30 @@ code = subprocess.run(sys.argv[1:]).returncode
 print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
 sys.exit(code)
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first in each worker's share, file by file: one begun last makes all wait.
+
+    xdist cuts the list into equal parts, one a worker, before those who are done take of the rest.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    slow: dict[Path, list[pytest.Item]] = {}
+    quick = []
+    for item in items:
+        if item.get_closest_marker("slow"):
+            slow.setdefault(item.path, []).append(item)
+        else:
+            quick.append(item)
+    shares: list[list[pytest.Item]] = [[] for _ in range(workers)]
+    for group in sorted(slow.values(), key=len, reverse=True):
+        min(shares, key=len).extend(group)
+    ordered: list[pytest.Item] = []
+    for number, share in enumerate(shares):
+        room = (len(items) - len(ordered)) // (workers - number) - len(share)
+        ordered += [*share, *quick[: max(room, 0)]]
+        del quick[: max(room, 0)]
+    items[:] = [*ordered, *quick]
 
 
 @dataclass(frozen=True)
@@ -83,6 +110,18 @@ def tiny_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--output-dir", str(folder), "evaluation.pictures=1", *TINY),
     )
     return folder
+
+
+@pytest.fixture
+def memory_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that lies in memory, where there is room: to sync a disk takes most of a save.
+
+    For what a kill leaves: it takes the process alone, and never what was written.
+    """
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 1 << 30
+    with tempfile.TemporaryDirectory(dir=memory if roomy else tmp_path) as folder:
+        yield Path(folder)
 
 
 def until(happened: Callable[[], bool], seconds: float, what: str) -> None:

@@ -19,17 +19,21 @@ SHOWN_CLASSES = 10  # lines that can be told apart
 def curves(rows: Sequence[Mapping[str, float]], series: Mapping[str, str], label: str) -> str:
     """Lines over the epochs; `series` names the columns of metrics.csv that are drawn."""
 
-    def draw(axes: Axes) -> None:
-        for key, name in series.items():
-            points = [(row["epoch"], row[key]) for row in rows if key in row]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-        axes.set(xlabel="epoch", ylabel=label)
-        axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        _legend(axes)
+    return _svg(lambda axes: draw_curves(axes, rows, series, label))
 
-    return _svg(draw)
+
+def draw_curves(
+    axes: Axes, rows: Sequence[Mapping[str, float]], series: Mapping[str, str], label: str
+) -> None:
+    """The lines of `curves`, on axes that someone else saves."""
+    for key, name in series.items():
+        points = [(row["epoch"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    axes.set(xlabel="epoch", ylabel=label)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _legend(axes)
 
 
 def precision_recall(precision: Mapping[str, NDArray[np.float64]]) -> str:

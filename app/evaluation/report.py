@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from app.datasets.coco import Dataset
 from app.datasets.images import open_image
 from app.datasets.overlay import color_of, draw_objects, titled
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from app.evaluation.charts import PLACE, draw_curves
 
 
 def plot_curves(rows: Sequence[Mapping[str, float]], folder: Path) -> None:
@@ -39,18 +37,11 @@ def _plot(
     file: Path,
     top: float | None = None,
 ) -> None:
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
-    for key, name in series.items():
-        points = [(row["epoch"], row[key]) for row in rows if key in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
-    axes.set(xlabel="epoch", ylabel=label, ylim=(0, top))
-    axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
-    figure.tight_layout()
+    figure = Figure(figsize=(7, 4), dpi=120)
+    axes = figure.add_axes(PLACE)
+    draw_curves(axes, rows, series, label)
+    axes.set_ylim(top=top)
     figure.savefig(file)
-    plt.close(figure)
 
 
 def draw_comparisons(

@@ -342,14 +342,15 @@ def test_what_is_no_dataset_is_said(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_build_killed_at_any_file_operation_leaves_the_old_dataset(save, tmp_path):
+def test_a_build_killed_at_any_file_operation_leaves_the_old_dataset(save, tmp_path, memory_folder):
     for name in ("old", "new"):
         document = copy.deepcopy(sound_document())
         for image in document["images"]:
             image["file_name"] = f"{name}_{image['file_name']}"
         save(document, f"work/{name}")
+    work = shutil.copytree(tmp_path / "work", memory_folder / "work")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.datasets.killed_builds", tmp_path / "work"],
+        [sys.executable, "-m", "tests.datasets.killed_builds", work],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""The examples of `test_fuzz`, in a process of their own: `python -m tests.fuzz.examples COUNT`.
+"""The examples of `test_fuzz`, by themselves: `python -m tests.fuzz.examples COUNT FOLDER`.
 
 Ends with an error at the first example at which anything but a UserError comes out.
 """
@@ -9,7 +9,6 @@ import json
 import logging
 import resource
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from tests.datasets.conftest import noise, sound_document
 from tests.fuzz import strategies
 
 MEMORY = 2**30  # bytes of address space that the examples may take beside the libraries
-FOLDER = Path(tempfile.mkdtemp())
+FOLDER = Path(sys.argv[2])
 SOURCE, OUTPUT = FOLDER / "set", FOLDER / "out"
 CONFIG = load_config(["dataset.max_drop=0.5"])
 ran = Counter[str]()

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,9 +16,9 @@ EXAMPLES = 10_000
 
 
 @pytest.mark.slow
-def test_ten_thousand_malformed_datasets() -> None:
+def test_ten_thousand_malformed_datasets(memory_folder: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.examples", str(EXAMPLES)],
+        [sys.executable, "-m", "tests.fuzz.examples", str(EXAMPLES), str(memory_folder)],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,

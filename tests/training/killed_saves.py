@@ -33,7 +33,9 @@ from tests.conftest import TINY
 # Saves and loads in a blink, so that most of the time goes into saves.
 SMALL = (
     *("model.text.width=8", "model.text.num_heads=1", "model.vision.embed_dim=32"),
-    *("model.d_model=16", "model.num_heads=2", "model.feedforward=16"),
+    *("model.d_model=16", "model.num_heads=2", "model.feedforward=16", "model.num_queries=8"),
+    *("model.vision.depth=2", "model.vision.global_blocks=[1]", "model.text.depth=1"),
+    *("model.encoder_layers=1", "model.decoder_layers=1"),
 )
 
 

@@ -134,17 +134,17 @@ def _counts(program: str, folder: Path, kills: int) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_two_hundred_kills(tmp_path: Path) -> None:
-    counts = _counts("killed_saves", tmp_path, 200)
+def test_two_hundred_kills(memory_folder: Path) -> None:
+    counts = _counts("killed_saves", memory_folder, 200)
     assert counts["kills"] == 200
     assert counts["within a save"] > 20
     assert counts["updates"] > 3  # saves that were whole, gone on from
 
 
 @pytest.mark.slow
-def test_runs_killed_anywhere_come_to_the_same_end(tmp_path: Path) -> None:
+def test_runs_killed_anywhere_come_to_the_same_end(memory_folder: Path) -> None:
     """In real runs: while they read, validate, train, save or draw."""
-    counts = _counts("killed_runs", tmp_path, 6)
+    counts = _counts("killed_runs", memory_folder, 6)
     assert counts["kills"] == 6
     assert counts["runs"] >= 1
     assert counts["resumed"] >= 1  # from a checkpoint; the others began anew

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -160,16 +160,16 @@ def test_handlers_are_put_back() -> None:
 def test_two_processes_stop_and_go_on_together(shapes: Path, tmp_path: Path) -> None:
     """torchrun hands the signal on; both end after the same update, and resume to the same end."""
     words = [
-        *(sys.executable, "-m", "app", "train", "--dataset-dir", str(shapes), "--model", "nano"),
+        *("-m", "app", "train", "--dataset-dir", str(shapes), "--model", "nano"),
         *("--num-gpus", "2", "--epochs", "6", "--batch-size", "1", "training.device=cpu"),
         *("--checkpoint", "none", "model.dropout=0.2", "evaluation.every=6", *TINY),
         *("evaluation.pictures=0", "training.save_every=6"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
-    def run(name: str, *more: str) -> subprocess.Popen[str]:
+    def run(name: str, *more: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [*words, "--output-dir", str(tmp_path / name), *more],
+            [sys.executable, *launcher, *words, "--output-dir", str(tmp_path / name), *more],
             cwd=REPOSITORY,
             env=environment,
             stdout=subprocess.PIPE,
@@ -177,7 +177,11 @@ def test_two_processes_stop_and_go_on_together(shapes: Path, tmp_path: Path) -> 
             text=True,
         )
 
-    whole = run("whole")
+    # What the command would become, without what it checks before.
+    whole = run(
+        "whole",
+        launcher=("-m", "app.training.launch", "--standalone", "--nproc-per-node=2"),
+    )
     out, err = whole.communicate(timeout=300)
     assert whole.returncode == 0, err
     assert "2 process(es)" in out

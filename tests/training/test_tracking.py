@@ -106,6 +106,23 @@ class Server:
 
 
 @pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store as MLflow makes it: its tables alone, of which to make some takes seconds."""
+    store = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    MlflowClient(f"sqlite:///{store}").search_experiments()
+    return store
+
+
+@pytest.fixture
+def store(empty_store: Path, tmp_path: Path) -> Path:
+    """An empty store of this test's own."""
+    own = tmp_path / "mlflow.db"
+    with closing(sqlite3.connect(empty_store)) as source:
+        source.execute("VACUUM INTO ?", (str(own),))
+    return own
+
+
+@pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     one = Server(tmp_path_factory.mktemp("mlflow"), free_port())
     with one.up():
@@ -227,9 +244,9 @@ def copy_of(run: Path, folder: Path, figure: float | None = None) -> Path:
 
 
 def test_the_champion_is_the_better_one_on_the_same_images(
-    tiny_run: Path, tmp_path: Path, command: Command
+    tiny_run: Path, tmp_path: Path, command: Command, store: Path
 ) -> None:
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = f"sqlite:///{store}"
     client, champions = MlflowClient(uri), []
     for number, figure in enumerate([0.2, 0.1, 0.3], start=1):
         run = copy_of(tiny_run, tmp_path / f"run-{number}", figure)
@@ -244,8 +261,8 @@ def test_the_champion_is_the_better_one_on_the_same_images(
     assert [int(version) for version in champions] == [1, 1, 3, 3]
 
 
-def test_a_resumed_run_goes_on_in_mlflow(tiny_run: Path, tmp_path: Path) -> None:
-    run, uri = copy_of(tiny_run, tmp_path / "run"), f"sqlite:///{tmp_path / 'mlflow.db'}"
+def test_a_resumed_run_goes_on_in_mlflow(tiny_run: Path, tmp_path: Path, store: Path) -> None:
+    run, uri = copy_of(tiny_run, tmp_path / "run"), f"sqlite:///{store}"
     follow(run, uri, 0)
     first = completed(run, 1)
     settings = (run / "config_resolved.yaml").read_text(encoding="utf-8")
@@ -317,13 +334,12 @@ def follow(folder: Path, uri: str, seconds: float) -> float:
 
 @pytest.mark.parametrize("tracker", ["absent", "500", "30 s", "locked"])
 def test_a_tracker_that_fails_costs_seconds_and_loses_nothing(
-    tracker: str, tiny_run: Path, tmp_path: Path, command: Command
+    tracker: str, tiny_run: Path, tmp_path: Path, command: Command, store: Path
 ) -> None:
-    run, store = copy_of(tiny_run, tmp_path / "run"), tmp_path / "mlflow.db"
+    run = copy_of(tiny_run, tmp_path / "run")
     if tracker == "absent":
         took = follow(run, f"http://127.0.0.1:{free_port()}", 4)
     elif tracker == "locked":
-        MlflowClient(f"sqlite:///{store}").create_experiment("makes the tables")
         with closing(sqlite3.connect(store)) as holder:
             holder.execute("BEGIN EXCLUSIVE")
             took = follow(run, f"sqlite:///{store}", 4)
@@ -371,9 +387,9 @@ def test_a_server_that_dies_and_comes_back(
 
 
 def test_a_lora_goes_as_its_adapter(
-    shapes: Path, tiny_run: Path, tmp_path: Path, command: Command
+    shapes: Path, tiny_run: Path, tmp_path: Path, command: Command, store: Path
 ) -> None:
-    run, uri = tmp_path / "run", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run, uri = tmp_path / "run", f"sqlite:///{store}"
     trained = command(
         *("train", "--dataset-dir", shapes, "--method", "lora-minimal", "--epochs", 1),
         *("--checkpoint", tiny_run / "weights" / "best", "--output-dir", run),
@@ -395,8 +411,8 @@ def test_a_lora_goes_as_its_adapter(
     assert len(found["masks"]) == len(ours) > 0
 
 
-def test_a_stopped_run_is_killed_in_mlflow(tiny_run: Path, tmp_path: Path) -> None:
-    run, uri = copy_of(tiny_run, tmp_path / "run"), f"sqlite:///{tmp_path / 'mlflow.db'}"
+def test_a_stopped_run_is_killed_in_mlflow(tiny_run: Path, tmp_path: Path, store: Path) -> None:
+    run, uri = copy_of(tiny_run, tmp_path / "run"), f"sqlite:///{store}"
     (run / "metrics.json").unlink()
     sender = Sender(run, uri)
     sender.finish()
@@ -405,9 +421,9 @@ def test_a_stopped_run_is_killed_in_mlflow(tiny_run: Path, tmp_path: Path) -> No
 
 
 def test_without_boto3_the_figures_arrive(
-    tiny_run: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, store: Path
 ) -> None:
-    run, uri = copy_of(tiny_run, tmp_path / "run"), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    run, uri = copy_of(tiny_run, tmp_path / "run"), f"sqlite:///{store}"
     MlflowClient(uri).create_experiment("sam3-finetuning", "s3://bucket/files")
     monkeypatch.setitem(sys.modules, "boto3", None)
     result = command("track", run, f"--mlflow={uri}")
