@@ -20,6 +20,7 @@ from PIL import Image
 from sam3.model.sam3_image import Sam3Image
 from torch import nn
 
+from app.config import model_config
 from app.datasets.coco import Dataset
 from app.datasets.images import open_image
 from app.datasets.shapes import make_shapes
@@ -37,14 +38,13 @@ from app.deploy.runtime import Runtime
 from app.errors import UserError, nearest
 from app.evaluation.validate import validate
 from app.files import atomic_folder, write_json
-from app.inference.inputs import find_images
+from app.inference.inputs import check_prompts, find_images
 from app.inference.postprocess import THRESHOLD
-from app.inference.predictor import Predictor, check_prompts, normalise
+from app.inference.predictor import Predictor, normalise, pairs_a_pass
 from app.model import adapters, weights
 from app.model.vocabulary import unknown_words
 
 log = logging.getLogger("app")
-A_PASS = 16  # most prompts that are answered together, unless asked otherwise
 MEASURED = 20  # most images that graphs are compared on
 DRAWN = 4  # where none are given
 HALVES = tuple(TYPES)
@@ -59,7 +59,7 @@ class Wanted:
     Attributes:
         precisions: of `PRECISIONS`; fp32 is always among them.
         prompts: what can be asked for; None: any words.
-        a_pass: prompts answered together; None: all, at most A_PASS; one of any words.
+        a_pass: prompts answered together; None: all, at most `pairs_a_pass`; one of any words.
         top: queries a prompt that get masks; None: all.
         resolution: pixels; None: the weights'.
         target: what TensorRT and device it is for; noted.
@@ -113,12 +113,15 @@ def check_wanted(wanted: Wanted, header: weights.Header, *, has_images: bool) ->
     if problems:
         raise UserError(problems)
     count = 1 if prompts is None else len(prompts)
+    size = header.model
+    if wanted.resolution is not None:
+        size = model_config(size.model_dump() | {"resolution": wanted.resolution}, "--resolution")
     ordered = tuple(name for name in PRECISIONS if name in {*wanted.precisions, "fp32"})
     return replace(
         wanted,
         precisions=ordered,
         prompts=prompts,
-        a_pass=min(wanted.a_pass or A_PASS, count) if prompts is not None else wanted.a_pass or 1,
+        a_pass=min(wanted.a_pass or pairs_a_pass(size), count) if prompts else wanted.a_pass or 1,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -40,6 +41,8 @@ def main(words: Sequence[str] | None = None) -> None:
         words: None: what the process was started with.
     """
     _log_to_stdout()
+    # A shell starts what goes to the background deaf to it; a loop without an end must hear it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     options = make_parser().parse_args(words)
     try:
         sys.exit(run(options))

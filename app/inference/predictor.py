@@ -30,6 +30,7 @@ from app.model import weights
 from app.model.device import choose_device, choose_precision
 
 PROMPTS_A_PASS = 16  # pairs of image and prompt that go through DETR together: bounds the memory
+TOKENS_A_PASS = 16 * 256  # of their features on a CPU, whose caches more of them outgrow
 TEXTS_KEPT = 64  # passes whose text features are kept
 RAW = ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")  # what a result needs
 
@@ -183,7 +184,8 @@ class Predictor:
         every_box = [*boxes_xywh, *negative_boxes_xywh]
         boxes = np.stack([normalised_boxes(every_box, image) for image in images], axis=1)
         labels = torch.arange(len(every_box)) < len(boxes_xywh)  # (N,) whether it is an example
-        step = max(1, PROMPTS_A_PASS // len(images))
+        pairs = PROMPTS_A_PASS if self.device.type != "cpu" else pairs_a_pass(self.config)
+        step = max(1, pairs // len(images))
         found: list[list[Best]] = [[] for _ in images]
         with self._autocast(), self._no_gradients():
             features = self._features(images)
@@ -286,6 +288,12 @@ class Predictor:
             find_target=None,
             geometric_prompt=geometry,
         )
+
+
+def pairs_a_pass(config: ModelConfig) -> int:
+    """Pairs of image and prompt that go together where memory or caches are small."""
+    tokens = (config.resolution // config.vision.patch_size) ** 2
+    return max(1, min(PROMPTS_A_PASS, TOKENS_A_PASS // tokens))
 
 
 def normalise(pixels: Tensor) -> Tensor:
