@@ -4,9 +4,9 @@
     .venv/bin/python -m benchmarks.edge small sam3   # random weights; 10 and 25 minutes
     .venv/bin/python -m benchmarks.edge hf           # full size beside transformers; 10 minutes
 
-Times are of the model's answer to one image and one prompt; of sam3, of its features alone. They
-are taken in turn, image by image, and their medians compared. int8 is held to its goal where the
-CPU multiplies it (VNNI, AMX). Exits 1 where a figure misses its least value.
+Times are of the model's answer to one image and one prompt; of sam3, of its features alone. Their
+medians are compared. int8 is held to its goal where the CPU multiplies it (VNNI, AMX). Exits 1
+where a figure misses its least value.
 """
 
 from __future__ import annotations
@@ -161,26 +161,34 @@ def _belongs(name: str, graphs: set[str]) -> bool:
 def answer_times(
     path: Path, exported: Path, pictures: list[Image.Image], size: str
 ) -> dict[str, float]:
-    """Median seconds an image of torch in float32 and of ONNX Runtime, taken in turn."""
+    """Median seconds an image of torch in float32 and of ONNX Runtime.
+
+    One after the other: the threads of ONNX Runtime spin between its runs, and take from torch.
+    """
     predictor = Predictor.load(path, device="cpu", precision="fp32")
-    runtimes = {name: Runtime.load(exported, precision=name) for name in FASTER}
-    answer: dict[str, Callable[[Image.Image], object]] = {
-        "torch": lambda image: predictor.predict(image, [PROMPT]),
-        **{name: _predict_by(runtime) for name, runtime in runtimes.items()},
-    }
-    if size == "sam3":
-        answer = {
-            "torch": lambda image: predictor._features([image]),
-            **{name: _encode_by(runtime) for name, runtime in runtimes.items()},
-        }
-    taken: dict[str, list[float]] = {name: [] for name in answer}
-    for image in [pictures[0], *pictures]:  # the first time is none: buffers are made
-        for name, one in answer.items():
-            predictor._encoded = None
-            begun = time.perf_counter()
-            one(image)
-            taken[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(values[1:]) for name, values in taken.items()}
+
+    def by_torch(image: Image.Image) -> object:
+        predictor._encoded = None
+        return (
+            predictor._features([image]) if size == "sam3" else predictor.predict(image, [PROMPT])
+        )
+
+    times = {"torch": _median(by_torch, pictures)}
+    for name in FASTER:
+        runtime = Runtime.load(exported, precision=name)
+        times[name] = _median((_encode_by if size == "sam3" else _predict_by)(runtime), pictures)
+        del runtime
+    return times
+
+
+def _median(answer: Callable[[Image.Image], object], pictures: list[Image.Image]) -> float:
+    answer(pictures[0])  # buffers are made
+    taken = []
+    for picture in pictures:
+        begun = time.perf_counter()
+        answer(picture)
+        taken.append(time.perf_counter() - begun)
+    return statistics.median(taken)
 
 
 def _predict_by(runtime: Runtime) -> Callable[[Image.Image], object]:
