@@ -6,12 +6,13 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from app import options
 from app.config import PlanKind, Resume
+from app.console import log_to_stdout, show_problems
 from app.datasets import commands
 from app.errors import UserError
 from app.model.upstream import prove_pin
@@ -585,17 +586,12 @@ def _spell_out(words: Sequence[str]) -> list[str]:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    handler: Any = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False
+    log_to_stdout()
     try:
         prove_pin()
         cli(_spell_out(sys.argv[1:]))
     except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}" if not problem.startswith(" ") else problem, file=sys.stderr)
+        show_problems(error)
         sys.exit(2)
     except FloatingPointError as error:  # a loss that is not finite
         print(f"error: {error}", file=sys.stderr)

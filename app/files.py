@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import re
@@ -329,6 +330,15 @@ def _write_member(file: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) ->
             written += target.write(chunk)
     if written != member.file_size:
         raise zipfile.BadZipFile(f"it does not unpack to the {member.file_size} bytes it claims")
+
+
+def hash_file(file: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits: some 3 s for SAM 3's weights."""
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def existing(path: Path) -> Path:

@@ -9,8 +9,6 @@ Exits 1 where a figure misses its least value.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import subprocess
 import sys
 import time
@@ -27,11 +25,10 @@ from app.files import read_json
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, mlp_units
-from app.model.carried import carried_nano
 from app.model.compact import Cut, cut_model
 from app.training import run
 from app.training.compaction import REPORT, compact, make_goal
-from benchmarks.nano import KNOWN_KINDS, Figure, Part, draw, run_parts
+from benchmarks.nano import KNOWN_KINDS, Figure, Part, draw, main_of
 
 IMAGES = 1600  # to learn from, drawn as the recipe of nano draws them
 TRUNK_EPOCHS, FEATURE_EPOCHS, EPOCHS = 8, 2, 11  # some 10 minutes on 2 cores
@@ -238,19 +235,5 @@ def command(*words: object) -> tuple[float, int]:
 PARTS: dict[str, Part] = {part.__name__: part for part in (table, vocabulary, full)}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="|".join(PARTS))
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("app").setLevel(logging.INFO)
-    start = carried_nano()
-    assert start is not None
-    names = arguments.parts or ("table", "vocabulary")
-    return run_parts([PARTS[name] for name in names], start)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_of(__doc__, PARTS, ("table", "vocabulary")))

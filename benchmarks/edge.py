@@ -11,8 +11,6 @@ where a figure misses its least value.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import statistics
 import subprocess
 import sys
@@ -32,9 +30,8 @@ from app.deploy.square import to_pixels, to_square
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model
-from app.model.carried import carried_nano
-from benchmarks.compact import command
-from benchmarks.nano import Figure, draw, run_parts
+from benchmarks.compact import PEAK, command
+from benchmarks.nano import Figure, Part, draw, main_of
 
 PROMPT = "circle"
 FASTER = {"fp32": 1.3, "int8": 2.0}  # times torch
@@ -47,11 +44,6 @@ from PIL import Image
 from app.deploy.runtime import Runtime
 runtime = Runtime.load(Path(sys.argv[1]), precision=sys.argv[2])
 runtime.predict(Image.open(sys.argv[3]), ["{PROMPT}"])
-"""
-PEAK = """import resource, subprocess, sys
-code = subprocess.run(sys.argv[1:]).returncode
-print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
-sys.exit(code)
 """
 
 
@@ -217,21 +209,8 @@ def multiplies_int8() -> bool:
     return "vnni" in text or "amx_int8" in text
 
 
-PARTS = {part.__name__: part for part in (nano, small, sam3, hf)}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="|".join(PARTS))
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("app").setLevel(logging.INFO)
-    start = carried_nano()
-    assert start is not None
-    return run_parts([PARTS[name] for name in arguments.parts or ("nano",)], start)
+PARTS: dict[str, Part] = {part.__name__: part for part in (nano, small, sam3, hf)}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main_of(__doc__, PARTS, ("nano",)))

@@ -10,6 +10,7 @@ Exits 1 where a figure misses its least value.
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 import statistics
 import sys
@@ -207,6 +208,20 @@ def main() -> int:
     if start is None:
         parser.error("the project carries no nano yet: give --weights")
     return run_parts([PARTS[name] for name in arguments.parts or PARTS], start)
+
+
+def main_of(doc: str | None, parts: dict[str, Part], default: Sequence[str]) -> int:
+    """The command line of a benchmark whose parts start from the carried weights."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", choices=[[], *parts], metavar="|".join(parts))
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("app").setLevel(logging.INFO)
+    start = carried_nano()
+    assert start is not None
+    return run_parts([parts[name] for name in arguments.parts or default], start)
 
 
 def run_parts(parts: Sequence[Part], start: Path) -> int:

@@ -16,7 +16,7 @@ from app.config import DatasetConfig, ShapesConfig
 from app.datasets import huggingface, roboflow
 from app.datasets.build import shapes_dataset
 from app.datasets.folders import FOLDERS
-from app.files import unzip
+from app.files import hash_file, unzip
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +60,8 @@ def _fetch(config: DatasetConfig, seed: int, data: Path) -> Path:
 
 def _unpacked(archive: Path, data: Path) -> Path:
     """The folder that holds the dataset of a zip; unpacked where its contents are not there yet."""
-    with archive.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", archive.stem)[:80]
-    folder = data / f"zip-{name}-{digest[:12]}"
+    folder = data / f"zip-{name}-{hash_file(archive)[:12]}"
     if not folder.is_dir():
         log.info("unpacking %s to %s", archive, folder)
         unzip(archive, folder)

@@ -22,9 +22,9 @@ from typing import Any
 
 from app.deploy.cuda import Gpu
 from app.deploy.external_data import locations
-from app.deploy.manifest import REMEDY, Manifest, hash_file
+from app.deploy.manifest import REMEDY, Manifest
 from app.errors import UserError
-from app.files import atomic_path, write_json
+from app.files import atomic_path, hash_file, write_json
 
 log = logging.getLogger("app")
 

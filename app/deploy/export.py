@@ -17,10 +17,8 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from sam3.model.sam3_image import Sam3Image
 from torch import nn
 
-from app.config import model_config
 from app.datasets.coco import Dataset
 from app.datasets.images import open_image
 from app.datasets.shapes import make_shapes
@@ -29,7 +27,7 @@ from app.deploy import manifest as manifests
 from app.deploy.golden import FILE as GOLDEN
 from app.deploy.golden import sample
 from app.deploy.graphs import FPN, GroundGraph, ImageGraph, TextGraph, write_out
-from app.deploy.manifest import PRECISIONS, Manifest, hash_file
+from app.deploy.manifest import PRECISIONS, Manifest
 from app.deploy.operators import OPSET, OPSETS, check_operators
 from app.deploy.output import check_output
 from app.deploy.parity import TOLERANCES, Difference, compare, model_outputs
@@ -37,11 +35,11 @@ from app.deploy.precision import TYPES, narrow, quantise, save
 from app.deploy.runtime import Runtime
 from app.errors import UserError, nearest
 from app.evaluation.validate import validate
-from app.files import atomic_folder, write_json
+from app.files import atomic_folder, hash_file, write_json
 from app.inference.inputs import check_prompts, find_images
 from app.inference.postprocess import THRESHOLD
 from app.inference.predictor import Predictor, normalise, pairs_a_pass
-from app.model import adapters, weights
+from app.model import huggingface, weights
 from app.model.vocabulary import unknown_words
 
 log = logging.getLogger("app")
@@ -113,15 +111,13 @@ def check_wanted(wanted: Wanted, header: weights.Header, *, has_images: bool) ->
     if problems:
         raise UserError(problems)
     count = 1 if prompts is None else len(prompts)
-    size = header.model
-    if wanted.resolution is not None:
-        size = model_config(size.model_dump() | {"resolution": wanted.resolution}, "--resolution")
+    together = wanted.a_pass or pairs_a_pass(header.model)
     ordered = tuple(name for name in PRECISIONS if name in {*wanted.precisions, "fp32"})
     return replace(
         wanted,
         precisions=ordered,
         prompts=prompts,
-        a_pass=min(wanted.a_pass or pairs_a_pass(size), count) if prompts else wanted.a_pass or 1,
+        a_pass=min(together, count) if prompts else wanted.a_pass or 1,
     )
 
 
@@ -152,10 +148,10 @@ def export(
     """
     source = weights.find_file(path)
     check_output(folder, source, overwrite=overwrite)
-    header = weights.describe(source)
+    header = weights.describe(source, resolution=wanted.resolution)
     wanted = check_wanted(wanted, header, has_images=images is not None or valid is not None)
     with atomic_folder(folder) as temporary, _pictures(images, valid, measure_on) as pictures:
-        header = _write_graphs(source, wanted, temporary)
+        _write_graphs(source, wanted, temporary)
         side = header.model.resolution
         if "int8" in wanted.precisions:
             quantise(
@@ -179,21 +175,15 @@ def export(
         for file in temporary.glob(f"*{ROUNDED}.onnx*"):
             file.unlink()
         _write_golden(temporary, manifest, pictures[0])
-        manifest = replace(_describe(temporary, header, wanted, source), parity=parity)
+        files = {**manifest.files, GOLDEN: _identity(temporary / GOLDEN)}
+        manifest = replace(manifest, parity=parity, files=files)
         write_json(temporary / manifests.FILE, manifest.to_json())
     return manifest
 
 
-def _load(source: Path, resolution: int | None) -> tuple[Sam3Image, weights.Header]:
-    model, header = weights.load(source, resolution=resolution)
-    if adapters.has_lora(model):
-        adapters.merge_lora(model)
-    return model, header
-
-
-def _write_graphs(source: Path, wanted: Wanted, folder: Path) -> weights.Header:
+def _write_graphs(source: Path, wanted: Wanted, folder: Path) -> None:
     """The graphs in float32."""
-    model, header = _load(source, wanted.resolution)
+    model, header = weights.load(source, resolution=wanted.resolution, merge=True)
     write_out(model)
     side, size = header.model.resolution, header.model
     image = ImageGraph(model)
@@ -213,8 +203,7 @@ def _write_graphs(source: Path, wanted: Wanted, folder: Path) -> weights.Header:
     if wanted.prompts is None:
         tokens = torch.zeros(1, length, dtype=torch.long)
         _to_onnx(TextGraph(model), {"tokens": tokens}, ("text", "text_mask"), folder / "text.onnx")
-        _write_tokenizer(folder / "tokenizer.json")
-    return header
+        huggingface.write_tokenizer(folder / "tokenizer.json")
 
 
 def _to_onnx(
@@ -247,12 +236,6 @@ def _write_text(predictor: Predictor, wanted: Wanted, folder: Path) -> None:
         features=np.concatenate([p["language_features"].transpose(0, 1).numpy() for p in parts]),
         mask=np.concatenate([p["language_mask"].numpy() for p in parts]),
     )
-
-
-def _write_tokenizer(file: Path) -> None:
-    from app.model.huggingface import write_tokenizer
-
-    write_tokenizer(file)
 
 
 @contextlib.contextmanager

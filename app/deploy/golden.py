@@ -52,7 +52,7 @@ def golden_misses(manifest: Manifest, precision: str, golden: Arrays, outputs: A
         return misses
     for name in names:
         if name not in ("scores", "presence", "boxes", "masks"):
-            cosine = _cosine(golden[name], sample(outputs[name]))
+            cosine = cosine_of(golden[name], sample(outputs[name]))
             misses += _beyond(f"{name}: cosine", cosine, least=limits.cosine)
     for name in ("scores", "presence"):
         difference = np.abs(golden[name] - sample(outputs[name])).max(initial=0.0)
@@ -81,8 +81,9 @@ def _beyond(what: str, value: float, *, least: float = -np.inf, most: float = np
     return [f"{what} {value:.6g} ({bound})"]
 
 
-def _cosine(one: NDArray[Any], other: NDArray[Any]) -> float:
-    one, other = one.astype(np.float64), other.astype(np.float64)
+def cosine_of(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """The cosine of two arrays of one shape; 1 where both are 0 throughout."""
+    one, other = one.ravel().astype(np.float64), other.ravel().astype(np.float64)
     lengths = float(np.sqrt((one @ one) * (other @ other)))
     return float(one @ other) / lengths if lengths else float(not one.any() and not other.any())
 

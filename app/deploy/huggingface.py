@@ -20,11 +20,11 @@ from app.config import ModelConfig
 from app.datasets.drawing import Thing, draw_image
 from app.deploy.output import check_output
 from app.errors import UserError
-from app.evaluation.model_card import SHOWN_PROMPTS
+from app.evaluation.model_card import SHOWN_PROMPTS, licence
 from app.files import atomic_folder, atomic_path, write_json, write_text
 from app.inference.postprocess import THRESHOLD
 from app.inference.predictor import Predictor, query_scores
-from app.model import adapters, huggingface, weights
+from app.model import huggingface, weights
 
 log = logging.getLogger("app")
 CARD = "README.md"
@@ -56,9 +56,7 @@ def export(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
     header = weights.describe(path)
     config = huggingface.to_config(header.model)
     with atomic_folder(folder) as temporary:
-        model, header = weights.load(path)
-        if adapters.has_lora(model):
-            adapters.merge_lora(model)
+        model, header = weights.load(path, merge=True)
         write_json(temporary / huggingface.CONFIG, config)
         with atomic_path(temporary / weights.FILE) as file:  # save_file's own none but us may read
             save_file(
@@ -193,12 +191,7 @@ def _read_otherwise(prompts: Sequence[str], ours: Any, theirs: Any) -> dict[str,
 def _card(header: weights.Header, respelt: dict[str, str | None]) -> str:
     metas = header.model.name != "nano"  # larger sizes begin with Meta's weights
     data = ModelCardData(
-        license="other" if metas else "apache-2.0",
-        license_name="sam-license" if metas else None,
-        license_link="https://github.com/facebookresearch/sam3/blob/main/LICENSE"
-        if metas
-        else None,
-        base_model="facebook/sam3" if metas else None,
+        **licence(metas=metas),
         library_name="transformers",
         pipeline_tag="image-segmentation",
         tags=["sam3", "open-vocabulary", "object-detection", "instance-segmentation"],

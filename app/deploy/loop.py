@@ -26,7 +26,7 @@ from app.errors import UserError
 from app.inference.detections import Detections
 from app.inference.folder import ended_by_sigterm, unwritable_said
 from app.inference.journal import file_state
-from app.inference.outputs import PER_IMAGE, coco_results
+from app.inference.outputs import coco_results, write_images
 from app.inference.settings import Settings
 from app.inference.tables import TABLES
 
@@ -132,15 +132,7 @@ def _answer(
 ) -> None:
     begun, before = time.perf_counter(), dict(runtime.seconds)
     image = frame.read()
-    found = runtime.predict(
-        image,
-        settings.prompts,
-        threshold=settings.threshold,
-        max_detections=settings.max_detections,
-        nms=settings.nms,
-        tile=settings.tile,
-        overlap=settings.overlap,
-    )
+    found = runtime.predict(image, settings.prompts, **settings.limits())
     if output is not None:
         with unwritable_said(output):
             _write(frame, image, found, settings, output, lines)
@@ -156,9 +148,7 @@ def _write(
     output: Path,
     lines: TextIO | None,
 ) -> None:
-    for kind in settings.save:
-        if kind in PER_IMAGE:
-            PER_IMAGE[kind].write(output / PER_IMAGE[kind].path.format(frame.name), image, found)
+    write_images(output, frame.name, image, found, settings.save)
     if lines is not None:
         results = coco_results(found, 0, range(1, len(found.prompts) + 1))
         entry = {

@@ -5,7 +5,6 @@ Needs neither torch nor any other package, and runs on Python 3.10: the runtime 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from app.errors import UserError
+from app.files import hash_file
 
 FILE = "manifest.json"
 FORMAT = "sam3-finetuning/onnx/1"
@@ -157,12 +157,3 @@ def safer(precision: str) -> list[str]:
 def inside(name: str) -> bool:
     """Whether a file's name stays in the folder that names it."""
     return bool(name) and PurePosixPath(name).name == name and name not in (".", "..")
-
-
-def hash_file(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with file.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from app.deploy.golden import cosine_of
 from app.deploy.graphs import FPN
 from app.deploy.manifest import Tolerance
 from app.inference.predictor import Predictor, query_scores
@@ -106,18 +107,13 @@ def compare(
     if masks is not None and seen.any():
         iou = _mean_iou(masks[seen] > 0, found["masks"][seen] > 0)
     return Difference(
-        cosine=min(_cosine(truth[name], found[name]) for name in FPN),
+        cosine=min(cosine_of(truth[name], found[name]) for name in FPN),
         scores=_largest(scores, found["scores"]),
         boxes=_largest(boxes[seen], found["boxes"][seen]),
         mask_iou=iou,
         objects=int(seen.sum()),
         images=1,
     )
-
-
-def _cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    flat, also = one.ravel().astype(np.float64), other.ravel().astype(np.float64)
-    return float(flat @ also / np.sqrt((flat @ flat) * (also @ also)))
 
 
 def _largest(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:

@@ -33,89 +33,71 @@ def narrow(source: Path, file: Path, precision: str, *, emulated: bool = False) 
             comes out: what a device does, for a CPU that has no such kernels.
     """
     model = ir.load(source)
-    half = TYPES[precision]
-    rounded: dict[tuple[ir.Value, bool], ir.Value] = {}
+    narrowing = _Narrowing(model.graph, TYPES[precision], emulated)
     for node in list(model.graph):
-        if node.op_type not in NARROWED[precision]:
-            continue
-        for index, value in enumerate(node.inputs):
-            if value is None or value.dtype != ir.DataType.FLOAT:
-                continue
-            if value.const_value is not None:
-                narrowed = _constant(model.graph, value, half, emulated, rounded)
-            else:
-                narrowed = _cast_before(model.graph, node, value, half, emulated, rounded)
-            node.replace_input_with(index, narrowed)
-        _cast_after(model.graph, node, half, emulated)
+        if node.op_type in NARROWED[precision]:
+            narrowing.narrow(node)
     _drop_unused(model.graph)
     save(model, file)
 
 
-def _constant(
-    graph: ir.Graph,
-    value: ir.Value,
-    half: ir.DataType,
-    emulated: bool,
-    rounded: dict[tuple[ir.Value, bool], ir.Value],
-) -> ir.Value:
-    """A weight in half precision; made once for all that read it."""
-    key = (value, emulated)
-    if key not in rounded:
+class _Narrowing:
+    """Puts the nodes of a graph into half precision, one by one.
+
+    Args:
+        emulated: as of `narrow`.
+    """
+
+    def __init__(self, graph: ir.Graph, half: ir.DataType, emulated: bool) -> None:
+        self._graph, self._half, self._emulated = graph, half, emulated
+        self._known: dict[ir.Value, ir.Value] = {}  # a value → it in half precision
+
+    def narrow(self, node: ir.Node) -> None:
+        for index, value in enumerate(node.inputs):
+            if value is None or value.dtype != ir.DataType.FLOAT:
+                continue
+            if value not in self._known:  # made once, where it is first read
+                constant = value.const_value is not None
+                self._known[value] = self._round(value) if constant else self._cast(value, node)
+            node.replace_input_with(index, self._known[value])
+        self._cast_back(node)
+
+    def _round(self, value: ir.Value) -> ir.Value:
+        """A weight in half precision."""
         assert value.const_value is not None
-        array = value.const_value.numpy().astype(half.numpy())
-        if emulated:
+        array = value.const_value.numpy().astype(self._half.numpy())
+        if self._emulated:
             array = array.astype(np.float32)
-        name = f"{value.name}.{'rounded' if emulated else 'half'}"
-        tensor = ir.Tensor(array, dtype=ir.DataType.FLOAT if emulated else half, name=name)
-        new = ir.Value(
-            name=name, shape=value.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        graph.register_initializer(new)
-        rounded[key] = new
-    return rounded[key]
+        kind = ir.DataType.FLOAT if self._emulated else self._half
+        name = f"{value.name}.half"
+        tensor = ir.Tensor(array, dtype=kind, name=name)
+        new = ir.Value(name=name, shape=value.shape, type=ir.TensorType(kind), const_value=tensor)
+        self._graph.register_initializer(new)
+        return new
 
+    def _cast(self, value: ir.Value, reader: ir.Node) -> ir.Value:
+        for kind in (self._half, ir.DataType.FLOAT) if self._emulated else (self._half,):
+            cast = _cast(value, kind)
+            self._graph.insert_before(reader, cast)
+            value = cast.outputs[0]
+        return value
 
-def _cast_before(
-    graph: ir.Graph,
-    node: ir.Node,
-    value: ir.Value,
-    half: ir.DataType,
-    emulated: bool,
-    rounded: dict[tuple[ir.Value, bool], ir.Value],
-) -> ir.Value:
-    """The value in half precision; cast once, where it is first read."""
-    key = (value, emulated)
-    if key not in rounded:
-        last = value
-        for kind in (half, ir.DataType.FLOAT) if emulated else (half,):
+    def _cast_back(self, node: ir.Node) -> None:
+        """What comes out in float32 again, for all that read it."""
+        result = last = node.outputs[0]
+        users = list(result.uses())
+        for kind in (self._half, ir.DataType.FLOAT) if self._emulated else (ir.DataType.FLOAT,):
             cast = _cast(last, kind)
-            graph.insert_before(node, cast)
-            last = cast.outputs[0]
-        rounded[key] = last
-    return rounded[key]
-
-
-def _cast_after(graph: ir.Graph, node: ir.Node, half: ir.DataType, emulated: bool) -> None:
-    result = node.outputs[0]
-    users = list(result.uses())
-    is_output = result in graph.outputs
-    last = result
-    after = node
-    for kind in (half, ir.DataType.FLOAT) if emulated else (ir.DataType.FLOAT,):
-        cast = _cast(last, kind)
-        graph.insert_after(after, cast)
-        last, after = cast.outputs[0], cast
-    if not emulated:
-        result.dtype = half
-    for user, index in users:
-        user.replace_input_with(index, last)
-    if is_output:
-        name = result.name
-        result.name = f"{name}.half"
-        last.name = name
-        for index, output in enumerate(graph.outputs):
+            self._graph.insert_after(node, cast)
+            node, last = cast, cast.outputs[0]
+        if not self._emulated:
+            result.dtype = self._half
+        for user, index in users:
+            user.replace_input_with(index, last)
+        for index, output in enumerate(self._graph.outputs):
             if output is result:
-                graph.outputs[index] = last
+                last.name, result.name = result.name, f"{result.name}.half"
+                self._graph.outputs[index] = last
 
 
 def _cast(value: ir.Value, kind: ir.DataType) -> ir.Node:

@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from app.deploy.manifest import FILE, PRECISIONS, hash_file
+from app.console import log_to_stdout, show_problems
+from app.deploy.manifest import FILE, PRECISIONS
 from app.deploy.runtime import BACKENDS, Runtime
 from app.errors import UserError
+from app.files import hash_file
 from app.inference.folder import Work, predict_folder, predict_images
 from app.inference.postprocess import THRESHOLD
 from app.inference.settings import SAVES, Known, Settings, make_settings
@@ -40,15 +42,14 @@ def main(words: Sequence[str] | None = None) -> None:
     Args:
         words: None: what the process was started with.
     """
-    _log_to_stdout()
+    log_to_stdout()
     # A shell starts what goes to the background deaf to it; a loop without an end must hear it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     options = make_parser().parse_args(words)
     try:
         sys.exit(run(options))
     except UserError as error:
-        for problem in error.problems:
-            print(f"error: {problem}" if not problem.startswith(" ") else problem, file=sys.stderr)
+        show_problems(error)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -210,14 +211,6 @@ def _number(
         return value
 
     return read
-
-
-def _log_to_stdout() -> None:
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers = [handler]
-    log.setLevel(logging.INFO)
-    log.propagate = False
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ class Backend(Protocol):
     name: str
     precision: str
 
-    def image(self, pixels: NDArray[np.float32]) -> Any:
-        """(1, 3, R, R), -1..1 → features, kept where they were computed."""
+    def image(self, pixels: NDArray[np.float32]) -> Mapping[str, Any]:
+        """(1, 3, R, R), -1..1 → features by their names, kept where they were computed."""
 
     def ground(
         self, features: Any, text: NDArray[np.float32], text_mask: NDArray[np.bool_]
@@ -213,10 +213,7 @@ class Runtime:
             raise UserError(f"{self.folder / GOLDEN}: cannot be read ({error}). {REMEDY}") from None
         features = self.backend.image(to_pixels(pixels))
         outputs = self.backend.ground(features, text, mask)
-        if isinstance(features, Mapping):  # TensorRT compares its own when it loads an engine
-            outputs |= {name: _to_numpy(value) for name, value in features.items()}
-        else:
-            golden = {k: v for k, v in golden.items() if k in INPUTS or k in outputs}
+        outputs |= {name: _to_numpy(value) for name, value in features.items()}
         return golden_misses(self.manifest, self.backend.precision, golden, outputs)
 
 
@@ -266,6 +263,6 @@ def _best(
 
 
 def _to_numpy(value: Any) -> NDArray[Any]:
-    """An array, also of an OrtValue."""
+    """An array, also of what is kept on a GPU."""
     array: NDArray[Any] = value if isinstance(value, np.ndarray) else value.numpy()
     return array

@@ -53,12 +53,7 @@ def write_card(
     environment = read_json(by_command) if by_command.is_file() else {}
     metas = start is not None and not header.model.name.startswith("nano")
     data = ModelCardData(
-        license="other" if metas else "apache-2.0",
-        license_name="sam-license" if metas else None,
-        license_link="https://github.com/facebookresearch/sam3/blob/main/LICENSE"
-        if metas
-        else None,
-        base_model="facebook/sam3" if metas else None,
+        **licence(metas=metas),
         library_name="sam3-finetuning",
         pipeline_tag="image-segmentation",
         tags=["sam3", "open-vocabulary", "object-detection", "instance-segmentation"],
@@ -98,6 +93,18 @@ def write_card(
     file = best / CARD
     write_text(file, "\n\n".join(parts) + "\n")
     return file
+
+
+def licence(*, metas: bool) -> dict[str, Any]:
+    """What a card says of the licence; `metas`: of weights that began as Meta's."""
+    if not metas:
+        return {"license": "apache-2.0"}
+    return {
+        "license": "other",
+        "license_name": "sam-license",
+        "license_link": "https://github.com/facebookresearch/sam3/blob/main/LICENSE",
+        "base_model": "facebook/sam3",
+    }
 
 
 def _results(figures: Mapping[str, Any], name: str) -> list[EvalResult]:

@@ -19,7 +19,7 @@ from app.errors import UserError
 from app.inference.detections import Detections
 from app.inference.inputs import find_images, normalised_boxes, output_names
 from app.inference.journal import Entry, Journal, file_state, read_contents
-from app.inference.outputs import PER_IMAGE, coco_results
+from app.inference.outputs import PER_IMAGE, coco_results, write_images
 from app.inference.settings import Settings
 from app.inference.tables import TABLES
 from app.model.vocabulary import VISUAL_PROMPT
@@ -158,17 +158,10 @@ def predict_images(
         [image for _, image in opened],
         settings.prompts,
         **{key: value for key, value in boxes.items() if value},  # a runtime takes none
-        threshold=settings.threshold,
-        max_detections=settings.max_detections,
-        nms=settings.nms,
-        tile=settings.tile,
-        overlap=settings.overlap,
+        **settings.limits(),
     )
     for (job, image), detections in zip(opened, found, strict=True):
-        for kind in settings.save:
-            if kind in PER_IMAGE:
-                path = output / PER_IMAGE[kind].path.format(job.name)
-                PER_IMAGE[kind].write(path, image, detections)
+        write_images(output, job.name, image, detections, settings.save)
         entries.append(_entry(job, detections))
     return Outcome(tuple(entries), tuple(failed))
 

@@ -39,6 +39,15 @@ class Output:
     write: Callable[[Path, Image.Image, Detections], None]
 
 
+def write_images(
+    folder: Path, name: str, image: Image.Image, detections: Detections, save: Sequence[str]
+) -> None:
+    """What an image has for itself, of the kinds in `save`."""
+    for kind in save:
+        if kind in PER_IMAGE:
+            PER_IMAGE[kind].write(folder / PER_IMAGE[kind].path.format(name), image, detections)
+
+
 def draw_detections(image: Image.Image, detections: Detections) -> Image.Image:
     """Overlay of mask, box, prompt and score on a copy of the image."""
     from app.datasets.overlay import color_of, draw_objects

@@ -53,6 +53,11 @@ class Settings:
     device: str = "auto"
     precision: str = "auto"
 
+    def limits(self) -> dict[str, Any]:
+        """What of all that is found is kept, as `Predictor.predict` takes it."""
+        names = ("threshold", "max_detections", "nms", "tile", "overlap")
+        return {name: getattr(self, name) for name in names}
+
     def identity(self) -> dict[str, Any]:
         """What must be the same for results to stand side by side."""
         settings = asdict(self)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -60,12 +59,6 @@ class Base:
 
     reference: str
     sha256: str
-
-
-def hash_file(file: Path) -> str:
-    """SHA-256 of a file's bytes: some 3 s for SAM 3's weights."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def apply_lora(model: Sam3Image, config: LoraConfig, base: Base | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from app.errors import UserError
-from app.files import atomic_path, write_text
+from app.files import atomic_path, hash_file, write_text
 from app.model.weights import FILE, find_file, read_header
 
 NANO = Path(__file__).resolve().parents[1] / "assets" / "nano"
@@ -25,7 +24,7 @@ def carried_nano() -> Path | None:
     file = NANO / FILE
     if not file.is_file():
         return None
-    if _hash(file) != _hash_file(file).read_text("ascii", "replace").strip():
+    if hash_file(file) != _hash_file(file).read_text("ascii", "replace").strip():
         raise UserError(
             f"{file}: is damaged: its SHA-256 is not that of {_hash_file(file).name}; restore both "
             "from the project, or give --checkpoint"
@@ -51,14 +50,9 @@ def pack(source: Path, folder: Path) -> Path:
     packed = folder / FILE
     with atomic_path(packed) as temporary:
         save_file(state, temporary, metadata=metadata)
-    write_text(_hash_file(packed), _hash(packed) + "\n")
+    write_text(_hash_file(packed), hash_file(packed) + "\n")
     return packed
 
 
 def _hash_file(file: Path) -> Path:
     return file.with_suffix(file.suffix + ".sha256")
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -22,7 +22,7 @@ from torch import Tensor
 from app import __version__
 from app.config import ModelConfig, load_model_config, model_config, model_names
 from app.errors import UserError
-from app.files import atomic_path
+from app.files import atomic_path, hash_file
 from app.model import adapters, huggingface
 from app.model.build import build_model
 from app.model.upstream import COMMIT
@@ -88,6 +88,7 @@ def load(
     *,
     size: str | None = None,
     resolution: int | None = None,
+    merge: bool = False,
     mapped: bool = False,
 ) -> tuple[Sam3Image, Header]:
     """Build the model that the checkpoint holds and load it, strictly.
@@ -98,18 +99,15 @@ def load(
             transformers' `Sam3Model`.
         size: name of the size that is expected; None takes what the file says or fits.
         resolution: pixels, where it should differ from the one trained at.
-        mapped: as of `load_into`.
+        merge, mapped: as of `load_into`.
 
     Raises:
         UserError: no such file, not a checkpoint, or another size; names the first keys that do
             not fit.
     """
-    header = describe(path, size)
-    if resolution is not None:
-        config = header.model.model_dump() | {"resolution": resolution}
-        header = header.model_copy(update={"model": model_config(config, "--resolution")})
+    header = describe(path, size, resolution)
     model = build_model(header.model)
-    load_into(model, path, merge=False, mapped=mapped)
+    load_into(model, path, merge=merge, mapped=mapped)
     return model, header
 
 
@@ -122,13 +120,16 @@ def merge(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
             f"--output-dir {folder}: holds {FILE} already. Replace it with --overwrite, or name "
             "another folder."
         )
-    model, header = load(path)
-    adapters.merge_lora(model)
+    model, header = load(path, merge=True)
     return save(model, folder, header)
 
 
-def describe(path: Path, size: str | None = None) -> Header:
-    """What a checkpoint is: its header, or the size that its keys and shapes, or its config fit."""
+def describe(path: Path, size: str | None = None, resolution: int | None = None) -> Header:
+    """What a checkpoint is: its header, or the size that its keys and shapes, or its config fit.
+
+    Args:
+        size, resolution: as of `load`.
+    """
     file = find_file(path)
     header = read_header(file)
     if header is None and file.name == adapters.FILE:
@@ -141,6 +142,9 @@ def describe(path: Path, size: str | None = None) -> Header:
             f"{file} holds a model of size '{header.model.name}', not '{size}'. "
             f"Use --model {header.model.name}, or weights of size {size}."
         )
+    if resolution is not None:
+        config = header.model.model_dump() | {"resolution": resolution}
+        header = header.model_copy(update={"model": model_config(config, "--resolution")})
     return header
 
 
@@ -170,7 +174,7 @@ def base_reference(file: Path) -> adapters.Base:
     """How an adapter names the weights that it is trained on."""
     published = file == cached_sam3()
     reference = "/".join(HUB) if published else str(file.resolve())
-    return adapters.Base(reference, adapters.hash_file(file))
+    return adapters.Base(reference, hash_file(file))
 
 
 def find_base(folder: Path) -> Path:
@@ -193,7 +197,7 @@ def find_base(folder: Path) -> Path:
     wanted = f"the weights it was trained on, {base.reference} (sha256 {base.sha256[:16]}…)"
     if not file.is_file():
         raise UserError(f"{folder}: needs {wanted}; there is no {file}. Set {BASE}=FILE to them.")
-    if adapters.hash_file(file) != base.sha256:
+    if hash_file(file) != base.sha256:
         raise UserError(f"{folder}: needs {wanted}; {file} is another. Set {BASE}=FILE to them.")
     return file
 

@@ -11,7 +11,7 @@ from app.config import Config
 from app.datasets.build import Splits
 from app.datasets.coco import Dataset
 from app.errors import UserError
-from app.model import adapters
+from app.files import hash_file
 from app.training.distillation import teacher_file
 
 Fingerprint = dict[str, Any]
@@ -38,7 +38,7 @@ def fingerprint(config: Config, splits: Splits, processes: int) -> Fingerprint:
     return {
         "training data": _identify(splits.train),
         "validation data": _identify(splits.valid),
-        "teacher": None if teacher is None else adapters.hash_file(teacher),
+        "teacher": None if teacher is None else hash_file(teacher),
         "processes": processes,
         **{key: value for key, value in settings.items() if not key.startswith(_HARMLESS)},
     }

@@ -24,11 +24,11 @@ from onnx import TensorProto, helper, numpy_helper
 from app.deploy.cuda import available_memory
 from app.deploy.engines import source_hash, workspace_limit
 from app.deploy.golden import sample
-from app.deploy.manifest import FILE, Manifest, Tolerance, hash_file, read_manifest
+from app.deploy.manifest import FILE, Manifest, Tolerance, read_manifest
 from app.deploy.square import to_pixels
 from app.deploy.tensorrt import TensorRTBackend, ladder
 from app.errors import UserError
-from app.files import write_json
+from app.files import hash_file, write_json
 from tests.conftest import REPOSITORY
 from tests.deploy.tensorrt_stand_in import Error, StandIn
 

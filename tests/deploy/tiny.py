@@ -16,8 +16,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from app.deploy.golden import sample
-from app.deploy.manifest import FILE, Manifest, Tolerance, hash_file, read_manifest
+from app.deploy.manifest import FILE, Manifest, Tolerance, read_manifest
 from app.deploy.runtime import Runtime
+from app.files import hash_file
 
 SIDE, TOKENS, WIDTH = 8, 4, 3  # R, L, D
 PROMPTS = ("red", "green", "blue")

@@ -13,8 +13,7 @@ from app.config import load_config
 from app.datasets.build import Splits
 from app.evaluation import model_card
 from app.evaluation.model_card import CARD
-from app.files import read_json
-from app.model.adapters import hash_file
+from app.files import hash_file, read_json
 from app.model.carried import NANO
 from tests.conftest import Command
 from tests.evaluation.examples import BOX, truth
