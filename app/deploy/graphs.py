@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
+from sam3.model.decoder import TransformerDecoder
 from sam3.model.maskformer_segmentation import MaskPredictor
 from sam3.model.model_misc import inverse_sigmoid
 from sam3.model.sam3_image import Sam3Image
@@ -25,7 +25,8 @@ class RotaryAttention(nn.Module):
     """Upstream's ViT attention, its rotary embedding in real numbers.
 
     The units of queries and keys are put in another order, the same in both: the first of each
-    rotated pair before all the second ones, so that halves are turned and not neighbours.
+    rotated pair before all the second ones, so that halves are turned and not neighbours. Their
+    weights take up the scale of `attend`.
 
     Args:
         attention: `sam3.model.vitdet.Attention`.
@@ -44,18 +45,19 @@ class RotaryAttention(nn.Module):
         width = self.heads * self.head_dim
         units = torch.arange(width).view(self.heads, -1, 2).transpose(1, 2).flatten()
         order = torch.cat([units, width + units, 2 * width + torch.arange(width)])
+        scale = torch.ones(3 * width, 1)
+        scale[: 2 * width] = self.head_dim**-0.25
         with torch.no_grad():
-            self.qkv.weight.copy_(self.qkv.weight[order])
-            self.qkv.bias.copy_(self.qkv.bias[order])
+            self.qkv.weight.copy_(self.qkv.weight[order] * scale)
+            self.qkv.bias.copy_(self.qkv.bias[order] * scale[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) → the same."""
         batch, height, width, _ = x.shape
-        query, key, value = (
-            part.reshape(batch, height * width, self.heads, -1).transpose(1, 2)
-            for part in self.qkv(x).chunk(3, dim=-1)
-        )  # (B, heads, tokens, head_dim)
-        found = attend(self._turn(query), self._turn(key), value)
+        parts = self.qkv(x).view(batch, height * width, 3 * self.heads, self.head_dim)
+        turned, value = parts.transpose(1, 2).split([2 * self.heads, self.heads], dim=1)
+        query, key = self._turn(turned).chunk(2, dim=1)  # (B, heads, tokens, head_dim)
+        found = attend(query, key, value)
         found = found.permute(0, 2, 1, 3).reshape(batch, height, width, -1)
         out: Tensor = self.proj(found)
         return out
@@ -77,10 +79,11 @@ class PlainAttention(nn.Module):
         assert attention.in_proj_weight is not None
         weights = attention.in_proj_weight.detach().chunk(3)
         biases = attention.in_proj_bias.detach().chunk(3)
+        scale = attention.head_dim**-0.25
         self.projections = nn.ModuleList()
-        for weight, bias in zip(weights, biases, strict=True):
+        for weight, bias, by in zip(weights, biases, (scale, scale, 1), strict=True):
             linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-            linear.weight, linear.bias = nn.Parameter(weight), nn.Parameter(bias)
+            linear.weight, linear.bias = nn.Parameter(weight * by), nn.Parameter(bias * by)
             self.projections.append(linear)
 
     def forward(
@@ -123,14 +126,15 @@ class PlainAttention(nn.Module):
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot products, each factor scaled by itself, so that no score leaves half precision.
+    """What the keys that fit a query best hold.
 
     Args:
-        query, key, value: (B, heads, tokens, head_dim).
+        query, key: (B, heads, tokens, head_dim), each scaled by head_dim ** -0.25: their product is
+            as it should be, and none of its sums leaves half precision.
+        value: (B, heads, tokens, head_dim).
         mask: added to the scores.
     """
-    scale = query.shape[-1] ** -0.25
-    scores = (query * scale) @ (key * scale).transpose(-1, -2)
+    scores = query @ key.transpose(-1, -2)
     if mask is not None:
         scores = scores + mask
     return scores.softmax(dim=-1) @ value
@@ -145,9 +149,103 @@ def write_out(model: Sam3Image) -> Sam3Image:
                 setattr(parent, name, RotaryAttention(child))
             elif isinstance(child, nn.MultiheadAttention):
                 setattr(parent, name, PlainAttention(child))
+            elif isinstance(child, nn.GELU):
+                setattr(parent, name, Gelu())
+            elif isinstance(child, TransformerDecoder):
+                setattr(parent, name, Decoder(child))
             elif isinstance(child, MaskPredictor):
                 setattr(parent, name, MaskProduct(child))
     return model.eval().requires_grad_(False)
+
+
+class Gelu(nn.Module):
+    """`nn.GELU` in the order in which ONNX Runtime knows it, and computes it at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * ((x / 2**0.5).erf() + 1) * 0.5
+
+
+class Decoder(nn.Module):
+    """Upstream's DETR decoder, of which only what its last layer says is computed.
+
+    The presence token stays before the queries throughout, the sines of boxes are not interleaved
+    (the weights that read them are put in that order), and what places add to an attention's scores
+    is put in its order before its two axes are added to a map.
+    """
+
+    frequencies: Tensor  # (D / 4,) of a box's numbers, radians
+    edges: Tensor  # (4, 4) cxcywh → x0, x1, y0, y1
+
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        assert decoder.boxRPB == "log"
+        assert decoder.use_normed_output_consistently
+        self.layers, self.norm, self.box_head = decoder.layers, decoder.norm, decoder.bbox_embed
+        self.query_embed, self.reference_points = decoder.query_embed, decoder.reference_points
+        self.presence_token, self.presence_norm = (
+            decoder.presence_token,
+            decoder.presence_token_out_norm,
+        )
+        self.presence_head = decoder.presence_token_head
+        self.place_head = decoder.ref_point_head
+        self.bias_x, self.bias_y = decoder.boxRPB_embed_x, decoder.boxRPB_embed_y
+        count = decoder.d_model // 4  # sines of a number, and as many cosines
+        steps = torch.arange(count, dtype=torch.float32) / count
+        self.register_buffer("frequencies", 2 * torch.pi / 10000**steps)
+        half = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1], [-0.5, 0.5, 0, 0], [0, 0, -0.5, 0.5]])
+        self.register_buffer("edges", half)
+        theirs = torch.arange(8 * count).view(4, count, 2)[[1, 0, 2, 3]]  # of y, x, w, h
+        first = self.place_head.layers[0]
+        with torch.no_grad():
+            first.weight.copy_(first.weight[:, theirs.transpose(1, 2).flatten()])
+
+    def forward(
+        self, memory: Tensor, places: Tensor, prompt: Tensor, mask: Tensor, side: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the queries find.
+
+        Args:
+            memory: (tokens, K, D), of side × side.
+            places: (tokens, 1, D).
+            prompt, mask: (L, K, D), and (K, L), True where there is no token.
+
+        Returns:
+            Queries (K, Q, D), their boxes (K, Q, 4) cxcywh, 0..1, and presence (K, 1), 0..1.
+        """
+        count, key = memory.shape[1], memory + places
+        tokens = torch.cat([self.presence_token.weight, self.query_embed.weight])
+        tokens = tokens[:, None].expand(-1, count, -1)  # (1 + Q, K, D)
+        boxes = self.reference_points.weight.sigmoid()[:, None].expand(-1, count, -1)
+        for layer in self.layers:
+            where = self.place_head(self._sines(boxes))
+            where = F.pad(where, (0, 0, 0, 0, 1, 0))  # presence is nowhere
+            turned = tokens + where
+            tokens = layer.norm2(tokens + layer.self_attn(turned, turned, tokens)[0])
+            words = layer.ca_text(tokens + where, prompt, prompt, key_padding_mask=mask)[0]
+            tokens = layer.catext_norm(tokens + words)
+            bias = self._bias(boxes, side)
+            seen = layer.cross_attn(query=tokens + where, key=key, value=memory, attn_mask=bias)[0]
+            tokens = layer.forward_ffn(layer.norm1(tokens + seen))
+            queries = self.norm(tokens[1:])
+            boxes = (self.box_head(queries) + inverse_sigmoid(boxes)).sigmoid()
+        presence = self.presence_head(self.presence_norm(tokens[:1])).squeeze(-1).sigmoid()
+        return queries.transpose(0, 1), boxes.transpose(0, 1), presence.transpose(0, 1)
+
+    def _sines(self, boxes: Tensor) -> Tensor:
+        """(Q, K, 4) cxcywh → (Q, K, 2 D)."""
+        angles = boxes[..., None] * self.frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(2)
+
+    def _bias(self, boxes: Tensor, side: int) -> Tensor:
+        """(Q, K, 4) cxcywh → (K, heads, 1 + Q, side * side): by how far a token is from edges."""
+        steps = torch.arange(side, dtype=torch.float32, device=boxes.device)[:, None] / side
+        away = 8 * (steps - (boxes @ self.edges)[:, :, None])  # (Q, K, side, 4)
+        away = away.sign() * (away.abs() + 1).log2() / 3
+        across, down = (
+            F.pad(head(part).permute(1, 3, 0, 2), (0, 0, 1, 0))
+            for head, part in zip((self.bias_x, self.bias_y), away.chunk(2, dim=-1), strict=True)
+        )  # (K, heads, 1 + Q, side)
+        return (down[..., None] + across[..., None, :]).flatten(3)
 
 
 class MaskProduct(nn.Module):
@@ -236,7 +334,7 @@ class GroundGraph(nn.Module):
         text_mask: Tensor,
     ) -> tuple[Tensor, ...]:
         """See `app.deploy.manifest` for shapes; masks are left out where the model makes none."""
-        count, side = self.prompts, fpn2.shape[-1]
+        count = self.prompts
         image = fpn2.flatten(2).permute(2, 0, 1)  # (tokens, 1, D)
         places = position.flatten(2).permute(2, 0, 1)
         token = self._image_token(image, places).expand(-1, count, -1)
@@ -254,9 +352,9 @@ class GroundGraph(nn.Module):
             )
         memory = memory.transpose(0, 1)
 
-        queries, boxes, presence = self._decode(memory, places, prompt, mask, side)
+        decoder = self.transformer.decoder
+        queries, boxes, presence = decoder(memory, places, prompt, mask, fpn2.shape[-1])
         logits = self.scoring(queries[None], prompt, mask)[0].squeeze(-1)  # (K, Q)
-        presence = presence.sigmoid()  # (K, 1)
         scores = logits.sigmoid() * presence
         if self.top is not None:
             scores, best = scores.topk(min(self.top, scores.shape[1]), dim=1)
@@ -283,23 +381,3 @@ class GroundGraph(nn.Module):
             token = layer(tgt=token, memory=image, pos=places)
         out: Tensor = encoder.encode_norm(token)
         return out
-
-    def _decode(
-        self, memory: Tensor, places: Tensor, prompt: Tensor, mask: Tensor, side: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (K, Q, D), their boxes (K, Q, 4) cxcywh and presence logits (K, 1)."""
-        decoder = self.transformer.decoder
-        start = decoder.query_embed.weight[:, None].expand(-1, self.prompts, -1)
-        hidden, references, presence, _ = decoder(
-            tgt=start,
-            memory=memory,
-            pos=places,
-            spatial_shapes=np.array([[side, side]]),  # known when exported, unlike a tensor's
-            valid_ratios=torch.ones(self.prompts, 1, 2, device=memory.device),
-            memory_text=prompt,
-            text_attention_mask=mask,
-            apply_dac=False,
-        )
-        queries = hidden[-1].transpose(0, 1)
-        boxes = decoder.bbox_embed(hidden[-1]) + inverse_sigmoid(references[-1])
-        return queries, boxes.sigmoid().transpose(0, 1), presence[-1].transpose(0, 1)

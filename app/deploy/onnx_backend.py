@@ -17,6 +17,8 @@ from app.errors import UserError, nearest
 CUDA = "CUDAExecutionProvider"
 FASTEST = {True: "fp16", False: "int8"}  # by whether there is CUDA
 LACKING = "bf16"  # ONNX Runtime has no kernels for most of its operators
+# It joins products and biases before those of int8 are found, which then are computed in fp32.
+HINDERING = ["MatMulAddFusion"]
 Features = Mapping[str, Any]  # name → NDArray, or OrtValue where it lies on a GPU
 
 
@@ -59,10 +61,15 @@ class OnnxRuntimeBackend:
     def _open(self, file: Path, shapes: Mapping[str, Any]) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3  # errors, which are raised as well
+        # Between runs its threads would spin, and take the cores from the other graph and numpy.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         providers = [CUDA] if self._on_gpu else []
         try:
             session = self._ort.InferenceSession(
-                str(file), options, providers=[*providers, "CPUExecutionProvider"]
+                str(file),
+                options,
+                providers=[*providers, "CPUExecutionProvider"],
+                disabled_optimizers=HINDERING,
             )
         except Exception as error:  # its classes have no base of their own
             raise UserError(

@@ -7,6 +7,7 @@ between them stays in float32, so that no sum, norm or softmax leaves the range 
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ NARROWED = {  # ONNX knows no convolutions in bfloat16 before opset 22, which Te
     "fp16": (*PRODUCTS, "Conv", "ConvTranspose"),
     "bf16": PRODUCTS,
 }
+TRUNK = re.compile(r"\.mlp\.fc\d|\.attn\.(qkv|proj)\b")  # the products of a block with weights
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch.onnx notes which module a node comes from
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -113,7 +115,7 @@ def _drop_unused(graph: ir.Graph) -> None:
 
 
 def quantise(source: Path, file: Path, images: Iterable[NDArray[np.float32]]) -> None:
-    """Write the image graph with its trunk's MLPs in int8, by explicit Q/DQ pairs.
+    """Write the image graph with its trunk's MLPs and projections in int8, by explicit Q/DQ pairs.
 
     Weights are symmetric, one scale for each unit; activations symmetric, one scale for each
     product, so wide that what the images showed is not cut: as TensorRT takes them.
@@ -136,7 +138,7 @@ def quantise(source: Path, file: Path, images: Iterable[NDArray[np.float32]]) ->
     products = [
         node.name
         for node in model.graph
-        if node.op_type == "MatMul" and ".mlp.fc" in node.metadata_props.get(SCOPES, "")
+        if node.op_type == "MatMul" and TRUNK.search(node.metadata_props.get(SCOPES, ""))
     ]
     logging.getLogger().addFilter(_no_preprocessing_advice)
     try:

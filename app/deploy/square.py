@@ -6,11 +6,16 @@ weights as integers, across and then down, rounded to uint8 after each (ATen's U
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 BLOCK = 32  # target pixels a matrix product: few zeros in its weights, and few products
+# Multiplications that OpenBLAS does by one thread (GEMM_MULTITHREAD_THRESHOLD * SMP_THRESHOLD_MIN).
+# Its others would spin for some 25 ms afterwards, and keep the cores from ONNX Runtime.
+ALONE = 4 * 65536
 EXACT_BITS = 16  # of weights whose sums with uint8 float32 holds exactly: 16 + 8 bits
 Bytes = NDArray[np.uint8]
 Numbers = NDArray[np.floating]
@@ -35,23 +40,39 @@ def to_square(image: Image.Image, side: int) -> Bytes:
 
 def _resize(planes: Numbers, target: int) -> Numbers:
     """Whole numbers 0..255 (C, n, source) → (C, n, target), as whole numbers again."""
-    first, weights, bits = _weights(planes.shape[2], target)
-    kind = np.float32 if bits <= EXACT_BITS else np.float64
-    planes = planes.astype(kind, copy=False)
-    resized = np.empty((*planes.shape[:2], target), dtype=kind)
-    for start in range(0, target, BLOCK):
-        begin, end = first[start], first[start : start + BLOCK].max() + weights.shape[1]
-        end = min(end, planes.shape[2])
-        taps = np.zeros((end - begin, len(first[start : start + BLOCK])), dtype=kind)
-        for column, (place, row) in enumerate(zip(first[start:], weights[start:], strict=True)):
-            if column == taps.shape[1]:
-                break
-            inside = row[: end - place]
-            taps[place - begin : place - begin + len(inside), column] = inside
-        resized[:, :, start : start + BLOCK] = planes[:, :, begin:end] @ taps
+    channels, lines, source = planes.shape
+    blocks, bits = _blocks(source, target)
+    rows = planes.reshape(-1, source).astype(blocks[0][1].dtype, copy=False)
+    resized = np.empty((len(rows), target), dtype=rows.dtype)
+    for start, (begin, taps) in zip(range(0, target, BLOCK), blocks, strict=True):
+        read, written = rows[:, begin : begin + len(taps)], resized[:, start : start + BLOCK]
+        height = max(ALONE // taps.size, 1)
+        for top in range(0, len(rows), height):
+            np.matmul(read[top : top + height], taps, out=written[top : top + height])
     resized += 2.0 ** (bits - 1)
     resized *= 2.0**-bits
-    return np.floor(resized, out=resized).clip(max=255, out=resized)
+    np.floor(resized, out=resized).clip(max=255, out=resized)
+    return resized.reshape(channels, lines, target)
+
+
+@functools.lru_cache(maxsize=16)  # a camera's frames are all of one size
+def _blocks(source: int, target: int) -> tuple[list[tuple[int, Numbers]], int]:
+    """For BLOCK target pixels each the first source pixel and the weights (n, BLOCK) from there.
+
+    The weights of a pixel come to 2**bits.
+    """
+    first, weights, bits = _weights(source, target)
+    kind = np.float32 if bits <= EXACT_BITS else np.float64
+    blocks = []
+    for start in range(0, target, BLOCK):
+        places = first[start : start + BLOCK]
+        begin, end = places[0], min(places.max() + weights.shape[1], source)
+        taps = np.zeros((end - begin, len(places)), dtype=kind)
+        for column, (place, row) in enumerate(zip(places, weights[start:], strict=False)):
+            inside = row[: end - place]
+            taps[place - begin : place - begin + len(inside), column] = inside
+        blocks.append((int(begin), taps))
+    return blocks, bits
 
 
 def _weights(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:

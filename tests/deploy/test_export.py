@@ -152,16 +152,16 @@ def test_a_half_cast_back_is_the_product_of_rounded_numbers(exported: Path) -> N
         assert np.abs(found - given @ weight).max() > 1e-5
 
 
-def test_the_mlps_of_the_trunk_are_quantised_as_tensorrt_takes_them(exported: Path) -> None:
+def test_the_products_of_the_trunk_are_quantised_as_tensorrt_takes_them(exported: Path) -> None:
     graph = onnx.load(exported / "image.int8.onnx").graph
     kinds = [node.op_type for node in graph.node]
     blocks = 4
-    assert kinds.count("QuantizeLinear") == 2 * blocks  # what goes into fc1 and fc2
-    assert kinds.count("DequantizeLinear") == 4 * blocks  # that, and their weights
+    assert kinds.count("QuantizeLinear") == 4 * blocks  # what goes into fc1, fc2, qkv and proj
+    assert kinds.count("DequantizeLinear") == 8 * blocks  # that, and their weights
     weights_of = {part.name: part for part in graph.initializer}
     int8 = [p for p in weights_of.values() if p.data_type == onnx.TensorProto.INT8 and p.dims]
     assert sorted(tuple(p.dims) for p in int8 if len(p.dims) == 2) == sorted(
-        [(128, 512), (512, 128)] * blocks
+        [(128, 512), (512, 128), (128, 384), (128, 128)] * blocks
     )
 
 
