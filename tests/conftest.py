@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import sys
@@ -88,9 +89,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four training and two validation images of shapes."""
-    folder = tmp_path_factory.mktemp("shapes") / "set"
-    make_shapes(folder, train=4, valid=2, width=96, height=64, seed=3)
-    return folder
+    drawn = {"train": 4, "valid": 2, "width": 96, "height": 64, "seed": 3}
+    return once(tmp_path_factory, "shapes", lambda folder: make_shapes(folder, **drawn))
 
 
 @pytest.fixture(scope="session")
@@ -103,13 +103,11 @@ def potholes() -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of one epoch."""
-    folder = tmp_path_factory.mktemp("run") / "out"
-    finish(
-        *("train", "--dataset-dir", str(shapes), "--model", "nano", "--epochs", "1"),
-        *("--checkpoint", "none"),
-        *("--output-dir", str(folder), "evaluation.pictures=1", *TINY),
+    train = ("train", "--dataset-dir", str(shapes), "--model", "nano", "--epochs", "1")
+    flags = ("--checkpoint", "none", "evaluation.pictures=1", *TINY)
+    return once(
+        tmp_path_factory, "tiny-run", lambda out: finish(*train, "--output-dir", str(out), *flags)
     )
-    return folder
 
 
 @pytest.fixture
@@ -131,6 +129,26 @@ def until(happened: Callable[[], bool], seconds: float, what: str) -> None:
         if time.monotonic() > end:
             pytest.fail(f"not in {seconds:g} s: {what}")
         time.sleep(0.05)
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first worker who needs it makes, for all; tests leave it as it is.
+
+    Args:
+        name: no other fixture's.
+        make: fills a folder that there is not yet.
+    """
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the workers have it in common
+    folder, made = root / name, root / f"{name}.made"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            make(folder)
+            made.touch()
+    return folder
 
 
 def finish(*words: str) -> None:

@@ -23,7 +23,7 @@ from app.deploy.runtime import Runtime
 from app.errors import UserError
 from app.inference.predictor import Predictor
 from app.model.carried import NANO
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, once
 from tests.deploy.tiny import (
     BOXES,
     PROMPTS,
@@ -68,10 +68,12 @@ print(json.dumps([found.boxes_xyxy.tolist(), found.scores.tolist(), found.masks]
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """nano in fp32 for five prompts, two a pass."""
-    folder = tmp_path_factory.mktemp("exported") / "nano"
     trace = logging.getLogger("torch.__trace")
     trace.propagate = False  # torch.onnx notes each of its steps for whoever listens
-    export(NANO, folder, Wanted(prompts=WORDS, a_pass=A_PASS), measure_on=1)
+    wanted = Wanted(prompts=WORDS, a_pass=A_PASS)
+    folder = once(
+        tmp_path_factory, "exported-fp32", lambda out: export(NANO, out, wanted, measure_on=1)
+    )
     trace.propagate = True
     return folder
 

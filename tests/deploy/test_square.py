@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +17,7 @@ from PIL import Image
 from app.datasets import square as in_torch
 from app.deploy.square import to_pixels, to_square
 from app.inference.predictor import normalise
+from tests.conftest import REPOSITORY
 
 
 def _noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -49,3 +55,33 @@ def test_every_level_is_normalised_alike() -> None:
     pixels = to_pixels(square)
     assert pixels.dtype == np.float32
     np.testing.assert_array_equal(pixels, expected)
+
+
+WORK = """import os, sys, time
+from pathlib import Path
+import numpy as np
+from PIL import Image
+from app.deploy.square import to_square
+to_square(Image.fromarray(np.zeros((1080, 1920, 3), dtype=np.uint8)), 1008)
+time.sleep(0.1)
+tasks = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
+fields = [(task / "stat").read_text().rsplit(") ", 1)[1].split() for task in tasks]
+print(len(tasks), sum(int(ticks) for field in fields for ticks in field[11:13]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux says it")
+def test_the_cores_are_left_to_what_comes_next() -> None:
+    """OpenBLAS's threads would spin for some 25 ms, in which ONNX Runtime has half of them."""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", WORK],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    threads, ticks = map(int, done.stdout.split())
+    assert threads >= 1
+    assert ticks == 0

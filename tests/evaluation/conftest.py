@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import finish
+from tests.conftest import finish, once
 
 CONFIGURED = {
     "model": {"name": "nano", "mask_points": 64},
@@ -20,9 +20,7 @@ CONFIGURED = {
 @pytest.fixture(scope="session")
 def nano_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of one epoch, made with a file, flags and an override."""
-    folder = tmp_path_factory.mktemp("nano")
-    file = folder / "mine.yaml"
+    file = tmp_path_factory.mktemp("nano") / "mine.yaml"
     file.write_text(yaml.safe_dump({**CONFIGURED, "dataset": {"dir": str(shapes)}}))
     words = ["train", "--config", str(file), "--lr", "2e-6", "evaluation.off_prompts=2"]
-    finish(*words, "--output-dir", str(folder / "run"))
-    return folder / "run"
+    return once(tmp_path_factory, "nano-run", lambda out: finish(*words, "--output-dir", str(out)))

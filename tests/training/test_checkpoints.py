@@ -17,7 +17,7 @@ from app.config import load_config
 from app.training import method
 from app.training.checkpoints import checkpoint_bytes, run_bytes
 from app.training.loop import Loop
-from tests.conftest import REPOSITORY, TINY, Command, finish
+from tests.conftest import REPOSITORY, TINY, Command, finish, once
 
 MIB = 1 << 20
 FAST = ("--checkpoint", "none", "evaluation.pictures=0", *TINY)
@@ -29,9 +29,8 @@ SAVING = ("--epochs", "2", "training.save_minutes=0", "evaluation.every=2", *FAS
 @pytest.fixture(scope="module")
 def whole_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What comes of SAVING where the disk has room."""
-    folder = tmp_path_factory.mktemp("whole") / "out"
-    finish("train", "--dataset-dir", str(shapes), "--output-dir", str(folder), *SAVING)
-    return folder
+    train = ("train", "--dataset-dir", str(shapes), *SAVING, "--output-dir")
+    return once(tmp_path_factory, "saving", lambda folder: finish(*train, str(folder)))
 
 
 @pytest.fixture

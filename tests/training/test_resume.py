@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from app.training.loop import Loop
 from app.training.session import Session
-from tests.conftest import TINY, Command, Result, finish
+from tests.conftest import TINY, Command, Result, finish, once
 
 # What draws random numbers in a step, and more than one batch an update: six updates in all.
 RANDOM = ("model.dropout=0.2", "model.vision.drop_path=0.2", "--checkpoint", "none")
@@ -42,9 +42,11 @@ def train(command: Command, shapes: Path, tmp_path: Path) -> Train:
 @pytest.fixture(scope="module")
 def whole(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was never stopped, with an average, loading its images itself."""
-    folder = tmp_path_factory.mktemp("whole") / "out"
-    finish(*map(str, _words(shapes, folder)), AVERAGED)
-    return folder
+    return once(
+        tmp_path_factory,
+        "never-stopped",
+        lambda folder: finish(*map(str, _words(shapes, folder)), AVERAGED),
+    )
 
 
 @pytest.fixture
