@@ -126,6 +126,7 @@ def apply_fixes() -> None:
         _box_prompts_without_cuda,
         _activation_checkpointing_by_choice,
         _focal_loss_without_triton_on_cpu,
+        _text_attention_on_contiguous_tokens,
         _loss_normalisation_without_process_group,
         _mask_loss_without_objects,
         _schedule_of_any_length,
@@ -321,6 +322,35 @@ def _one_prompt_at_a_time(head: Any, **inputs: Any) -> dict[str, Any]:
         key: None if value is None else torch.cat([outputs[key] for outputs in found])
         for key, value in found[0].items()
     }
+
+
+def _text_attention_on_contiguous_tokens() -> None:
+    """text_encoder_ve.py:22 makes its attention batch first, which torch turns to tokens first.
+
+    A frozen weight that multiplies such a view is copied for each token (`should_fold` in ATen's
+    LinearAlgebra.cpp): half a second a layer at full size, more than the rest of a step.
+    """
+    from sam3.model.text_encoder_ve import ResidualAttentionBlock
+
+    original = ResidualAttentionBlock.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.attn.batch_first = False
+
+    def attention(
+        self: Any, q_x: Any, k_x: Any = None, v_x: Any = None, attn_mask: Any = None
+    ) -> Any:
+        assert k_x is None
+        assert v_x is None
+        x = q_x.transpose(0, 1).contiguous()
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(x.dtype)
+        return self.attn(x, x, x, need_weights=False, attn_mask=attn_mask)[0].transpose(0, 1)
+
+    ResidualAttentionBlock.__init__ = init
+    ResidualAttentionBlock.attention = attention
 
 
 def _focal_loss_without_triton_on_cpu() -> None:
