@@ -1,7 +1,7 @@
 """Exported graphs in ONNX Runtime beside torch, on the same images in one run.
 
     .venv/bin/python -m benchmarks.edge              # nano: 3 minutes on 2 cores
-    .venv/bin/python -m benchmarks.edge small sam3   # random weights; 10 and 25 minutes
+    .venv/bin/python -m benchmarks.edge small sam3   # random weights; 20 minutes each
     .venv/bin/python -m benchmarks.edge hf           # full size beside transformers; 10 minutes
 
 Times are of the model's answer to one image and one prompt; of sam3, of its features alone. Their
@@ -186,10 +186,7 @@ def _belongs(name: str, graphs: set[str]) -> bool:
 def answer_times(
     path: Path, exported: Path, pictures: list[Image.Image], size: str
 ) -> dict[str, float]:
-    """Median seconds an image of torch in float32 and of ONNX Runtime.
-
-    One after the other: the threads of ONNX Runtime spin between its runs, and take from torch.
-    """
+    """Median seconds an image of torch in float32 and of ONNX Runtime, one after the other."""
     predictor = Predictor.load(path, device="cpu", precision="fp32")
 
     def by_torch(image: Image.Image) -> object:

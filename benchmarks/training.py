@@ -3,7 +3,8 @@
 Everything is measured in a process of its own. Exits 1 where a goal is missed.
 
     .venv/bin/python -m benchmarks.training                          # nano, all but `cached`
-    .venv/bin/python -m benchmarks.training methods --size small --resolution 336 --batch 1 --images 1
+    .venv/bin/python -m benchmarks.training methods --size small --resolution 336 --batch 1
+        --images 1
     .venv/bin/python -m benchmarks.training cached --size sam3 --batch 1 --images 2
 """
 

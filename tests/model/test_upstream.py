@@ -13,6 +13,7 @@ import pytest
 import torch
 from sam3.model.decoder import TransformerDecoder
 from sam3.model.position_encoding import PositionEmbeddingSine
+from sam3.model.text_encoder_ve import ResidualAttentionBlock
 from sam3.train.loss import loss_fns
 from sam3.train.optim.schedulers import InverseSquareRootParamScheduler
 from sam3.train.utils import train_utils
@@ -128,6 +129,23 @@ def test_focal_loss_on_a_cpu_is_its_formula() -> None:
     p = torch.where(targets > 0, logits.sigmoid(), 1 - logits.sigmoid()).double()
     alpha = torch.where(targets > 0, 0.25, 0.75).double()
     assert loss.item() == pytest.approx((-alpha * (1 - p) ** 2 * p.log()).mean(1).sum().item() / 5)
+
+
+def test_frozen_words_are_not_copied_for_each_token() -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.MultiheadAttention(16, 2, batch_first=True).requires_grad_(False)
+    block = ResidualAttentionBlock(16, 2).requires_grad_(False)
+    block.attn.load_state_dict(plain.state_dict())
+    words, mask = torch.randn(3, 5, 16), torch.full((5, 5), -torch.inf).triu(1)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        found = block.attention(words, attn_mask=mask)
+    expected = plain(words, words, words, need_weights=False, attn_mask=mask)[0]
+    torch.testing.assert_close(found, expected)
+    multiplied = [
+        e.input_shapes for e in profile.events() if e.name in ("aten::bmm", "aten::addmm")
+    ]
+    assert multiplied
+    assert [5, 16, 48] not in [shape for shapes in multiplied for shape in shapes]
 
 
 def test_upstreams_schedule_takes_a_run_as_long_as_its_warmup() -> None:
