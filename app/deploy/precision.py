@@ -107,8 +107,10 @@ def _cast(value: ir.Value, kind: ir.DataType) -> ir.Node:
 
 
 def _drop_unused(graph: ir.Graph) -> None:
-    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
-        del graph.initializers[name]
+    outputs = set(graph.outputs)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and value not in outputs:
+            del graph.initializers[name]
 
 
 def quantise(source: Path, file: Path, images: Iterable[NDArray[np.float32]]) -> None:
@@ -167,6 +169,7 @@ def _largest(source: Path, images: Iterable[NDArray[np.float32]]) -> dict[str, f
         model.graph.outputs.insert(len(names), most.outputs[0])
         names.append(str(read.name))
     del model.graph.outputs[len(names) :]
+    _drop_unused(model.graph)
     reducing = source.with_name(f"{source.stem}.reducing.onnx")
     ir.save(model, reducing)  # beside the data of the source, which it reads
     try:

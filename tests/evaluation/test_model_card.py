@@ -58,8 +58,8 @@ def test_what_made_the_weights(nano_run: Path, shapes: Path) -> None:
     nano = hash_file(NANO / "model.safetensors")
     assert facts["started from"] == f"the nano that the project carries, SHA-256 `{nano}`"
     assert facts["method"] == "`full`"
-    said = "4 to train on and 2 to validate on, from the folder `set`"
-    assert (facts["images"], shapes.name) == (said, "set")
+    said = f"4 to train on and 2 to validate on, from the folder `{shapes.name}`"
+    assert facts["images"] == said
     assert "Augment (flip 0.5, flip_vertical 0.0, scale [0.5, 2.0], rotate" in facts["transforms"]
     assert facts["losses, with their weights"].startswith("loss_bbox 5.0, loss_giou 2.0, loss_ce")
     assert facts["losses, with their weights"].endswith("semantic_dice 30.0")
@@ -109,7 +109,8 @@ def test_weights_that_come_from_metas(write, tmp_path: Path) -> None:
 
 def test_weights_of_a_run_are_named_by_it(write, tiny_run: Path) -> None:
     start = tiny_run / "weights" / "last" / "model.safetensors"
-    assert _facts(write(start=start))["started from"].startswith("`out/weights/last/model.safe")
+    named = f"`{tiny_run.name}/weights/last/model.safetensors`, SHA-256 `"
+    assert _facts(write(start=start))["started from"].startswith(named)
 
 
 def test_weights_of_the_hub_are_named_as_there(write, tmp_path: Path, monkeypatch) -> None:
