@@ -43,7 +43,7 @@ def build_model(
     upstream.apply_fixes()
     device = torch.device(device)
     on_meta = device.type == "meta"
-    with device, upstream.constants_on_cpu() if on_meta else contextlib.nullcontext():
+    with device, upstream.building_on_meta() if on_meta else contextlib.nullcontext():
         model = Sam3Image(
             backbone=SAM3VLBackbone(visual=_vision(config), text=_text(config), scalp=1),
             transformer=TransformerWrapper(

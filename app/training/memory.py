@@ -1,7 +1,7 @@
 """What a training step holds in memory, counted without doing its arithmetic.
 
-The step runs on tensors that have shapes and no contents (PyTorch's FakeTensorMode), and every
-allocation is counted: activations, what activation checkpointing makes anew, gradients.
+The step runs on hollow tensors, and every allocation is counted: activations, what activation
+checkpointing makes anew, gradients.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from hydra.utils import instantiate
 from sam3.model.data_misc import BatchedDatapoint
 from sam3.model.sam3_image import Sam3Image
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +27,7 @@ from app.inference.predictor import Predictor
 from app.model.build import build_model
 from app.training import distillation, method
 from app.training.distillation import Lesson, Matches
+from app.training.hollow import Hollow, Hollowing, hollow
 from app.training.loop import batch_losses, lesson_losses
 
 
@@ -37,9 +37,28 @@ def step_bytes(
     """Most bytes that the forward and backward pass of `batch` hold at once beside the weights.
 
     Args:
-        model: on the meta device; has made-up weights and matchers afterwards.
+        model: on the meta device; hollow afterwards, and with a made-up matcher.
         batch: a real one.
     """
+    parts = (config.model, config.loss, config.distill)
+    key = (
+        precision,
+        *(part.model_dump_json() for part in parts),
+        *((tuple(p.shape), p.requires_grad) for p in model.parameters()),
+        tuple(batch.img_batch.shape),
+        *batch.find_targets[0].num_boxes.tolist(),
+    )
+    if key not in _counted:
+        _counted[key] = _count_step(config, model, batch, precision)
+    return _counted[key]
+
+
+_counted: dict[Any, int] = {}  # by all that the bytes of a step depend on
+
+
+def _count_step(
+    config: Config, model: Sam3Image, batch: BatchedDatapoint, precision: torch.dtype
+) -> int:
     objects = batch.find_targets[0].num_boxes.tolist()
     teacher = distillation.teacher_on_meta(config, model, precision)
     criterion: Any = instantiate(config.loss.criterion, _convert_="all")
@@ -47,14 +66,15 @@ def step_bytes(
     if criterion.o2m_matcher is not None:
         criterion.o2m_matcher = _AnyMatcher(objects, criterion.o2m_matcher.topk)
     grid = config.model.resolution // config.model.vision.patch_size
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
+    with Hollowing():
+        hollow(model)
         method.set_training(model)
         known = [model]
         if teacher is None:
             losses = functools.partial(batch_losses, model, criterion, batch, precision)
         else:
-            known.append(_to_empty_beside(teacher.model, model))
+            hollow(teacher.model)
+            known.append(teacher.model)
             distillation.show_on_the_way(model)
             lesson = Lesson(teacher, config.distill, match=_any_match(objects))
             losses = functools.partial(
@@ -66,26 +86,14 @@ def step_bytes(
     return live.peak
 
 
-def _to_empty_beside(teacher: Sam3Image, model: Sam3Image) -> Sam3Image:
-    """`to_empty`, but for a text encoder that the two share."""
-    text = teacher.backbone.language_backbone
-    shared = text is model.backbone.language_backbone
-    if shared:
-        teacher.backbone.language_backbone = None
-    teacher.to_empty(device="cpu")
-    if shared:
-        teacher.backbone.language_backbone = text
-    return teacher
-
-
 def count_flops(config: ModelConfig) -> int:
     """Floating-point operations of one image and one prompt, multiplications and additions apart.
 
     Those of matrix products and convolutions; a model of the size is made without contents.
     """
     model = build_model(config, device="meta")
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
+    with Hollowing():
+        hollow(model)
         predictor = Predictor(model, config)
         pixels = torch.zeros(1, 3, config.resolution, config.resolution)
         grid = config.resolution // config.vision.patch_size
@@ -108,13 +116,13 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.peak = self.now = 0
         self._sizes: dict[int, int] = {}
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._known = {_storage(tensor)._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         outputs = func(*args, **(kwargs or {}))
-        for output in tree_leaves(outputs):
+        for output in [outputs] if isinstance(outputs, Tensor) else tree_leaves(outputs):
             if isinstance(output, Tensor):
-                self._count(output.untyped_storage())
+                self._count(_storage(output))
         return outputs
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -127,6 +135,10 @@ class LiveBytes(TorchDispatchMode):
 
     def _drop(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return (tensor.meta if isinstance(tensor, Hollow) else tensor).untyped_storage()
 
 
 class _KnownValues(TorchFunctionMode):

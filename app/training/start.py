@@ -93,7 +93,8 @@ def start(
     if not main:
         log.setLevel(logging.WARNING)
     fitted, overrides = _take_auto_batch(overrides)
-    config, weights_file = configure(overrides, file, size, lr, eval_only=eval_only)
+    ways = {"eval_only": eval_only, "download": plan is None}
+    config, weights_file = configure(overrides, file, size, lr, **ways)
     trained = weights_file is not None
     handed_over = config.cluster.name == "slurm" and not cluster.is_inside()
     if not handed_over:
@@ -105,8 +106,9 @@ def start(
 
     def changed(more: Sequence[str]) -> Config:
         """The configuration with other overrides, of the same model and weights."""
-        fixed = f"checkpoint={weights_file or 'none'}"
-        found, _ = configure([*more, fixed], file, config.model.name, lr, eval_only=eval_only)
+        at_hand = weights_file is None or weights_file.is_file()
+        fixed = f"checkpoint={(weights_file or 'none') if at_hand else 'auto'}"
+        found, _ = configure([*more, fixed], file, config.model.name, lr, **ways)
         return found.model_copy(update={"checkpoint": config.checkpoint})
 
     if recipe == "auto":
@@ -168,8 +170,14 @@ def configure(
     lr: float | None,
     *,
     eval_only: bool = False,
+    download: bool = True,
 ) -> tuple[Config, Path | None]:
-    """The run's configuration, and the weights that it starts from (None: random)."""
+    """The run's configuration, and the weights that it starts from (None: random).
+
+    Args:
+        download: whether to get Meta's weights where they are meant and not at hand; the file is
+            not there otherwise.
+    """
     asked = _asked(overrides, file)
     size = str(asked.get("model", "auto")) if size == "auto" else size
     if size not in ("auto", *model_names()):
@@ -179,11 +187,12 @@ def configure(
         )
     checkpoint = str(asked.get("checkpoint", "auto"))
     if checkpoint in ("none", "auto"):
-        size, weights_file = _default_weights(size, random=checkpoint == "none")
+        size, weights_file = _default_weights(size, random=checkpoint == "none", download=download)
     else:
         weights_file = weights.find_file(Path(checkpoint))
     expected = None if size == "auto" else size
-    model = weights.describe(weights_file, expected).model if weights_file else None
+    read = weights_file if weights_file and weights_file.is_file() else None
+    model = weights.describe(read, expected).model if read else None
     model = model or load_model_config(size)
     overrides = [text for text in overrides if not text.startswith("model=")]
     config = load_config(overrides, file, model)
@@ -239,7 +248,7 @@ def _asked(overrides: Sequence[str], file: Path | None) -> dict[str, Any]:
     return asked
 
 
-def _default_weights(size: str, *, random: bool) -> tuple[str, Path | None]:
+def _default_weights(size: str, *, random: bool, download: bool) -> tuple[str, Path | None]:
     """Size and weights where no checkpoint is named; says what was chosen, and why."""
     if size == "auto":
         cached = not random and weights.cached_sam3() is not None
@@ -253,6 +262,9 @@ def _default_weights(size: str, *, random: bool) -> tuple[str, Path | None]:
     if random:
         return size, None
     if size == "sam3":
+        if not download and weights.cached_sam3() is None:
+            log.info("weights: %s/%s (to be downloaded, 3.4 GB)", *weights.HUB)
+            return size, Path(weights.HUB[1])
         return size, weights.published_sam3()
     if size == "nano" and (nano := carried_nano()) is not None:
         log.info("weights: %s (the project's own; --checkpoint none for random ones)", nano)

@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from sam3.model.data_misc import BatchedDatapoint
-from sam3.model.sam3_image import Sam3Image
 
-from app.config import Config, ModelConfig, load_config, load_model_config, recipe_file
+from app.config import ModelConfig, load_config, load_model_config, recipe_file
 from app.datasets.build import load_splits
 from app.model import device, weights
 from app.model.build import build_model
 from app.training import plan as planning
-from app.training.memory import step_bytes
 from app.training.plan import largest_batch, make_plan
 from tests.conftest import PEAK, REPOSITORY, TINY, Command
 
@@ -46,29 +43,6 @@ def _header_alone(folder: Path, size: ModelConfig) -> Path:
     header = {"sam3-finetuning": weights.Header(model=size).model_dump_json()}
     save_file({"none": torch.zeros(1)}, folder / weights.FILE, metadata=header)
     return folder
-
-
-@pytest.fixture(scope="module")
-def counted() -> dict[object, int]:
-    """Bytes of a step by all that they depend on."""
-    return {}
-
-
-@pytest.fixture(autouse=True)
-def _count_once(counted: dict[object, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """No step is counted twice in this file: that takes nearly all of a plan's time."""
-
-    def once(config: Config, model: Sam3Image, batch: BatchedDatapoint, precision: torch.dtype):
-        sizes = tuple((tuple(p.shape), p.requires_grad) for p in model.parameters())
-        objects = tuple(batch.find_targets[0].num_boxes.tolist())  # of each prompt
-        parts = (config.model, config.loss, config.distill)
-        settings = "".join(part.model_dump_json() for part in parts)
-        key = settings, precision, sizes, objects, tuple(batch.img_batch.shape)
-        if key not in counted:
-            counted[key] = step_bytes(config, model, batch, precision)
-        return counted[key]
-
-    monkeypatch.setattr(planning, "step_bytes", once)
 
 
 def _figures(text: str, name: str) -> list[float]:

@@ -30,8 +30,10 @@ def test_auto_is_sam3_where_gpu_and_weights_are_at_hand(monkeypatch, tmp_path: P
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     torch.save(build_model(load_config().model).state_dict(), tmp_path / "sam3.pt")
     monkeypatch.setattr(weights, "cached_sam3", lambda: tmp_path / "sam3.pt")
-    assert start._default_weights("auto", random=False) == ("sam3", tmp_path / "sam3.pt")
-    assert start._default_weights("auto", random=True) == ("nano", None)
+    for download in (True, False):
+        chosen = start._default_weights("auto", random=False, download=download)
+        assert chosen == ("sam3", tmp_path / "sam3.pt")
+    assert start._default_weights("auto", random=True, download=True) == ("nano", None)
 
 
 def test_the_gated_weights_that_are_not_at_hand(monkeypatch) -> None:
@@ -43,6 +45,8 @@ def test_the_gated_weights_that_are_not_at_hand(monkeypatch) -> None:
         configure([], None, "sam3", None)
     assert "SAM License" in str(caught.value)
     assert "--checkpoint none" in str(caught.value)
+    config, file = configure([], None, "sam3", None, download=False)  # a plan needs none of them
+    assert (config.model.name, file) == ("sam3", Path("sam3.pt"))
     assert "hf_canary" not in str(caught.value)
 
 
