@@ -6,6 +6,7 @@ Everything is measured in a process of its own. Exits 1 where a goal is missed.
     .venv/bin/python -m benchmarks.training methods --size small --resolution 336 --batch 1
         --images 1
     .venv/bin/python -m benchmarks.training cached --size sam3 --batch 1 --images 2
+    .venv/bin/python -m benchmarks.training planning --size sam3 --batch 8
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ CACHED = 4.0  # times the speed of the same step with the trunk computed
 SAVING = 0.02  # of an epoch
 EPOCH = 300  # images, for what an epoch takes
 PLANNED = 0.15  # of what was measured
+PLANNING = 20  # seconds
 ROUNDS = 2  # of each measurement that another is compared with; the better counts
 
 
@@ -120,6 +122,16 @@ def plan(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
             f"(goal within {PLANNED:.0%})"
         )
         yield abs(off) <= PLANNED
+
+
+def planning(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
+    """From the command to the plan; where the run is refused, to the changes that would help."""
+    begun = time.monotonic()
+    done = subprocess.run([*_run(arguments, folder), "--plan"], capture_output=True, text=True)
+    seconds = time.monotonic() - begun
+    said = {0: "planned", 2: "refused"}.get(done.returncode) or sys.exit(done.stderr)
+    print(f"{arguments.size} {said} in {seconds:.1f} s (goal < {PLANNING})")
+    yield seconds < PLANNING
 
 
 def _settings(arguments: argparse.Namespace) -> list[str]:
@@ -259,7 +271,7 @@ def _child(
 
 
 CHILDREN = {work.__name__[1:]: work for work in (_step, _kept, _save, _first)}
-PARTS = {part.__name__: part for part in (methods, checkpoint, startup, plan, cached)}
+PARTS = {part.__name__: part for part in (methods, checkpoint, startup, plan, planning, cached)}
 
 
 def main() -> int:
