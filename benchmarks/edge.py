@@ -175,7 +175,7 @@ def _pictures(folder: Path, count: int) -> list[Path]:
     if not found:
         draw(folder / "set", train=24, valid=1)
         found = sorted((folder / "set" / "train" / "images").iterdir())
-    (folder / "images").mkdir()
+    (folder / "images").mkdir(parents=True)
     return [Path(shutil.copy(picture, folder / "images")) for picture in found[:count]]
 
 
