@@ -116,7 +116,7 @@ def random_weights(size: str, folder: Path) -> Path:
 
 
 def compare(path: Path, folder: Path, size: str, *, images: int) -> list[Figure]:
-    pictures = _pictures(folder, images)
+    pictures = _pictures(folder, images, photographs=size != "nano")  # nano knows drawn ones
     out = folder / "exported"
     whole = size == "nano"  # masks from random weights are noise, and int8 leaves few alike
     flags = ["--prompt", PROMPT, "--images", pictures[0].parent, "--measure-on", images]
@@ -181,9 +181,9 @@ def add_int8(exported: Path, pictures: list[Path]) -> float:
     return min(cosine_of(*(features[name] for features in found)) for name in FPN)
 
 
-def _pictures(folder: Path, count: int) -> list[Path]:
-    """Photographs, where there are any, or drawn images; in a folder of their own."""
-    found = sorted((POTHOLES / "train" / "images").glob("*.jpg"))
+def _pictures(folder: Path, count: int, *, photographs: bool) -> list[Path]:
+    """Photographs, where they are wanted and at hand, or drawn images; in a folder of their own."""
+    found = sorted((POTHOLES / "train" / "images").glob("*.jpg")) if photographs else []
     if not found:
         draw(folder / "set", train=24, valid=1)
         found = sorted((folder / "set" / "train" / "images").iterdir())

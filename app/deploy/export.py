@@ -356,10 +356,13 @@ def _measure(
         misses = difference.misses(manifest.tolerances[precision])
         problems += [f"{precision}: {miss}" for miss in misses]
     if problems:
+        remedy = "Leave out the --precision that misses, or calibrate int8 on more of your images."
+        if not above:
+            remedy += " The model finds nothing on these; give --images that show what it knows."
         raise UserError(
             ["The graphs are too far from the model; nothing is left of the export:"]
             + [f"  {problem}" for problem in problems]
-            + ["  Leave out the --precision that misses, or calibrate int8 on more of your images."]
+            + [f"  {remedy}"]
         )
     return parity
 

@@ -270,8 +270,9 @@ def test_a_graph_beyond_its_tolerance_leaves_nothing(
 ) -> None:
     strict = dataclasses.replace(module.TOLERANCES["bf16"], scores=1e-9)
     monkeypatch.setitem(module.TOLERANCES, "bf16", strict)
-    with pytest.raises(UserError, match=r"bf16: scores .* \(at most 1e-09\)"):
-        export(NANO, tmp_path / "out", Wanted(("bf16",), PROMPTS))
+    with pytest.raises(UserError, match=r"bf16: scores .* \(at most 1e-09\)") as caught:
+        export(NANO, tmp_path / "out", Wanted(("bf16",), ("zebra",)))
+    assert "The model finds nothing on these" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
