@@ -173,12 +173,15 @@ def add_int8(exported: Path, pictures: list[Path]) -> float:
     graphs = {**manifest.graphs, "image": {**manifest.graphs["image"], "int8": name}}
     changed = replace(manifest, graphs=graphs, files={**manifest.files, **added})
     write_json(exported / FILE, changed.to_json())
-    picture, found = open_image(pictures[0]), []
-    for precision in FASTER:
-        features = _encode_by(Runtime.load(exported, precision=precision))(picture)
-        # copied, as what ONNX Runtime answers keeps all the memory of its session
-        found.append({name: np.array(features[name]) for name in FPN})
-    return min(cosine_of(*(features[name] for features in found)) for name in FPN)
+    picture = open_image(pictures[0])
+    fp32, int8 = (_features(exported, precision, picture) for precision in FASTER)
+    return min(cosine_of(fp32[name], int8[name]) for name in FPN)
+
+
+def _features(exported: Path, precision: str, picture: Image.Image) -> dict[str, Any]:
+    """Copied, as what ONNX Runtime answers keeps all the memory of its session."""
+    found = _encode_by(Runtime.load(exported, precision=precision))(picture)
+    return {name: np.array(found[name]) for name in FPN}
 
 
 def _pictures(folder: Path, count: int, *, photographs: bool) -> list[Path]:
