@@ -37,7 +37,7 @@ def step_bytes(
     """Most bytes that the forward and backward pass of `batch` hold at once beside the weights.
 
     Args:
-        model: on the meta device; hollow afterwards, and with a made-up matcher.
+        model: on the meta device; hollow afterwards where such a step was not counted before.
         batch: a real one.
     """
     parts = (config.model, config.loss, config.distill)
