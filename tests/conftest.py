@@ -23,6 +23,9 @@ SHARED = REPOSITORY.parent / "shared" / "datasets"
 # A nano that answers in a blink: what matters in most tests is the path, not the size.
 TINY = ["model.resolution=64", "model.mask_points=64"]
 
+# Seconds for what only has to end: a machine may be slow, and these tests do not time it.
+PATIENCE = 600
+
 # Starts a command and says its peak memory. A process's peak counts what the one that started it
 # held: this is a small one.
 PEAK = """import resource, subprocess, sys
@@ -122,12 +125,12 @@ def memory_folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def until(happened: Callable[[], bool], seconds: float, what: str) -> None:
+def until(happened: Callable[[], bool], what: str) -> None:
     """Wait for it."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE
     while not happened():
         if time.monotonic() > end:
-            pytest.fail(f"not in {seconds:g} s: {what}")
+            pytest.fail(f"not in {PATIENCE} s: {what}")
         time.sleep(0.05)
 
 

@@ -96,7 +96,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
             pytest.skip(f"Slurm did not come up here: {error}")
         yield cluster
         cluster("scancel", "-f", "-u", getpass.getuser())
-        until(lambda: not cluster("squeue", "-h").strip(), 60, "an empty queue")
+        until(lambda: not cluster("squeue", "-h").strip(), "an empty queue")
 
 
 def _start(

@@ -1,17 +1,19 @@
-"""Figures → drawings, as SVG with their text as text."""
+"""Figures → drawings, as SVG with their text as text.
+
+matplotlib is imported where something is drawn: most commands draw nothing.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SHOWN_CLASSES = 10  # lines that can be told apart
 
@@ -26,6 +28,8 @@ def draw_curves(
     axes: Axes, rows: Sequence[Mapping[str, float]], series: Mapping[str, str], label: str
 ) -> None:
     """The lines of `curves`, on axes that someone else saves."""
+    from matplotlib.ticker import MaxNLocator
+
     for key, name in series.items():
         points = [(row["epoch"], row[key]) for row in rows if key in row]
         if points:
@@ -81,6 +85,9 @@ def _legend(axes: Axes) -> None:
 
 
 def _svg(draw: Callable[[Axes], None]) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "report",  # the same ids, and so the same page, each time

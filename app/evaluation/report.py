@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from app.datasets.coco import Dataset
@@ -37,6 +36,8 @@ def _plot(
     file: Path,
     top: float | None = None,
 ) -> None:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), dpi=120)
     axes = figure.add_axes(PLACE)
     draw_curves(axes, rows, series, label)

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.machinery
 import importlib.util
 import os
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -84,6 +87,27 @@ def prepare_import() -> None:
     os.environ.setdefault("PYTORCH_JIT", "0")
     warnings.filterwarnings("ignore", message="CUDA is not available or torch_xla", module="sam3")
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+    if importlib.util.find_spec("torchmetrics") is None:
+        sys.modules["torchmetrics"] = _torchmetrics()
+
+
+def _torchmetrics() -> types.ModuleType:
+    """The one function that loss_fns.py:9 imports a library for, which takes seconds to import.
+
+    Nothing is learnt from it: it is the F1 score that upstream's Trainer logs as `ce_f1`.
+    """
+    module = types.ModuleType("torchmetrics")
+    module.__spec__ = importlib.machinery.ModuleSpec("torchmetrics", loader=None)
+
+    def f1_score(predicted: Any, target: Any, task: str) -> Any:
+        """Of scores 0..1 and labels 0 or 1, both (n,), at 0.5; 0 where there is none of either."""
+        assert task == "binary"
+        chosen = predicted > 0.5
+        both = chosen.sum() + target.sum()
+        return 2 * (chosen & target.bool()).sum() / both.clamp(min=1)
+
+    module.functional = types.SimpleNamespace(f1_score=f1_score)  # type: ignore[attr-defined]
+    return module
 
 
 @functools.cache

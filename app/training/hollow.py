@@ -52,10 +52,18 @@ class Hollowing(TorchDispatchMode):
     """What is made within from nothing is hollow; what is made of real tensors alone is real."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if Hollow in types or ("device" in kwargs and not _tensors((args, kwargs))):
-            return _dispatch(func, args, kwargs)
-        return func(*args, **kwargs)
+        return run_hollow(func, types, args, kwargs or {})
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here: what keeps the compiler away costs a tenth
+
+
+def run_hollow(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+    """What `Hollowing` does with an operation."""
+    if Hollow in types or ("device" in kwargs and not _tensors((args, kwargs))):
+        return _dispatch(func, args, kwargs)
+    return func(*args, **kwargs)
 
 
 def hollow(model: nn.Module) -> None:

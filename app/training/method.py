@@ -36,10 +36,16 @@ def prepare(
 
 
 def on_meta(config: Config, *, trained: bool) -> Sam3Image:
-    """The model as `prepare` leaves it, on the meta device: to count."""
-    model = build_model(config.model, device="meta")
-    prepare(model, config.method, trained=trained)
-    return model
+    """The model as `prepare` leaves it, on the meta device: to count. One for all."""
+    key = config.model.model_dump_json(), config.method.model_dump_json(), trained
+    if key not in _on_meta:
+        model = build_model(config.model, device="meta")
+        prepare(model, config.method, trained=trained)
+        _on_meta[key] = model
+    return _on_meta[key]
+
+
+_on_meta: dict[tuple[str, str, bool], Sam3Image] = {}
 
 
 def check(config: Config, start: Path | None) -> None:
@@ -49,22 +55,18 @@ def check(config: Config, start: Path | None) -> None:
         UserError: an adapter on weights that cannot be its base, patterns that match nothing, or
             nothing left to train.
     """
-    name, lora = config.method.name, config.method.lora
-    model = build_model(config.model, device="meta")
-    if lora is None:
-        freeze(model, config.method.freeze or [])
-    elif start is None:
+    name, adapts = config.method.name, config.method.lora is not None
+    if adapts and start is None:
         raise UserError(
             f"--method {name}: adapts trained weights, and these are random. Give them by "
             "--checkpoint, or --method full"
         )
-    elif start.name == adapters.FILE:
+    if adapts and start is not None and start.name == adapters.FILE:
         raise UserError(
             f"--checkpoint {start.parent}: is an adapter, and --method {name} adapts plain "
             f"weights. Merge it first: python -m app merge '{start.parent}' --output-dir FOLDER"
         )
-    else:
-        adapters.find_targets(model, lora)
+    on_meta(config, trained=start is not None)
 
 
 def leaves_unused(config: MethodConfig) -> bool:

@@ -56,6 +56,7 @@ CHANGES = (
     "loss=boxes",
 )
 PROPOSED = 3
+HEAVIEST_KEPT = 2  # the run's own, and that of the size that was tried last
 
 
 @dataclass(frozen=True)
@@ -363,7 +364,7 @@ def _sampler(config: Config, splits: Splits) -> EpochSampler:
 
 
 def _heaviest_batch(config: Config, splits: Splits) -> BatchedDatapoint:
-    """The batch of the first epoch with the most objects."""
+    """The batch of the first epoch with the most objects; the last ones are kept."""
     keys, size = list(_sampler(config, splits)), config.training.batch_size
     objects = Counter(annotation.image_id for annotation in splits.train.annotations)
     images = splits.train.images
@@ -371,8 +372,17 @@ def _heaviest_batch(config: Config, splits: Splits) -> BatchedDatapoint:
     heaviest = max(
         batches, key=lambda batch: (len(batch), sum(objects[images[i].id] for _, i in batch))
     )
-    data = run.query_dataset(config, splits.train)
-    return collate([data[key] for key in heaviest])
+    made_of = (id(splits.train), heaviest, config.seed, config.dataset, config.transforms)
+    key = repr((*made_of, config.model.resolution, config.model.vocabulary))
+    if key not in _heaviest:
+        data = run.query_dataset(config, splits.train)
+        if len(_heaviest) == HEAVIEST_KEPT:
+            del _heaviest[next(iter(_heaviest))]
+        _heaviest[key] = collate([data[item] for item in heaviest])
+    return _heaviest[key]
+
+
+_heaviest: dict[str, BatchedDatapoint] = {}  # by all that one is made of
 
 
 @functools.cache

@@ -145,7 +145,7 @@ def test_a_stopped_run_saves_and_goes_on(caller: Caller) -> None:
     def stop(how: str, *more: object) -> None:
         done = epochs()
         process = caller.start(*words, *SHORT, "--epochs", 500, *more)
-        until(lambda: epochs() > done or process.poll() is not None, 300, "an epoch")
+        until(lambda: epochs() > done or process.poll() is not None, "an epoch")
         assert process.poll() is None, process.communicate()[0]
         if how == "docker stop":
             container = caller.engine("ps", "--quiet").split()[-1]

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sklearn.metrics
 import torch
 from sam3.model.decoder import TransformerDecoder
 from sam3.model.position_encoding import PositionEmbeddingSine
@@ -98,6 +99,8 @@ def test_what_upstream_leaves_uninitialised_is_initialised(monkeypatch) -> None:
         tensor = empty(*args, **kwargs)
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
+    with torch.device("cpu"):  # torch lists its constructors once, and keeps the list
+        empty(0)
     monkeypatch.setattr(torch, "empty", nan)
     model = build_model(load_model_config("nano"))
     wrong = [name for name, p in model.named_parameters() if not torch.isfinite(p).all()]
@@ -129,6 +132,18 @@ def test_focal_loss_on_a_cpu_is_its_formula() -> None:
     p = torch.where(targets > 0, logits.sigmoid(), 1 - logits.sigmoid()).double()
     alpha = torch.where(targets > 0, 0.25, 0.75).double()
     assert loss.item() == pytest.approx((-alpha * (1 - p) ** 2 * p.log()).mean(1).sum().item() / 5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_f1_score_that_upstream_logs_is_scikit_learns(share: float) -> None:
+    torch.manual_seed(0)
+    scores = torch.rand(40)
+    labels = (torch.rand(40) < share).long()
+    f1 = loss_fns.torchmetrics.functional.f1_score(scores, target=labels, task="binary")
+    expected = sklearn.metrics.f1_score(labels, scores > 0.5, zero_division=0)
+    assert f1.item() == pytest.approx(expected)
+    none = loss_fns.torchmetrics.functional.f1_score(scores * 0, target=labels * 0, task="binary")
+    assert none == 0
 
 
 def test_frozen_words_are_not_copied_for_each_token() -> None:

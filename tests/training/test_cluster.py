@@ -66,19 +66,19 @@ def test_a_job_goes_on_after_preemption_and_cancelling(
     """Warned by USR2, then requeued by hand, then cancelled and resumed here: the same weights."""
     folder = tmp_path / "out"
     job = _job(submit(*_words(shapes, folder)))
-    until(lambda: _epochs(folder) >= 3, 90, "three epochs")
+    until(lambda: _epochs(folder) >= 3, "three epochs")
     slurm("scancel", "--signal=USR2", job)
-    until(lambda: slurm.field(job, "Restarts") == "1", 60, "the job queued again by itself")
+    until(lambda: slurm.field(job, "Restarts") == "1", "the job queued again by itself")
     log = folder / "train.log"
-    until(lambda: log.read_text().count("resumed from") == 1, 90, "the run going on")
+    until(lambda: log.read_text().count("resumed from") == 1, "the run going on")
     before = _epochs(folder)
-    until(lambda: _epochs(folder) >= before + 3, 90, "three more epochs")
+    until(lambda: _epochs(folder) >= before + 3, "three more epochs")
     slurm("scontrol", "requeue", job)
-    until(lambda: slurm.field(job, "Restarts") == "2", 60, "the job requeued")
-    until(lambda: log.read_text().count("resumed from") == 2, 90, "the run going on again")
+    until(lambda: slurm.field(job, "Restarts") == "2", "the job requeued")
+    until(lambda: log.read_text().count("resumed from") == 2, "the run going on again")
     slurm("scancel", job)
-    until(lambda: slurm.field(job, "JobState") == "CANCELLED", 60, "the job cancelled")
-    until(lambda: log.read_text().count("stopped after") == 3, 60, "the run saved")
+    until(lambda: slurm.field(job, "JobState") == "CANCELLED", "the job cancelled")
+    until(lambda: log.read_text().count("stopped after") == 3, "the run saved")
     assert _epochs(folder) < EPOCHS
     resumed = command(*_words(shapes, folder), "--resume")
     assert resumed.code == 0, resumed.err
@@ -99,7 +99,7 @@ def test_two_nodes_train_one_run(slurm: Slurm, submit, shapes: Path, tmp_path: P
     for line in ("--qos=short", "--account=lab", "--partition=main", "--nodes=2", "--requeue"):
         assert f"#SBATCH {line}\n" in script
     states = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
-    until(lambda: slurm.field(job, "JobState") not in states, 240, "the end of the job")
+    until(lambda: slurm.field(job, "JobState") not in states, "the end of the job")
     said = "".join(file.read_text() for file in sorted((folder / "slurm").glob(f"{job}_*_log.*")))
     assert slurm.field(job, "JobState") == "COMPLETED", said
     assert slurm.field(job, "NumNodes") == "2"

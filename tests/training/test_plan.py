@@ -17,7 +17,7 @@ from app.model import device, weights
 from app.model.build import build_model
 from app.training import plan as planning
 from app.training.plan import largest_batch, make_plan
-from tests.conftest import PEAK, REPOSITORY, TINY, Command
+from tests.conftest import PATIENCE, PEAK, REPOSITORY, TINY, Command
 
 GB = 1e9
 
@@ -59,7 +59,7 @@ def test_memory_and_disk_are_those_of_the_run(tmp_path: Path) -> None:
 
     def run(*command: str) -> str:
         return subprocess.run(
-            command, cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=300
+            command, cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=PATIENCE
         ).stdout
 
     plan = run(*words, "--plan")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from app.training.signals import StopRequest
-from tests.conftest import REPOSITORY, TINY
+from tests.conftest import PATIENCE, REPOSITORY, TINY
 
 UPDATES = 6
 WAIT = 2.0  # seconds
@@ -145,7 +145,7 @@ def test_two_processes_are_as_one(shapes: Path, tmp_path: Path) -> None:
                 command,
                 cwd=REPOSITORY,
                 env=environment,
-                timeout=300,
+                timeout=PATIENCE,
                 capture_output=True,
                 text=True,
             )

@@ -33,10 +33,9 @@ from app.inference import Predictor
 from app.training.mlflow_sender import Sender, _requirements, _valid_name
 from app.training.mlflow_state import State, mlflow_uri, read_state, without_password
 from app.training.tracking import followed_by_mlflow
-from tests.conftest import REPOSITORY, TINY, Command, until
+from tests.conftest import PATIENCE, REPOSITORY, TINY, Command, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_own_environment")]
-UP_SECONDS = 120
 CANARY = "canary-4f1d9b"
 
 
@@ -73,7 +72,7 @@ def serving(port: int, health: str, *words: object) -> Iterator[subprocess.Popen
     )
     try:
         address = f"http://127.0.0.1:{port}{health}"
-        until(lambda: process.poll() is not None or answers(address), UP_SECONDS, "mlflow answers")
+        until(lambda: process.poll() is not None or answers(address), "mlflow answers")
         assert process.poll() is None, "mlflow ended"
         yield process
     finally:
@@ -144,7 +143,7 @@ def sent(shapes: Path, server: Server, tmp_path_factory: pytest.TempPathFactory)
         env=os.environ | {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     completed(folder, 2)
@@ -219,7 +218,7 @@ def test_the_served_model_finds_what_infer_finds(
             answer = httpx.post(
                 f"http://127.0.0.1:{port}/invocations",
                 json={"dataframe_records": [row]},
-                timeout=120,
+                timeout=PATIENCE,
             )
     assert answer.status_code == 200, answer.text
     (found,) = answer.json()["predictions"]
@@ -288,7 +287,7 @@ def completed(run: Path, epochs: int) -> State:
         state = read_state(run)
         return state.complete and state.epochs == epochs
 
-    until(is_sent, UP_SECONDS, f"all sent of {run}")
+    until(is_sent, f"all sent of {run}")
     return read_state(run)
 
 
@@ -367,7 +366,7 @@ def test_a_server_that_dies_and_comes_back(
         tracking = load_config().tracking.model_copy(update={"mlflow": server.uri})
         following = followed_by_mlflow(tracking, run)
         following.__enter__()
-        until(lambda: read_state(run).epochs == 1, UP_SECONDS, "an epoch sent")
+        until(lambda: read_state(run).epochs == 1, "an epoch sent")
     add_epoch(run)
     finished.rename(run / "metrics.json")
     begun = time.monotonic()

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from app.config import CONFIGS
 from app.model import weights
 from app.training.upstream_trainer import BASE_CONFIG, is_upstream_schema
-from tests.conftest import REPOSITORY, TINY
+from tests.conftest import PATIENCE, REPOSITORY, TINY
 
 SMALL = ["scratch.num_workers=0", "scratch.mask_points=64"]
 
@@ -26,7 +26,7 @@ def _run(*words: object, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_TOKEN": "hf_canary"}
     command = [sys.executable, "-m", "app", *map(str, words)]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300
+        command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=PATIENCE
     )
 
 
