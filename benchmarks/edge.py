@@ -17,11 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
@@ -65,13 +66,13 @@ def nano(start: Path, folder: Path) -> list[Figure]:
 def small(start: Path, folder: Path) -> list[Figure]:
     """Random weights, 193 M parameters and the text encoder; 672 px."""
     del start
-    return compare(random_weights("small", folder), folder, "small", images=20)
+    return compare(alone(random_weights, "small", folder), folder, "small", images=20)
 
 
 def sam3(start: Path, folder: Path) -> list[Figure]:
     """Random weights, the trunk and its neck; 1008 px."""
     del start
-    return compare(random_weights("sam3", folder), folder, "sam3", images=1)
+    return compare(alone(random_weights, "sam3", folder), folder, "sam3", images=1)
 
 
 def hf(start: Path, folder: Path) -> list[Figure]:
@@ -147,8 +148,7 @@ def compare(path: Path, folder: Path, size: str, *, images: int) -> list[Figure]
         figures.append(Figure(f"  {precision}: first answer of a new process, seconds", cold))
         limits = (NANO_MB, NANO_MB) if size == "nano" else (None, None)
         figures.append(Figure("    its peak memory, MB", memory / 1e6, *limits, True))
-    timed = [open_image(picture) for picture in pictures[: TIMED.get(size)]]
-    times = answer_times(path, out, timed, size)
+    times = answer_times(path, out, pictures[: TIMED.get(size)], size)
     for name, value in times.items():
         figures.append(Figure(f"  {name}: seconds an image", value))
     goals = dict(FASTER)
@@ -163,8 +163,7 @@ def compare(path: Path, folder: Path, size: str, *, images: int) -> list[Figure]
 def add_int8(exported: Path, pictures: list[Path]) -> float:
     """The trunk in int8, without a comparison of masks; the cosine of its features to fp32's."""
     name, manifest = "image.int8.onnx", read_manifest(exported)
-    pixels = (to_pixels(to_square(open_image(file), manifest.resolution)) for file in pictures)
-    quantise(exported / "image.onnx", exported / name, pixels)
+    alone(_quantise, exported / "image.onnx", exported / name, pictures, manifest.resolution)
     files = {file: exported / file for file in (name, f"{name}.data")}
     added = {
         file: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
@@ -173,15 +172,23 @@ def add_int8(exported: Path, pictures: list[Path]) -> float:
     graphs = {**manifest.graphs, "image": {**manifest.graphs["image"], "int8": name}}
     changed = replace(manifest, graphs=graphs, files={**manifest.files, **added})
     write_json(exported / FILE, changed.to_json())
-    picture = open_image(pictures[0])
-    fp32, int8 = (_features(exported, precision, picture) for precision in FASTER)
+    fp32, int8 = (alone(_features, exported, precision, pictures[0]) for precision in FASTER)
     return min(cosine_of(fp32[name], int8[name]) for name in FPN)
 
 
-def _features(exported: Path, precision: str, picture: Image.Image) -> dict[str, Any]:
-    """Copied, as what ONNX Runtime answers keeps all the memory of its session."""
-    found = _encode_by(Runtime.load(exported, precision=precision))(picture)
-    return {name: np.array(found[name]) for name in FPN}
+def _quantise(graph: Path, to: Path, pictures: list[Path], side: int) -> None:
+    quantise(graph, to, (to_pixels(to_square(open_image(file), side)) for file in pictures))
+
+
+def alone(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work(*arguments)` returns, from a process that ends with all the memory it took."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def _features(exported: Path, precision: str, picture: Path) -> dict[str, Any]:
+    found = _encode_by(Runtime.load(exported, precision=precision))(open_image(picture))
+    return {name: found[name] for name in FPN}
 
 
 def _pictures(folder: Path, count: int, *, photographs: bool) -> list[Path]:
@@ -198,30 +205,36 @@ def _belongs(name: str, graphs: set[str]) -> bool:
     return name.removesuffix(".data") in graphs or name == "text.npz"
 
 
-def answer_times(
-    path: Path, exported: Path, pictures: list[Image.Image], size: str
-) -> dict[str, float]:
+def answer_times(path: Path, exported: Path, pictures: list[Path], size: str) -> dict[str, float]:
     """Median seconds an image of torch in float32 and of ONNX Runtime, one after the other."""
+    times = {"torch": alone(_seconds_by_torch, path, pictures, size)}
+    return times | {
+        name: alone(_seconds_by_onnx, exported, name, pictures, size) for name in FASTER
+    }
+
+
+def _seconds_by_torch(path: Path, pictures: list[Path], size: str) -> float:
     predictor = Predictor.load(path, device="cpu", precision="fp32")
 
-    def by_torch(image: Image.Image) -> object:
+    def answer(image: Image.Image) -> object:
         predictor._encoded = None
         return (
             predictor._features([image]) if size == "sam3" else predictor.predict(image, [PROMPT])
         )
 
-    times = {"torch": _median(by_torch, pictures)}
-    for name in FASTER:
-        runtime = Runtime.load(exported, precision=name)
-        times[name] = _median((_encode_by if size == "sam3" else _predict_by)(runtime), pictures)
-        del runtime
-    return times
+    return _median(answer, pictures)
 
 
-def _median(answer: Callable[[Image.Image], object], pictures: list[Image.Image]) -> float:
-    answer(pictures[0])  # buffers are made
+def _seconds_by_onnx(exported: Path, precision: str, pictures: list[Path], size: str) -> float:
+    runtime = Runtime.load(exported, precision=precision)
+    return _median((_encode_by if size == "sam3" else _predict_by)(runtime), pictures)
+
+
+def _median(answer: Callable[[Image.Image], object], pictures: list[Path]) -> float:
+    images = [open_image(picture) for picture in pictures]
+    answer(images[0])  # buffers are made
     taken = []
-    for picture in pictures:
+    for picture in images:
         begun = time.perf_counter()
         answer(picture)
         taken.append(time.perf_counter() - begun)

@@ -158,6 +158,7 @@ def apply_fixes() -> None:
         _activation_checkpointing_by_choice,
         _focal_loss_without_triton_on_cpu,
         _text_attention_on_contiguous_tokens,
+        _attention_on_contiguous_tokens,
         _loss_normalisation_without_process_group,
         _mask_loss_without_objects,
         _schedule_of_any_length,
@@ -382,6 +383,34 @@ def _text_attention_on_contiguous_tokens() -> None:
 
     ResidualAttentionBlock.__init__ = init
     ResidualAttentionBlock.attention = attention
+
+
+def _attention_on_contiguous_tokens() -> None:
+    """The same in model_misc.py:31, where no gradient is kept, as under activation checkpointing.
+
+    The geometry encoder looks at a view of the image (geometry_encoders.py): at full size and with
+    three prompts, its weights came to 1.4 GB and a second for each of six products.
+    """
+    from sam3.model.model_misc import MultiheadAttentionWrapper
+    from torch.nn.functional import multi_head_attention_forward
+
+    @functools.wraps(MultiheadAttentionWrapper.forward)
+    def forward(self: Any, query: Any, key: Any, value: Any, **kwargs: Any) -> tuple[Any, None]:
+        def tokens_first(x: Any) -> Any:
+            return x.transpose(0, 1) if self.batch_first else x
+
+        # One for each tensor: what is the same stays the same, as torch projects that at once.
+        tokens = {id(x): tokens_first(x).contiguous() for x in (query, key, value)}
+        found = multi_head_attention_forward(
+            *(tokens[id(x)] for x in (query, key, value)),
+            *(self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias),
+            *(self.bias_k, self.bias_v, self.add_zero_attn, self.dropout),
+            *(self.out_proj.weight, self.out_proj.bias, self.training),
+            **kwargs | {"need_weights": False},
+        )
+        return tokens_first(found[0]), None
+
+    MultiheadAttentionWrapper.forward = forward
 
 
 def _focal_loss_without_triton_on_cpu() -> None:

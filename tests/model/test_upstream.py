@@ -13,6 +13,7 @@ import pytest
 import sklearn.metrics
 import torch
 from sam3.model.decoder import TransformerDecoder
+from sam3.model.model_misc import MultiheadAttentionWrapper
 from sam3.model.position_encoding import PositionEmbeddingSine
 from sam3.model.text_encoder_ve import ResidualAttentionBlock
 from sam3.train.loss import loss_fns
@@ -161,6 +162,25 @@ def test_frozen_words_are_not_copied_for_each_token() -> None:
     ]
     assert multiplied
     assert [5, 16, 48] not in [shape for shapes in multiplied for shape in shapes]
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_attention_copies_no_weight_for_each_token_where_no_gradient_is_kept(batch_first) -> None:
+    torch.manual_seed(0)
+    attention = MultiheadAttentionWrapper(16, 2, batch_first=batch_first).requires_grad_(False)
+    query, value = torch.randn(2, 3, 5, 16)
+    key = value + 1
+    padding = torch.arange(5).expand(3, 5) > 3
+    given = [x if batch_first else x.transpose(0, 1) for x in (query, key, value)]
+    with torch.profiler.profile(record_shapes=True) as profile:
+        found = attention(*given[:2], value=given[2], key_padding_mask=padding)[0]
+    expected = torch.nn.MultiheadAttention.forward(
+        attention, *given, key_padding_mask=padding, need_weights=False
+    )[0]
+    torch.testing.assert_close(found, expected)
+    shapes = [shape for event in profile.events() for shape in event.input_shapes or []]
+    assert [15, 16] in shapes  # all tokens of three prompts, in one product
+    assert [5, 16, 16] not in shapes  # a copy of the weight for each of five
 
 
 def test_upstreams_schedule_takes_a_run_as_long_as_its_warmup() -> None:
