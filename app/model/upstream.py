@@ -402,10 +402,20 @@ def _attention_on_contiguous_tokens() -> None:
         # One for each tensor: what is the same stays the same, as torch projects that at once.
         tokens = {id(x): tokens_first(x).contiguous() for x in (query, key, value)}
         found = multi_head_attention_forward(
-            *(tokens[id(x)] for x in (query, key, value)),
-            *(self.embed_dim, self.num_heads, self.in_proj_weight, self.in_proj_bias),
-            *(self.bias_k, self.bias_v, self.add_zero_attn, self.dropout),
-            *(self.out_proj.weight, self.out_proj.bias, self.training),
+            query=tokens[id(query)],
+            key=tokens[id(key)],
+            value=tokens[id(value)],
+            embed_dim_to_check=self.embed_dim,
+            num_heads=self.num_heads,
+            in_proj_weight=self.in_proj_weight,
+            in_proj_bias=self.in_proj_bias,
+            bias_k=self.bias_k,
+            bias_v=self.bias_v,
+            add_zero_attn=self.add_zero_attn,
+            dropout_p=self.dropout,
+            out_proj_weight=self.out_proj.weight,
+            out_proj_bias=self.out_proj.bias,
+            training=self.training,
             **kwargs | {"need_weights": False},
         )
         return tokens_first(found[0]), None
