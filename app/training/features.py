@@ -145,9 +145,7 @@ def _keep_trunk(trunk: nn.Module, store: Store) -> None:
                 computed = compute(pixels[missing])[-1]
             for index, features in zip(missing, computed, strict=True):
                 found[index] = store.write(keys[index], {"features": features})
-        # As the trunk answers: its neck's convolutions take half as long again otherwise.
-        features = _stack(found, "features").to(pixels.device)
-        return [features.contiguous(memory_format=torch.channels_last)]
+        return [_stack(found, "features").to(pixels.device)]
 
     trunk.forward = forward
 
