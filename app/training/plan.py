@@ -364,7 +364,10 @@ def _sampler(config: Config, splits: Splits) -> EpochSampler:
 
 
 def _heaviest_batch(config: Config, splits: Splits) -> BatchedDatapoint:
-    """The batch of the first epoch with the most objects; the last ones are kept."""
+    """The batch of the first epoch with the most objects, its pixels apart: they are any.
+
+    The last ones are kept, as plans with other settings are made of the same.
+    """
     keys, size = list(_sampler(config, splits)), config.training.batch_size
     objects = Counter(annotation.image_id for annotation in splits.train.annotations)
     images = splits.train.images
@@ -378,7 +381,9 @@ def _heaviest_batch(config: Config, splits: Splits) -> BatchedDatapoint:
         data = run.query_dataset(config, splits.train)
         if len(_heaviest) == HEAVIEST_KEPT:
             del _heaviest[next(iter(_heaviest))]
-        _heaviest[key] = collate([data[item] for item in heaviest])
+        batch = collate([data[item] for item in heaviest])
+        batch.img_batch = torch.empty_like(batch.img_batch)  # takes no memory until it is written
+        _heaviest[key] = batch
     return _heaviest[key]
 
 
