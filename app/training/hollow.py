@@ -56,7 +56,7 @@ class Hollowing(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here: what keeps the compiler away costs a tenth
+        return False  # nothing is compiled here, and to keep the compiler away costs time
 
 
 def run_hollow(func: Any, types: Any, args: Any, kwargs: Any) -> Any:

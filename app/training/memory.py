@@ -115,7 +115,7 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         known: tensors from before, which are not counted, nor views of them.
-        without_contents: `Hollowing` as well, in one mode as two take half as long again.
+        without_contents: `Hollowing` as well, as each mode costs time with every operation.
     """
 
     def __init__(self, known: Iterable[Tensor], *, without_contents: bool = False) -> None:

@@ -19,7 +19,7 @@ from app.deploy.loop import LINES, Speed
 from app.deploy.manifest import read_manifest
 from app.deploy.run import main
 from app.inference.settings import SAVES
-from tests.conftest import PATIENCE, REPOSITORY, Result
+from tests.conftest import REPOSITORY, Result
 from tests.deploy.tiny import expected_score, write_folder, write_manifest
 
 COLORS = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
@@ -151,7 +151,7 @@ def test_images_are_answered_as_they_arrive(folder: Path, images: Path, tmp_path
         _wait_for(lambda: len(_lines(out)) == 4)
     finally:
         process.send_signal(signal.SIGINT)
-        said, errors = process.communicate(timeout=PATIENCE)
+        said, errors = process.communicate(timeout=60)
     assert process.returncode == 3, errors
     assert "Traceback" not in errors
     assert "4 frames, " in said
@@ -224,7 +224,7 @@ def test_a_stop_by_the_system(folder: Path, images: Path, tmp_path: Path) -> Non
         _wait_for(lambda: (out / LINES).is_file() and len(_lines(out)) == 3)
     finally:
         process.terminate()
-        said, _ = process.communicate(timeout=PATIENCE)
+        said, _ = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "3 frames, " in said
 
