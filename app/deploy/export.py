@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import tempfile
 import warnings
@@ -28,6 +29,7 @@ from app.deploy.golden import FILE as GOLDEN
 from app.deploy.golden import sample
 from app.deploy.graphs import FPN, GroundGraph, ImageGraph, TextGraph, write_out
 from app.deploy.manifest import PRECISIONS, Manifest
+from app.deploy.onnx_backend import choose_precisions
 from app.deploy.operators import OPSET, OPSETS, check_operators
 from app.deploy.output import check_output
 from app.deploy.parity import TOLERANCES, Difference, compare, model_outputs
@@ -153,10 +155,12 @@ def export(
     with atomic_folder(folder) as temporary, _pictures(images, valid, measure_on) as pictures:
         _write_graphs(source, wanted, temporary)
         side = header.model.resolution
+        predictor = Predictor.load(path, device="cpu", precision="fp32", resolution=side)
+        _write_text(predictor, wanted, temporary)
         if "int8" in wanted.precisions:
-            quantise(
-                temporary / "image.onnx", temporary / "image.int8.onnx", _pixels(pictures, side)
-            )
+            asked = _passes(wanted.prompts or header.prompts, wanted.a_pass or 1)
+            words = [_words(predictor, prompts) for prompts in asked[: len(pictures)]]
+            quantise(temporary, _pixels(pictures, side), words)
         for precision in HALVES:
             if precision in wanted.precisions:
                 for graph in ("image", "ground"):
@@ -167,8 +171,6 @@ def export(
                     )
         for file in temporary.glob("*.onnx"):
             check_operators(file)
-        predictor = Predictor.load(path, device="cpu", precision="fp32", resolution=side)
-        _write_text(predictor, wanted, temporary)
         manifest = _describe(temporary, header, wanted, source)
         parity = _measure(predictor, temporary, manifest, pictures, valid, max_detections)
         del predictor
@@ -227,15 +229,19 @@ def _to_onnx(
 
 
 def _write_text(predictor: Predictor, wanted: Wanted, folder: Path) -> None:
-    if wanted.prompts is None:
-        return
+    if wanted.prompts is not None:
+        words = _words(predictor, wanted.prompts)
+        np.savez(folder / "text.npz", features=words["text"], mask=words["text_mask"])
+
+
+def _words(predictor: Predictor, prompts: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """`text` (K, L, D) and `text_mask` (K, L) of K prompts, as the ground graph takes them."""
     with torch.inference_mode():
-        parts = [predictor._text((prompt,)) for prompt in wanted.prompts]
-    np.savez(
-        folder / "text.npz",
-        features=np.concatenate([p["language_features"].transpose(0, 1).numpy() for p in parts]),
-        mask=np.concatenate([p["language_mask"].numpy() for p in parts]),
-    )
+        parts = [predictor._text((prompt,)) for prompt in prompts]
+    return {
+        "text": np.concatenate([p["language_features"].transpose(0, 1).numpy() for p in parts]),
+        "text_mask": np.concatenate([p["language_mask"].numpy() for p in parts]),
+    }
 
 
 @contextlib.contextmanager
@@ -327,7 +333,7 @@ def _measure(
     max_detections: int,
 ) -> dict[str, Any]:
     """Each precision beside the model; raises UserError where one is too far from it."""
-    prompts = _first_pass(manifest)
+    asked = _passes(manifest.prompts or manifest.classes, manifest.prompts_a_pass)
     reference = _figures(predictor, valid, max_detections)
     parity: dict[str, Any] = {}
     problems: list[str] = []
@@ -335,7 +341,7 @@ def _measure(
     for precision in manifest.tolerances:
         runtime = _runnable(folder, manifest, precision)
         difference = Difference()
-        for picture in pictures:
+        for picture, prompts in zip(pictures, itertools.cycle(asked), strict=False):
             truth = model_outputs(predictor, picture, prompts)
             found = graph_outputs(runtime, picture, prompts)
             difference = difference.join(compare(truth, found, top=manifest.top, above=above))
@@ -377,10 +383,13 @@ def _figures(
     return {key: figures[key] for key in ("bbox/AP", "segm/AP") if key in figures}
 
 
-def _first_pass(manifest: Manifest) -> tuple[str, ...]:
-    """K prompts: the first that a runtime would ask for together."""
-    words = manifest.prompts or manifest.classes or ("object",)
-    return tuple(words[index % len(words)] for index in range(manifest.prompts_a_pass))
+def _passes(prompts: Sequence[str], count: int) -> list[tuple[str, ...]]:
+    """All prompts, `count` at a time, as a runtime asks for them; the last ones filled up."""
+    words = prompts or ("object",)
+    return [
+        tuple(words[index % len(words)] for index in range(first, first + count))
+        for first in range(0, len(words), count)
+    ]
 
 
 def graph_outputs(
@@ -394,10 +403,8 @@ def graph_outputs(
 
 def _runnable(folder: Path, manifest: Manifest, precision: str) -> Runtime:
     """The graphs of one precision, as a CPU can run them."""
-    graphs = {
-        graph: next(files[level] for level in manifests.safer(precision) if level in files)
-        for graph, files in manifest.graphs.items()
-    }
+    levels = choose_precisions(manifest, "fp32" if precision in HALVES else precision)
+    graphs = {graph: manifest.graphs[graph][level] for graph, level in levels.items()}
     files = dict(manifest.files)
     for graph in ("image", "ground") if precision in HALVES else ():
         name = graphs[graph] = f"{graph}{ROUNDED}.onnx"
@@ -413,7 +420,7 @@ def _runnable(folder: Path, manifest: Manifest, precision: str) -> Runtime:
 def _write_golden(folder: Path, manifest: Manifest, image: Image.Image) -> None:
     """What a device must find again: an image, and what the graphs in float32 say of it."""
     runtime = _runnable(folder, manifest, "fp32")
-    prompts = _first_pass(manifest)
+    prompts = _passes(manifest.prompts or manifest.classes, manifest.prompts_a_pass)[0]
     text, mask = runtime.text(prompts)
     found = graph_outputs(runtime, image, prompts)
     golden: dict[str, Any] = {name: sample(value) for name, value in found.items()}

@@ -149,6 +149,8 @@ def write_out(model: Sam3Image) -> Sam3Image:
                 setattr(parent, name, RotaryAttention(child))
             elif isinstance(child, nn.MultiheadAttention):
                 setattr(parent, name, PlainAttention(child))
+            elif isinstance(child, nn.ConvTranspose2d):
+                setattr(parent, name, Doubling(child))
             elif isinstance(child, nn.GELU):
                 setattr(parent, name, Gelu())
             elif isinstance(child, TransformerDecoder):
@@ -156,6 +158,29 @@ def write_out(model: Sam3Image) -> Sam3Image:
             elif isinstance(child, MaskPredictor):
                 setattr(parent, name, MaskProduct(child))
     return model.eval().requires_grad_(False)
+
+
+class Doubling(nn.Module):
+    """A transposed convolution of 2 x 2 pixels with stride 2, as a product: each pixel makes four.
+
+    ONNX Runtime has no transposed convolution in int8.
+    """
+
+    def __init__(self, convolution: nn.ConvTranspose2d) -> None:
+        super().__init__()
+        assert convolution.kernel_size == convolution.stride == (2, 2)
+        assert convolution.bias is not None
+        inside, outside = convolution.in_channels, convolution.out_channels
+        self.product = nn.Linear(inside, 4 * outside, device="meta")
+        weight = convolution.weight.detach().permute(2, 3, 1, 0)  # (2, 2, out, in)
+        self.product.weight = nn.Parameter(weight.flatten(0, 2).contiguous())
+        self.product.bias = nn.Parameter(convolution.bias.detach().repeat(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) → (B, out, 2H, 2W)."""
+        batch, _, height, width = x.shape
+        made = self.product(x.permute(0, 2, 3, 1)).view(batch, height, width, 2, 2, -1)
+        return made.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, 2 * height, 2 * width)
 
 
 class Gelu(nn.Module):

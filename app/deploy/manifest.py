@@ -154,6 +154,17 @@ def safer(precision: str) -> list[str]:
     return list(PRECISIONS[PRECISIONS.index(precision) :: -1])
 
 
+def list_variants(manifest: Manifest, graph: str, precision: str, *, on_gpu: bool) -> list[str]:
+    """Those of a graph that are as safe as a precision, or safer; the fastest first.
+
+    Of the ground graph int8 spares a CPU time; a GPU has all of it faster in halves.
+    """
+    found = [level for level in safer(precision) if level in manifest.graphs[graph]]
+    if on_gpu and graph == "ground" and {"fp16", "bf16"} & set(found):
+        found = [level for level in found if level != "int8"]
+    return found
+
+
 def inside(name: str) -> bool:
     """Whether a file's name stays in the folder that names it."""
     return bool(name) and PurePosixPath(name).name == name and name not in (".", "..")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.deploy.external_data import locations
-from app.deploy.manifest import PRECISIONS, REMEDY, Manifest, check_files, safer
+from app.deploy.manifest import PRECISIONS, REMEDY, Manifest, check_files, list_variants
 from app.errors import UserError, nearest
 
 CUDA = "CUDAExecutionProvider"
@@ -153,11 +153,14 @@ def choose_precisions(
             f"{nearest(precision, usable)}"
         )
     wanted = precision or FASTEST[on_gpu]
-    # on a CPU halves are slower than fp32: only where they are asked for
-    levels = [p for p in safer(wanted) if p != LACKING and (on_gpu or p in (wanted, "fp32"))]
     chosen, problems = {}, []
     for graph in manifest.graphs:
-        there = [level for level in levels if level in manifest.graphs[graph]]
+        there = [
+            level
+            for level in list_variants(manifest, graph, wanted, on_gpu=on_gpu)
+            # on a CPU halves are slower than fp32: only where they are asked for
+            if level != LACKING and (on_gpu or level in (wanted, "fp32"))
+        ]
         if there:
             chosen[graph] = there[0]
         else:

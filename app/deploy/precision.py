@@ -6,8 +6,10 @@ between them stays in float32, so that no sum, norm or softmax leaves the range 
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,12 @@ NARROWED = {  # ONNX knows no convolutions in bfloat16 before opset 22, which Te
     "fp16": (*PRODUCTS, "Conv", "ConvTranspose"),
     "bf16": PRODUCTS,
 }
-TRUNK = re.compile(r"\.mlp\.fc\d|\.attn\.(qkv|proj)\b")  # the products of a block with weights
+# The trunk's and its neck's products with weights.
+WEIGHTED = re.compile(r"\.mlp\.fc\d|\.attn\.(qkv|proj)\b|\.dconv_2x2\w*\.product")
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch.onnx notes which module a node comes from
 TINY = 1e-8  # least magnitude that is divided by: of what is 0 throughout
 ZERO = "zero.int8"
+Arrays = Mapping[str, NDArray[Any]]
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
@@ -91,12 +95,19 @@ class _Narrowing:
             node, last = cast, cast.outputs[0]
         if not self._emulated:
             result.dtype = self._half
-        for user, index in users:
-            user.replace_input_with(index, last)
-        for index, output in enumerate(self._graph.outputs):
-            if output is result:
-                last.name, result.name = result.name, f"{result.name}.half"
-                self._graph.outputs[index] = last
+        _read_instead(self._graph, result, last, users)
+
+
+def _read_instead(
+    graph: ir.Graph, value: ir.Value, last: ir.Value, users: Iterable[tuple[ir.Node, int]]
+) -> None:
+    """Let all users of a value read another, which is the graph's output in its place as well."""
+    for user, index in users:
+        user.replace_input_with(index, last)
+    for index, output in enumerate(graph.outputs):
+        if output is value:
+            last.name, value.name = value.name, f"{value.name}.inner"
+            graph.outputs[index] = last
 
 
 def _cast(value: ir.Value, kind: ir.DataType) -> ir.Node:
@@ -113,99 +124,182 @@ def _drop_unused(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def quantise(source: Path, file: Path, images: Iterable[NDArray[np.float32]]) -> None:
-    """Write the image graph with its trunk's MLPs and projections in int8, by explicit Q/DQ pairs.
+def quantise(folder: Path, images: Iterable[NDArray[np.float32]], words: Sequence[Arrays]) -> None:
+    """Write `image.int8.onnx` and `ground.int8.onnx` beside the graphs in float32.
 
-    Weights are symmetric, one scale for each unit; activations symmetric, one scale for each
-    product, so wide that what the images showed is not cut: as TensorRT takes them.
+    The trunk's MLPs and projections, its neck, and the convolutions of masks are in int8, by
+    explicit Q/DQ pairs; a graph that has none of these is not written. Weights are symmetric, one
+    scale for each unit; activations symmetric, one scale for each tensor, so wide that what the
+    images showed is not cut: as TensorRT takes them.
 
     Args:
         images: `pixels` of the user's own images, (1, 3, R, R).
+        words: `text` and `text_mask` as the ground graph takes them, for one image after another,
+            and from the first again.
     """
-    model = ir.load(source)
-    largest = _largest(source, images)
-    pairs: dict[ir.Value, ir.Value] = {}  # what is read → the same, rounded
-    for node in _products(model.graph):
-        read, weight = node.inputs
-        assert read is not None
-        assert weight is not None
-        assert weight.const_value is not None
-        if read not in pairs:
-            scale = np.float32(max(largest[read.name or ""], TINY) / 127)
-            pairs[read] = _add_pair(model.graph, node, read, scale)
-        node.replace_input_with(0, pairs[read])
-        node.replace_input_with(1, _add_int8(model.graph, node, weight))
-    _drop_unused(model.graph)
-    save(model, file)
+    for name, largest in _largest(folder, images, words).items():
+        model = ir.load(folder / f"{name}.onnx")
+        quantising = _Quantising(model.graph, largest)
+        for node in _quantised(model.graph):
+            quantising.quantise(node)
+        _drop_unused(model.graph)
+        save(model, folder / f"{name}.int8.onnx")
 
 
-def _products(graph: ir.Graph) -> list[ir.Node]:
-    """The trunk's products with weights."""
+def _quantised(graph: ir.Graph) -> list[ir.Node]:
+    """What takes most of the time, but for the convolution of the pixels, which are finer."""
+    pixels = graph.inputs[0]
     return [
         node
         for node in graph
-        if node.op_type == "MatMul" and TRUNK.search(node.metadata_props.get(SCOPES, ""))
+        if (node.op_type == "MatMul" and WEIGHTED.search(node.metadata_props.get(SCOPES, "")))
+        or (node.op_type == "Conv" and node.inputs[0] is not pixels)
     ]
 
 
-def _largest(source: Path, images: Iterable[NDArray[np.float32]]) -> dict[str, float]:
-    """What is read by a product → its largest magnitude.
+def _rounded(node: ir.Node) -> list[ir.Value]:
+    """What is rounded of a node beside its weight: its input, and a convolution's output.
+
+    ONNX Runtime multiplies a convolution in int8 only where its output is rounded as well.
+    """
+    read = node.inputs[0]
+    assert read is not None
+    return [read, *(node.outputs if node.op_type == "Conv" else ())]
+
+
+def _largest(
+    folder: Path, images: Iterable[NDArray[np.float32]], words: Sequence[Arrays]
+) -> dict[str, dict[str, float]]:
+    """Of each graph: what is rounded in it → its largest magnitude.
 
     Each is reduced where it is made, so that none is kept: the quantiser of ONNX Runtime takes
     20 GB for `small` at 672 px, as it reduces all at the end.
     """
-    model = ir.load(source)
-    names: list[str] = []
-    for node in _products(model.graph):
-        read = node.inputs[0]
-        assert read is not None
-        if read.name in names:
-            continue
-        magnitude = ir.node("Abs", [read])
+    image, ground = (_Reducing(folder / f"{name}.onnx") for name in ("image", "ground"))
+    for pixels, asked in zip(images, itertools.cycle(words), strict=False):
+        features = image.run({"pixels": pixels})
+        if ground.largest:
+            ground.run({**features, **asked})
+    graphs = {"image": image.largest, "ground": ground.largest}
+    return {name: largest for name, largest in graphs.items() if largest}
+
+
+class _Reducing:
+    """A graph that tells beside its outputs how large those values become that are rounded.
+
+    Attributes:
+        largest: value → its largest magnitude in all runs so far.
+    """
+
+    def __init__(self, source: Path) -> None:
+        model = ir.load(source)
+        self._outputs = [str(value.name) for value in model.graph.outputs]
+        self.largest: dict[str, float] = {}
+        for node in _quantised(model.graph):
+            for value in _rounded(node):
+                if value.name not in self.largest:
+                    self._reduce(model.graph, node, value)
+        reducing = source.with_name(f"{source.stem}.reducing.onnx")
+        ir.save(model, reducing)  # beside the data of the source, which it reads
+        try:
+            self._session = onnxruntime.InferenceSession(
+                str(reducing), providers=["CPUExecutionProvider"]
+            )
+        finally:
+            reducing.unlink()
+
+    def _reduce(self, graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+        magnitude = ir.node("Abs", [value])
         most = ir.node("ReduceMax", magnitude.outputs, attributes={"keepdims": 0})
         most.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         most.outputs[0].shape = ir.Shape(())
-        model.graph.insert_before(node, [magnitude, most])
-        model.graph.outputs.insert(len(names), most.outputs[0])
-        names.append(str(read.name))
-    del model.graph.outputs[len(names) :]
-    _drop_unused(model.graph)
-    reducing = source.with_name(f"{source.stem}.reducing.onnx")
-    ir.save(model, reducing)  # beside the data of the source, which it reads
-    try:
-        session = onnxruntime.InferenceSession(str(reducing), providers=["CPUExecutionProvider"])
-        found = [session.run(None, {"pixels": pixels}) for pixels in images]
-    finally:
-        reducing.unlink()
-    return dict(zip(names, np.max(found, axis=0).tolist(), strict=True))
+        graph.insert_after(node, [magnitude, most])
+        graph.outputs.append(most.outputs[0])
+        self.largest[str(value.name)] = 0.0
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
+        """Output of the source → array."""
+        known = {value.name for value in self._session.get_inputs()}
+        found = self._session.run(None, {k: v for k, v in inputs.items() if k in known})
+        count = len(self._outputs)
+        for name, most in zip(self.largest, found[count:], strict=True):
+            self.largest[name] = float(np.maximum(self.largest[name], most))  # nan stays
+        return dict(zip(self._outputs, found[:count], strict=True))
 
 
-def _add_pair(graph: ir.Graph, reader: ir.Node, value: ir.Value, scale: np.float32) -> ir.Value:
-    """A value rounded to int8 and back, before who reads it."""
-    rounding = [_constant(graph, f"{value.name}.scale", np.array(scale)), _zero(graph)]
-    quantised = ir.node("QuantizeLinear", [value, *rounding])
-    restored = ir.node("DequantizeLinear", [*quantised.outputs, *rounding])
-    graph.insert_before(reader, [quantised, restored])
-    restored.outputs[0].type, restored.outputs[0].shape = value.type, value.shape
-    return restored.outputs[0]
+class _Quantising:
+    """Puts the nodes of a graph into int8, one by one.
 
+    Args:
+        largest: what is rounded → its largest magnitude.
+    """
 
-def _add_int8(graph: ir.Graph, reader: ir.Node, weight: ir.Value) -> ir.Value:
-    """A weight (in, out) in int8, one scale for each unit that comes out."""
-    assert weight.const_value is not None
-    values = weight.const_value.numpy()
-    scale = (np.abs(values).max(axis=0).clip(min=TINY) / 127).astype(np.float32)
-    rounded = np.rint(values / scale).clip(-127, 127).astype(np.int8)
-    parts = {"int8": rounded, "scale": scale, "zero": np.zeros(len(scale), dtype=np.int8)}
-    inputs = [_constant(graph, f"{weight.name}.{key}", part) for key, part in parts.items()]
-    restored = ir.node("DequantizeLinear", inputs, attributes={"axis": 1})
-    graph.insert_before(reader, restored)
-    restored.outputs[0].type, restored.outputs[0].shape = weight.type, weight.shape
-    return restored.outputs[0]
+    def __init__(self, graph: ir.Graph, largest: Mapping[str, float]) -> None:
+        self._graph, self._largest = graph, largest
+        self._rounded: set[ir.Value] = set()
+        self._pairs: Counter[ir.Value] = Counter()
 
+    def quantise(self, node: ir.Node) -> None:
+        """Round a node's input, its weight, and a convolution's output."""
+        read, weight = node.inputs[:2]
+        assert read is not None
+        assert weight is not None
+        if read not in self._rounded:
+            pair = self._pair(read)
+            self._graph.insert_before(node, pair)
+            node.replace_input_with(0, pair[-1].outputs[0])
+        convolution = node.op_type == "Conv"
+        node.replace_input_with(1, self._round_weight(node, weight, axis=0 if convolution else 1))
+        if convolution:
+            (result,) = node.outputs
+            users = list(result.uses())
+            pair = self._pair(result)
+            self._graph.insert_after(node, pair)
+            last = pair[-1].outputs[0]
+            self._rounded.add(last)
+            _read_instead(self._graph, result, last, users)
 
-def _zero(graph: ir.Graph) -> ir.Value:
-    return graph.initializers.get(ZERO) or _constant(graph, ZERO, np.array(0, dtype=np.int8))
+    def _pair(self, value: ir.Value) -> list[ir.Node]:
+        """What rounds a value to int8 and back, for one who reads it.
+
+        ONNX Runtime joins pairs of one value and one scale, and then multiplies in float32: the
+        scales of several differ in their last digit.
+        """
+        scale = np.float32(max(self._largest[str(value.name)], TINY) / 127)
+        for _ in range(self._pairs[value]):
+            scale = np.nextafter(scale, np.float32(np.inf))
+        name = f"{value.name}.scale.{self._pairs[value]}"
+        self._pairs[value] += 1
+        rounding = [_constant(self._graph, name, np.array(scale)), self._zero()]
+        quantised = ir.node("QuantizeLinear", [value, *rounding])
+        restored = ir.node("DequantizeLinear", [*quantised.outputs, *rounding])
+        restored.outputs[0].type, restored.outputs[0].shape = value.type, value.shape
+        return [quantised, restored]
+
+    def _round_weight(self, reader: ir.Node, weight: ir.Value, *, axis: int) -> ir.Value:
+        """A weight in int8, one scale for each unit that comes out: each index of `axis`."""
+        assert weight.const_value is not None
+        values = weight.const_value.numpy()
+        others = tuple(index for index in range(values.ndim) if index != axis)
+        largest = np.abs(values).max(axis=others, keepdims=True).clip(min=TINY)
+        scale = (largest / 127).astype(np.float32)
+        rounded = np.rint(values / scale).clip(-127, 127).astype(np.int8)
+        parts = {
+            "int8": rounded,
+            "scale": scale.ravel(),
+            "zero": np.zeros(scale.size, dtype=np.int8),
+        }
+        inputs = [
+            _constant(self._graph, f"{weight.name}.{key}", part) for key, part in parts.items()
+        ]
+        restored = ir.node("DequantizeLinear", inputs, attributes={"axis": axis})
+        self._graph.insert_before(reader, restored)
+        restored.outputs[0].type, restored.outputs[0].shape = weight.type, weight.shape
+        return restored.outputs[0]
+
+    def _zero(self) -> ir.Value:
+        known = self._graph.initializers.get(ZERO)
+        return known or _constant(self._graph, ZERO, np.array(0, dtype=np.int8))
 
 
 def _constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:

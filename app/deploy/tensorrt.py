@@ -23,7 +23,7 @@ from app.deploy.cuda import WITHOUT, DeviceArray, Gpu, SharedArray
 from app.deploy.engines import EngineCache, Identity, make_logger, source_hash
 from app.deploy.golden import FILE as GOLDEN
 from app.deploy.golden import golden_misses
-from app.deploy.manifest import PRECISIONS, REMEDY, Manifest, check_files, safer
+from app.deploy.manifest import PRECISIONS, REMEDY, Manifest, check_files, list_variants, safer
 from app.deploy.onnx_backend import check_graphs
 from app.deploy.square import to_pixels
 from app.errors import UserError
@@ -306,7 +306,7 @@ def ladder(
     for level in safer(precision or FASTEST):
         variants = {}
         for graph in manifest.graphs:
-            found = [p for p in safer(level) if p in manifest.graphs[graph]]
+            found = list_variants(manifest, graph, level, on_gpu=True)
             found = [p for p in found if bf16 or p != "bf16"]
             if found:
                 variants[graph] = found[0]

@@ -155,36 +155,49 @@ def test_a_half_cast_back_is_the_product_of_rounded_numbers(tmp_path: Path) -> N
         assert np.abs(found - given @ weight).max() > 1e-5
 
 
-def test_the_products_of_the_trunk_are_quantised_as_tensorrt_takes_them(exported: Path) -> None:
-    graph = onnx.load(exported / "image.int8.onnx").graph
-    kinds = [node.op_type for node in graph.node]
-    blocks = 4
-    assert kinds.count("QuantizeLinear") == 4 * blocks  # what goes into fc1, fc2, qkv and proj
-    assert kinds.count("DequantizeLinear") == 8 * blocks  # that, and their weights
-    weights_of = {part.name: part for part in graph.initializer}
-    int8 = [p for p in weights_of.values() if p.data_type == onnx.TensorProto.INT8 and p.dims]
-    assert sorted(tuple(p.dims) for p in int8 if len(p.dims) == 2) == sorted(
-        [(128, 512), (512, 128), (128, 384), (128, 128)] * blocks
-    )
+BLOCKS = 4  # of nano's trunk, each with fc1, fc2, qkv and proj
+NECK, MASKS = 6, 3  # convolutions; in the neck each size has a 1x1, and a 3x3 that reads it
+
+
+def test_products_and_convolutions_are_quantised_as_tensorrt_takes_them(exported: Path) -> None:
+    """Rounded is what goes into each product, and what goes into and out of each convolution."""
+    trunk = [(128, 512), (512, 128), (128, 384), (128, 128)] * BLOCKS
+    doubling = [(128, 4 * 64), (64, 4 * 32), (128, 4 * 64)]  # two to the finest level
+    kernels = [(64, 32, 1, 1), (64, 64, 1, 1), (64, 128, 1, 1), *[(64, 64, 3, 3)] * 3]
+    for name, shapes, rounded in (
+        ("image", [*trunk, *doubling, *kernels], len(trunk) + len(doubling) + 3 * 3),
+        ("ground", [(64, 64, 1, 1), *[(64, 64, 3, 3)] * 2], 2 * MASKS),
+    ):
+        graph = onnx.load(exported / f"{name}.int8.onnx").graph
+        kinds = [node.op_type for node in graph.node]
+        assert kinds.count("QuantizeLinear") == rounded
+        assert kinds.count("DequantizeLinear") == rounded + len(shapes)
+        int8 = [tuple(p.dims) for p in graph.initializer if p.data_type == onnx.TensorProto.INT8]
+        assert sorted(dims for dims in int8 if len(dims) > 1) == sorted(shapes)
 
 
 def test_onnx_runtime_multiplies_int8_as_int8(exported: Path, tmp_path: Path) -> None:
     """It did so in float32, and slower than without int8, where it joins biases first."""
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    options.log_severity_level = 3
-    file = str(exported / "image.int8.onnx")
-    onnxruntime.InferenceSession(
-        file, options, providers=["CPUExecutionProvider"], disabled_optimizers=HINDERING
-    )
-    graph = onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph
-    kinds = [node.op_type for node in graph.node]
-    assert kinds.count("MatMulIntegerToFloat") == 4 * 4
+    kinds = []
+    for name in ("image", "ground"):
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        options.log_severity_level = 3
+        onnxruntime.InferenceSession(
+            str(exported / f"{name}.int8.onnx"),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=HINDERING,
+        )
+        graph = onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph
+        kinds += [node.op_type for node in graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == 4 * BLOCKS + 3
+    assert kinds.count("QLinearConv") == NECK + MASKS
 
 
 def test_every_graph_keeps_to_the_operators_of_tensorrt(exported: Path, tmp_path: Path) -> None:
     files = sorted(exported.glob("*.onnx"))
-    assert len(files) == 7
+    assert len(files) == 8
     for file in files:
         check_operators(file)
         found = onnx.load(file, load_external_data=False)

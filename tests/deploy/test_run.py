@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cv2
@@ -19,7 +18,7 @@ from app.deploy.loop import LINES, Speed
 from app.deploy.manifest import read_manifest
 from app.deploy.run import main
 from app.inference.settings import SAVES
-from tests.conftest import REPOSITORY, Result
+from tests.conftest import REPOSITORY, Result, until
 from tests.deploy.tiny import expected_score, write_folder, write_manifest
 
 COLORS = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
@@ -145,10 +144,10 @@ def test_images_are_answered_as_they_arrive(folder: Path, images: Path, tmp_path
     out = tmp_path / "out"
     process = _start(folder, images, out, "--prompt", "red", "--save", "coco,overlay")
     try:
-        _wait_for(lambda: (out / LINES).is_file() and len(_lines(out)) == 3)
+        until(lambda: (out / LINES).is_file() and len(_lines(out)) == 3, "three answers")
         (images / "bad.png").write_bytes(b"nothing")
         Image.new("RGB", (40, 20), (255, 0, 0)).save(images / "late.png")
-        _wait_for(lambda: len(_lines(out)) == 4)
+        until(lambda: len(_lines(out)) == 4, "a fourth answer")
     finally:
         process.send_signal(signal.SIGINT)
         said, errors = process.communicate(timeout=60)
@@ -174,14 +173,6 @@ def _start(folder: Path, images: Path, out: Path, *words: object) -> subprocess.
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def _wait_for(reached) -> None:
-    for _ in range(1200):
-        if reached():
-            return
-        time.sleep(0.1)
-    pytest.fail("not in 120 s")
 
 
 def test_a_camera(run, folder: Path, tmp_path: Path) -> None:
@@ -221,7 +212,7 @@ def test_a_stop_by_the_system(folder: Path, images: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     process = _start(folder, images, out)
     try:
-        _wait_for(lambda: (out / LINES).is_file() and len(_lines(out)) == 3)
+        until(lambda: (out / LINES).is_file() and len(_lines(out)) == 3, "three answers")
     finally:
         process.terminate()
         said, _ = process.communicate(timeout=60)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from app.datasets.shapes import make_shapes
 from app.training import signals
-from tests.conftest import REPOSITORY, TINY, Command
+from tests.conftest import REPOSITORY, TINY, Command, until
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -53,11 +53,8 @@ def start(shapes: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    limit = time.monotonic() + 240
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < limit, f"{path} never came"
-        time.sleep(0.02)
+    until(lambda: path.exists() or process.poll() is not None, str(path))
+    assert path.exists(), process.communicate()
 
 
 @pytest.mark.slow
