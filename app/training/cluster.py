@@ -26,8 +26,11 @@ def is_inside() -> bool:
     return "SUBMITIT_EXECUTOR" in os.environ
 
 
-def submit(config: Config, arguments: Sequence[str]) -> str:
+def submit(config: Config, arguments: Sequence[str], resume: str | None) -> str:
     """Hand `python -m app ARGUMENTS` to Slurm; returns the job's id.
+
+    Args:
+        resume: what ARGUMENTS say of it.
 
     Raises:
         UserError: there is no Slurm here, or it refuses the job; with its own words.
@@ -40,7 +43,7 @@ def submit(config: Config, arguments: Sequence[str]) -> str:
     folder = Path(config.output_dir).resolve()
     # An output folder that holds no run was checked before; the job's own second start finds one.
     kept = [word for word in arguments if word != "--overwrite"]
-    run = Run([*kept, f"--output-dir={folder}", "--resume=auto"])
+    run = Run([*kept, f"--output-dir={folder}"], resume or "auto")
     cluster, training = config.cluster, config.training
     executor = submitit.SlurmExecutor(folder / FOLDER, max_num_timeout=TIMES)
     asked: dict[str, object] = {
@@ -74,12 +77,14 @@ def submit(config: Config, arguments: Sequence[str]) -> str:
 class Run:
     """The job's work: the command in a process of its own, which Slurm's signals reach as well."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self.arguments = list(arguments)
+    def __init__(self, arguments: Sequence[str], resume: str) -> None:
+        self.arguments, self.resume = list(arguments), resume
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, "-m", "app", *self.arguments])
+        queued_again = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+        resume = f"--resume={'auto' if queued_again else self.resume}"
+        self._process = subprocess.Popen([sys.executable, "-m", "app", *self.arguments, resume])
         self._await_end()
         if code := self._process.wait():
             sys.exit(code)
@@ -87,7 +92,7 @@ class Run:
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """What is queued again when Slurm warns (USR2): the same, once all is saved."""
         self._await_end()
-        return submitit.helpers.DelayedSubmission(Run(self.arguments))
+        return submitit.helpers.DelayedSubmission(Run(self.arguments, self.resume))
 
     def _await_end(self) -> None:
         """Popen.wait holds a lock, and a signal's handler that waits in it would wait for ever."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 import platform
@@ -159,12 +160,16 @@ def train(
                     data, iter(session.loop.sampler), folder / "plots", config.evaluation.pictures
                 )
     session.run()
-    state = session.state
+    state, tracker = session.state, session.tracker
+    # What was trained makes room for the best weights, which are loaded anew.
+    del session, model, lesson
+    accelerator.free_memory()
+    gc.collect()
     figures: Figures = {}
-    if session.tracker is not None:
+    if tracker is not None:
         with checkpoints.disk_errors(folder):
             figures = _finish(config, splits.valid, state, precision, device, kept)
-            session.tracker.finish(_all_figures(figures, state, time.monotonic() - begun))
+            tracker.finish(_all_figures(figures, state, time.monotonic() - begun))
             write_page(folder, splits)
             page = write_report(folder)
             write_card(
@@ -184,6 +189,9 @@ def train(
         say_where(folder / "weights" / "best", splits)
     accelerator.end_training()
     return Outcome(folder, figures)
+
+
+SETTLED = ("training.cache_features", "dataset.views")  # by `settle_features`
 
 
 def settle_features(
@@ -301,13 +309,24 @@ def _go_on(session: Session, newest: Path, resume: Resume | None) -> None:
     log.info("resumed from %s, after epoch %d, update %d", newest, state.epoch, state.updates)
 
 
-def check_resume(config: Config, splits: Splits, resume: Resume, processes: int) -> None:
-    """Refuse to go on from a checkpoint of another run, or from weights of another method."""
+def check_resume(
+    config: Config,
+    splits: Splits,
+    resume: Resume,
+    processes: int,
+    open_yet: Sequence[str] = (),
+) -> None:
+    """Refuse to go on from a checkpoint of another run, or from weights of another method.
+
+    Args:
+        open_yet: settings that are decided where the run will be, which are not compared here.
+    """
     folder = Path(config.output_dir)
     newest = checkpoints.find_newest(folder / "checkpoints")
     if newest is None:
         return
     then, now = checkpoints.read(newest)[1], fingerprint(config, splits, processes)
+    now |= {name: then[name] for name in open_yet if name in then}
     if resume != "weights":
         check_same(newest, then, now)
         return
@@ -353,26 +372,24 @@ def choose_split(config: Config, splits: Splits) -> Dataset:
 def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> None:
     """Make the output folder ready, or refuse: nothing is overwritten unasked."""
     present = [name for name in LEAVES if (folder / name).exists()]
-    if present and overwrite:
-        for name in present:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    elif resume in ("all", "weights") and not present:
+    if resume in ("all", "weights") and not present:
         raise UserError(
             f"--resume: no run in {folder}. Give --output-dir of the run to resume, or leave out "
             "--resume to start one."
         )
-    elif present and not resume:
+    if present and not (resume or overwrite):
         raise UserError(
             f"--output-dir {folder}: holds a run already ({', '.join(present[:3])}, …). "
             "Go on with --resume, replace it with --overwrite, or name another folder."
         )
-    for killed in folder.glob("weights/*/.model.safetensors.*"):
-        killed.unlink()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
+        for path in (folder / name for name in present if overwrite):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for killed in folder.glob("weights/*/.model.safetensors.*"):
+            killed.unlink()
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
 

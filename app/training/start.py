@@ -96,6 +96,8 @@ def start(
     ways = {"eval_only": eval_only, "download": plan is None}
     config, weights_file = configure(overrides, file, size, lr, **ways)
     trained = weights_file is not None
+    if eval_only and resume:
+        raise UserError("--resume: of a training; leave it out, or --eval-only")
     handed_over = config.cluster.name == "slurm" and not cluster.is_inside()
     if not handed_over:
         choose_device(config.training.device)
@@ -138,15 +140,18 @@ def start(
         if plan == "measure":
             planning.show_times(planning.measure(config, splits, trained=trained), planned, splits)
         return
-    several = config.training.num_gpus * config.cluster.nodes > 1
-    if several and not (handed_over or launch.is_launched() or eval_only):
+    processes = config.training.num_gpus * config.cluster.nodes
+    if processes > 1 and not (handed_over or launch.is_launched() or eval_only):
         launch.relaunch(config.training.num_gpus, [*sys.argv[1:], *found], config.cluster.nodes)
     folder = Path(config.output_dir)
-    if resume:
+    if resume and handed_over:
+        open_yet = [*run.SETTLED, *([BATCH_SIZE] if fitted else [])]
+        run.check_resume(config, splits, resume, processes, open_yet)
+    elif resume:
         run.check_resume(config, splits, resume, int(os.environ.get("WORLD_SIZE", "1")))
     if handed_over:
         run.prepare_folder(folder, resume=resume, overwrite=overwrite)
-        cluster.submit(config, sys.argv[1:])
+        cluster.submit(config, sys.argv[1:], resume)
         return
     if main:
         run.prepare_folder(folder, resume=resume, overwrite=overwrite)

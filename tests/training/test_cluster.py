@@ -55,6 +55,14 @@ def _weights(folder: Path) -> bytes:
     return (folder / "weights" / "last" / "model.safetensors").read_bytes()
 
 
+def _await_end(slurm: Slurm, job: str, folder: Path) -> None:
+    """Wait for a job that must end well."""
+    states = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+    until(lambda: slurm.field(job, "JobState") not in states, "the end of the job")
+    said = "".join(file.read_text() for file in sorted((folder / "slurm").glob(f"{job}_*_log.*")))
+    assert slurm.field(job, "JobState") == "COMPLETED", said
+
+
 @pytest.mark.slow
 def test_a_job_goes_on_after_preemption_and_cancelling(
     slurm: Slurm,
@@ -63,7 +71,7 @@ def test_a_job_goes_on_after_preemption_and_cancelling(
     tmp_path: Path,
     command: Command,
 ) -> None:
-    """Warned by USR2, then requeued by hand, then cancelled and resumed here: the same weights."""
+    """Warned by USR2, then requeued by hand, then cancelled and resumed: the same weights."""
     folder = tmp_path / "out"
     job = _job(submit(*_words(shapes, folder)))
     until(lambda: _epochs(folder) >= 3, "three epochs")
@@ -80,8 +88,12 @@ def test_a_job_goes_on_after_preemption_and_cancelling(
     until(lambda: slurm.field(job, "JobState") == "CANCELLED", "the job cancelled")
     until(lambda: log.read_text().count("stopped after") == 3, "the run saved")
     assert _epochs(folder) < EPOCHS
-    resumed = command(*_words(shapes, folder), "--resume")
-    assert resumed.code == 0, resumed.err
+    other = submit(*_words(shapes, folder), "--resume", "--seed", 5)
+    assert other.code == 2
+    assert "seed: 0 then, 5 now" in other.err
+    job = _job(submit(*_words(shapes, folder), "--resume"))
+    _await_end(slurm, job, folder)
+    assert log.read_text().count("resumed from") == 3
     whole = command(*_words(shapes, tmp_path / "whole"))
     assert whole.code == 0, whole.err
     assert _weights(folder) == _weights(tmp_path / "whole")
@@ -98,16 +110,19 @@ def test_two_nodes_train_one_run(slurm: Slurm, submit, shapes: Path, tmp_path: P
     # Without a database of accounts, Slurm takes a QOS and does not say it.
     for line in ("--qos=short", "--account=lab", "--partition=main", "--nodes=2", "--requeue"):
         assert f"#SBATCH {line}\n" in script
-    states = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
-    until(lambda: slurm.field(job, "JobState") not in states, "the end of the job")
-    said = "".join(file.read_text() for file in sorted((folder / "slurm").glob(f"{job}_*_log.*")))
-    assert slurm.field(job, "JobState") == "COMPLETED", said
+    _await_end(slurm, job, folder)
     assert slurm.field(job, "NumNodes") == "2"
     assert "2 process(es)" in (folder / "train.log").read_text()
     run = json.loads((folder / "checkpoints" / "update-00000003" / "run.json").read_text())
     assert run["fingerprint"]["processes"] == 2
     assert run["state"]["updates"] == 3  # of four images, two in each of the processes
     assert _epochs(folder) == 3
+    words = _words(shapes, folder, "--epochs", 1)
+    refused = submit(*words, "--resume")
+    assert refused.code == 2
+    assert "processes: 2 then, 1 now" in refused.err
+    _await_end(slurm, _job(submit(*words, "--resume=weights")), folder)
+    assert "the schedule starts anew" in (folder / "train.log").read_text()
 
 
 @pytest.mark.slow
