@@ -118,7 +118,7 @@ class ModelConfig(_Strict):
     dropout: float = Field(ge=0, lt=1)
     mask_points: int = Field(gt=0)
     segmentation: bool
-    activation_checkpointing: bool
+    activation_checkpointing: bool | list[Component]  # of training alone, not of weights
     vocabulary: list[str] | None = None  # the prompts stored in the text encoder's place; None: any
 
     @model_validator(mode="after")

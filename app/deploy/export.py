@@ -27,7 +27,7 @@ from app.datasets.square import to_square
 from app.deploy import manifest as manifests
 from app.deploy.golden import FILE as GOLDEN
 from app.deploy.golden import sample
-from app.deploy.graphs import FPN, GroundGraph, ImageGraph, TextGraph, write_out
+from app.deploy.graphs import FEATURES, GroundGraph, ImageGraph, TextGraph, write_out
 from app.deploy.manifest import PRECISIONS, Manifest
 from app.deploy.onnx_backend import choose_precisions
 from app.deploy.operators import OPSET, OPSETS, check_operators
@@ -190,9 +190,9 @@ def _write_graphs(source: Path, wanted: Wanted, folder: Path) -> None:
     side, size = header.model.resolution, header.model
     image = ImageGraph(model)
     pixels = torch.zeros(1, 3, side, side)
-    _to_onnx(image, {"pixels": pixels}, (*FPN, "position"), folder / "image.onnx")
+    _to_onnx(image, {"pixels": pixels}, FEATURES, folder / "image.onnx")
     with torch.inference_mode():
-        features = dict(zip((*FPN, "position"), image(pixels), strict=True))
+        features = dict(zip(FEATURES, image(pixels), strict=True))
     del image
     count, length = wanted.a_pass or 1, size.text.context_length
     words = {
@@ -395,7 +395,7 @@ def _passes(prompts: Sequence[str], count: int) -> list[tuple[str, ...]]:
 def graph_outputs(
     runtime: Runtime, image: Image.Image, prompts: Sequence[str]
 ) -> dict[str, NDArray[np.float32]]:
-    """What the graphs answer, named as `model_outputs` names it; with position and presence."""
+    """What the graphs answer, named as `model_outputs` names it."""
     pixels = normalise(to_square(image, runtime.manifest.resolution)).numpy()
     features = runtime.backend.image(pixels)
     return {**features, **runtime.backend.ground(features, *runtime.text(prompts))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import Any
 
 import torch
 from sam3.model.decoder import TransformerDecoder, TransformerDecoderLayer
@@ -58,9 +59,16 @@ def build_model(
             multimask_output=True,
             matcher=matcher,
         )
-    for module in model.modules():
-        module.checkpoint_activations = config.activation_checkpointing
+    module: Any
+    for name, part in components(model).items():
+        for module in part.modules():
+            module.checkpoint_activations = _is_recomputed(config, name)
     return model
+
+
+def _is_recomputed(config: ModelConfig, component: str) -> bool:
+    asked = config.activation_checkpointing
+    return asked if isinstance(asked, bool) else component in asked
 
 
 def components(model: Sam3Image) -> dict[str, nn.Module]:
@@ -140,7 +148,7 @@ def _vision(config: ModelConfig) -> Sam3DualViTDetNeck:
         ln_post=False,
         return_interm_layers=False,
         bias_patch_embed=False,
-        use_act_checkpoint=config.activation_checkpointing,
+        use_act_checkpoint=_is_recomputed(config, "vision"),
     )
     if vision.heads is not None:
         _leave_heads(trunk, vision.heads)
@@ -173,7 +181,7 @@ def _text(config: ModelConfig) -> VETextEncoder | StoredText:
         heads=text.num_heads,
         layers=text.depth,
         context_length=text.context_length,
-        use_act_checkpoint=config.activation_checkpointing,
+        use_act_checkpoint=_is_recomputed(config, "text"),
     )
 
 

@@ -373,9 +373,14 @@ def lesson_losses(
 
 
 def _autocast(batch: BatchedDatapoint, precision: torch.dtype) -> torch.autocast:
-    """Not accelerate's: its conversion of outputs to float32 cannot rebuild a SAM3Output."""
+    """Not accelerate's: its conversion of outputs to float32 cannot rebuild a SAM3Output.
+
+    Its cache would keep each weight in bfloat16 to the end of the forward pass.
+    """
     enabled = precision == torch.bfloat16
-    return torch.autocast(batch.img_batch.device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(
+        batch.img_batch.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
+    )
 
 
 def _together(model: nn.Module, batch: BatchedDatapoint) -> contextlib.AbstractContextManager[None]:

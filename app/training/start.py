@@ -30,6 +30,7 @@ from app.model.carried import carried_nano
 from app.model.device import choose_device
 from app.training import checkpoints, cluster, launch, method, run, upstream_trainer
 from app.training import plan as planning
+from app.training.mlflow_state import mlflow_uri
 from app.training.recipe import auto
 from app.training.signals import StopRequest
 from app.training.tracking import followed_by_mlflow
@@ -98,6 +99,8 @@ def start(
     trained = weights_file is not None
     if eval_only and resume:
         raise UserError("--resume: of a training; leave it out, or --eval-only")
+    if config.tracking.register_as and not (eval_only or mlflow_uri(config.tracking.mlflow)):
+        raise UserError("--register: is of MLflow; give --mlflow as well, or MLFLOW_TRACKING_URI")
     handed_over = config.cluster.name == "slurm" and not cluster.is_inside()
     if not handed_over:
         choose_device(config.training.device)
@@ -134,6 +137,8 @@ def start(
         config = changed([*overrides, *found])
     overrides = [*overrides, *found]
     if plan:
+        if handed_over:
+            log.info("--cluster slurm: memory and disk are those of this machine, not of the job's")
         planned = planning.make_plan(config, splits, trained=trained)
         planning.show(planned, splits)
         planning.require_fit(planned, splits, lambda more: changed([*overrides, *more]))
@@ -141,7 +146,9 @@ def start(
             planning.show_times(planning.measure(config, splits, trained=trained), planned, splits)
         return
     processes = config.training.num_gpus * config.cluster.nodes
-    if processes > 1 and not (handed_over or launch.is_launched() or eval_only):
+    if eval_only and processes > 1:
+        log.info("--eval-only: in one process, whatever --num-gpus and --nodes say")
+    elif processes > 1 and not (handed_over or launch.is_launched()):
         launch.relaunch(config.training.num_gpus, [*sys.argv[1:], *found], config.cluster.nodes)
     folder = Path(config.output_dir)
     if resume and handed_over:
@@ -197,8 +204,10 @@ def configure(
         weights_file = weights.find_file(Path(checkpoint))
     expected = None if size == "auto" else size
     read = weights_file if weights_file and weights_file.is_file() else None
-    model = weights.describe(read, expected).model if read else None
-    model = model or load_model_config(size)
+    model = weights.describe(read, expected).model if read else load_model_config(size)
+    if model.name in model_names():  # what is recomputed is of training, not of the weights
+        kept = {"activation_checkpointing": load_model_config(model.name).activation_checkpointing}
+        model = model.model_copy(update=kept)
     overrides = [text for text in overrides if not text.startswith("model=")]
     config = load_config(overrides, file, model)
     if lr is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +14,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from pycocotools import mask as mask_utils
 
 from app.datasets.images import open_image
 from app.deploy import export as module
+from app.deploy import run
 from app.deploy.export import Wanted, export, graph_outputs
+from app.deploy.graphs import FEATURES
 from app.deploy.manifest import FILE, read_manifest
 from app.deploy.onnx_backend import HINDERING
 from app.deploy.operators import ALLOWED, check_operators
@@ -26,7 +31,7 @@ from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.carried import NANO
 from app.model.compact import store_vocabulary
-from tests.conftest import REPOSITORY, finish, once
+from tests.conftest import REPOSITORY, Command, finish, once
 
 PROMPTS = ("circle", "rectangle", "triangle")
 SCENE = REPOSITORY / "docs" / "images" / "scene.png"
@@ -45,7 +50,7 @@ def quiet() -> Iterator[None]:
 def exported(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
     """nano for three prompts, in every precision, by the command."""
     words = [
-        *("--precision", "fp16,bf16,int8", "--tensorrt", "10.3"),
+        *("--precision", "fp16,bf16,int8", "--tensorrt", "10.3", "--target", "orin-nano"),
         *(word for prompt in PROMPTS for word in ("--prompt", prompt)),
         *("--images", str(shapes / "train" / "images"), "--dataset-dir", str(shapes)),
     ]
@@ -74,8 +79,69 @@ def test_twenty_photographs_are_answered_as_the_predictor_does(
         for name in ("scores", "boxes"):
             np.testing.assert_allclose(found[name], truth[name], atol=1e-4)
         np.testing.assert_allclose(found["masks"], truth["masks"], atol=1e-3)  # logits, to ±20
-        for name in ("fpn0", "fpn1", "fpn2"):
+        for name in (*FEATURES, "presence"):
             np.testing.assert_allclose(found[name], truth[name], atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resolution", [336, 672, 1008])
+def test_each_resolution(tmp_path: Path, command: Command, resolution: int) -> None:
+    """Of a photograph's size; compared with the predictor by the export itself, and here."""
+    out = tmp_path / "out"
+    words = ("--resolution", resolution, "--images", SCENE, "--prompt", "circle")
+    done = command("export", NANO, "--output", out, *words)
+    assert done.code == 0, done.err
+    manifest = read_manifest(out)
+    assert manifest.resolution == resolution
+    assert manifest.shapes["image"]["pixels"] == [1, 3, resolution, resolution]
+    assert manifest.parity["fp32"]["scores"] < 1e-4
+    predictor = Predictor.load(NANO, device="cpu", precision="fp32", resolution=resolution)
+    one = predictor.predict(open_image(SCENE), ["circle"], threshold=0.1)
+    other = Runtime.load(out, backend="onnxruntime").predict(
+        open_image(SCENE), ["circle"], threshold=0.1
+    )
+    np.testing.assert_allclose(other.scores, one.scores, atol=1e-4)
+    np.testing.assert_allclose(other.boxes_xyxy, one.boxes_xyxy, atol=0.1)  # pixels
+
+
+def test_commands_find_the_same(exported: Path, tmp_path: Path, command: Command) -> None:
+    """`app infer` by torch and `app.deploy.run` by ONNX Runtime, to the files that they write."""
+    words = ["--input", str(SCENE), "--save", "coco,yolo", "--threshold", "0.3"]
+    asked = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    mine, theirs = tmp_path / "deployed", tmp_path / "inferred"
+    precise = ["--precision", "fp32"]
+    done = command("infer", "--checkpoint", NANO, *words, *asked, *precise, "--output-dir", theirs)
+    assert done.code == 0, done.err
+    options = run.make_parser().parse_args([str(exported), *words, *precise, "--output", str(mine)])
+    assert run.run(options) == 0
+    files = {path.relative_to(theirs) for path in theirs.rglob("*.txt")}
+    assert files == {path.relative_to(mine) for path in mine.rglob("*.txt")}
+    found, expected = (
+        json.loads((folder / "predictions.json").read_text()) for folder in (mine, theirs)
+    )
+    assert len(found) == len(expected) > 2
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        assert (one["file_name"], one["prompt"]) == (other["file_name"], other["prompt"])
+        assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=0.1)
+        overlap = mask_utils.iou([one["segmentation"]], [other["segmentation"]], [0])
+        assert overlap[0][0] > 0.999
+
+
+def test_each_output_counts(predictor: Predictor) -> None:
+    truth = model_outputs(predictor, open_image(SCENE), PROMPTS)
+    same = compare(truth, truth)
+    assert (same.scores, same.boxes, same.mask_iou) == (0, 0, 1)
+    assert same.cosine == pytest.approx(1)
+    for name in FEATURES:
+        assert compare(truth, {**truth, name: -truth[name]}).cosine == pytest.approx(-1)
+    for name in ("scores", "presence"):
+        moved = compare(truth, {**truth, name: truth[name] + np.float32(0.25)})
+        assert moved.scores == pytest.approx(0.25, abs=1e-6)
+    moved = compare(truth, {**truth, "boxes": truth["boxes"] - np.float32(0.5)})
+    assert moved.boxes == pytest.approx(0.5)
+    assert compare(truth, {**truth, "masks": -truth["masks"]}).mask_iou < 0.1
 
 
 def test_every_precision_says_how_near_it_is(exported: Path, predictor: Predictor) -> None:
@@ -228,7 +294,11 @@ def test_the_manifest_describes_what_is_there(exported: Path) -> None:
     assert ground["scores"] == [3, 16]
     assert ground["masks"] == [3, 16, 64, 64]
     assert manifest.prompts == manifest.classes == PROMPTS
-    assert manifest.target == {"tensorrt": "10.3"}
+    assert manifest.target == {"tensorrt": "10.3", "target": "orin-nano"}
+    file = NANO / "model.safetensors"
+    assert manifest.source["weights"] == file.name
+    assert manifest.source["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert manifest.source["pin"].startswith("84cc43b")
     header = weights.describe(NANO)
     assert manifest.threshold == header.threshold
     text = np.load(exported / "text.npz")

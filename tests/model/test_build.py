@@ -12,7 +12,7 @@ from app.config import load_config, load_model_config, model_names
 from app.datasets.queries import collate
 from app.errors import UserError
 from app.model import upstream
-from app.model.build import build_model, count_parameters, padding_note
+from app.model.build import build_model, components, count_parameters, padding_note
 from benchmarks.init import first_step_is_finite, query_dataset
 from tests.conftest import TINY
 
@@ -135,7 +135,7 @@ def test_rope_is_that_of_the_resolution(resolution: int) -> None:
 
 def test_activation_checkpointing_leaves_gradients_as_they_are(shapes) -> None:
     grads = []
-    for checkpointing in ("true", "false"):
+    for checkpointing in ("true", "false", "[vision,masks]"):
         config = load_config([*TINY, f"model.activation_checkpointing={checkpointing}"])
         torch.manual_seed(0)
         model = build_model(config.model, matcher=instantiate(config.loss.matcher))
@@ -145,8 +145,25 @@ def test_activation_checkpointing_leaves_gradients_as_they_are(shapes) -> None:
         criterion = instantiate(config.loss.criterion, _convert_="all")
         criterion(model(batch), targets)["core_loss"].backward()
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys()
-    for name, gradient in grads[0].items():  # summed in another order
-        # What attention cannot feel, as a bias that all keys share, has no gradient but rounding.
-        tolerance = max(1e-4 * float(gradient.abs().max()), 1e-6)
-        assert torch.allclose(gradient, grads[1][name], rtol=1e-3, atol=tolerance), name
+    for others in grads[1:]:
+        assert grads[0].keys() == others.keys()
+        for name, gradient in grads[0].items():  # summed in another order
+            # What attention cannot feel, as a bias that all keys share, has none but rounding.
+            tolerance = max(1e-4 * float(gradient.abs().max()), 1e-6)
+            assert torch.allclose(gradient, others[name], rtol=1e-3, atol=tolerance), name
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [("true", {True}), ("false", {False}), ("[vision,masks]", {True, False})],
+)
+def test_what_is_recomputed(asked: str, expected: set[bool]) -> None:
+    model = build_model(load_config([*TINY, f"model.activation_checkpointing={asked}"]).model)
+    found = {
+        name: {module.checkpoint_activations for module in part.modules()}
+        for name, part in components(model).items()
+    }
+    assert set().union(*found.values()) == expected
+    if asked.startswith("["):
+        assert [name for name, values in found.items() if True in values] == ["vision", "masks"]
+    assert _trunk(model).use_act_checkpoint == (asked != "false")

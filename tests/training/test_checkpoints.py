@@ -85,10 +85,14 @@ def test_a_full_disk_is_found_first(command: Command, shapes, small_disk, monkey
 
 
 def test_a_folder_that_is_read_only(command: Command, shapes, small_disk) -> None:
+    (small_disk / "old").mkdir()
+    (small_disk / "old" / "metrics.csv").write_text("epoch\n")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    done = command("train", "--dataset-dir", shapes, "--output-dir", small_disk / "out", *FAST)
-    assert done.code == 2
-    assert "cannot be written (Read-only file system)" in done.err
+    for words in ([small_disk / "out"], [small_disk / "old", "--overwrite"]):
+        done = command("train", "--dataset-dir", shapes, *FAST, "--output-dir", *words)
+        assert done.code == 2
+        assert "cannot be written (Read-only file system)" in done.err
+    assert (small_disk / "old" / "metrics.csv").read_text() == "epoch\n"
 
 
 @pytest.mark.parametrize("left", [4 * MIB, 40 * MIB])  # within the weights, within the state

@@ -15,7 +15,7 @@ from app.datasets.build import load_splits
 from app.datasets.queries import collate
 from app.model import upstream
 from app.model.build import build_model
-from app.training import method, run
+from app.training import loop, method, run
 from app.training.hollow import Hollowing
 from app.training.loop import batch_losses, build_accelerator
 from app.training.memory import LiveBytes, count_flops, step_bytes
@@ -100,6 +100,23 @@ def test_the_mask_head_is_made_anew_one_prompt_at_a_time(
     for name, value in gradients.items():
         assert torch.allclose(value, theirs[name], rtol=1e-3, atol=1e-3), name
     assert peak < all_at_once
+
+
+def test_weights_in_bfloat16_do_not_pile_up(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast's own cache keeps all of them to the end of the forward pass."""
+    settings = [*TINY, "model.text.width=512", "model.activation_checkpointing=true"]
+    config = load_config(settings)
+    batch = collate([run.query_dataset(config, load_splits(shapes).train)[0]])
+    model = build_model(config.model, matcher=instantiate(config.loss.matcher))
+    criterion = instantiate(config.loss.criterion, _convert_="all")
+    peaks = []
+    for autocast in (loop._autocast, lambda *_: torch.autocast("cpu", torch.bfloat16)):
+        monkeypatch.setattr(loop, "_autocast", autocast)
+        with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+            batch_losses(model, criterion, batch, torch.bfloat16)
+        peaks.append(live.peak)
+    layers = model.backbone.language_backbone.encoder.transformer.parameters()
+    assert peaks[1] - peaks[0] > 2 * sum(p.numel() for p in layers)
 
 
 def test_operations_of_the_full_size() -> None:

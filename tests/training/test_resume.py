@@ -19,7 +19,7 @@ from app.training.loop import Loop
 from app.training.session import Session
 from tests.conftest import TINY, Command, Result, finish, once
 
-# What draws random numbers in a step, and more than one batch an update: six updates in all.
+# What draws random numbers in a step, and more than one batch an update: four updates in all.
 RANDOM = ("model.dropout=0.2", "model.vision.drop_path=0.2", "--checkpoint", "none")
 STEPS = ("--epochs", 2, "--batch-size", 1, "--grad-accum", 2)
 AVERAGED = "training.ema=0.9"
@@ -173,6 +173,9 @@ def test_another_method_is_refused_by_name(train, tiny_run: Path, tmp_path: Path
     assert done.code == 2
     assert "is of method full, whose weights are no beginning for this one" in done.err
     assert _saved(tmp_path / "cut") == before
+    done = train(*begin, "--resume=weights", "--method", "head")
+    assert done.code == 0, done.err
+    assert "the schedule starts anew" in done.out
     assert train(*begin, "--method", "lora-minimal", folder="adapter").code == 0
     words = ("--method", "lora-minimal", "--resume=weights", "method.lora.rank=2")
     done = train(*begin, *words, folder="adapter")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from app.datasets.build import load_splits
 from app.evaluation.metrics import evaluate
 from app.model import weights
+from app.training import run
 from app.training.loop import Loop
 from app.training.session import gain
 from tests.conftest import TINY, Command, Result
@@ -168,6 +171,27 @@ def test_training_goes_on_from_a_checkpoint(train, tiny_run: Path, tmp_path: Pat
     before = json.loads((tiny_run / "metrics.json").read_text())
     assert figures["baseline/bbox/AP"] == before["bbox/AP"]
     assert "lr_scale 0.1" in (tmp_path / "out" / "train.log").read_text()
+
+
+def test_what_was_trained_makes_room_for_the_best_weights(train, monkeypatch) -> None:
+    """A second model is 3.4 GB at full size, which no plan counts."""
+    build, score = run.build_model, run.score
+    trained, alive = [], []
+
+    def built(*arguments: Any, **settings: Any) -> Any:
+        model = build(*arguments, **settings)
+        trained.append(weakref.ref(model))
+        return model
+
+    def scored(*arguments: Any) -> Any:
+        if "reloaded" in arguments[-1]:
+            alive.extend(model() is not None for model in trained)
+        return score(*arguments)
+
+    monkeypatch.setattr(run, "build_model", built)
+    monkeypatch.setattr(run, "score", scored)
+    assert train("--epochs", 1).code == 0
+    assert alive == [False]
 
 
 def test_the_best_weights_are_kept(train, tmp_path: Path) -> None:

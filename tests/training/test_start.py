@@ -65,6 +65,18 @@ def test_the_size_follows_the_weights(tmp_path: Path) -> None:
     assert (changed.model.resolution, changed.model.num_queries) == (64, 7)
 
 
+def test_what_is_recomputed_is_of_training_not_of_weights(tmp_path: Path) -> None:
+    """Weights of before, as the carried ones, would keep what their size did then."""
+    size = load_config(["model.activation_checkpointing=true"]).model
+    weights.save(build_model(size), tmp_path, weights.Header(model=size))
+    for more, expected in (
+        ([], ["vision", "masks"]),
+        (["model.activation_checkpointing=false"], False),
+    ):
+        config, _ = configure([f"checkpoint={tmp_path}", *more], None, "auto", None)
+        assert config.model.activation_checkpointing == expected
+
+
 def test_size_in_a_file_or_an_override(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("model: small\ncheckpoint: none\noutput_dir: here\n")
     config, _ = configure([], tmp_path / "c.yaml", "auto", None)
@@ -106,6 +118,8 @@ def test_flags_reach_the_configuration() -> None:
         ),
         (["--plan", "--eval-only"], ["--plan and --eval-only"]),
         (["--use-base-config", "--mlflow"], ["--mlflow, --register: of this"]),
+        (["--checkpoint", "none", "--eval-only", "--resume"], ["--resume: of a training"]),
+        (["--checkpoint", "none", "--register", "x"], ["--register: is of MLflow"]),
         (["--use-base-config", "--recipe", "auto"], ["--use-base-config and --recipe: give one"]),
     ],
 )

@@ -37,6 +37,7 @@ from tests.conftest import PATIENCE, REPOSITORY, TINY, Command, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_own_environment")]
 CANARY = "canary-4f1d9b"
+SECRETS = dict.fromkeys(("HF_TOKEN", "ROBOFLOW_API_KEY", "AWS_SECRET_ACCESS_KEY"), CANARY)
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def sent(shapes: Path, server: Server, tmp_path_factory: pytest.TempPathFactory)
             *("evaluation.pictures=1", *TINY),
         ],
         cwd=REPOSITORY,
-        env=os.environ | {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2"},
+        env=os.environ | SECRETS | {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2"},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -188,6 +189,13 @@ def test_a_run_arrives_whole_and_once(server: Server, sent: Path) -> None:
     assert {"report.html", "config_resolved.yaml", "metrics.csv", "plots", "predictions"} <= files
     champion = client.get_model_version_by_alias("shapes", "champion")
     assert f"shapes/{champion.version}" == state.version
+
+
+def test_secrets_do_not_arrive(server: Server, sent: Path) -> None:
+    kept = [path for path in server.root.rglob("*") if path.is_file()]
+    assert server.store in kept
+    assert any(path.suffix == ".safetensors" for path in kept)
+    assert not [path for path in kept if CANARY.encode() in path.read_bytes()]
 
 
 def test_the_served_model_finds_what_infer_finds(
