@@ -43,7 +43,7 @@ from app.training.method import set_training
 from app.training.processes import over_processes, together
 from app.training.random_state import random_state, restore_random_state
 from app.training.schedule import learning_rate_factor
-from app.training.signals import leave_to_parent
+from app.training.signals import held_back, leave_to_parent
 
 # The first process validates while the others wait. One that dies is not waited for: torchrun ends
 # the others at once.
@@ -183,7 +183,8 @@ class Loop:
         training = self.config.training
         self.sampler.first = first_update * training.batch_size * training.grad_accum
         set_training(self.accelerator.unwrap_model(self.model))
-        batches = iter(self.loader)
+        with held_back():
+            batches = iter(self.loader)
         try:
             while group := list(itertools.islice(batches, training.grad_accum)):
                 with together(self.accelerator.device):

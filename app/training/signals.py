@@ -76,6 +76,20 @@ def watch() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Let `SIGNALS` wait; a process that is started within waits for ever, or until it asks.
+
+    Or one that reaches the group while processes start would end them, and the run with them:
+    torch gives them its own handlers before they come to `leave_to_parent`.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_to_parent(_worker: int = 0) -> None:
     """Ignore `SIGNALS`, in a process that loads images: its parent decides when it ends.
 

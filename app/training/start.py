@@ -99,7 +99,8 @@ def start(
     trained = weights_file is not None
     if eval_only and resume:
         raise UserError("--resume: of a training; leave it out, or --eval-only")
-    if config.tracking.register_as and not (eval_only or mlflow_uri(config.tracking.mlflow)):
+    tracking = config.tracking
+    if tracking.register_as and not (eval_only or tracking.mlflow or mlflow_uri(None)):
         raise UserError("--register: is of MLflow; give --mlflow as well, or MLFLOW_TRACKING_URI")
     handed_over = config.cluster.name == "slurm" and not cluster.is_inside()
     if not handed_over:

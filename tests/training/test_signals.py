@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -71,6 +72,30 @@ def test_a_signal_to_the_group_saves_and_ends(start, tmp_path, number) -> None:
     saved = sorted((tmp_path / "out" / "checkpoints").glob("update-*"))
     assert len(saved) == 1
     assert (saved[0] / "state.pt").is_file()
+
+
+def test_a_signal_waits_while_processes_start() -> None:
+    """They begin with the handlers of torch, which end them."""
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    child = multiprocessing.get_context("fork").Process(target=_sleep)
+    try:
+        with signals.held_back():
+            child.start()
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGTERM)
+        child.join(1)
+        assert child.is_alive()
+        assert heard == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        child.kill()
+
+
+def _sleep() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(60)
 
 
 @pytest.mark.slow
