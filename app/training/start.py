@@ -90,6 +90,8 @@ def start(
             overwrite=overwrite,
         )
         return
+    if eval_only and resume:
+        raise UserError("--resume: of a training; leave it out, or --eval-only")
     main = os.environ.get("RANK", "0") == "0"
     if not main:
         log.setLevel(logging.WARNING)
@@ -97,8 +99,6 @@ def start(
     ways = {"eval_only": eval_only, "download": plan is None}
     config, weights_file = configure(overrides, file, size, lr, **ways)
     trained = weights_file is not None
-    if eval_only and resume:
-        raise UserError("--resume: of a training; leave it out, or --eval-only")
     tracking = config.tracking
     if tracking.register_as and not (eval_only or tracking.mlflow or mlflow_uri(None)):
         raise UserError("--register: is of MLflow; give --mlflow as well, or MLFLOW_TRACKING_URI")
@@ -206,7 +206,7 @@ def configure(
     expected = None if size == "auto" else size
     read = weights_file if weights_file and weights_file.is_file() else None
     model = weights.describe(read, expected).model if read else load_model_config(size)
-    if model.name in model_names():  # what is recomputed is of training, not of the weights
+    if read and model.name in model_names():  # what is recomputed is of training, not of weights
         kept = {"activation_checkpointing": load_model_config(model.name).activation_checkpointing}
         model = model.model_copy(update=kept)
     overrides = [text for text in overrides if not text.startswith("model=")]
