@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 PRODUCTS = ("MatMul", "Gemm")
 NARROWED = {  # ONNX knows no convolutions in bfloat16 before opset 22, which TensorRT 10.3 lacks
-    "fp16": (*PRODUCTS, "Conv", "ConvTranspose"),
+    "fp16": (*PRODUCTS, "Conv"),
     "bf16": PRODUCTS,
 }
 # The trunk's and its neck's products with weights.
