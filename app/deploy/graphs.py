@@ -6,6 +6,7 @@ embedding turns pairs by a cosine and a sine, not by complex numbers. Shapes are
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -13,13 +14,89 @@ from sam3.model.decoder import TransformerDecoder
 from sam3.model.maskformer_segmentation import MaskPredictor
 from sam3.model.model_misc import inverse_sigmoid
 from sam3.model.sam3_image import Sam3Image
-from sam3.model.vitdet import Attention, get_abs_pos
+from sam3.model.vitdet import ViT, get_abs_pos, window_partition, window_unpartition
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 FPN = ("fpn0", "fpn1", "fpn2")  # finest first: four, two and one feature a patch's side
 FEATURES = (*FPN, "position")  # of an image
 HIDDEN = -1e4  # an attention's score of what is masked: its exponential is 0, and fits in a half
+
+
+class Trunk(nn.Module):
+    """Upstream's ViT, through which tokens go window by window, where windows tile the image.
+
+    Nothing but the rotary embedding of global attention asks where a token lies, so windows are
+    made once and not in each block.
+
+    Args:
+        vit: `sam3.model.vitdet.ViT`.
+
+    Attributes:
+        side: of the image, in patches.
+    """
+
+    places: Tensor  # (1, side, side, C)
+
+    def __init__(self, vit: Any) -> None:
+        super().__init__()
+        self.side = math.isqrt(len(vit.blocks[vit.full_attn_ids[0]].attn.freqs_cis))
+        window = max(block.window_size for block in vit.blocks)
+        self.window = 0 if window == 0 or self.side % window else window  # 0: tokens stay in rows
+        places = get_abs_pos(
+            vit.pos_embed.detach(),
+            vit.pretrain_use_cls_token,
+            (self.side, self.side),
+            False,
+            tiling=True,
+        )
+        self.register_buffer("places", places)
+        order = None
+        if self.window:
+            rows = torch.arange(self.side**2).view(1, self.side, self.side, 1)
+            order = window_partition(rows, self.window)[0].flatten()
+        self.patch_embed, self.ln_pre, self.ln_post = vit.patch_embed, vit.ln_pre, vit.ln_post
+        self.blocks = nn.ModuleList(Block(block, order) for block in vit.blocks)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(1, 3, R, R) → (1, C, side, side)."""
+        x = self.ln_pre(self.patch_embed(pixels) + self.places)
+        if self.window:
+            x, _ = window_partition(x, self.window)
+        for block in self.blocks:
+            x = block(x)
+        x = self.ln_post(x)
+        if self.window:
+            whole = self.side, self.side
+            x = window_unpartition(x, self.window, whole, whole)
+        return x.permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """Upstream's ViT block.
+
+    Args:
+        block: `sam3.model.vitdet.Block`.
+        order: (tokens,) which of the image's tokens lies where, window by window; None: in rows.
+    """
+
+    def __init__(self, block: Any, order: Tensor | None) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.mlp = block.norm1, block.norm2, block.mlp
+        self.attn = RotaryAttention(block.attn, None if block.window_size else order)
+        self.window = block.window_size if order is None else 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(1, H, W, C), or window by window (windows, window, window, C) → the same."""
+        seen = self.norm1(x)
+        if self.window:
+            parts, padded = window_partition(seen, self.window)
+            seen = window_unpartition(self.attn(parts), self.window, padded, x.shape[1:3])
+        else:
+            seen = self.attn(seen)
+        x = x + seen
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class RotaryAttention(nn.Module):
@@ -31,36 +108,37 @@ class RotaryAttention(nn.Module):
 
     Args:
         attention: `sam3.model.vitdet.Attention`.
+        order: (tokens,) which of the image's tokens lies where; None: they lie in rows.
     """
 
     cos: Tensor  # (tokens, head_dim / 2)
     sin: Tensor
 
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Any, order: Tensor | None = None) -> None:
         super().__init__()
         self.heads, self.head_dim = attention.num_heads, attention.head_dim
         self.qkv, self.proj = attention.qkv, attention.proj
         turns: Tensor = attention.freqs_cis  # (tokens, head_dim / 2) complex
+        if order is not None:
+            turns = turns[order]
         self.register_buffer("cos", turns.real.contiguous())
         self.register_buffer("sin", turns.imag.contiguous())
         width = self.heads * self.head_dim
         units = torch.arange(width).view(self.heads, -1, 2).transpose(1, 2).flatten()
-        order = torch.cat([units, width + units, 2 * width + torch.arange(width)])
+        units = torch.cat([units, width + units, 2 * width + torch.arange(width)])
         scale = torch.ones(3 * width, 1)
         scale[: 2 * width] = self.head_dim**-0.25
         with torch.no_grad():
-            self.qkv.weight.copy_(self.qkv.weight[order] * scale)
-            self.qkv.bias.copy_(self.qkv.bias[order] * scale[:, 0])
+            self.qkv.weight.copy_(self.qkv.weight[units] * scale)
+            self.qkv.bias.copy_(self.qkv.bias[units] * scale[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) → the same."""
-        batch, height, width, _ = x.shape
-        parts = self.qkv(x).view(batch, height * width, 3 * self.heads, self.head_dim)
+        """(…, C) → the same. As many tokens as there are turns see each other."""
+        parts = self.qkv(x).view(-1, len(self.cos), 3 * self.heads, self.head_dim)
         turned, value = parts.transpose(1, 2).split([2 * self.heads, self.heads], dim=1)
-        query, key = self._turn(turned).chunk(2, dim=1)  # (B, heads, tokens, head_dim)
-        found = attend(query, key, value)
-        found = found.permute(0, 2, 1, 3).reshape(batch, height, width, -1)
-        out: Tensor = self.proj(found)
+        query, key = self._turn(turned).chunk(2, dim=1)  # (groups, heads, tokens, head_dim)
+        found = attend(query, key, value).transpose(1, 2)
+        out: Tensor = self.proj(found.reshape(*x.shape[:-1], -1))
         return out
 
     def _turn(self, x: Tensor) -> Tensor:
@@ -146,8 +224,8 @@ def write_out(model: Sam3Image) -> Sam3Image:
 
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Attention):
-                setattr(parent, name, RotaryAttention(child))
+            if isinstance(child, ViT):
+                setattr(parent, name, Trunk(child))
             elif isinstance(child, nn.MultiheadAttention):
                 setattr(parent, name, PlainAttention(child))
             elif isinstance(child, nn.ConvTranspose2d):
@@ -293,32 +371,19 @@ class MaskProduct(nn.Module):
 class ImageGraph(nn.Module):
     """Pixels → three FPN maps and the position map that goes with the coarsest."""
 
-    places: Tensor  # (1, tokens, tokens, C)
-    map: Tensor  # (1, D, tokens, tokens)
+    map: Tensor  # (1, D, side, side)
 
     def __init__(self, model: Sam3Image) -> None:
         super().__init__()
         neck: Any = model.backbone.vision_backbone
         self.trunk, self.convs = neck.trunk, neck.convs[: len(FPN)]
-        tokens = int(self.trunk.blocks[self.trunk.full_attn_ids[0]].attn.cos.shape[0] ** 0.5)
-        self.register_buffer("places", self._places(tokens))
         with torch.no_grad():
-            side = torch.empty(1, 1, tokens, tokens)
-            self.register_buffer("map", neck.position_encoding(side).clone())
-
-    def _places(self, tokens: int) -> Tensor:
-        table = self.trunk.pos_embed.detach()
-        places: Tensor = get_abs_pos(
-            table, self.trunk.pretrain_use_cls_token, (tokens, tokens), False, tiling=True
-        )
-        return places
+            whole = torch.empty(1, 1, self.trunk.side, self.trunk.side)
+            self.register_buffer("map", neck.position_encoding(whole).clone())
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """(1, 3, R, R) float32 in -1..1 → fpn0, fpn1, fpn2 and position, (1, D, side, side)."""
-        x = self.trunk.ln_pre(self.trunk.patch_embed(pixels) + self.places)
-        for block in self.trunk.blocks:
-            x = block(x)
-        x = self.trunk.ln_post(x).permute(0, 3, 1, 2)
+        x = self.trunk(pixels)
         return *(conv(x) for conv in self.convs), self.map.clone()
 
 
