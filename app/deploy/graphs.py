@@ -149,21 +149,23 @@ class RotaryAttention(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """`nn.MultiheadAttention` as matrix products and a softmax, called as upstream calls it."""
+    """`nn.MultiheadAttention` as matrix products and a softmax, called as upstream calls it.
+
+    Keys need no bias, which adds the same to all scores of a query, and that of values goes through
+    as it is, since the shares of a query come to 1: it is added to the output's.
+    """
 
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         self.heads, self.batch_first = attention.num_heads, attention.batch_first
-        self.out_proj = attention.out_proj
         assert attention.in_proj_weight is not None
-        weights = attention.in_proj_weight.detach().chunk(3)
-        biases = attention.in_proj_bias.detach().chunk(3)
-        scale = attention.head_dim**-0.25
-        self.projections = nn.ModuleList()
-        for weight, bias, by in zip(weights, biases, (scale, scale, 1), strict=True):
-            linear = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-            linear.weight, linear.bias = nn.Parameter(weight * by), nn.Parameter(bias * by)
-            self.projections.append(linear)
+        query, key, value = attention.in_proj_weight.detach().chunk(3)
+        query_bias, _, value_bias = attention.in_proj_bias.detach().chunk(3)
+        out, scale = attention.out_proj, attention.head_dim**-0.25
+        out_bias = out.bias.detach() + out.weight.detach() @ value_bias
+        self.query = _linear(query * scale, query_bias * scale)
+        self.key, self.value = _linear(key * scale), _linear(value)
+        self.out = _linear(out.weight.detach(), out_bias)
 
     def forward(
         self,
@@ -181,8 +183,7 @@ class PlainAttention(nn.Module):
             key_padding_mask: (B, keys) bool, True where there is no key.
         """
         q, k, v = (
-            self._split(projection(x))
-            for projection, x in zip(self.projections, (query, key, value), strict=True)
+            self._split(made) for made in (self.query(query), self.key(key), self.value(value))
         )
         batch, queries = q.shape[0], q.shape[2]
         mask = attn_mask
@@ -196,12 +197,21 @@ class PlainAttention(nn.Module):
             found = found.permute(0, 2, 1, 3).reshape(batch, queries, -1)
         else:
             found = found.permute(2, 0, 1, 3).reshape(queries, batch, -1)
-        return self.out_proj(found), None
+        return self.out(found), None
 
     def _split(self, x: Tensor) -> Tensor:
         """→ (B, heads, tokens, head_dim)."""
         x = x.view(*x.shape[:2], self.heads, -1)
         return x.permute(0, 2, 1, 3) if self.batch_first else x.permute(1, 2, 0, 3)
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """A layer of weights (out, in) that are there."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias)
+    return linear
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -249,11 +259,9 @@ class Doubling(nn.Module):
         super().__init__()
         assert convolution.kernel_size == convolution.stride == (2, 2)
         assert convolution.bias is not None
-        inside, outside = convolution.in_channels, convolution.out_channels
-        self.product = nn.Linear(inside, 4 * outside, device="meta")
         weight = convolution.weight.detach().permute(2, 3, 1, 0)  # (2, 2, out, in)
-        self.product.weight = nn.Parameter(weight.flatten(0, 2).contiguous())
-        self.product.bias = nn.Parameter(convolution.bias.detach().repeat(4))
+        bias = convolution.bias.detach().repeat(4)
+        self.product = _linear(weight.flatten(0, 2).contiguous(), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, H, W) → (B, out, 2H, 2W)."""
