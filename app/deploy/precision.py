@@ -23,8 +23,10 @@ NARROWED = {  # ONNX knows no convolutions in bfloat16 before opset 22, which Te
     "fp16": (*PRODUCTS, "Conv"),
     "bf16": PRODUCTS,
 }
-# The trunk's and its neck's products with weights.
-WEIGHTED = re.compile(r"\.mlp\.fc\d|\.attn\.(qkv|proj)\b|\.dconv_2x2\w*\.product")
+# Products with weights: of the trunk, its neck, and DETR's encoder, which see each pixel.
+WEIGHTED = re.compile(
+    r"\.mlp\.fc\d|\.attn\.(qkv|proj)\b|\.dconv_2x2\w*\.product|\.encoder\.layers\.\d+\.linear\d"
+)
 SCOPES = "pkg.torch.onnx.name_scopes"  # where torch.onnx notes which module a node comes from
 TINY = 1e-8  # least magnitude that is divided by: of what is 0 throughout
 ZERO = "zero.int8"
@@ -127,10 +129,10 @@ def _drop_unused(graph: ir.Graph) -> None:
 def quantise(folder: Path, images: Iterable[NDArray[np.float32]], words: Sequence[Arrays]) -> None:
     """Write `image.int8.onnx` and `ground.int8.onnx` beside the graphs in float32.
 
-    The trunk's MLPs and projections, its neck, and the convolutions of masks are in int8, by
-    explicit Q/DQ pairs; a graph that has none of these is not written. Weights are symmetric, one
-    scale for each unit; activations symmetric, one scale for each tensor, so wide that what the
-    images showed is not cut: as TensorRT takes them.
+    The trunk's MLPs and projections, its neck, the MLPs of DETR's encoder and the convolutions of
+    masks are in int8, by explicit Q/DQ pairs; a graph that has none of these is not written.
+    Weights are symmetric, one scale for each unit; activations symmetric, one scale for each
+    tensor, so wide that what the images showed is not cut: as TensorRT takes them.
 
     Args:
         images: `pixels` of the user's own images, (1, 3, R, R).

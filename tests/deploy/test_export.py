@@ -222,6 +222,7 @@ def test_a_half_cast_back_is_the_product_of_rounded_numbers(tmp_path: Path) -> N
 
 
 BLOCKS = 4  # of nano's trunk, each with fc1, fc2, qkv and proj
+LAYERS = 2  # of DETR's encoder, each with linear1 and linear2
 NECK, MASKS = 6, 3  # convolutions; in the neck each size has a 1x1, and a 3x3 that reads it
 
 
@@ -229,10 +230,15 @@ def test_products_and_convolutions_are_quantised_as_tensorrt_takes_them(exported
     """Rounded is what goes into each product, and what goes into and out of each convolution."""
     trunk = [(128, 512), (512, 128), (128, 384), (128, 128)] * BLOCKS
     doubling = [(128, 4 * 64), (64, 4 * 32), (128, 4 * 64)]  # two to the finest level
+    encoder = [(64, 256), (256, 64)] * LAYERS
     kernels = [(64, 32, 1, 1), (64, 64, 1, 1), (64, 128, 1, 1), *[(64, 64, 3, 3)] * 3]
     for name, shapes, rounded in (
         ("image", [*trunk, *doubling, *kernels], len(trunk) + len(doubling) + 3 * 3),
-        ("ground", [(64, 64, 1, 1), *[(64, 64, 3, 3)] * 2], 2 * MASKS),
+        (
+            "ground",
+            [*encoder, (64, 64, 1, 1), *[(64, 64, 3, 3)] * 2],
+            len(encoder) + 2 * MASKS,
+        ),
     ):
         graph = onnx.load(exported / f"{name}.int8.onnx").graph
         kinds = [node.op_type for node in graph.node]
@@ -257,7 +263,7 @@ def test_onnx_runtime_multiplies_int8_as_int8(exported: Path, tmp_path: Path) ->
         )
         graph = onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph
         kinds += [node.op_type for node in graph.node]
-    assert kinds.count("MatMulIntegerToFloat") == 4 * BLOCKS + 3
+    assert kinds.count("MatMulIntegerToFloat") == 4 * BLOCKS + 3 + 2 * LAYERS
     assert kinds.count("QLinearConv") == NECK + MASKS
 
 
