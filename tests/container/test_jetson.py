@@ -22,6 +22,7 @@ from tests.container.test_container import holding, images, owners
 
 pytestmark = pytest.mark.slow
 PHOTOGRAPHS = 3
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # each of them may get some of these tests
 # nano knows no potholes: what it takes for some is compared, not judged
 ASKED = ["--prompt", "pothole", "--threshold", "0", "--max-detections", "5"]
 
@@ -43,7 +44,7 @@ def host(*words: object) -> None:
 
 @pytest.fixture(scope="module")
 def photographs(jetson: Caller) -> Path:
-    folder = jetson.folder.parent / "phötographs"
+    folder = jetson.folder.parent / f"phötographs{WORKER}"
     folder.mkdir()
     files = images(jetson.dataset).iterdir()
     for path in sorted(path for path in files if path.suffix in (".jpg", ".png"))[:PHOTOGRAPHS]:
@@ -54,7 +55,7 @@ def photographs(jetson: Caller) -> Path:
 @pytest.fixture(scope="module")
 def exported(jetson: Caller, photographs: Path) -> Path:
     """nano for one prompt, in a folder that is the caller's."""
-    folder = jetson.folder / "exported"
+    folder = jetson.folder / f"exported{WORKER}"
     prompts = ("--prompt", "pothole", "--images", photographs, "--measure-on", "1")
     host("-m", "app", "export", REPOSITORY / "app/assets/nano", "--output", folder, *prompts)
     for path in (folder, *folder.rglob("*")):
