@@ -27,7 +27,7 @@ COPY configs/ /opt/sam3-finetuning/configs/
 COPY app/ /opt/sam3-finetuning/app/
 
 ARG SAM3_COMMIT=84cc43bca4347b772f17d1078a1ddb4c054655c2
-RUN python -c "import sys; from app.model.upstream import COMMIT, prove_pin; prove_pin(); \
+RUN python -c "import sys; from app.model.upstream.pin import COMMIT, prove_pin; prove_pin(); \
 sys.exit(None if sys.argv[1] == COMMIT else f'SAM3_COMMIT is {sys.argv[1]}, the pin is {COMMIT}')" \
       "${SAM3_COMMIT}" \
  && find /opt/sam3-finetuning ! -perm -o=r -exec chmod a+rX {} + \

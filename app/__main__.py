@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 
-from app import options
-from app.config import PlanKind, Resume
+from app import signals
+from app.cli import options
+from app.config.schema import PlanKind, Resume
 from app.console import log_to_stdout, show_problems
 from app.datasets import commands
 from app.errors import UserError
-from app.model.upstream import prove_pin
-from app.training import signals
+from app.model.upstream.pin import prove_pin
 
 log = logging.getLogger("app")
 cli = typer.Typer(
@@ -383,7 +383,7 @@ def track(
     ] = None,
 ) -> None:
     """Send to MLflow what it has not of a run: after a server was down, or for the first time."""
-    from app.training.mlflow_sender import track as send
+    from app.tracking.mlflow import track as send
 
     uri, state = send(run, mlflow or "auto", register)
     log.info("MLflow: run %s at %s", state.run_id, uri)
@@ -443,7 +443,7 @@ def compact(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Cut weights down to smaller ones, and say what each step removes, leaves and costs."""
-    from app.training import compaction
+    from app.compression import compaction
 
     sources = options.source(
         dataset_dir, hf_dataset, hf_config, hf_split, columns, roboflow, format
@@ -561,9 +561,9 @@ def pack(
     output_dir: Annotated[Path, typer.Option(help="folder for the packed ones")],
 ) -> None:
     """Write weights as float16: half as large, with their SHA-256 beside."""
-    from app.model import carried
+    from app.model import bundled
 
-    log.info("packed: %s", carried.pack(weights, output_dir))
+    log.info("packed: %s", bundled.pack(weights, output_dir))
 
 
 @cli.command()

@@ -1,11 +1,23 @@
-"""What a command says: its news to stdout, what the user must mend to stderr."""
+"""What a command says: its news to stdout, what the user must mend to stderr, and progress.
+
+Progress is a bar with time left on a terminal, and plain lines with time left otherwise.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from app.errors import UserError
+
+log = logging.getLogger("app")
+EVERY = 10.0  # seconds between plain lines of progress
 
 
 def log_to_stdout() -> None:
@@ -21,3 +33,48 @@ def show_problems(error: UserError) -> None:
     """A line each; those that begin with a blank go on with the one before."""
     for problem in error.problems:
         print(problem if problem.startswith(" ") else f"error: {problem}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """Yield `advance(done, detail)`, which shows how far the work is and the time left."""
+    if sys.stderr.isatty():
+        yield from _bar(title, total, done)
+    else:
+        yield from _lines(title, total, done)
+
+
+def _bar(title: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} {task.fields[detail]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total, completed=done, detail="")
+        yield lambda now, detail: bar.update(task, completed=now, detail=detail)
+
+
+def _lines(title: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+    start = said = time.monotonic()
+
+    def advance(now: int, detail: str) -> None:
+        nonlocal said
+        if time.monotonic() - said < EVERY or now <= done:
+            return
+        said = time.monotonic()
+        left = (said - start) / (now - done) * (total - now)
+        log.info("%s %d/%d %s, %s left", title, now, total, detail, duration(left))
+
+    yield advance
+
+
+def duration(seconds: float) -> str:
+    """As people say it: "42 s", "3 min 5 s", "2 h 10 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from app.config import load_config, load_model_config, recipe_file
+from app.compression.compaction import REPORT, compact, make_goal
+from app.compression.cut import Cut, cut_model
+from app.config.compose import load_config, load_model_config, recipe_file
 from app.datasets.build import Splits
 from app.datasets.coco import Dataset
 from app.evaluation.validate import validate
@@ -25,9 +27,7 @@ from app.files import read_json
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, mlp_units
-from app.model.compact import Cut, cut_model
 from app.training import run
-from app.training.compaction import REPORT, compact, make_goal
 from benchmarks.nano import KNOWN_KINDS, Figure, Part, draw, main_of
 
 IMAGES = 1600  # to learn from, drawn as the recipe of nano draws them

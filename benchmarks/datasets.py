@@ -34,8 +34,8 @@ from app.datasets.build import decode, survey
 from app.datasets.dataset_report import render
 from app.datasets.faults import MAX_DROP
 from app.datasets.images import open_image
-from app.datasets.shapes import make_shapes
 from app.datasets.square import to_square
+from app.datasets.synthetic.shapes import make_shapes
 
 GOAL = 10  # seconds for IMAGES
 IMAGES = 1000

@@ -26,15 +26,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from app.config import load_model_config
+from app.config.compose import load_model_config
 from app.datasets.images import open_image
-from app.deploy.golden import cosine_of
 from app.deploy.graphs import FPN
-from app.deploy.huggingface import TOLERANCES, differences, our_outputs, their_outputs
-from app.deploy.manifest import FILE, read_manifest
 from app.deploy.precision import quantise
-from app.deploy.runtime import Runtime
-from app.deploy.square import to_pixels, to_square
+from app.deploy.runtime.golden import cosine_of
+from app.deploy.runtime.manifest import FILE, read_manifest
+from app.deploy.runtime.runtime import Runtime
+from app.deploy.runtime.square import to_pixels, to_square
+from app.deploy.transformers_folder import TOLERANCES, differences, our_outputs, their_outputs
 from app.files import hash_file, write_json
 from app.inference.predictor import Predictor
 from app.model import weights

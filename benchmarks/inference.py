@@ -33,9 +33,9 @@ from pycocotools import mask as coco_mask
 from sam3.model.sam3_image_processor import Sam3Processor
 from torch.nn import functional as F
 
-from app.config import load_model_config
+from app.config.compose import load_model_config
 from app.datasets.images import open_image
-from app.datasets.shapes import make_shapes
+from app.datasets.synthetic.shapes import make_shapes
 from app.inference import Detections, Predictor
 from app.inference.masks import encode_masks
 from app.inference.predictor import plain_mask

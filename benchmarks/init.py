@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 
-from app.config import Config, load_config
+from app.config.compose import load_config
+from app.config.schema import Config
 from app.datasets.build import load_splits
 from app.datasets.queries import QueryDataset, collate
-from app.datasets.shapes import make_shapes
+from app.datasets.synthetic.shapes import make_shapes
 from app.model.build import build_model
 
 

@@ -20,16 +20,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from app.config import load_config, recipe_file
+from app.config.compose import load_config, recipe_file
 from app.datasets.build import Splits, load_splits
 from app.datasets.coco import Dataset
 from app.datasets.images import open_image
 from app.datasets.prompts import nouns_beside
-from app.datasets.shapes import make_shapes
+from app.datasets.synthetic.shapes import make_shapes
 from app.evaluation.validate import validate
 from app.files import read_json
 from app.inference.predictor import Predictor
-from app.model.carried import carried_nano
+from app.model.bundled import bundled_nano
 from app.training import run
 
 SEED = 1_000_000  # of images that the recipe has not drawn
@@ -204,7 +204,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="|".join(PARTS))
     parser.add_argument("--weights", type=Path, help="others than the project's own")
     arguments = parser.parse_args()
-    start = arguments.weights or carried_nano()
+    start = arguments.weights or bundled_nano()
     if start is None:
         parser.error("the project carries no nano yet: give --weights")
     return run_parts([PARTS[name] for name in arguments.parts or PARTS], start)
@@ -219,7 +219,7 @@ def main_of(doc: str | None, parts: dict[str, Part], default: Sequence[str]) -> 
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("app").setLevel(logging.INFO)
-    start = carried_nano()
+    start = bundled_nano()
     assert start is not None
     return run_parts([parts[name] for name in arguments.parts or default], start)
 

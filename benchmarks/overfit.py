@@ -14,9 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.datasets.build import load_splits
-from app.datasets.shapes import make_shapes
+from app.datasets.synthetic.shapes import make_shapes
 from app.training import run
 
 GOAL = {"bbox/AP": 0.95, "segm/AP": 0.95}

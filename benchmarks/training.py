@@ -32,13 +32,15 @@ from accelerate import Accelerator
 from hydra.utils import instantiate
 
 from app.__main__ import main as app
-from app.config import Config, load_config
-from app.datasets.shapes import make_shapes
+from app.config.compose import load_config
+from app.config.schema import Config
+from app.datasets.synthetic.shapes import make_shapes
 from app.model import weights
 from app.model.build import build_model
 from app.model.device import choose_device
-from app.training import checkpoints, features, method, upstream_trainer
+from app.training import checkpoints, features, method
 from app.training.loop import Loop, StepResult, build_accelerator
+from app.upstream_trainer import run as upstream_trainer
 from benchmarks.init import query_dataset
 
 METHODS = ("full", "head", "lora-minimal", "lora", "lora-full")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from app.__main__ import main
-from app.datasets.shapes import make_shapes
+from app.datasets.synthetic.shapes import make_shapes
 
 pytest_plugins = ["tests.slurm"]
 REPOSITORY = Path(__file__).resolve().parents[1]

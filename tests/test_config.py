@@ -8,18 +8,11 @@ from typing import get_args
 import pytest
 import yaml
 
-from app.config import (
-    CONFIGS,
-    ColorName,
-    Config,
-    load_config,
-    load_model_config,
-    model_names,
-    to_yaml,
-)
+from app.config.compose import CONFIGS, load_config, load_model_config, model_names, to_yaml
+from app.config.schema import ColorName, Config
 from app.datasets.build import load_splits
-from app.datasets.drawing import COLORS, INSIDE, KINDS
-from app.datasets.shapes import ShapesConfig, make_shapes
+from app.datasets.synthetic.drawing import COLORS, INSIDE, KINDS
+from app.datasets.synthetic.shapes import ShapesConfig, make_shapes
 from app.errors import UserError
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from app.deploy.run import main as run_deployed
+from app.deploy.runtime.cli import main as run_deployed
 from tests.conftest import REPOSITORY, SHARED, TINY, Command
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -23,7 +23,7 @@ PREDICTING = [c for c in COMMANDS if c.startswith("./infer.sh")]
 TRACKING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app track")]
 CUTTING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app compact")]
 EXPORTING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app export")]
-DEPLOYED = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app.deploy.run")]
+DEPLOYED = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app.deploy.runtime")]
 IN_AN_ENGINE = {"docker compose up -d mlflow"}  # tests/container runs it
 LESS = ["dataset.limit=2", "dataset.shapes.train=2", "dataset.shapes.valid=1"]
 

@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from app.console import progress
 from app.datasets.coco import Category, Dataset, Reading
 from app.datasets.decoding import find_unusable
 from app.datasets.duplicates import group
@@ -24,11 +25,10 @@ from app.datasets.faults import (
 )
 from app.datasets.formats import COCO, Source, choose
 from app.datasets.formats.coco import JSON_NAMES
-from app.datasets.shapes import ShapesConfig, is_shapes, make_shapes
 from app.datasets.splitting import stratify
+from app.datasets.synthetic.shapes import ShapesConfig, is_shapes, make_shapes
 from app.errors import UserError
 from app.files import read_json
-from app.progress import progress
 
 TITLES = {"valid": ("validation", "validation"), "test": ("test", "testing")}
 

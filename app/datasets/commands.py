@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from app import options
-from app.config import Config, load_config
+from app.cli import options
+from app.config.compose import load_config
+from app.config.schema import Config
+from app.console import progress
 from app.datasets import sources
 from app.datasets.build import Splits, Survey, advise, decode, make_splits, many_classes, survey
 from app.datasets.coco import Dataset
@@ -22,7 +24,6 @@ from app.datasets.faults import KINDS, MAX_DROP, Action, Fault, counts_of, lines
 from app.datasets.writing import is_built, write_splits
 from app.errors import UserError
 from app.files import atomic_folder, write_text
-from app.progress import progress
 
 log = logging.getLogger("app")
 DropOption = Annotated[

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from app.config import DatasetConfig, ShapesConfig
+from app.config.schema import DatasetConfig, ShapesConfig
 from app.datasets import huggingface, roboflow
 from app.datasets.build import shapes_dataset
 from app.datasets.folders import FOLDERS

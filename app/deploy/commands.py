@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.errors import UserError, nearest
 from app.inference.inputs import read_prompts
 
@@ -42,9 +42,9 @@ def export(
         given = [name for name, value in flags.items() if value] + list(overrides)
         if given:
             raise UserError(f"{', '.join(given)}: nothing reads it beside --format hf")
-        from app.deploy import huggingface
+        from app.deploy import transformers_folder
 
-        log.info("weights: %s", huggingface.export(checkpoint, folder, overwrite=overwrite))
+        log.info("weights: %s", transformers_folder.export(checkpoint, folder, overwrite=overwrite))
         return
 
     from app.deploy import export as onnx
@@ -78,4 +78,4 @@ def export(
     )
     size = sum(file["bytes"] for file in manifest.files.values())
     log.info("exported: %s, %.1f MB in %d files", folder, size / 1e6, len(manifest.files) + 1)
-    log.info("use it: python -m app.deploy.run %s --input IMAGES --output DIR", folder)
+    log.info("use it: python -m app.deploy.runtime %s --input IMAGES --output DIR", folder)

@@ -22,19 +22,19 @@ from torch import nn
 
 from app.datasets.coco import Dataset
 from app.datasets.images import open_image
-from app.datasets.shapes import make_shapes
 from app.datasets.square import to_square
-from app.deploy import manifest as manifests
-from app.deploy.golden import FILE as GOLDEN
-from app.deploy.golden import sample
+from app.datasets.synthetic.shapes import make_shapes
 from app.deploy.graphs import FEATURES, GroundGraph, ImageGraph, TextGraph, write_out
-from app.deploy.manifest import PRECISIONS, Manifest
-from app.deploy.onnx_backend import choose_precisions
 from app.deploy.operators import OPSET, OPSETS, check_operators
 from app.deploy.output import check_output
 from app.deploy.parity import TOLERANCES, Difference, compare, model_outputs
 from app.deploy.precision import TYPES, narrow, quantise, save
-from app.deploy.runtime import Runtime
+from app.deploy.runtime import manifest as manifests
+from app.deploy.runtime.golden import FILE as GOLDEN
+from app.deploy.runtime.golden import sample
+from app.deploy.runtime.manifest import PRECISIONS, Manifest
+from app.deploy.runtime.onnx_backend import choose_precisions
+from app.deploy.runtime.runtime import Runtime
 from app.errors import UserError, nearest
 from app.evaluation.validate import validate
 from app.files import atomic_folder, hash_file, write_json

@@ -435,7 +435,7 @@ class GroundGraph(nn.Module):
         text: Tensor,
         text_mask: Tensor,
     ) -> tuple[Tensor, ...]:
-        """See `app.deploy.manifest` for shapes; masks are left out where the model makes none."""
+        """See `app.deploy.runtime.manifest` for shapes; a model without mask head has no masks."""
         count = self.prompts
         image = fpn2.flatten(2).permute(2, 0, 1)  # (tokens, 1, D)
         places = position.flatten(2).permute(2, 0, 1)

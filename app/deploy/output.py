@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from app.deploy.manifest import FILE, FORMAT
+from app.deploy.runtime.manifest import FILE, FORMAT
 from app.errors import UserError
 from app.model import huggingface
 

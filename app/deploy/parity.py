@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from app.deploy.golden import cosine_of
 from app.deploy.graphs import FEATURES
-from app.deploy.manifest import Tolerance
+from app.deploy.runtime.golden import cosine_of
+from app.deploy.runtime.manifest import Tolerance
 from app.inference.predictor import Predictor, query_scores
 
 Outputs = Mapping[str, NDArray[np.float32]]  # of a pass, named as by `model_outputs`

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from app.config import Config, DatasetConfig, Node
+from app.config.schema import Config, DatasetConfig, Node
+from app.console import duration
 from app.datasets.build import Splits
 from app.evaluation.report_page import HEADLINE, KIND, ONCE, number
 from app.files import read_json, write_text
 from app.model import weights
-from app.model.carried import NANO
-from app.progress import duration
+from app.model.bundled import NANO
 
 CARD = "README.md"
 COLUMNS = {"baseline/": "before training", "": "these weights"}

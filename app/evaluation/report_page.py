@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from app.config import read_yaml
+from app.config.compose import read_yaml
 from app.datasets.coco import Annotation, Image
 from app.datasets.dataset_report import REPORT as DATASET_REPORT
 from app.datasets.dataset_report import draw_sample

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from PIL import Image
 
+from app.console import duration, progress
 from app.datasets.images import ImageError, open_image
 from app.errors import UserError
 from app.inference.detections import Detections
@@ -23,7 +24,6 @@ from app.inference.outputs import PER_IMAGE, coco_results, write_images
 from app.inference.settings import Settings
 from app.inference.tables import TABLES
 from app.model.vocabulary import VISUAL_PROMPT
-from app.progress import duration, progress
 
 log = logging.getLogger("app")
 SHOWN = 20  # files that are in the way

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pycocotools import mask as coco_mask
 
+from app.console import progress
 from app.datasets.coco import Annotation, Category, Dataset, Image
 from app.datasets.images import ImageError, open_image
 from app.datasets.writing import write_split
@@ -16,7 +17,6 @@ from app.files import atomic_folder
 from app.inference.detections import Detections
 from app.inference.inputs import find_images
 from app.inference.predictor import Predictor, check_prompts
-from app.progress import progress
 
 log = logging.getLogger("app")
 LABELLER = "labelled by python -m app label"

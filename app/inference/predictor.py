@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from app.config import ModelConfig
+from app.config.schema import ModelConfig
 from app.datasets.square import to_square
 from app.errors import UserError
 from app.inference.detections import Detections

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from app.config import load_model_config
+from app.config.compose import load_model_config
 from app.errors import UserError
 from app.inference.folder import Job, Outcome, Work, predict_images
 from app.inference.predictor import Predictor

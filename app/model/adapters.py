@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sam3.model.sam3_image import Sam3Image
 from torch import nn
 
-from app.config import LoraConfig
+from app.config.schema import LoraConfig
 from app.errors import UserError
 from app.files import atomic_path, read_json, write_json
 

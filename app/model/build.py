@@ -26,9 +26,9 @@ from sam3.model.vitdet import ViT
 from sam3.model.vl_combiner import SAM3VLBackbone
 from torch import nn
 
-from app.config import ModelConfig
-from app.model import upstream
+from app.config.schema import ModelConfig
 from app.model.stored_text import StoredText
+from app.model.upstream import fixes, pin
 
 
 def build_model(
@@ -41,10 +41,10 @@ def build_model(
         device: where to make the parameters; "meta" counts them without memory.
         matcher: upstream's Hungarian matcher, which training needs and prediction does not.
     """
-    upstream.apply_fixes()
+    fixes.apply_fixes()
     device = torch.device(device)
     on_meta = device.type == "meta"
-    with device, upstream.building_on_meta() if on_meta else contextlib.nullcontext():
+    with device, fixes.building_on_meta() if on_meta else contextlib.nullcontext():
         model = Sam3Image(
             backbone=SAM3VLBackbone(visual=_vision(config), text=_text(config), scalp=1),
             transformer=TransformerWrapper(
@@ -188,7 +188,7 @@ def _text(config: ModelConfig) -> VETextEncoder | StoredText:
 @functools.cache
 def _tokenizer() -> SimpleTokenizer:
     """Read once a process: that takes a third of the time in which a small model is built."""
-    return SimpleTokenizer(bpe_path=str(upstream.bpe_path()))
+    return SimpleTokenizer(bpe_path=str(pin.bpe_path()))
 
 
 def _attention(config: ModelConfig, *, batch_first: bool = False) -> MultiheadAttentionWrapper:

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from app.config import ModelConfig
+from app.config.schema import ModelConfig
 from app.errors import UserError
 
 GROUPS = Path("/sys/fs/cgroup")

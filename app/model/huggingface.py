@@ -17,11 +17,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from app.config import ModelConfig, load_model_config, model_config, model_names
+from app.config.compose import load_model_config, model_config, model_names
+from app.config.schema import ModelConfig
 from app.errors import UserError
 from app.files import read_json
 from app.model.build import mlp_units
-from app.model.upstream import bpe_path
+from app.model.upstream.pin import bpe_path
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

@@ -20,12 +20,13 @@ from sam3.model.sam3_image import Sam3Image
 from torch import Tensor
 
 from app import __version__
-from app.config import ModelConfig, load_model_config, model_config, model_names
+from app.config.compose import load_model_config, model_config, model_names
+from app.config.schema import ModelConfig
 from app.errors import UserError
 from app.files import atomic_path, hash_file
 from app.model import adapters, huggingface
 from app.model.build import build_model
-from app.model.upstream import COMMIT
+from app.model.upstream.pin import COMMIT
 
 FILE = "model.safetensors"
 HUB = ("facebook/sam3", "sam3.pt")

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from sam3.model.sam3_image import Sam3Image
 
-from app.config import Config
+from app.config.schema import Config
 from app.errors import UserError
 from app.files import atomic_folder, clear_up, read_json, write_json
 from app.model import weights

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from sam3.model.sam3_image import Sam3Image
 from torch import Tensor, nn
 
-from app.config import ModelConfig
+from app.config.schema import ModelConfig
 from app.errors import UserError
 from app.files import atomic_path
 

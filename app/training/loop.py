@@ -31,19 +31,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from app.config import Config, OptimConfig
+from app.compression import distillation
+from app.compression.distillation import Lesson, Stage
+from app.config.schema import Config, OptimConfig
 from app.datasets.queries import QueryDataset, collate
 from app.errors import UserError
 from app.model.device import choose_precision
-from app.model.guard import NotFiniteError, finite_outputs
-from app.training import distillation
-from app.training.distillation import Lesson, Stage
+from app.signals import held_back, leave_to_parent
+from app.training.collective import over_processes, together
 from app.training.ema import Average
 from app.training.method import set_training
-from app.training.processes import over_processes, together
+from app.training.nonfinite import NotFiniteError, finite_outputs
 from app.training.random_state import random_state, restore_random_state
 from app.training.schedule import learning_rate_factor
-from app.training.signals import held_back, leave_to_parent
 
 # The first process validates while the others wait. One that dies is not waited for: torchrun ends
 # the others at once.

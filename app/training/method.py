@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sam3.model.sam3_image import Sam3Image
 
-from app.config import Config, MethodConfig
+from app.config.schema import Config, MethodConfig
 from app.errors import UserError
 from app.model import adapters
 from app.model.build import build_model, components, count_parameters

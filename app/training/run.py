@@ -23,7 +23,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sam3.model.sam3_image import Sam3Image
 
-from app.config import Config, Resume, to_yaml
+from app.compression import distillation
+from app.compression.distillation import Lesson
+from app.config.compose import to_yaml
+from app.config.schema import Config, Resume
+from app.console import duration
 from app.datasets import sources
 from app.datasets.build import Splits, load_splits, many_classes
 from app.datasets.coco import Dataset
@@ -41,19 +45,17 @@ from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, count_parameters, padding_note
 from app.model.device import choose_device, choose_precision
-from app.model.upstream import COMMIT
+from app.model.upstream.pin import COMMIT
 from app.model.vocabulary import askable, unknown_words
-from app.progress import duration
-from app.training import checkpoints, distillation, features, method
+from app.signals import StopRequest
+from app.tracking.files import Tracker
+from app.training import checkpoints, features, method
 from app.training.checkpoints import RunState
-from app.training.distillation import Lesson
 from app.training.fingerprint import are_comparable, check_same, differences, fingerprint
 from app.training.loop import Loop, build_accelerator
 from app.training.metric import metric_name
 from app.training.preview import draw_first
 from app.training.session import Figures, Session, score, summary
-from app.training.signals import StopRequest
-from app.training.tracking import Tracker
 from app.training.warm_start import warm_start
 
 log = logging.getLogger("app")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from app.config import ScheduleConfig
+from app.config.schema import ScheduleConfig
 
 
 def learning_rate_factor(update: int, total: int, config: ScheduleConfig) -> float:

@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from sam3.model.sam3_image import Sam3Image
 
-from app.config import Config
+from app.config.schema import Config
+from app.console import progress
 from app.datasets.coco import Dataset
 from app.evaluation.off_prompt import choose_nouns
 from app.evaluation.scoring import THRESHOLD
@@ -24,16 +25,15 @@ from app.evaluation.validate import Validation, validate
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.vocabulary import askable
-from app.progress import progress
+from app.signals import Stopped, StopRequest
+from app.tracking.files import Tracker
 from app.training import checkpoints
 from app.training.checkpoints import RunState
 from app.training.fingerprint import Fingerprint
 from app.training.loop import Loop
 from app.training.metric import gain, metric_name
 from app.training.random_state import random_state
-from app.training.signals import Stopped, StopRequest
 from app.training.table import Table
-from app.training.tracking import Tracker
 
 log = logging.getLogger("app")
 Figures = dict[str, float]

@@ -13,27 +13,21 @@ from typing import Any
 
 import torch
 
-from app.config import (
-    Config,
-    PlanKind,
-    Resume,
-    load_config,
-    load_model_config,
-    model_names,
-    read_yaml,
-    recipe_file,
-)
+from app.config.compose import load_config, load_model_config, model_names, read_yaml, recipe_file
+from app.config.schema import Config, PlanKind, Resume
 from app.datasets.build import Splits
 from app.errors import UserError, nearest
+from app.launch import slurm, torchrun
 from app.model import weights
-from app.model.carried import carried_nano
+from app.model.bundled import bundled_nano
 from app.model.device import choose_device
-from app.training import checkpoints, cluster, launch, method, run, upstream_trainer
-from app.training import plan as planning
-from app.training.mlflow_state import mlflow_uri
+from app.planning import plan as planning
+from app.signals import StopRequest
+from app.tracking.files import followed_by_mlflow
+from app.tracking.state import mlflow_uri
+from app.training import checkpoints, method, run
 from app.training.recipe import auto
-from app.training.signals import StopRequest
-from app.training.tracking import followed_by_mlflow
+from app.upstream_trainer import run as upstream_trainer
 
 log = logging.getLogger("app")
 BATCH_SIZE = "training.batch_size"
@@ -102,7 +96,7 @@ def start(
     tracking = config.tracking
     if tracking.register_as and not (eval_only or tracking.mlflow or mlflow_uri(None)):
         raise UserError("--register: is of MLflow; give --mlflow as well, or MLFLOW_TRACKING_URI")
-    handed_over = config.cluster.name == "slurm" and not cluster.is_inside()
+    handed_over = config.cluster.name == "slurm" and not slurm.is_inside()
     if not handed_over:
         choose_device(config.training.device)
     if not eval_only:
@@ -149,8 +143,8 @@ def start(
     processes = config.training.num_gpus * config.cluster.nodes
     if eval_only and processes > 1:
         log.info("--eval-only: in one process, whatever --num-gpus and --nodes say")
-    elif processes > 1 and not (handed_over or launch.is_launched()):
-        launch.relaunch(config.training.num_gpus, [*sys.argv[1:], *found], config.cluster.nodes)
+    elif processes > 1 and not (handed_over or torchrun.is_launched()):
+        torchrun.relaunch(config.training.num_gpus, [*sys.argv[1:], *found], config.cluster.nodes)
     folder = Path(config.output_dir)
     if resume and handed_over:
         open_yet = [*run.SETTLED, *([BATCH_SIZE] if fitted else [])]
@@ -159,7 +153,7 @@ def start(
         run.check_resume(config, splits, resume, int(os.environ.get("WORLD_SIZE", "1")))
     if handed_over:
         run.prepare_folder(folder, resume=resume, overwrite=overwrite)
-        cluster.submit(config, sys.argv[1:], resume)
+        slurm.submit(config, sys.argv[1:], resume)
         return
     if main:
         run.prepare_folder(folder, resume=resume, overwrite=overwrite)
@@ -172,7 +166,7 @@ def start(
         run.evaluate(config, splits, weights_file)
     else:
         following = followed_by_mlflow(config.tracking, folder) if main else nullcontext()
-        with launch.without_others(), following:
+        with torchrun.without_others(), following:
             run.train(config, splits, weights_file, resume=resume, stop=stop)
 
 
@@ -281,7 +275,7 @@ def _default_weights(size: str, *, random: bool, download: bool) -> tuple[str, P
             log.info("weights: %s/%s (to be downloaded, 3.4 GB)", *weights.HUB)
             return size, Path(weights.HUB[1])
         return size, weights.published_sam3()
-    if size == "nano" and (nano := carried_nano()) is not None:
+    if size == "nano" and (nano := bundled_nano()) is not None:
         log.info("weights: %s (the project's own; --checkpoint none for random ones)", nano)
         return size, weights.find_file(nano)
     log.info("weights: random; size %s has no published ones (--checkpoint names yours)", size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
-from app.progress import duration
+from app.console import duration
 
 # Heading, figure, digits. What an epoch lacks is left empty.
 COLUMNS = (

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LinearLR
 
-from app.config import ModelConfig, WarmStartConfig
+from app.config.schema import ModelConfig, WarmStartConfig
+from app.console import progress
 from app.datasets.coco import Dataset, Image
 from app.datasets.images import open_image
-from app.progress import progress
 
 log = logging.getLogger("app")
 ENCODED = 2  # the level of the neck that the detector's encoder reads: one cell a patch

@@ -175,7 +175,7 @@ def _prepare(caller: Caller) -> None:
     if (SHARED / "potholes").is_dir():
         shutil.copytree(SHARED / "potholes", caller.dataset)
     else:
-        from app.datasets.shapes import make_shapes
+        from app.datasets.synthetic.shapes import make_shapes
 
         make_shapes(caller.dataset, train=8, valid=4, width=96, height=64, seed=3)
     for folder in (caller.repository, caller.dataset):

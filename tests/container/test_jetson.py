@@ -66,7 +66,7 @@ def exported(jetson: Caller, photographs: Path) -> Path:
 def test_the_image_says_what_it_is_and_runs_as_nobody_special(jetson: Caller) -> None:
     config = json.loads(jetson.engine("image", "inspect", JETSON_IMAGE))[0]["Config"]
     assert config["User"] == "1000:video"
-    assert config["Entrypoint"][-2:] == ["-m", "app.deploy.run"]
+    assert config["Entrypoint"][-2:] == ["-m", "app.deploy.runtime"]
     assert config["Labels"]["org.opencontainers.image.title"] == "sam3-finetuning-jetson"
     assert "--loop" in jetson.engine("run", "--rm", "--network", "none", JETSON_IMAGE)
 
@@ -108,7 +108,7 @@ def test_it_finds_what_the_host_finds(jetson: Caller, exported: Path, photograph
     found = jetson.folder / "found jetson"
     assert owners(found) == {(CALLER, CALLER)}
     assert len(list(found.glob("*.png"))) == PHOTOGRAPHS
-    host("-m", "app.deploy.run", *asked, "--output", jetson.folder.parent / "found host")
+    host("-m", "app.deploy.runtime", *asked, "--output", jetson.folder.parent / "found host")
     mine, theirs = (
         json.loads((folder / "predictions.json").read_text())
         for folder in (found, jetson.folder.parent / "found host")

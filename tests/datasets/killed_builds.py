@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.datasets.commands import build
 
 EVENTS = ("open", "os.", "shutil.", "tempfile.")

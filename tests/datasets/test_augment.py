@@ -16,7 +16,7 @@ from sam3.train.data.sam3_image_dataset import Datapoint, Object
 from sam3.train.data.sam3_image_dataset import Image as DatapointImage
 from torch.utils.data import DataLoader
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.datasets.augment import Augment
 from app.datasets.build import load_splits
 from app.datasets.queries import QueryDataset, collate

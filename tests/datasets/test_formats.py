@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from app.config import FormatName, load_config
+from app.config.compose import load_config
+from app.config.schema import FormatName
 from app.datasets.build import load_splits
 from app.datasets.coco import Annotation, Category, Dataset, read
 from app.datasets.coco import Image as DatasetImage

@@ -13,7 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from app.config import HuggingFaceConfig
+from app.config.schema import HuggingFaceConfig
 from app.datasets.build import Splits, load_splits
 from app.datasets.coco import Annotation
 from app.datasets.coco import Dataset as Coco

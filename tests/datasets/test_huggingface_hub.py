@@ -30,7 +30,7 @@ OBJECT = [("dog", (10, 5, 10, 10))]
 CHILD = """
 import json, logging, sys
 from pathlib import Path
-from app.config import HuggingFaceConfig
+from app.config.schema import HuggingFaceConfig
 from app.datasets.huggingface import fetch
 from app.errors import UserError
 logging.basicConfig(stream=sys.stderr, level=logging.INFO)

@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as mask_utils
 from torchvision.transforms import v2
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.datasets.build import load_splits
 from app.datasets.coco import Annotation, Category, Dataset
 from app.datasets.coco import Image as ImageRecord

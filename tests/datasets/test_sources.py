@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from app.config import DatasetConfig, load_config
+from app.config.compose import load_config
+from app.config.schema import DatasetConfig
 from app.datasets import roboflow, sources
 from app.datasets.build import Splits, load_splits
 from app.datasets.sources import fetch

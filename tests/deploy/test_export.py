@@ -16,21 +16,21 @@ import pytest
 import torch
 from pycocotools import mask as mask_utils
 
+from app.compression.cut import store_vocabulary
 from app.datasets.images import open_image
 from app.deploy import export as module
-from app.deploy import run
 from app.deploy.export import Wanted, export, graph_outputs
 from app.deploy.graphs import FEATURES
-from app.deploy.manifest import FILE, read_manifest
-from app.deploy.onnx_backend import HINDERING
 from app.deploy.operators import ALLOWED, check_operators
 from app.deploy.parity import compare, model_outputs
-from app.deploy.runtime import Runtime
+from app.deploy.runtime import cli as run
+from app.deploy.runtime.manifest import FILE, read_manifest
+from app.deploy.runtime.onnx_backend import HINDERING
+from app.deploy.runtime.runtime import Runtime
 from app.errors import UserError
 from app.inference.predictor import Predictor
 from app.model import weights
-from app.model.carried import NANO
-from app.model.compact import store_vocabulary
+from app.model.bundled import NANO
 from tests.conftest import REPOSITORY, Command, finish, once
 
 PROMPTS = ("circle", "rectangle", "triangle")
@@ -105,7 +105,7 @@ def test_each_resolution(tmp_path: Path, command: Command, resolution: int) -> N
 
 
 def test_commands_find_the_same(exported: Path, tmp_path: Path, command: Command) -> None:
-    """`app infer` by torch and `app.deploy.run` by ONNX Runtime, to the files that they write."""
+    """`app infer` by torch and `app.deploy.runtime` by ONNX Runtime, to the files they write."""
     words = ["--input", str(SCENE), "--save", "coco,yolo", "--threshold", "0.3"]
     asked = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     mine, theirs = tmp_path / "deployed", tmp_path / "inferred"

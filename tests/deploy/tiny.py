@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from app.deploy.golden import sample
-from app.deploy.manifest import FILE, Manifest, Tolerance, read_manifest
-from app.deploy.runtime import Runtime
+from app.deploy.runtime.golden import sample
+from app.deploy.runtime.manifest import FILE, Manifest, Tolerance, read_manifest
+from app.deploy.runtime.runtime import Runtime
 from app.files import hash_file
 
 SIDE, TOKENS, WIDTH = 8, 4, 3  # R, L, D

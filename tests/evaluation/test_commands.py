@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from app.datasets.shapes import make_shapes
+from app.datasets.synthetic.shapes import make_shapes
 from app.errors import UserError
 from app.evaluation import record
 from app.evaluation.compare import compare
 from app.evaluation.record import Record
-from app.model.carried import carried_nano
+from app.model.bundled import bundled_nano
 from tests.conftest import SHARED, TINY, Command
 from tests.evaluation.examples import BOX, found, truth
 from tests.evaluation.test_metrics import NAMES, _oracle
@@ -176,7 +176,7 @@ def test_the_test_split_alone_is_scored(
     found = {}
     for split in ("test", "valid"):
         done = command(
-            *(*words, "--checkpoint", carried_nano(), "--dataset-dir", three_splits),
+            *(*words, "--checkpoint", bundled_nano(), "--dataset-dir", three_splits),
             *("--split", split, "--output-dir", tmp_path / split, "evaluation.pictures=0"),
         )
         assert done.code == 0, done.err
@@ -197,7 +197,7 @@ def test_the_test_split_alone_is_scored(
 def test_a_split_that_is_not_there(command: Command, shapes: Path, tmp_path: Path, words) -> None:
     """Refused before anything is written, with what there is."""
     done = command(
-        *(*words, "--checkpoint", carried_nano(), "--dataset-dir", shapes, "--split", "test"),
+        *(*words, "--checkpoint", bundled_nano(), "--dataset-dir", shapes, "--split", "test"),
         *("--output-dir", tmp_path / "out"),
     )
     assert done.code == 2

@@ -9,12 +9,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.datasets.build import Splits
 from app.evaluation import model_card
 from app.evaluation.model_card import CARD
 from app.files import hash_file, read_json
-from app.model.carried import NANO
+from app.model.bundled import NANO
 from tests.conftest import Command
 from tests.evaluation.examples import BOX, truth
 

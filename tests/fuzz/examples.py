@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.datasets.build import load_splits
 from app.datasets.coco import Dataset, examine
 from app.datasets.commands import build

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 from pycocotools import mask as mask_utils
 from safetensors.torch import load_file, save_file
 
-from app.datasets.shapes import make_shapes
+from app.datasets.synthetic.shapes import make_shapes
 from app.inference import folder as folder_module
 from app.inference.outputs import PER_IMAGE
 from app.inference.settings import SAVES

@@ -13,9 +13,9 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as mask_utils
 from sam3.model.sam3_image_processor import Sam3Processor
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.datasets.images import open_image
-from app.datasets.shapes import make_shapes
+from app.datasets.synthetic.shapes import make_shapes
 from app.errors import UserError
 from app.inference import Detections, Predictor
 from app.inference import predictor as predictor_module

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from sam3.model.sam3_image import Sam3Image
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.datasets.square import to_square
 from app.inference.predictor import Predictor, normalise
 from tests.conftest import TINY

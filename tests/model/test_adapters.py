@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from app.config import LoraConfig, load_config, load_model_config
+from app.config.compose import load_config, load_model_config
+from app.config.schema import LoraConfig
 from app.errors import UserError
 from app.inference.predictor import Predictor
 from app.model import adapters, weights

@@ -8,24 +8,24 @@ from hydra.utils import instantiate
 from sam3 import model_builder
 from sam3.model import vitdet
 
-from app.config import load_config, load_model_config, model_names
+from app.config.compose import load_config, load_model_config, model_names
 from app.datasets.queries import collate
 from app.errors import UserError
-from app.model import upstream
 from app.model.build import build_model, components, count_parameters, padding_note
+from app.model.upstream import fixes, pin
 from benchmarks.init import first_step_is_finite, query_dataset
 from tests.conftest import TINY
 
 
 def test_size_sam3_has_the_keys_and_shapes_of_upstreams_builder(monkeypatch) -> None:
-    upstream.apply_fixes()
+    fixes.apply_fixes()
     linspace = torch.linspace  # vitdet.py:746 reads the rates back, which meta tensors cannot
     monkeypatch.setattr(
         vitdet.torch, "linspace", lambda *a, **k: linspace(*a, **{**k, "device": "cpu"})
     )
     with torch.device("meta"):
         theirs = model_builder.build_sam3_image_model(
-            bpe_path=str(upstream.bpe_path()), device="meta", load_from_HF=False
+            bpe_path=str(pin.bpe_path()), device="meta", load_from_HF=False
         )
     ours = build_model(load_model_config("sam3"), device="meta")
     expected = {k: (v.shape, v.dtype) for k, v in theirs.state_dict().items()}

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import Sam3Config, Sam3Model, Sam3VideoConfig, Sam3VideoModel
 
-from app.config import ModelConfig, load_config, load_model_config
+from app.config.compose import load_config, load_model_config
+from app.config.schema import ModelConfig
 from app.errors import UserError
 from app.model import huggingface, weights
 from app.model.build import build_model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import subprocess
@@ -17,13 +16,11 @@ from sam3.model.model_misc import MultiheadAttentionWrapper
 from sam3.model.position_encoding import PositionEmbeddingSine
 from sam3.model.text_encoder_ve import ResidualAttentionBlock
 from sam3.train.loss import loss_fns
-from sam3.train.optim.schedulers import InverseSquareRootParamScheduler
-from sam3.train.utils import train_utils
 
-from app.config import load_model_config
+from app.config.compose import load_model_config
 from app.errors import UserError
-from app.model import upstream
 from app.model.build import build_model
+from app.model.upstream import fixes, pin
 from tests.conftest import REPOSITORY
 
 
@@ -31,18 +28,18 @@ from tests.conftest import REPOSITORY
 def copy_of_sam3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("package") / "sam3"
     ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(upstream.package_folder("sam3"), folder, ignore=ignore)
+    shutil.copytree(pin.package_folder("sam3"), folder, ignore=ignore)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def fixes() -> None:
-    upstream.apply_fixes()
+def mended() -> None:
+    fixes.apply_fixes()
 
 
 def test_the_installed_package_is_the_pinned_commit(copy_of_sam3: Path) -> None:
-    upstream.prove_pin()
-    upstream.prove_pin(copy_of_sam3)
+    pin.prove_pin()
+    pin.prove_pin(copy_of_sam3)
 
 
 @pytest.mark.parametrize(
@@ -59,13 +56,13 @@ def test_any_other_package_is_refused(tmp_path: Path, copy_of_sam3: Path, change
     shutil.copytree(copy_of_sam3, folder)
     change(folder)
     with pytest.raises(UserError, match=said) as caught:
-        upstream.prove_pin(folder)
+        pin.prove_pin(folder)
     assert "pip install --no-deps sam3==0.1.4" in str(caught.value)
 
 
 def test_a_blob_id_is_what_git_says(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"hello\n")  # known: git hash-object of "hello\n"
-    blob = upstream._git_blob_id(tmp_path / "file")
+    blob = pin._git_blob_id(tmp_path / "file")
     assert blob == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
@@ -80,16 +77,6 @@ def test_importing_prints_no_warning() -> None:
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )
     assert (done.stdout, done.stderr) == ("", "")
-
-
-def test_no_value_of_the_environment_is_logged(caplog, monkeypatch) -> None:
-    from sam3.train import trainer
-
-    monkeypatch.setenv("HF_TOKEN", "hf_canary")
-    with caplog.at_level(logging.DEBUG):
-        trainer.log_env_variables()
-        train_utils.log_env_variables()
-    assert "hf_canary" not in caplog.text
 
 
 def test_what_upstream_leaves_uninitialised_is_initialised(monkeypatch) -> None:
@@ -183,11 +170,5 @@ def test_attention_copies_no_weight_for_each_token_where_no_gradient_is_kept(bat
     assert [5, 16, 16] not in shapes  # a copy of the weight for each of five
 
 
-def test_upstreams_schedule_takes_a_run_as_long_as_its_warmup() -> None:
-    schedule = InverseSquareRootParamScheduler(1.0, 20, 0, timescale=20)
-    assert schedule(step=10, where=0.5) == pytest.approx(0.5)
-    assert schedule(step=30, where=0.5) == pytest.approx((20 / 30) ** 0.5)
-
-
 def test_the_vocabulary_is_clips() -> None:
-    assert upstream.bpe_path().name == "bpe_simple_vocab_16e6.txt.gz"
+    assert pin.bpe_path().name == "bpe_simple_vocab_16e6.txt.gz"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from app.compression.cut import store_vocabulary
 from app.datasets.images import open_image
 from app.errors import UserError
 from app.inference.predictor import Predictor
 from app.model import weights
-from app.model.carried import NANO
-from app.model.compact import store_vocabulary
+from app.model.bundled import NANO
 from app.model.vocabulary import askable, unknown_words
 from tests.conftest import REPOSITORY
 

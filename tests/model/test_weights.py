@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.errors import UserError
 from app.inference.predictor import Predictor
 from app.model import weights

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import app.training.start  # noqa: F401  what a run imports, once for all of them
 from app.__main__ import main as command
-from app.datasets.shapes import make_shapes
+from app.datasets.synthetic.shapes import make_shapes
 from tests.conftest import TINY
 from tests.training.killed_saves import SMALL
 

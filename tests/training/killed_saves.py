@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from hydra.utils import instantiate
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.datasets.build import load_splits
 from app.datasets.queries import QueryDataset
-from app.datasets.shapes import make_shapes
+from app.datasets.synthetic.shapes import make_shapes
 from app.model import weights
 from app.model.build import build_model
 from app.training import checkpoints

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.training import method
 from app.training.checkpoints import checkpoint_bytes, run_bytes
 from app.training.loop import Loop

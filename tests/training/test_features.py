@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from app.config import load_config, load_model_config
+from app.config.compose import load_config, load_model_config
 from app.datasets.build import load_splits
 from app.errors import UserError
 from app.model.build import build_model

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.datasets.build import load_splits
 from app.datasets.queries import QueryDataset, collate
 from app.errors import UserError
 from app.model.build import build_model
-from app.model.guard import NotFiniteError
 from app.training.loop import EpochSampler, Loop, build_accelerator, build_optimizer
+from app.training.nonfinite import NotFiniteError
 from tests.conftest import TINY
 
 

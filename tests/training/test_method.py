@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from app.config import load_config, to_yaml
+from app.config.compose import load_config, to_yaml
 from app.datasets.build import load_splits
 from app.datasets.queries import QueryDataset
 from app.errors import UserError

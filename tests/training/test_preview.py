@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.datasets.build import load_splits
 from app.datasets.overlay import color_of
 from app.training.loop import EpochSampler

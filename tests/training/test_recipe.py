@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from app.config import load_config, read_yaml
+from app.config.compose import load_config, read_yaml
 from app.training.recipe import TIERS, auto
 from tests.conftest import Command
 

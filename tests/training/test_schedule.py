@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.config import ScheduleConfig
+from app.config.schema import ScheduleConfig
 from app.training.schedule import learning_rate_factor
 
 NAMES = ["inverse_sqrt", "linear", "cosine", "constant"]

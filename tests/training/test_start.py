@@ -8,11 +8,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from app.config import load_config
+from app.config.compose import load_config
 from app.errors import UserError
 from app.model import weights
 from app.model.build import build_model
-from app.model.carried import carried_nano
+from app.model.bundled import bundled_nano
 from app.training import start
 from app.training.start import configure
 from tests.conftest import Command
@@ -22,7 +22,7 @@ def test_auto_is_nano_without_a_gpu(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config, file = configure([], None, "auto", None)
     assert config.model.name == "nano"
-    assert file == weights.find_file(carried_nano())
+    assert file == weights.find_file(bundled_nano())
     assert configure(["checkpoint=none"], None, "auto", None)[1] is None
 
 

@@ -10,9 +10,10 @@ import torch
 from pycocotools import mask as coco_mask
 from torch.nn import functional as F
 
-from app.config import WarmStartConfig, load_model_config
+from app.config.compose import load_model_config
+from app.config.schema import WarmStartConfig
 from app.datasets.build import load_splits
-from app.datasets.shapes import make_shapes
+from app.datasets.synthetic.shapes import make_shapes
 from app.model.build import build_model
 from app.training.warm_start import (
     ENCODED,

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from app.config import HuggingFaceConfig
+from app.config.schema import HuggingFaceConfig
 from app.datasets.huggingface.columns import guess, parse
 from app.datasets.huggingface.convert import convert
 from app.datasets.huggingface.evidence import gather, settle

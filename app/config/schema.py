@@ -1,0 +1,381 @@
+"""What may be set: every key of a configuration with its type, unit and range."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Node = dict[str, Any]  # a part named by `_target_`, made by hydra.utils.instantiate
+
+ShapeKind = Literal[
+    "circle", "rectangle", "triangle", "ellipse", "star", "ring", "cross", "hexagon", "blob"
+]
+# fmt: off
+ColorName = Literal[
+    "red", "green", "blue", "yellow", "orange", "purple",
+    "pink", "brown", "cyan", "white", "black", "gray",
+]
+# fmt: on
+LabelBy = Literal["kind", "color", "both", "all"]
+Background = Literal["plain", "gradient", "texture", "mixed"]
+Component = Literal["vision", "text", "detector", "geometry", "masks", "scoring"]  # of the model
+# --resume: everything; "auto": if there is a run, else start one; "weights": nothing but them.
+Resume = Literal["all", "auto", "weights"]
+PlanKind = Literal["show", "measure"]  # --plan: counted; "measure": and a few updates done
+FormatName = Literal["auto", "coco", "yolo", "labelme", "via", "voc", "masks"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VisionConfig(_Strict):
+    patch_size: int = Field(gt=0)
+    embed_dim: int = Field(gt=0, multiple_of=4)
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    mlp_ratio: float = Field(gt=0)
+    window_size: int = Field(gt=0)
+    global_blocks: list[int]
+    drop_path: float = Field(ge=0, lt=1)
+    heads: int | None = Field(default=None, ge=1)  # that were left of num_heads; None: all
+
+    @model_validator(mode="after")
+    def _check(self) -> VisionConfig:
+        if self.heads is not None and self.heads > self.num_heads:
+            raise ValueError(
+                f"vision.heads {self.heads} must be at most vision.num_heads ({self.num_heads})"
+            )
+        if self.embed_dim % (4 * self.num_heads):
+            raise ValueError(
+                f"vision.embed_dim {self.embed_dim} must be a multiple of 4 x vision.num_heads "
+                f"({self.num_heads}): rotary embedding pairs both axes"
+            )
+        outside = [block for block in self.global_blocks if not 0 <= block < self.depth]
+        if outside or not self.global_blocks or max(self.global_blocks) != self.depth - 1:
+            raise ValueError(
+                f"vision.global_blocks {self.global_blocks} must lie in 0..{self.depth - 1} and "
+                f"hold the last block, {self.depth - 1}"
+            )
+        return self
+
+
+class TextConfig(_Strict):
+    width: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    context_length: int = Field(ge=3, le=77)
+
+    @model_validator(mode="after")
+    def _check(self) -> TextConfig:
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"text.width {self.width} must be a multiple of text.num_heads ({self.num_heads})"
+            )
+        return self
+
+
+class ModelConfig(_Strict):
+    """Size of a SAM 3; what `model/build.py` builds and a weights' header carries."""
+
+    name: str
+    resolution: int = Field(gt=0)
+    vision: VisionConfig
+    text: TextConfig
+    d_model: int = Field(gt=0, multiple_of=8)
+    num_heads: int = Field(gt=0)
+    feedforward: int = Field(gt=0)
+    encoder_layers: int = Field(gt=0)
+    decoder_layers: int = Field(gt=0)
+    geometry_layers: int = Field(gt=0)
+    num_queries: int = Field(gt=0)
+    dropout: float = Field(ge=0, lt=1)
+    mask_points: int = Field(gt=0)
+    segmentation: bool
+    activation_checkpointing: bool | list[Component]  # of training alone, not of weights
+    vocabulary: list[str] | None = None  # the prompts stored in the text encoder's place; None: any
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        patch = self.vision.patch_size
+        if self.resolution % patch:
+            low = max(self.resolution // patch * patch, patch)
+            raise ValueError(
+                f"model.resolution {self.resolution} must be a multiple of the patch size {patch}: "
+                f"{low} or {low + patch}"
+            )
+        if self.resolution < 4 * patch:
+            raise ValueError(
+                f"model.resolution {self.resolution} is below {4 * patch}: four patches"
+            )
+        if self.d_model % self.num_heads:
+            raise ValueError(
+                f"model.d_model {self.d_model} must be a multiple of model.num_heads "
+                f"({self.num_heads})"
+            )
+        return self
+
+
+class ShapesConfig(_Strict):
+    train: int = Field(ge=1)
+    valid: int = Field(ge=1)
+    width: int = Field(ge=32)
+    height: int = Field(ge=32)
+    min_shapes: int = Field(ge=1)
+    max_shapes: int = Field(ge=1)
+    radius: list[float] = Field(min_length=2, max_length=2)
+    turn: float = Field(ge=0, le=180)
+    kinds: list[ShapeKind] = Field(min_length=1)
+    colors: list[ColorName] | None = Field(min_length=1)
+    label_by: LabelBy
+    exclude: list[str]
+    background: Background
+
+    @model_validator(mode="after")
+    def _check(self) -> ShapesConfig:
+        if self.min_shapes > self.max_shapes:
+            raise ValueError(
+                f"dataset.shapes.min_shapes {self.min_shapes} is above max_shapes {self.max_shapes}"
+            )
+        if self.colors is None and (self.label_by != "kind" or self.exclude):
+            raise ValueError(
+                f"dataset.shapes.label_by={self.label_by} with exclude={self.exclude} needs named "
+                "colors, for example dataset.shapes.colors=[red,green,blue]"
+            )
+        return self
+
+
+class HuggingFaceConfig(_Strict):
+    name: str | None
+    config: str | None
+    split: str | None
+    columns: str | None
+    streaming: Literal["auto"] | bool
+
+
+class DatasetConfig(_Strict):
+    dir: str | None
+    format: FormatName
+    huggingface: HuggingFaceConfig
+    roboflow: str | None
+    valid_fraction: float = Field(gt=0, lt=1)
+    test_fraction: float = Field(ge=0, lt=1)
+    max_drop: float = Field(ge=0, le=1)
+    limit: int | None = Field(ge=1)
+    prompts: str | None
+    max_prompts: int = Field(ge=1)
+    negatives: int = Field(ge=0)
+    foreign: float = Field(ge=0, le=1)
+    near_misses: list[str]
+    views: int | None = Field(ge=1)
+    bad_images: Literal["stop", "skip"]
+    shapes: ShapesConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> DatasetConfig:
+        named = {
+            "dataset.dir": self.dir,
+            "dataset.huggingface.name": self.huggingface.name,
+            "dataset.roboflow": self.roboflow,
+        }
+        given = [key for key, value in named.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given: one run takes one dataset")
+        return self
+
+
+class AugmentConfig(_Strict):
+    flip: float = Field(ge=0, le=1)
+    flip_vertical: float = Field(ge=0, le=1)
+    scale: tuple[float, float]
+    rotate: float = Field(ge=0, le=180)
+    color: float = Field(ge=0, le=1)
+    min_visible: float = Field(ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> AugmentConfig:
+        low, high = self.scale
+        if not 0.05 <= low <= high <= 20:
+            raise ValueError(
+                f"transforms.augment.scale {[low, high]} must be the least and the most, "
+                "0.05 to 20, such as [0.5, 2.0]"
+            )
+        return self
+
+
+class TransformsConfig(_Strict):
+    augment: AugmentConfig
+    train: list[Node]
+
+
+class LossConfig(_Strict):
+    matcher: Node
+    criterion: Node
+
+
+class ScheduleConfig(_Strict):
+    name: Literal["inverse_sqrt", "linear", "cosine", "constant"]
+    warmup_steps: int = Field(ge=0)
+    timescale: int = Field(ge=1)
+    cooldown_steps: int = Field(ge=0)
+
+
+class OptimConfig(_Strict):
+    lr: float = Field(gt=0)
+    lr_vision: float = Field(ge=0)
+    lr_text: float = Field(ge=0)
+    lr_scale: float | None = Field(gt=0)
+    layer_decay: float = Field(gt=0, le=1)
+    weight_decay: float = Field(ge=0)
+    max_grad_norm: float = Field(gt=0)
+    schedule: ScheduleConfig
+    optimizer: Node
+    param_group_modifiers: list[Node]
+    options: Node
+
+
+class LoraPartsConfig(_Strict):
+    vision: bool
+    text: bool
+    encoder: bool
+    decoder: bool
+
+
+class LoraConfig(_Strict):
+    """What is adapted, and by how much; peft's own of that name is made from it."""
+
+    rank: int = Field(ge=1)
+    alpha: int = Field(ge=1)
+    dropout: float = Field(ge=0, lt=1)
+    parts: LoraPartsConfig
+    attention: bool
+    mlp: bool
+    targets: list[str]
+
+
+class MethodConfig(_Strict):
+    name: str
+    freeze: list[Component] | None
+    lora: LoraConfig | None
+
+    @model_validator(mode="after")
+    def _check(self) -> MethodConfig:
+        if self.lora is not None and self.freeze is not None:
+            raise ValueError(
+                f"method.freeze {self.freeze} and method.lora are both given: LoRA freezes all of "
+                "the model; choose what it adapts, such as method.lora.parts.vision=false"
+            )
+        return self
+
+
+class WarmStartConfig(_Strict):
+    method: Literal["none", "pixels"]
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    lr: float = Field(gt=0)
+
+
+class TrainingConfig(_Strict):
+    warm_start: WarmStartConfig
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    grad_accum: int = Field(ge=1)
+    num_gpus: int = Field(ge=1)
+    num_workers: int | Literal["auto"]
+    device: Literal["auto", "cpu", "cuda"]
+    precision: Literal["auto", "fp32", "bf16"]
+    check_finite: bool
+    save_every: int = Field(ge=1)
+    save_minutes: float | None = Field(ge=0)
+    patience: int | None = Field(ge=1)
+    ema: float | None = Field(gt=0, lt=1)
+    cache_features: Literal["auto"] | bool
+
+
+class DistillConfig(_Strict):
+    teacher: str | None
+    resolution: int | None = Field(ge=1)
+    trunk_epochs: int = Field(ge=0)
+    feature_epochs: int = Field(ge=0)
+    trunk: float = Field(ge=0)
+    levels: tuple[float, float, float]
+    text: float = Field(ge=0)
+    words: int = Field(ge=0)
+    outputs: float = Field(ge=0)
+    labels: float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillConfig:
+        if min(self.levels) < 0:
+            raise ValueError(f"distill.levels {list(self.levels)}: a weight is below 0")
+        return self
+
+
+class EvaluationConfig(_Strict):
+    every: int = Field(ge=1)
+    metric: str
+    max_detections: int = Field(ge=1)
+    split: Literal["train", "valid", "test"]
+    off_prompts: int = Field(ge=0)
+    pictures: int = Field(ge=0)
+
+
+class ClusterConfig(_Strict):
+    name: Literal["none", "slurm"]
+    nodes: int = Field(ge=1)
+    partition: str | None
+    account: str | None
+    qos: str | None
+    minutes: int = Field(ge=1)
+    cpus: int = Field(ge=1)
+    memory_gb: int | None = Field(ge=1)
+    save_seconds: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> ClusterConfig:
+        if self.nodes > 1 and self.name == "none":
+            raise ValueError(
+                f"--nodes {self.nodes}: several machines are started by --cluster slurm"
+            )
+        return self
+
+
+class PredictionConfig(_Strict):
+    threshold: float = Field(ge=0, le=1)
+
+
+class TrackingConfig(_Strict):
+    mlflow: str | None
+    experiment: str = Field(min_length=1)
+    register_as: str | None = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> TrackingConfig:
+        if self.mlflow and "@" in urlsplit(self.mlflow).netloc:
+            raise ValueError(
+                "--mlflow: an address with a password in it would be kept in the run's files; give "
+                "the password as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return self
+
+
+class Config(_Strict):
+    """Everything that decides a run; the schema of `configs/train.yaml`."""
+
+    model: ModelConfig
+    dataset: DatasetConfig
+    transforms: TransformsConfig
+    loss: LossConfig
+    optim: OptimConfig
+    method: MethodConfig
+    training: TrainingConfig
+    distill: DistillConfig
+    evaluation: EvaluationConfig
+    prediction: PredictionConfig
+    cluster: ClusterConfig
+    tracking: TrackingConfig
+    output_dir: str
+    checkpoint: str
+    seed: int = Field(ge=0)

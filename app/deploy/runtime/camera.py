@@ -1,0 +1,267 @@
+"""Frame after frame: a camera, or a folder as images arrive in it, and how fast it goes.
+
+Runs on Python 3.10; imports OpenCV only for a camera.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import logging
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from PIL import Image
+
+from app.datasets.images import EXTENSIONS, ImageError, open_image
+from app.deploy.runtime.runtime import STAGES, Runtime
+from app.errors import UserError
+from app.inference.detections import Detections
+from app.inference.folder import ended_by_sigterm, unwritable_said
+from app.inference.journal import file_state
+from app.inference.outputs import coco_results, write_images
+from app.inference.settings import Settings
+from app.inference.tables import TABLES
+
+log = logging.getLogger("app")
+CAMERA = "camera:"
+LINES = "predictions.jsonl"  # what --save coco comes to: a line a frame, as it comes
+EVERY = 30  # frames between lines of figures
+WINDOW = 1000  # frames that figures are of: the last ones
+POLL = 0.2  # seconds between looks at a folder
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An image that is there, or that a camera will give.
+
+    Attributes:
+        name: of its files.
+        read: decodes it; raises ImageError, and EOFError where a camera has no more.
+    """
+
+    name: str
+    read: Callable[[], Image.Image]
+
+
+class Speed:
+    """How long frames take; seconds."""
+
+    def __init__(self) -> None:
+        self.frames = 0
+        self._totals: deque[float] = deque(maxlen=WINDOW)
+        self._stages: dict[str, deque[float]] = {s: deque(maxlen=WINDOW) for s in STAGES}
+
+    def add(self, total: float, stages: Mapping[str, float]) -> None:
+        """One frame: all of it, with reading and writing, and its stages."""
+        self.frames += 1
+        self._totals.append(total)
+        for stage, seconds in stages.items():
+            self._stages[stage].append(seconds)
+
+    def __str__(self) -> str:
+        """`30 frames, 12.1 a second; ms, mean (median): pre 4.0 (3.9), model …`"""
+        if not self.frames:
+            return "0 frames"
+        parts = [
+            f"{stage} {1000 * statistics.fmean(kept):.1f} ({1000 * statistics.median(kept):.1f})"
+            for stage, kept in self._stages.items()
+        ]
+        rate = 1 / statistics.fmean(self._totals)
+        return f"{self.frames} frames, {rate:.1f} a second; ms, mean (median): {', '.join(parts)}"
+
+
+def serve(
+    runtime: Runtime,
+    source: str,
+    settings: Settings,
+    output: Path | None,
+    *,
+    frames: int | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Answer each frame until Ctrl-C, the camera's end, or so many frames; log how fast.
+
+    Args:
+        source: a folder, or `camera:` with a number or whatever else OpenCV opens.
+        output: folder for what is found; None: figures alone.
+
+    Returns:
+        How many frames failed.
+
+    Raises:
+        UserError: no such source, or an output folder that is not empty.
+    """
+    if output is not None:
+        _check_output(output, settings, overwrite)
+    failed, speed = 0, Speed()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ended_by_sigterm())
+        stack.callback(lambda: log.info("%s", speed))
+        given = stack.enter_context(_frames(source))
+        lines = _open_lines(stack, output, settings)
+        stack.enter_context(contextlib.suppress(KeyboardInterrupt, EOFError))
+        for frame in given:
+            try:
+                _answer(runtime, frame, settings, output, lines, speed)
+            except ImageError as error:
+                failed += 1
+                log.error("failed: %s", error)
+                continue
+            if speed.frames % EVERY == 0:
+                log.info("%s", speed)
+            if speed.frames == frames:
+                break
+    return failed
+
+
+def _answer(
+    runtime: Runtime,
+    frame: Frame,
+    settings: Settings,
+    output: Path | None,
+    lines: TextIO | None,
+    speed: Speed,
+) -> None:
+    begun, before = time.perf_counter(), dict(runtime.seconds)
+    image = frame.read()
+    found = runtime.predict(image, settings.prompts, **settings.limits())
+    if output is not None:
+        with unwritable_said(output):
+            _write(frame, image, found, settings, output, lines)
+    stages = {stage: runtime.seconds[stage] - before[stage] for stage in STAGES}
+    speed.add(time.perf_counter() - begun, stages)
+
+
+def _write(
+    frame: Frame,
+    image: Image.Image,
+    found: Detections,
+    settings: Settings,
+    output: Path,
+    lines: TextIO | None,
+) -> None:
+    write_images(output, frame.name, image, found, settings.save)
+    if lines is not None:
+        results = coco_results(found, 0, range(1, len(found.prompts) + 1))
+        entry = {
+            "image": frame.name,
+            "width": found.width,
+            "height": found.height,
+            "found": [
+                {**{k: v for k, v in result.items() if k != "image_id"}, "prompt": prompt}
+                for result in results
+                if (prompt := found.prompts[result["category_id"] - 1])
+            ],
+        }
+        lines.write(json.dumps(entry, allow_nan=False) + "\n")
+        lines.flush()
+
+
+def _check_output(output: Path, settings: Settings, overwrite: bool) -> None:
+    problems = []
+    if "csv" in settings.save:
+        problems.append("--save csv: is written when all is done, which --loop never is; use coco")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        problems.append(
+            f"--output-dir {output}: is not empty. Replace it with --overwrite, or name another "
+            "folder."
+        )
+    if problems:
+        raise UserError(problems)
+
+
+def _open_lines(
+    stack: contextlib.ExitStack, output: Path | None, settings: Settings
+) -> TextIO | None:
+    """Begin what all frames share; returns the file that takes a line for each."""
+    if output is None:
+        return None
+    with unwritable_said(output):
+        output.mkdir(parents=True, exist_ok=True)
+        for kind in ("semantic", "yolo"):  # legends, which need no frame
+            if kind in settings.save:
+                path, write = TABLES[kind]
+                write(output / path, (), settings.prompts)
+        if "coco" not in settings.save:
+            return None
+        return stack.enter_context((output / LINES).open("w", encoding="utf-8"))
+
+
+@contextlib.contextmanager
+def _frames(source: str) -> Iterator[Iterator[Frame]]:
+    if not source.startswith(CAMERA):
+        if not Path(source).is_dir():
+            raise UserError(f"--input {source}: --loop takes a folder, or camera:0")
+        yield _arriving(Path(source))
+        return
+    camera = _open_camera(source)
+    try:
+        yield _camera_frames(source, camera)
+    finally:
+        camera.release()
+
+
+def _open_camera(source: str) -> Any:
+    try:
+        cv2: Any = importlib.import_module("cv2")
+    except ImportError as error:
+        raise UserError(
+            f"--input {source}: OpenCV cannot be used here ({error}): pip install "
+            "opencv-python-headless, or give a folder"
+        ) from None
+    name = source[len(CAMERA) :]
+    camera = cv2.VideoCapture(int(name) if name.isdecimal() else name)
+    if not camera.isOpened():
+        raise UserError(f"--input {source}: OpenCV finds no such camera; is another one numbered?")
+    camera.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # the newest frame, not those that were waiting
+    return camera
+
+
+def _camera_frames(source: str, camera: Any) -> Iterator[Frame]:
+    number = 0
+
+    def read() -> Image.Image:
+        there, pixels = camera.read()  # (H, W, 3) uint8 BGR
+        if not there and number == 1:
+            raise UserError(f"--input {source}: gives no frame; does another program hold it?")
+        if not there:
+            raise EOFError("the camera gives no more")
+        return Image.fromarray(pixels[:, :, ::-1].copy())
+
+    while True:
+        number += 1
+        yield Frame(f"frame_{number:06d}", read)
+
+
+def _arriving(folder: Path) -> Iterator[Frame]:
+    """The images of a folder, and those that come or change, each once it is written whole."""
+    settled: dict[Path, list[int]] = {}
+    before: dict[Path, list[int]] = {}
+    while True:
+        now = _states(folder)
+        ready = [path for path, state in now.items() if before.get(path) == state]
+        for path in sorted(ready, key=lambda path: (now[path][1], path)):
+            if settled.get(path) != now[path]:
+                settled[path] = now[path]
+                yield Frame(path.name, functools.partial(open_image, path))
+        settled = {path: state for path, state in settled.items() if path in now}
+        before = now
+        time.sleep(POLL)
+
+
+def _states(folder: Path) -> dict[Path, list[int]]:
+    """Image → what changes when it does; those that vanish meanwhile are left out."""
+    states = {}
+    for path in folder.iterdir():
+        if path.suffix.lower() in EXTENSIONS:
+            with contextlib.suppress(FileNotFoundError):
+                states[path] = file_state(path)
+    return states

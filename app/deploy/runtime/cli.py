@@ -1,0 +1,213 @@
+"""`python -m app.deploy.runtime DIR --input IMAGES --output DIR`: `infer.sh` without torch.
+
+With `--loop` it answers a camera, or a folder as images arrive in it. Runs on Python 3.10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from app.console import log_to_stdout, show_problems
+from app.deploy.runtime.manifest import FILE, PRECISIONS
+from app.deploy.runtime.runtime import BACKENDS, Runtime
+from app.errors import UserError
+from app.files import hash_file
+from app.inference.folder import Work, predict_folder, predict_images
+from app.inference.postprocess import THRESHOLD
+from app.inference.settings import SAVES, Known, Settings, make_settings
+
+log = logging.getLogger("app")
+FAILED = 3  # exit code: some inputs failed, the rest are done
+
+
+@dataclass(frozen=True)
+class RuntimeSettings(Settings):
+    """Settings whose checkpoint is an exported folder, and whose device is a backend."""
+
+    def identity(self) -> dict[str, Any]:
+        return {**asdict(self), "manifest": hash_file(Path(self.checkpoint) / FILE)}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """The command line.
+
+    Args:
+        words: None: what the process was started with.
+    """
+    log_to_stdout()
+    # A shell starts what goes to the background deaf to it; a loop without an end must hear it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    options = make_parser().parse_args(words)
+    try:
+        sys.exit(run(options))
+    except UserError as error:
+        show_problems(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the flags say; returns the exit code."""
+    _check_flags(options)
+    runtime = Runtime.load(options.folder, backend=options.backend, precision=options.precision)
+    log.info("%s: %s by %s", options.folder, runtime.backend.precision, runtime.backend.name)
+    if options.check:
+        _check(runtime)
+        return 0
+    settings = _settings(options, runtime)
+    if options.loop:
+        from app.deploy.runtime.camera import serve
+
+        failed = serve(
+            runtime,
+            options.input,
+            settings,
+            options.output_dir,
+            frames=options.frames,
+            overwrite=options.overwrite,
+        )
+        return FAILED if failed else 0
+
+    @contextlib.contextmanager
+    def open_work(settings: Settings, output: Path, _: int) -> Iterator[tuple[Work, str]]:
+        yield (
+            lambda batches: (predict_images(runtime, settings, output, b) for b in batches),
+            runtime.backend.precision,
+        )
+
+    failures = predict_folder(
+        options.input,
+        options.output_dir,
+        settings,
+        overwrite=options.overwrite,
+        open_work=open_work,
+    )
+    return FAILED if failures else 0
+
+
+def _check_flags(options: argparse.Namespace) -> None:
+    """Raises UserError with all that does not go together."""
+    problems = []
+    if not options.check and options.input is None:
+        problems.append("--input: say which images, or camera:0 with --loop")
+    if not (options.check or options.loop) and options.output_dir is None:
+        problems.append("--output: say which folder takes what is found")
+    if not options.loop and str(options.input).startswith("camera:"):
+        problems.append(f"--input {options.input}: a camera is answered with --loop")
+    if not options.loop and options.frames is not None:
+        problems.append("--frames: is for --loop")
+    if problems:
+        raise UserError(problems)
+
+
+def _check(runtime: Runtime) -> None:
+    if misses := runtime.check():
+        raise UserError(
+            [f"{runtime.folder}: this device does not give what the exporter kept:"]
+            + [f"  {miss}" for miss in misses]
+            + ["  Try a safer --precision, or the other --backend."]
+        )
+    log.info("%s: gives what the exporter kept", runtime.folder)
+
+
+def _settings(options: argparse.Namespace, runtime: Runtime) -> Settings:
+    manifest = runtime.manifest
+    settings = RuntimeSettings(
+        checkpoint=str(options.folder),
+        prompts=tuple(options.prompt),
+        threshold=options.threshold,
+        max_detections=options.max_detections,
+        nms=options.nms,
+        tile=options.tile,
+        overlap=options.overlap,
+        save=("coco",) if options.loop else ("overlay", "coco"),
+        device=runtime.backend.name,
+        precision=runtime.backend.precision,
+    )
+    known = Known(
+        manifest.classes,
+        manifest.prompts,
+        None if manifest.threshold == THRESHOLD else manifest.threshold,
+    )
+    return make_settings(
+        settings,
+        prompts_file=options.prompts,
+        boxes=(),
+        negative_boxes=(),
+        save=options.save,
+        known=known,
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m app.deploy.runtime",
+        description="Find what prompts name in images by an exported folder; the same command "
+        "again does what a stop left over.",
+    )
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="exported folder, with its manifest.json")
+    add(
+        "--input",
+        help="image, folder, glob or list of paths (.txt); with --loop a folder, or camera:0 and "
+        "whatever else OpenCV opens behind camera:",
+    )
+    add("--output-dir", "--output", type=Path, metavar="DIR", help="folder for what is found")
+    add(
+        "--prompt",
+        action="append",
+        default=[],
+        help="what to find; several; without any, the classes of the folder",
+    )
+    add("--prompts", type=Path, metavar="FILE", help="file of prompts: a line each, or YAML")
+    share = _number(float, 0, 1)
+    add("--threshold", type=share, help="least score, 0..1 [default: the folder's]")
+    add("--max-detections", type=_number(int, 1), default=100, help="an image, or a tile [100]")
+    add("--nms", type=share, help="IoU of masks above which the lower score goes")
+    add("--tile", type=_number(int, 32), help="pixels; cut larger images into such tiles")
+    add(
+        "--overlap",
+        type=_number(float, 0, 0.9),
+        default=0.2,
+        help="of neighbouring tiles [0.2]",
+    )
+    add(
+        "--save",
+        action="append",
+        default=[],
+        help=f"{', '.join(SAVES)}; several, or parted by commas [overlay,coco; with --loop coco]",
+    )
+    add("--overwrite", action="store_true", help="replace what is there")
+    add("--backend", choices=["auto", *BACKENDS], default="auto", help="what runs the graphs")
+    add("--precision", choices=PRECISIONS, help="[the fastest that the backend should take]")
+    add("--check", action="store_true", help="compare this device with what the exporter kept")
+    add("--loop", action="store_true", help="go on with each frame or new image, until Ctrl-C")
+    add("--frames", type=_number(int, 1), help="end --loop after so many")
+    return parser
+
+
+def _number(
+    kind: Callable[[str], float], least: float, most: float = float("inf")
+) -> Callable[[str], float]:
+    """What argparse makes a number of a flag with."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text}: is no number") from None
+        if not least <= value <= most:
+            bound = f"{least:g} or more" if most == float("inf") else f"{least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {bound}")
+        return value
+
+    return read

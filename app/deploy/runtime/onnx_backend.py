@@ -1,0 +1,193 @@
+"""The ONNX Runtime backend: an exported folder on any CPU, or on an NVIDIA GPU by CUDA."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.deploy.runtime.external_data import locations
+from app.deploy.runtime.manifest import PRECISIONS, REMEDY, Manifest, check_files, list_variants
+from app.errors import UserError, nearest
+
+CUDA = "CUDAExecutionProvider"
+FASTEST = {True: "fp16", False: "int8"}  # by whether there is CUDA
+LACKING = "bf16"  # ONNX Runtime has no kernels for most of its operators
+# It joins products and biases before those of int8 are found, which then are computed in fp32.
+HINDERING = ["MatMulAddFusion"]
+Features = Mapping[str, Any]  # name → NDArray, or OrtValue where it lies on a GPU
+
+
+class OnnxRuntimeBackend:
+    """Runs an exported folder by ONNX Runtime.
+
+    Args:
+        folder: as `manifest` describes it.
+        precision: None: fp16 by CUDA, int8 on a CPU, where the folder has it. A graph that lacks
+            it takes the next safer one.
+
+    Attributes:
+        precision: the least safe of the graphs' own.
+
+    Raises:
+        UserError: no onnxruntime, no such precision, a file that is missing or changed, or a graph
+            that is not the manifest's.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, folder: Path, manifest: Manifest, precision: str | None = None) -> None:
+        self._ort = import_onnxruntime()
+        self._on_gpu = CUDA in self._ort.get_available_providers()
+        chosen = choose_precisions(manifest, precision, on_gpu=self._on_gpu)
+        files = {graph: manifest.graphs[graph][level] for graph, level in chosen.items()}
+        check_graphs(folder, manifest, list(files.values()))
+        self.precision = max(chosen.values(), key=PRECISIONS.index)
+        self._sessions = {
+            graph: self._open(folder / file, manifest.shapes[graph])
+            for graph, file in files.items()
+        }
+        side = list(manifest.shapes["image"]["pixels"])[-1]
+        if side != manifest.resolution:
+            raise UserError(
+                f"{folder}: the image graph takes {side} pixels, and the manifest says "
+                f"{manifest.resolution}. {REMEDY}"
+            )
+
+    def _open(self, file: Path, shapes: Mapping[str, Any]) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3  # errors, which are raised as well
+        # Between runs its threads would spin, and take the cores from the other graph and numpy.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        providers = [CUDA] if self._on_gpu else []
+        try:
+            session = self._ort.InferenceSession(
+                str(file),
+                options,
+                providers=[*providers, "CPUExecutionProvider"],
+                disabled_optimizers=HINDERING,
+            )
+        except Exception as error:  # its classes have no base of their own
+            raise UserError(
+                f"{file}: ONNX Runtime {self._ort.__version__} cannot load it "
+                f"({' '.join(str(error).split())}). {REMEDY}"
+            ) from None
+        found = {
+            value.name: tuple(value.shape)
+            for value in (*session.get_inputs(), *session.get_outputs())
+        }
+        expected = {name: tuple(shape) for name, shape in shapes.items()}
+        if found != expected:
+            raise UserError(
+                f"{file}: has other inputs and outputs than the manifest: {found}, not {expected}. "
+                f"{REMEDY}"
+            )
+        return session
+
+    def image(self, pixels: NDArray[np.float32]) -> Features:
+        """What the trunk finds in an image, where it was computed.
+
+        Args:
+            pixels: (1, 3, R, R), -1..1.
+        """
+        return self._run("image", {"pixels": pixels}, keep=True)
+
+    def ground(
+        self, features: Features, text: NDArray[np.float32], text_mask: NDArray[np.bool_]
+    ) -> dict[str, NDArray[Any]]:
+        """What answers the prompts; see `app.deploy.runtime.runtime.Backend`."""
+        return self._run("ground", {**features, "text": text, "text_mask": text_mask})
+
+    def text(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """(1, L) tokens → features (1, L, D), and (1, L), True where there is no token."""
+        found = self._run("text", {"tokens": tokens})
+        return found["text"], found["text_mask"]
+
+    def _run(self, graph: str, inputs: Features, *, keep: bool = False) -> dict[str, Any]:
+        """Output → array; `keep`: → OrtValue on the GPU, where there is one."""
+        session = self._sessions[graph]
+        names = [value.name for value in session.get_outputs()]
+        if not self._on_gpu:
+            return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            if isinstance(value, np.ndarray):
+                binding.bind_cpu_input(name, np.ascontiguousarray(value))
+            else:
+                binding.bind_ortvalue_input(name, value)
+        for name in names:
+            binding.bind_output(name, "cuda" if keep else "cpu")
+        session.run_with_iobinding(binding)
+        found = binding.get_outputs()
+        return dict(zip(names, found if keep else [v.numpy() for v in found], strict=True))
+
+
+def import_onnxruntime() -> Any:
+    """The module `onnxruntime`; raises UserError where it is missing."""
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise UserError(
+            f"ONNX Runtime cannot be used here ({error}): pip install onnxruntime (or "
+            "onnxruntime-gpu, with CUDA)"
+        ) from None
+
+
+def choose_precisions(
+    manifest: Manifest, precision: str | None = None, *, on_gpu: bool = False
+) -> dict[str, str]:
+    """The variant of each graph: the one asked for, or the next safer one that there is.
+
+    Raises:
+        UserError: no such precision, one without kernels, or a graph with neither it nor a safer
+            one.
+    """
+    if precision is not None and (precision not in PRECISIONS or precision == LACKING):
+        usable = [name for name in PRECISIONS if name != LACKING]
+        raise UserError(
+            f"--precision {precision}: ONNX Runtime takes {', '.join(usable)}."
+            f"{nearest(precision, usable)}"
+        )
+    wanted = precision or FASTEST[on_gpu]
+    chosen, problems = {}, []
+    for graph in manifest.graphs:
+        there = [
+            level
+            for level in list_variants(manifest, graph, wanted, on_gpu=on_gpu)
+            # on a CPU halves are slower than fp32: only where they are asked for
+            if level != LACKING and (on_gpu or level in (wanted, "fp32"))
+        ]
+        if there:
+            chosen[graph] = there[0]
+        else:
+            problems.append(
+                f"--precision {wanted}: the folder has of the {graph} graph only "
+                f"{', '.join(manifest.precisions(graph)) or 'nothing'}. {REMEDY}"
+            )
+    if problems:
+        raise UserError(problems)
+    return chosen
+
+
+def check_graphs(folder: Path, manifest: Manifest, files: list[str]) -> None:
+    """Prove graphs whole, and the data that they keep elsewhere.
+
+    Raises:
+        UserError: a file that is missing or changed, or weights in one that the manifest does not
+            name, which could lie outside of the folder.
+    """
+    check_files(folder, manifest, files)
+    data = {name: locations(folder / name) for name in files}
+    problems = [
+        f"{folder / name}: keeps weights in '{place}', which the manifest does not name. {REMEDY}"
+        for name, places in data.items()
+        for place in sorted(places)
+        if place not in manifest.files
+    ]
+    if problems:
+        raise UserError(problems)
+    check_files(folder, manifest, sorted(set().union(*data.values())))

@@ -1,0 +1,145 @@
+"""Prompts → what the ground graph takes of them: stored features, or a text graph's."""
+
+from __future__ import annotations
+
+import html
+import importlib
+import unicodedata
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from app.deploy.runtime.manifest import REMEDY, Manifest, check_files
+from app.errors import UserError
+from app.model.vocabulary import unknown_words
+
+STORED, TOKENIZER = "text.npz", "tokenizer.json"
+STARTS, ENDS = ("<|startoftext|>", "<start_of_text>"), ("<|endoftext|>", "<end_of_text>")
+KEPT = 256  # prompts whose features are kept
+Texts = tuple[NDArray[np.float32], NDArray[np.bool_]]  # (K, L, D); (K, L), True: no token there
+
+
+class Words(Protocol):
+    """What knows prompts."""
+
+    def __call__(self, prompts: Sequence[str]) -> Texts: ...
+
+
+class StoredWords:
+    """The prompts of a fixed vocabulary.
+
+    Raises:
+        UserError: the file is missing, changed, or is not what the manifest describes.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        check_named(folder, manifest, STORED)
+        self.prompts = manifest.prompts or ()
+        self._places = {prompt: place for place, prompt in enumerate(self.prompts)}
+        try:
+            with np.load(folder / STORED, allow_pickle=False) as content:
+                self.features, self.mask = content["features"], content["mask"]
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{folder / STORED}: cannot be read ({error}). {REMEDY}") from None
+        expected = (len(self.prompts), manifest.context_length)
+        types = (self.features.dtype, self.mask.dtype) == (np.float32, np.bool_)
+        shapes = self.features.shape[:2] == self.mask.shape == expected and self.features.ndim == 3
+        if not (types and shapes):
+            raise UserError(
+                f"{folder / STORED}: features {self.features.shape} and mask {self.mask.shape} are "
+                f"not those of {expected[0]} prompts of {expected[1]} tokens. {REMEDY}"
+            )
+
+    def __call__(self, prompts: Sequence[str]) -> Texts:
+        """Raises UserError for prompts that are not stored; it lists those that are."""
+        unknown = [prompt for prompt in prompts if prompt not in self._places]
+        if unknown:
+            raise UserError(
+                unknown_words(self.prompts, unknown)
+                or f"{unknown}: must be among {', '.join(self.prompts)}"
+            )
+        places = [self._places[prompt] for prompt in prompts]
+        return self.features[places], self.mask[places]
+
+
+class AnyWords:
+    """Any prompts, by a tokenizer and the text graph.
+
+    Args:
+        encode: tokens (1, L) int64 → features (1, L, D) and mask (1, L).
+
+    Raises:
+        UserError: no tokenizers package, or the file is missing, changed or broken.
+    """
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, encode: Callable[[NDArray[np.int64]], Texts]
+    ) -> None:
+        check_named(folder, manifest, TOKENIZER)
+        self._encode, self._length = encode, manifest.context_length
+        try:
+            tokenizers: Any = importlib.import_module("tokenizers")
+        except ImportError:
+            raise UserError(
+                f"{folder}: takes any words, for which a package is missing: pip install tokenizers"
+            ) from None
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+        except Exception as error:  # the package raises nothing narrower
+            raise UserError(f"{folder / TOKENIZER}: cannot be read ({error}). {REMEDY}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._start, self._end = (self._special(folder, names) for names in (STARTS, ENDS))
+        self._known: dict[str, Texts] = {}
+
+    def _special(self, folder: Path, names: Sequence[str]) -> int:
+        for name in names:
+            if (number := self._tokenizer.token_to_id(name)) is not None:
+                return int(number)
+        raise UserError(f"{folder / TOKENIZER}: has no token {names[0]}. {REMEDY}")
+
+    def __call__(self, prompts: Sequence[str]) -> Texts:
+        texts = [self._text(prompt) for prompt in prompts]
+        features, masks = zip(*texts, strict=True)
+        return np.concatenate(features), np.concatenate(masks)
+
+    def _text(self, prompt: str) -> Texts:
+        if prompt not in self._known:
+            if len(self._known) >= KEPT:
+                self._known.clear()
+            self._known[prompt] = self._encode(self.tokens(prompt))
+        return self._known[prompt]
+
+    def tokens(self, prompt: str) -> NDArray[np.int64]:
+        """(1, L), as upstream's tokenizer makes them: cut to L, its end kept, 0 behind it."""
+        ids = self._tokenizer.encode(clean(prompt), add_special_tokens=False).ids
+        kept = [self._start, *ids[: self._length - 2], self._end]
+        tokens = np.zeros((1, self._length), dtype=np.int64)
+        tokens[0, : len(kept)] = kept
+        return tokens
+
+
+def clean(text: str) -> str:
+    """As upstream's tokenizer: mended Unicode, no HTML, single blanks, lower case.
+
+    Without the ftfy package broken encodings stay as they are; NFC is what it makes of the rest.
+    """
+    try:
+        fix: Callable[[str], str] = importlib.import_module("ftfy").fix_text
+    except ImportError:
+        text = unicodedata.normalize("NFC", text)
+    else:
+        text = fix(text)
+    text = html.unescape(html.unescape(text))
+    return " ".join(text.split()).lower()
+
+
+def check_named(folder: Path, manifest: Manifest, name: str) -> None:
+    """Prove a file whole that the manifest must name; raises UserError."""
+    if name not in manifest.files:
+        raise UserError(f"{folder}: the manifest names no {name}. {REMEDY}")
+    check_files(folder, manifest, [name])

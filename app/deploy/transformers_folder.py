@@ -1,0 +1,252 @@
+"""`python -m app export --format hf`: weights → a folder that transformers' `Sam3Model` loads."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import ModelCardData
+from PIL import Image
+from safetensors.torch import save_file
+from sam3.model.sam3_image import Sam3Image
+from torch import Tensor
+
+from app.config.schema import ModelConfig
+from app.datasets.synthetic.drawing import Thing, draw_image
+from app.deploy.output import check_output
+from app.errors import UserError
+from app.evaluation.model_card import SHOWN_PROMPTS, licence
+from app.files import atomic_folder, atomic_path, write_json, write_text
+from app.inference.postprocess import THRESHOLD
+from app.inference.predictor import Predictor, query_scores
+from app.model import huggingface, weights
+
+log = logging.getLogger("app")
+CARD = "README.md"
+# Largest differences from our own model in float32: boxes as shares of the image's side.
+TOLERANCES = {"boxes": 1e-5, "scores": 1e-5, "mask logits": 1e-3}
+# transformers clamps presence logits; upstream drops what its clamp returns (decoder.py:588).
+PRESENCE = 10.0
+PADDING = -10  # label of a box that is none
+
+
+def export(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
+    """Write weights, config, processor and model card to `folder`, whole or not at all.
+
+    An adapter is merged into its base. transformers' own model, loaded from what was written, is
+    compared with ours on a drawn image before the folder takes its place.
+
+    Args:
+        path: weights of any layout.
+        overwrite: replace an earlier export.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: what transformers cannot be told, a folder that is not free, or a model that
+            answers otherwise there; names each.
+    """
+    check_output(folder, weights.find_file(path), overwrite=overwrite)
+    header = weights.describe(path)
+    config = huggingface.to_config(header.model)
+    with atomic_folder(folder) as temporary:
+        model, header = weights.load(path, merge=True)
+        write_json(temporary / huggingface.CONFIG, config)
+        with atomic_path(temporary / weights.FILE) as file:  # save_file's own none but us may read
+            save_file(
+                huggingface.to_transformers(weights.to_state(model)),
+                file,
+                metadata={"format": "pt", **weights.to_metadata(header)},
+            )
+        processor = write_processor(temporary, header.model)
+        tokens: Any = model.backbone.language_backbone.tokenizer
+        respelt = _read_otherwise(header.prompts, tokens, processor.tokenizer)
+        write_text(temporary / CARD, _card(header, respelt))
+        same = [prompt for prompt in header.prompts if prompt not in respelt]
+        image, prompt = _drawn(), [*same, "circle"][0]
+        ours = our_outputs(model, header.model, image, prompt)
+        del model  # at full size there is no room for both
+        gc.collect()
+        found = differences(ours, their_outputs(temporary, image, prompt))
+        if problems := _misses(found, folder):
+            raise UserError(problems)
+    log.info(
+        "transformers' Sam3Model agrees: %s", ", ".join(f"{k} to {v:.1g}" for k, v in found.items())
+    )
+    return folder
+
+
+def write_processor(folder: Path, config: ModelConfig) -> Any:
+    """Write what `Sam3Processor.from_pretrained` reads; returns the processor."""
+    from transformers import Sam3ImageProcessor, Sam3Processor
+
+    side, mask = config.resolution, 4 * (config.resolution // config.vision.patch_size)
+    pixels = Sam3ImageProcessor(
+        size={"height": side, "width": side},
+        mask_size={"height": mask, "width": mask},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    processor = Sam3Processor(image_processor=pixels, tokenizer=huggingface.make_tokenizer())
+    processor.save_pretrained(folder)
+    return processor
+
+
+def our_outputs(
+    model: Sam3Image, config: ModelConfig, image: Image.Image, prompt: str
+) -> dict[str, Tensor]:
+    """What our model answers, before any threshold.
+
+    Returns:
+        `boxes` (Q, 4) xyxy, 0..1; `scores` (Q,), 0..1; `mask logits` (Q, h, w); all float32.
+    """
+    _, outputs = Predictor(model, config).answers(image, [prompt])
+    presence = outputs["presence_logit_dec"].clamp(-PRESENCE, PRESENCE)
+    return {
+        "boxes": outputs["pred_boxes_xyxy"][0],
+        "scores": query_scores({**outputs, "presence_logit_dec": presence})[0],
+        "mask logits": outputs["pred_masks"][0],
+    }
+
+
+@torch.inference_mode()
+def their_outputs(folder: Path, image: Image.Image, prompt: str) -> dict[str, Tensor]:
+    """What transformers' model and processor in `folder` answer, as `our_outputs`."""
+    from transformers import Sam3Model, Sam3Processor
+    from transformers.utils import logging as quiet
+
+    quiet.disable_progress_bar()
+    model = Sam3Model.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    processor = Sam3Processor.from_pretrained(folder, local_files_only=True)
+    inputs = processor(images=image, text=prompt, return_tensors="pt")
+    outputs = model(
+        pixel_values=inputs["pixel_values"],
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        # Upstream's encoder of boxes runs without any as well, and adds its class token to words.
+        input_boxes=torch.zeros(1, 1, 4),
+        input_boxes_labels=torch.full((1, 1), PADDING),
+    )
+    return {
+        "boxes": outputs.pred_boxes[0],
+        "scores": outputs.pred_logits[0].sigmoid() * outputs.presence_logits[0].sigmoid(),
+        "mask logits": outputs.pred_masks[0],
+    }
+
+
+def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """The largest of each; NaN where there is one."""
+    return {name: float((value - theirs[name]).abs().max()) for name, value in ours.items()}
+
+
+def _misses(found: dict[str, float], folder: Path) -> list[str]:
+    """A problem for each difference that is beyond its tolerance, or no number."""
+    return [
+        f"{folder}: is not written: transformers' Sam3Model answers otherwise than these weights "
+        f"do: {name} differ by {value:.2g} (at most {TOLERANCES[name]:g}). Install the version of "
+        "requirements.lock; if it is that, please report it with the weights' size."
+        for name, value in found.items()
+        if not value <= TOLERANCES[name]
+    ]
+
+
+def _drawn() -> Image.Image:
+    """A red circle, a blue rectangle and a green triangle on a texture."""
+    things = [Thing("circle", "red"), Thing("rectangle", "blue"), Thing("triangle", "green")]
+    pixels, _ = draw_image(
+        things,
+        width=320,
+        height=240,
+        background="texture",
+        shun=("red", "green", "blue"),
+        radius=(0.15, 0.3),
+        turn=15,
+        random=np.random.default_rng(0),
+    )
+    return Image.fromarray(pixels)
+
+
+def _read_otherwise(prompts: Sequence[str], ours: Any, theirs: Any) -> dict[str, str | None]:
+    """Prompts that transformers makes other tokens of, and how to spell them there.
+
+    It cleans no text (HTML, broken Unicode) and does not cut what is longer than TOKENS, for which
+    there is no spelling.
+    """
+
+    def same(prompt: str, spelling: str) -> bool:
+        tokens = ours([prompt], context_length=huggingface.TOKENS)[0].tolist()
+        other = theirs(spelling)["input_ids"]
+        return other + [0] * (huggingface.TOKENS - len(other)) == tokens
+
+    cleaned = {prompt: ours.clean_fn(prompt) for prompt in prompts if not same(prompt, prompt)}
+    return {prompt: text if same(prompt, text) else None for prompt, text in cleaned.items()}
+
+
+def _card(header: weights.Header, respelt: dict[str, str | None]) -> str:
+    metas = header.model.name != "nano"  # larger sizes begin with Meta's weights
+    data = ModelCardData(
+        **licence(metas=metas),
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        tags=["sam3", "open-vocabulary", "object-detection", "instance-segmentation"],
+    )
+    prompts = ", ".join(f"“{prompt}”" for prompt in header.prompts[:SHOWN_PROMPTS])
+    if (more := len(header.prompts) - SHOWN_PROMPTS) > 0:
+        prompts += f" and {more} more"
+    spellings = [
+        f"- “{prompt}”: "
+        + (f"ask for “{text}”" if text else f"longer than {huggingface.TOKENS} tokens, cut it")
+        for prompt, text in respelt.items()
+    ]
+    threshold = THRESHOLD if header.threshold is None else header.threshold
+    prompt = next((p for p in header.prompts if p not in respelt), "circle")
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        "# SAM 3, fine-tuned",
+        f"SAM 3 (Segment Anything with Concepts), size {header.model.name}, "
+        f"{header.model.resolution} px, for transformers' `Sam3Model`. Trained with "
+        f"facebookresearch/sam3 at commit `{header.pin}`.",
+        f"The prompts it was trained with: {prompts}." if prompts else "",
+        "transformers reads these prompts otherwise than training did:\n\n" + "\n".join(spellings)
+        if spellings
+        else "",
+        "## Use",
+        _SNIPPET.format(prompt=prompt, threshold=threshold, padding=PADDING),
+        "SAM 3 adds a token to every prompt, with example boxes or without; `Sam3Model` adds it "
+        "only where there are boxes. The box of padding in the snippet brings it back: without it "
+        "scores and masks are others than those that training measured. With example boxes of "
+        "your own it is not needed.",
+        "Read back by sam3-finetuning with `--checkpoint THIS_FOLDER`.",
+        "## Licence",
+        "The weights come from Meta's SAM 3 and are under the SAM License, which goes with them."
+        if metas
+        else "The weights are under Apache-2.0. SAM 3's code, which they were trained with, is "
+        "under the SAM License.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_SNIPPET = """```python
+import torch
+from PIL import Image
+from transformers import Sam3Model, Sam3Processor
+
+model = Sam3Model.from_pretrained("THIS_FOLDER").eval()
+processor = Sam3Processor.from_pretrained("THIS_FOLDER")
+image = Image.open("image.jpg").convert("RGB")
+inputs = processor(images=image, text={prompt!r}, return_tensors="pt")
+inputs["input_boxes"] = torch.zeros(1, 1, 4)  # one box of padding: see below
+inputs["input_boxes_labels"] = torch.full((1, 1), {padding})
+with torch.no_grad():
+    outputs = model(**inputs)
+found = processor.post_process_instance_segmentation(
+    outputs, threshold={threshold:.4g}, target_sizes=inputs["original_sizes"].tolist()
+)[0]
+print(found["scores"], found["boxes"], found["masks"].shape)  # boxes: x1, y1, x2, y2 in pixels
+```"""

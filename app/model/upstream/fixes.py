@@ -1,0 +1,388 @@
+"""Every fix that upstream SAM 3 needs, to train and to predict: the one place for its faults.
+
+Those that upstream's own Trainer alone needs are in `upstream_trainer/fixes.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+
+def building_on_meta() -> AbstractContextManager[None]:
+    """Let a model be built on the meta device, and at once.
+
+    vitdet.py:746 reads the drop-path rates back with `.item()`, which meta tensors cannot answer.
+    Drawing values for a tensor without contents takes a third of the time, and is left out.
+    """
+    import torch
+    from torch import Tensor
+    from torch.overrides import TorchFunctionMode
+
+    drawing = {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.mul_, Tensor.add_}
+    drawing |= {Tensor.clamp_, Tensor.fill_, Tensor.zero_}
+
+    class Building(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func in drawing and args[0].is_meta:
+                return args[0]
+            kwargs = dict(kwargs or {})
+            if func is torch.linspace:
+                kwargs["device"] = "cpu"
+            return func(*args, **kwargs)
+
+    return Building()
+
+
+@functools.cache
+def apply_fixes() -> None:
+    """Mend upstream in place, once a process. Each function below is one fix with its reason."""
+    for fix in (
+        _initialise_text_encoder,
+        _position_encoding_on_any_device,
+        _decoder_coordinates_on_any_device,
+        _decoder_feedforward_in_float32_on_any_device,
+        _box_prompts_without_cuda,
+        _activation_checkpointing_by_choice,
+        _focal_loss_without_triton_on_cpu,
+        _text_attention_on_contiguous_tokens,
+        _attention_on_contiguous_tokens,
+        _loss_normalisation_without_process_group,
+        _mask_loss_without_objects,
+        _adapted_attention_by_keyword,
+    ):
+        fix()
+
+
+def _initialise_text_encoder() -> None:
+    """text_encoder_ve.py:196,218 leave two parameters as `torch.empty` made them.
+
+    A model built without a checkpoint then holds arbitrary memory: NaN at the first step, and
+    "matrix contains invalid numeric entries" from the matcher. Initialised as CLIP does
+    (openai/CLIP, model.py, initialize_parameters).
+    """
+    from sam3.model.text_encoder_ve import TextTransformer
+    from torch import nn
+
+    def initialise(self: Any) -> None:
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        if isinstance(self.text_projection, nn.Parameter):
+            nn.init.normal_(self.text_projection, std=self.width**-0.5)
+
+    _run_after(TextTransformer, "__init__", initialise)
+
+
+def _run_after(cls: type, method: str, then: Callable[[Any], None]) -> None:
+    original = getattr(cls, method)
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        then(self)
+
+    setattr(cls, method, wrapped)
+
+
+def _position_encoding_on_any_device() -> None:
+    """position_encoding.py:47 fills its cache on "cuda" when asked to precompute.
+
+    The cache fills itself at the first forward pass. It does not follow the module to another
+    device either, so a tensor of another device is dropped.
+    """
+    from sam3.model.position_encoding import PositionEmbeddingSine
+
+    original_init, original_forward = PositionEmbeddingSine.__init__, PositionEmbeddingSine.forward
+
+    @functools.wraps(original_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("precompute_resolution", None)
+        original_init(self, *args, **kwargs)
+
+    @functools.wraps(original_forward)
+    def forward(self: Any, x: Any) -> Any:
+        cached = self.cache.get(tuple(x.shape[-2:]))
+        if cached is not None and cached.device != x.device:
+            self.cache.clear()
+        return original_forward(self, x)
+
+    PositionEmbeddingSine.__init__, PositionEmbeddingSine.forward = init, forward
+
+
+def _decoder_coordinates_on_any_device() -> None:
+    """decoder.py:281 makes its coordinate cache on "cuda", and keys a second one by tensors.
+
+    Tensors hash by identity, so that second cache never hits and grows at each step whenever the
+    resolution is not the one built for. Here one cache is kept, of the size and device in use.
+    """
+    from sam3.model.decoder import TransformerDecoder
+
+    original_init = TransformerDecoder.__init__
+    original_matrix = TransformerDecoder._get_rpb_matrix
+
+    @functools.wraps(original_init)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kwargs.update(resolution=None, stride=None)
+        original_init(self, *args, **kwargs)
+
+    @functools.wraps(original_matrix)
+    def matrix(self: Any, reference_boxes: Any, feat_size: Any) -> Any:
+        height, width = int(feat_size[0]), int(feat_size[1])
+        cache = self.compilable_cord_cache
+        stale = cache is None or cache[0].device != reference_boxes.device
+        if stale or self.compilable_stored_size != (height, width):
+            self.compilable_cord_cache = self._get_coords(height, width, reference_boxes.device)
+            self.compilable_stored_size = (height, width)
+        return original_matrix(self, reference_boxes, (height, width))
+
+    TransformerDecoder.__init__, TransformerDecoder._get_rpb_matrix = init, matrix
+
+
+def _decoder_feedforward_in_float32_on_any_device() -> None:
+    """decoder.py:74 leaves autocast for the feed-forward layers, but on "cuda" only.
+
+    On a CPU under autocast the layers would run in bfloat16, another model than on CUDA.
+    """
+    import torch
+    from sam3.model.decoder import TransformerDecoderLayer
+
+    def forward_ffn(self: Any, tgt: Any) -> Any:
+        with torch.autocast(tgt.device.type, enabled=False):
+            tgt = tgt.float()
+            hidden = self.linear2(self.dropout3(self.activation(self.linear1(tgt))))
+        return self.norm3(tgt + self.dropout4(hidden))
+
+    TransformerDecoderLayer.forward_ffn = forward_ffn
+
+
+def _box_prompts_without_cuda() -> None:
+    """geometry_encoders.py:659 calls `pin_memory()`, which raises where there is no driver."""
+    from sam3.model.box_ops import box_cxcywh_to_xyxy
+    from sam3.model.geometry_encoders import SequenceGeometryEncoder
+    from torchvision.ops import roi_align
+
+    def encode_boxes(
+        self: Any, boxes: Any, boxes_mask: Any, boxes_labels: Any, img_feats: Any
+    ) -> tuple[Any, Any]:
+        """boxes (N, B, 4) cxcywh 0..1; labels (N, B); img_feats (B, C, H, W) → (N, B, C)."""
+        count, batch = boxes.shape[:2]
+        height, width = img_feats.shape[-2:]
+        scale = boxes.new_tensor([width, height, width, height])
+        corners = (box_cxcywh_to_xyxy(boxes) * scale).float()  # (N, B, 4) xyxy, in features
+        pooled = roi_align(
+            img_feats.float(), list(corners.transpose(0, 1).unbind(0)), self.roi_size
+        )  # (B * N, C, roi, roi)
+        pooled = self.boxes_pool_project(pooled.to(img_feats.dtype))
+        encoded = self.pos_enc.encode_boxes(*(side.flatten() for side in boxes.unbind(-1)))
+        embedding = (
+            self.boxes_direct_project(boxes)
+            + pooled.view(batch, count, self.d_model).transpose(0, 1)
+            + self.boxes_pos_enc_project(encoded.view(count, batch, encoded.shape[-1]))
+        )
+        return self.label_embed(boxes_labels.long()) + embedding, boxes_mask
+
+    SequenceGeometryEncoder._encode_boxes = encode_boxes
+
+
+def _activation_checkpointing_by_choice() -> None:
+    """encoder.py:440 and the decoder refuse to train without activation checkpointing.
+
+    A small model has the memory and wants the speed: a module whose `checkpoint_activations` is
+    False (set by `model/build.py`) is run plainly. The mask head is made anew for one prompt of an
+    image at a time, not for all of a batch at once (sam3_image.py:389): it holds maps a quarter as
+    large as the image for each, and was what a step's memory grew with.
+    """
+    from sam3.model import act_ckpt_utils, decoder, encoder, geometry_encoders, sam3_image
+    from sam3.model.maskformer_segmentation import UniversalSegmentationHead
+    from torch import nn
+
+    original = act_ckpt_utils.activation_ckpt_wrapper
+
+    def wrapper(module: Any) -> Any:
+        if isinstance(module, nn.Module) and not getattr(module, "checkpoint_activations", True):
+
+            def plain(*args: Any, act_ckpt_enable: bool = True, **kwargs: Any) -> Any:
+                del act_ckpt_enable
+                return module(*args, **kwargs)
+
+            return plain
+        if isinstance(module, UniversalSegmentationHead):
+            return functools.partial(_one_prompt_at_a_time, original(module))
+        return original(module)
+
+    for user in (decoder, encoder, geometry_encoders, sam3_image):
+        user.activation_ckpt_wrapper = wrapper
+
+
+def _one_prompt_at_a_time(head: Any, **inputs: Any) -> dict[str, Any]:
+    """The mask head's outputs for N prompts, of which each is checkpointed by itself."""
+    import torch
+
+    if not inputs["act_ckpt_enable"]:
+        return dict(head(**inputs))
+
+    def of_prompt(index: int) -> dict[str, Any]:
+        one = slice(index, index + 1)
+        second = ("obj_queries", "encoder_hidden_states", "prompt")  # axis of the prompts
+        first = ("image_ids", "prompt_mask")
+        return (
+            inputs
+            | {key: inputs[key][:, one] for key in second}
+            | {key: inputs[key][one] for key in first}
+        )
+
+    count = inputs["encoder_hidden_states"].shape[1]
+    found = [head(**of_prompt(index)) for index in range(count)]
+    return {
+        key: None if value is None else torch.cat([outputs[key] for outputs in found])
+        for key, value in found[0].items()
+    }
+
+
+def _text_attention_on_contiguous_tokens() -> None:
+    """text_encoder_ve.py:22 makes its attention batch first, which torch turns to tokens first.
+
+    A frozen weight that multiplies such a view is copied for each token (`should_fold` in ATen's
+    LinearAlgebra.cpp): half a second a layer at full size, more than the rest of a step.
+    """
+    from sam3.model.text_encoder_ve import ResidualAttentionBlock
+
+    original = ResidualAttentionBlock.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.attn.batch_first = False
+
+    def attention(
+        self: Any, q_x: Any, k_x: Any = None, v_x: Any = None, attn_mask: Any = None
+    ) -> Any:
+        assert k_x is None
+        assert v_x is None
+        x = q_x.transpose(0, 1).contiguous()
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(x.dtype)
+        return self.attn(x, x, x, need_weights=False, attn_mask=attn_mask)[0].transpose(0, 1)
+
+    ResidualAttentionBlock.__init__ = init
+    ResidualAttentionBlock.attention = attention
+
+
+def _attention_on_contiguous_tokens() -> None:
+    """The same in model_misc.py:31, where no gradient is kept, as under activation checkpointing.
+
+    The geometry encoder looks at a view of the image (geometry_encoders.py): at full size and with
+    three prompts, its weights came to 1.4 GB and a second for each of six products.
+    """
+    from sam3.model.model_misc import MultiheadAttentionWrapper
+    from torch.nn.functional import multi_head_attention_forward
+
+    @functools.wraps(MultiheadAttentionWrapper.forward)
+    def forward(self: Any, query: Any, key: Any, value: Any, **kwargs: Any) -> tuple[Any, None]:
+        def tokens_first(x: Any) -> Any:
+            return x.transpose(0, 1) if self.batch_first else x
+
+        # One for each tensor: what is the same stays the same, as torch projects that at once.
+        tokens = {id(x): tokens_first(x).contiguous() for x in (query, key, value)}
+        found = multi_head_attention_forward(
+            query=tokens[id(query)],
+            key=tokens[id(key)],
+            value=tokens[id(value)],
+            embed_dim_to_check=self.embed_dim,
+            num_heads=self.num_heads,
+            in_proj_weight=self.in_proj_weight,
+            in_proj_bias=self.in_proj_bias,
+            bias_k=self.bias_k,
+            bias_v=self.bias_v,
+            add_zero_attn=self.add_zero_attn,
+            dropout_p=self.dropout,
+            out_proj_weight=self.out_proj.weight,
+            out_proj_bias=self.out_proj.bias,
+            training=self.training,
+            **kwargs | {"need_weights": False},
+        )
+        return tokens_first(found[0]), None
+
+    MultiheadAttentionWrapper.forward = forward
+
+
+def _focal_loss_without_triton_on_cpu() -> None:
+    """loss_fns.py:134 takes the Triton kernel by default, which needs CUDA tensors."""
+    from sam3.train.loss import loss_fns
+
+    original = loss_fns.sigmoid_focal_loss
+
+    @functools.wraps(original)
+    def sigmoid_focal_loss(inputs: Any, *args: Any, triton: bool = True, **kwargs: Any) -> Any:
+        return original(inputs, *args, triton=triton and inputs.is_cuda, **kwargs)
+
+    loss_fns.sigmoid_focal_loss = sigmoid_focal_loss
+
+
+def _loss_normalisation_without_process_group() -> None:
+    """sam3_loss.py:71 all-reduces the number of boxes, even where there is one process."""
+    import torch.distributed
+    from sam3.train.loss.sam3_loss import Sam3LossWrapper
+
+    original = Sam3LossWrapper._get_num_boxes
+
+    @functools.wraps(original)
+    def get_num_boxes(self: Any, targets: Any) -> Any:
+        grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.normalization == "global" and not grouped:
+            return targets["num_boxes"].sum().float().clamp(min=1)
+        return original(self, targets)
+
+    Sam3LossWrapper._get_num_boxes = get_num_boxes
+
+
+def _mask_loss_without_objects() -> None:
+    """loss_fns.py:585 asserts on the shape of masks when no object of the batch has one."""
+    from sam3.train.loss.loss_fns import Masks
+
+    original = Masks.get_loss
+
+    @functools.wraps(original)
+    def get_loss(self: Any, outputs: Any, targets: Any, indices: Any, num_boxes: Any) -> Any:
+        valid = targets["is_valid_mask"]
+        if valid is not None and indices[2] is not None:
+            valid = valid[indices[2]]
+        if valid is not None and not valid.any():
+            zero = outputs["pred_masks"].sum() * 0
+            return {"loss_mask": zero, "loss_dice": zero}
+        return original(self, outputs, targets, indices, num_boxes)
+
+    Masks.get_loss = get_loss
+
+
+def _adapted_attention_by_keyword() -> None:
+    """encoder.py:189, decoder.py:164 and others call attention as `query=…`.
+
+    Around an attention that it adapts, PEFT takes the first argument by place alone (peft 0.21,
+    tuners/lora/layer.py, ParamWrapper). Mended here without importing peft, which takes 2 s.
+    """
+    from sam3.model.decoder import TransformerDecoderLayer
+    from sam3.model.encoder import TransformerEncoderLayer
+    from sam3.model.maskformer_segmentation import UniversalSegmentationHead
+
+    def by_place(_module: Any, args: Any, kwargs: Any) -> Any:
+        return (args or (kwargs.pop("query"),)), kwargs
+
+    def mend(cls: Any) -> None:
+        original = cls.forward
+
+        @functools.wraps(original)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            for child in self.children():
+                if type(child).__name__ == "ParamWrapper" and not child._forward_pre_hooks:
+                    child.register_forward_pre_hook(by_place, with_kwargs=True)
+            return original(self, *args, **kwargs)
+
+        cls.forward = forward
+
+    for cls in (TransformerEncoderLayer, TransformerDecoderLayer, UniversalSegmentationHead):
+        mend(cls)

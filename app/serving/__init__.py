@@ -1,1 +1,0 @@
-"""Tuned weights behind a server's request."""

@@ -1,0 +1,127 @@
+"""The bytes of a step: hand-worked ones, and those of the same step done for real."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import nn
+
+from app.config.compose import load_config, load_model_config
+from app.datasets.build import load_splits
+from app.datasets.queries import collate
+from app.model import upstream
+from app.model.build import build_model
+from app.planning.hollow import Hollowing
+from app.planning.memory import LiveBytes, count_flops, step_bytes
+from app.training import loop, method, run
+from app.training.loop import batch_losses, build_accelerator
+from tests.conftest import TINY
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("without_contents", [False, True])
+def test_hand_worked_bytes_of_two_layers(without_contents: bool) -> None:
+    with Hollowing() if without_contents else nullcontext():
+        first, last = nn.Linear(256, 1024, bias=False), nn.Linear(1024, 256, bias=False)
+        x = torch.empty(1024, 256)
+        live = LiveBytes([first.weight, last.weight, x])
+        with live:
+            hidden = first(x)  # 4 MiB
+            assert live.now == 4 * MIB
+            y = last(hidden.relu_())  # in place; 1 MiB more
+            assert (live.now, live.peak) == (5 * MIB, 5 * MIB)
+            loss = y.sum()
+            del y
+            assert live.now == 4 * MIB + 4  # the loss is a float
+            view = first.weight.T[:3]  # of what is known
+            assert live.now == 4 * MIB + 4
+            loss.backward()
+            del hidden, loss, view
+        assert live.now == 2 * MIB  # the gradients
+        assert live.peak > 8 * MIB  # the hidden values and their gradient at once
+
+
+@pytest.mark.parametrize(
+    ("overrides", "frozen"),
+    [([], []), (["loss=boxes"], []), (["training.precision=bf16"], ["vision", "text"])],
+)
+def test_a_step_without_contents_takes_what_a_real_one_takes(
+    overrides: list[str], frozen: list[str], shapes: Path
+) -> None:
+    config = load_config([*TINY, "transforms=none", "model.dropout=0", *overrides])
+    precision = torch.bfloat16 if "bf16" in str(overrides) else torch.float32
+    data = run.query_dataset(config, load_splits(shapes).train)
+    batch = collate([data[index] for index in range(3)])
+    model = build_model(config.model, device="meta")
+    method.freeze(model, frozen)
+    foretold = step_bytes(config, model, batch, precision)
+
+    build_accelerator(torch.device("cpu"))
+    model = build_model(config.model, matcher=instantiate(config.loss.matcher))
+    method.freeze(model, frozen)
+    method.set_training(model)
+    criterion = instantiate(config.loss.criterion, _convert_="all")
+    live = LiveBytes([*model.parameters(), *model.buffers()])
+    with live:
+        batch_losses(model, criterion, batch, precision)["loss"].backward()
+    # A real matcher leaves out what it finds no match for.
+    assert foretold == pytest.approx(live.peak, rel=0.05)
+
+
+def test_the_mask_head_is_made_anew_one_prompt_at_a_time(
+    shapes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses and gradients as all at once, in less memory the more prompts there are."""
+    settings = [*TINY, "transforms=none", "model.dropout=0", "model.activation_checkpointing=true"]
+    config = load_config(settings)
+    data = run.query_dataset(config, load_splits(shapes).train)
+    batch = collate([data[index] for index in range(3)])
+    build_accelerator(torch.device("cpu"))
+    found, together = [], upstream._one_prompt_at_a_time
+    for way in (together, lambda head, **inputs: head(**inputs)):
+        monkeypatch.setattr(upstream, "_one_prompt_at_a_time", way)
+        torch.manual_seed(0)
+        model = build_model(config.model, matcher=instantiate(config.loss.matcher))
+        criterion = instantiate(config.loss.criterion, _convert_="all")
+        live = LiveBytes([*model.parameters(), *model.buffers()])
+        with live:
+            loss = batch_losses(model, criterion, batch, torch.float32)["loss"]
+            loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.item(), gradients, live.peak))
+    (loss, gradients, peak), (expected, theirs, all_at_once) = found
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert gradients.keys() == theirs.keys()
+    for name, value in gradients.items():
+        assert torch.allclose(value, theirs[name], rtol=1e-3, atol=1e-3), name
+    assert peak < all_at_once
+
+
+def test_weights_in_bfloat16_do_not_pile_up(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast's own cache keeps all of them to the end of the forward pass."""
+    settings = [*TINY, "model.text.width=512", "model.activation_checkpointing=true"]
+    config = load_config(settings)
+    batch = collate([run.query_dataset(config, load_splits(shapes).train)[0]])
+    model = build_model(config.model, matcher=instantiate(config.loss.matcher))
+    criterion = instantiate(config.loss.criterion, _convert_="all")
+    peaks = []
+    for autocast in (loop._autocast, lambda *_: torch.autocast("cpu", torch.bfloat16)):
+        monkeypatch.setattr(loop, "_autocast", autocast)
+        with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+            batch_losses(model, criterion, batch, torch.bfloat16)
+        peaks.append(live.peak)
+    layers = model.backbone.language_backbone.encoder.transformer.parameters()
+    assert peaks[1] - peaks[0] > 2 * sum(p.numel() for p in layers)
+
+
+def test_operations_of_the_full_size() -> None:
+    """About 6.0 TFLOP an image at 1008 px for one prompt, of which the trunk has 5.4."""
+    assert count_flops(load_model_config("sam3")) == pytest.approx(6.0e12, rel=0.02)
+    small, nano = (count_flops(load_model_config(name)) for name in ("small", "nano"))
+    assert nano < small / 500
+    assert small < 1.3e12
