@@ -157,7 +157,7 @@ def train(
         "seed": seed,
     }
     with signals.watch() as stop:
-        from app.training import start
+        from app.cli import training as start
 
         start.start(
             options.asked(overrides, flags),
@@ -336,7 +336,7 @@ def evaluate(
         "output_dir": output_dir,
     }
     with signals.watch() as stop:
-        from app.training import start
+        from app.cli import training as start
 
         start.start(
             options.asked(overrides, flags),

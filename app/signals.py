@@ -77,7 +77,7 @@ def watch() -> Iterator[StopRequest]:
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
+def blocked_signals() -> Iterator[None]:
     """Let `SIGNALS` wait; a process that is started within waits for ever, or until it asks.
 
     Or one that reaches the group while processes start would end them, and the run with them:

@@ -19,6 +19,7 @@ import torch
 
 from app.compression.compaction import REPORT, compact, make_goal
 from app.compression.cut import Cut, cut_model
+from app.compression.teaching import teach
 from app.config.compose import load_config, load_model_config, recipe_file
 from app.datasets.build import Splits
 from app.datasets.coco import Dataset
@@ -27,7 +28,9 @@ from app.files import read_json
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, mlp_units
+from app.tracking.files import Tracker
 from app.training import run
+from app.training.output_folder import prepare_folder
 from benchmarks.nano import KNOWN_KINDS, Figure, Part, draw, main_of
 
 IMAGES = 1600  # to learn from, drawn as the recipe of nano draws them
@@ -139,9 +142,9 @@ def distil(student: Path, teacher: Path, learn: Splits, folder: Path) -> tuple[P
         recipe_file("distill"),
         weights.describe(student).model,
     )
-    run.prepare_folder(folder, resume=None, overwrite=False)
+    prepare_folder(folder, resume=None, overwrite=False)
     begun = time.monotonic()
-    run.train(config, learn, weights.find_file(student))
+    run.train(config, learn, weights.find_file(student), recorder=Tracker(folder), teach=teach)
     return folder / "weights" / "last", time.monotonic() - begun
 
 

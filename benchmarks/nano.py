@@ -30,7 +30,9 @@ from app.evaluation.validate import validate
 from app.files import read_json
 from app.inference.predictor import Predictor
 from app.model.bundled import bundled_nano
+from app.tracking.files import Tracker
 from app.training import run
+from app.training.output_folder import prepare_folder
 
 SEED = 1_000_000  # of images that the recipe has not drawn
 SHAPES = load_config([], recipe_file("nano")).dataset.shapes
@@ -174,8 +176,8 @@ def fine_tune(
             *settings,
         ]
     )
-    run.prepare_folder(folder, resume=None, overwrite=False)
-    run.train(config, splits, start)
+    prepare_folder(folder, resume=None, overwrite=False)
+    run.train(config, splits, start, recorder=Tracker(folder))
     return read_json(folder / "metrics.json")
 
 

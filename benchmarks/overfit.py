@@ -17,7 +17,9 @@ from pathlib import Path
 from app.config.compose import load_config
 from app.datasets.build import load_splits
 from app.datasets.synthetic.shapes import make_shapes
+from app.tracking.files import Tracker
 from app.training import run
+from app.training.output_folder import prepare_folder
 
 GOAL = {"bbox/AP": 0.95, "segm/AP": 0.95}
 GOAL_SECONDS = 240
@@ -46,8 +48,10 @@ def overfit(folder: Path, *, images: int, epochs: int, overrides: list[str]) -> 
             *overrides,
         ]
     )
-    run.prepare_folder(Path(config.output_dir), resume=None, overwrite=False)
-    return run.train(config, dataclasses.replace(splits, valid=splits.train), None).figures
+    folder = Path(config.output_dir)
+    prepare_folder(folder, resume=None, overwrite=False)
+    both = dataclasses.replace(splits, valid=splits.train)
+    return run.train(config, both, None, recorder=Tracker(folder)).figures
 
 
 def main() -> int:

@@ -28,7 +28,6 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate import Accelerator
 from hydra.utils import instantiate
 
 from app.__main__ import main as app
@@ -37,9 +36,11 @@ from app.config.schema import Config
 from app.datasets.synthetic.shapes import make_shapes
 from app.model import weights
 from app.model.build import build_model
-from app.model.device import choose_device
+from app.model.device import choose_device, choose_precision
 from app.training import checkpoints, features, method
-from app.training.loop import Loop, StepResult, build_accelerator
+from app.training.batches import Batches
+from app.training.losses import LabelLosses
+from app.training.step import Step, StepResult, build_accelerator
 from app.upstream_trainer import run as upstream_trainer
 from benchmarks.init import query_dataset
 
@@ -148,13 +149,16 @@ def _run(arguments: argparse.Namespace, folder: Path) -> list[str]:
     return [*words, "evaluation.pictures=0", *_settings(arguments)[1:]]
 
 
-def _loop(config: Config, folder: Path) -> tuple[Loop, Accelerator]:
+def _updates(config: Config, folder: Path) -> tuple[Step, Batches]:
     accelerator = build_accelerator(choose_device())
     torch.manual_seed(0)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
-    method.prepare(model, config.method, trained=config.method.name != "full")
+    method.prepare(model, config.method, pretrained=config.method.name != "full")
     data = query_dataset(config, folder / "set")
-    return Loop(config, model, data, accelerator, lr_scale=0.1), accelerator
+    batches = Batches(config, data, accelerator)
+    precision = choose_precision(config.training.precision, accelerator.device, config.model)
+    losses = LabelLosses(instantiate(config.loss.criterion, _convert_="all"), precision)
+    return Step(config, model, losses, accelerator, batches, lr_scale=0.1), batches
 
 
 def _step(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -162,8 +166,8 @@ def _step(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, f
     if name == "upstream":
         epoch = _upstream_epoch(arguments, folder)
     else:
-        loop, _ = _loop(load_config([*_settings(arguments), f"method={name}"]), folder)
-        epoch = lambda: len(list(loop.run_epoch(0)))  # noqa: E731
+        step, batches = _updates(load_config([*_settings(arguments), f"method={name}"]), folder)
+        epoch = lambda: len(_seconds(step, batches))  # noqa: E731
     epoch()
     begun = time.perf_counter()
     count = epoch()
@@ -198,29 +202,32 @@ def _upstream_epoch(arguments: argparse.Namespace, folder: Path) -> Callable[[],
 
 def _kept(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Steps with features from disk and with the encoders computed, in turns."""
-    loop, _accelerator = _loop(load_config([*_settings(arguments), f"method={name}"]), folder)
-    frozen = features.frozen_encoders(loop.model)
-    encoders = [loop.model.get_submodule(features.ENCODERS[part]) for part in frozen]
-    features.keep(loop.model, frozen, folder / name, loop.precision)
+    step, batches = _updates(load_config([*_settings(arguments), f"method={name}"]), folder)
+    frozen = features.frozen_encoders(step.model)
+    encoders = [step.model.get_submodule(features.ENCODERS[part]) for part in frozen]
+    features.cache_encoders(step.model, frozen, folder / name, step.losses.precision)
     reading = [encoder.forward for encoder in encoders]
-    list(loop.run_epoch(0))  # writes them
+    _seconds(step, batches)  # writes them
     plain, cached = [], []
     for _ in range(ROUNDS):
         for encoder, forward in zip(encoders, reading, strict=True):
             encoder.forward = forward
-        cached += _seconds(loop)
+        cached += _seconds(step, batches)
         for encoder in encoders:
             del encoder.forward
-        plain += _seconds(loop)
+        plain += _seconds(step, batches)
     files = [file.stat().st_size for file in (folder / name).rglob("*.safetensors")]
-    largest = sorted(files)[-len(loop.sampler) :]
+    largest = sorted(files)[-len(batches.sampler) :]
     disk = statistics.mean(largest) / 1e6
     return {"plain": min(plain), "cached": min(cached), "disk_mb": disk, "peak_mb": _peak_mb()}
 
 
-def _seconds(loop: Loop) -> list[float]:
+def _seconds(step: Step, batches: Batches) -> list[float]:
+    """Return the seconds of each update of an epoch."""
+    step.set_training()
     begun, seconds = time.perf_counter(), []
-    for _ in loop.run_epoch(0):
+    for group in batches.epoch(0):
+        step(group, 0)
         seconds.append(time.perf_counter() - begun)
         begun = time.perf_counter()
     return seconds
@@ -228,34 +235,34 @@ def _seconds(loop: Loop) -> list[float]:
 
 def _save(_: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     config = load_config(_settings(arguments))
-    loop, _accelerator = _loop(config, folder)
-    step = statistics.median(_seconds(loop))
+    step, batches = _updates(config, folder)
+    update_seconds = statistics.median(_seconds(step, batches))
     seconds = []
     for update in range(3):
         begun = time.perf_counter()
         checkpoints.save(
             folder / "checkpoints",
             checkpoints.RunState(updates=update),
-            loop.model,
+            step.model,
             weights.Header(model=config.model),
-            loop,
+            step,
             fingerprint={},
             random_states=[],
         )
         seconds.append(time.perf_counter() - begun)
-    return {"save": statistics.median(seconds), "seconds": step}
+    return {"save": statistics.median(seconds), "seconds": update_seconds}
 
 
 def _first(_: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     """A real run, ended after its first update."""
-    update = Loop._update
+    update = Step.__call__
 
-    def timed(self: Loop, group: Any) -> StepResult:
-        update(self, group)
+    def timed(self: Step, group: Any, epoch: int) -> StepResult:
+        update(self, group, epoch)
         print(json.dumps({"seconds": time.time() - psutil.Process().create_time()}), flush=True)
         os._exit(0)
 
-    Loop._update = timed  # type: ignore[method-assign]
+    Step.__call__ = timed  # type: ignore[method-assign]
     sys.argv = ["app", *_run(arguments, folder)[3:]]
     app()
     raise RuntimeError("no update was made")

@@ -31,7 +31,7 @@ from app.datasets.queries import PromptChoice, QueryDataset, collate
 from app.errors import UserError
 from app.files import read_json, write_json
 from app.inference.predictor import query_scores
-from app.training.loop import batch_losses
+from app.training.losses import LabelLosses
 
 log = logging.getLogger("app")
 WidthBy = Literal["taylor", "activation", "svd"]
@@ -86,7 +86,7 @@ class Measure:
                 torch.manual_seed(index)  # of the points that masks are compared at
                 if self.labelled:
                     model.train()
-                    yield batch_losses(model, self.criterion, batch, self.precision)["loss"]
+                    yield LabelLosses(self.criterion, self.precision)(model, batch)["loss"]
                 else:
                     model.eval()
                     with self._autocast():

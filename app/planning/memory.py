@@ -6,7 +6,6 @@ checkpointing makes anew, gradients.
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -24,12 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from app.compression import distillation
 from app.compression.distillation import Lesson, Matches
+from app.compression.teaching import TaughtLosses
 from app.config.schema import Config, ModelConfig
 from app.inference.predictor import Predictor
 from app.model.build import build_model
 from app.planning.hollow import Hollow, Hollowing, hollow, run_hollow
 from app.training import method
-from app.training.loop import batch_losses, lesson_losses
+from app.training.losses import LabelLosses, Losses
 
 
 def step_bytes(
@@ -71,22 +71,19 @@ def _count_step(
         hollow(model)
         method.set_training(model)
         known = [model]
-        if teacher is None:
-            losses = functools.partial(batch_losses, model, criterion, batch, precision)
-        else:
+        losses: Losses = LabelLosses(criterion, precision)
+        if teacher is not None:
             hollow(teacher.model)
             known.append(teacher.model)
-            distillation.show_on_the_way(model)
             lesson = Lesson(teacher, config.distill, match=_any_match(objects))
-            losses = functools.partial(
-                lesson_losses, model, criterion, batch, precision, lesson, "answers"
-            )
+            losses = TaughtLosses(LabelLosses(criterion, precision), lesson)
+        losses.attach(model)
     weights = (t for part in known for t in (*part.parameters(), *part.buffers()))
     live = LiveBytes(weights, without_contents=True)
     settings: Any = torch.fx.experimental._config
     every_mask = settings.patch(meta_nonzero_assume_all_nonzero=True)
     with live, _KnownValues(len(batch.img_batch), grid), every_mask:
-        losses()["loss"].backward()
+        losses(model, batch, config.training.epochs)["loss"].backward()
     model.zero_grad()  # and all else that a next step would find
     model.__dict__.pop("forward", None)
     return live.peak

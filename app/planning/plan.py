@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import math
@@ -12,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,22 +23,25 @@ from sam3.model.data_misc import BatchedDatapoint
 from sam3.model.sam3_image import Sam3Image
 
 from app.compression import distillation
+from app.compression.teaching import teach
 from app.config.schema import Config
 from app.console import duration
 from app.datasets.build import Splits
 from app.datasets.queries import collate
 from app.errors import UserError
+from app.evaluation.evaluate import score_dataset
 from app.files import existing
 from app.inference.predictor import Predictor
 from app.model.build import build_model, count_parameters
 from app.model.device import choose_device, choose_precision, free_memory
 from app.planning.memory import step_bytes
-from app.training import checkpoints, features, method, run
-from app.training.loop import EpochSampler, Loop, build_accelerator
-from app.training.session import score
+from app.training import checkpoints, features, method
+from app.training.batches import Batches, EpochSampler, query_dataset
+from app.training.losses import LabelLosses, Losses
+from app.training.prepare import Prepared
+from app.training.step import Step, build_accelerator
 
 log = logging.getLogger("app")
-Configure = Callable[[Sequence[str]], Config]
 
 GB = 1e9
 # What an allocator holds beyond the tensors in use: glibc as much again, of blocks below 32 MB.
@@ -57,7 +59,7 @@ CHANGES = (
     "loss=boxes",
 )
 PROPOSED = 3
-HEAVIEST_KEPT = 2  # the run's own, and that of the size that was tried last
+HEAVIEST_CACHED = 2  # the run's own, and that of the size that was tried last
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,6 @@ class Plan:
     """What a run takes, and what there is.
 
     Attributes:
-        starts_trained: whether it starts from weights.
         parameters, trained: counts.
         updates: of an epoch.
         memory: of each process.
@@ -110,7 +111,6 @@ class Plan:
     """
 
     config: Config
-    starts_trained: bool
     parameters: int
     trained: int
     updates: int
@@ -132,30 +132,6 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.spare_memory >= 0 and not self.lacking_disk
-
-
-def make_plan(config: Config, splits: Splits, *, trained: bool) -> Plan:
-    """Count what the run takes.
-
-    Args:
-        trained: whether it starts from weights; they are not read.
-    """
-    device = choose_device(config.training.device)
-    precision = choose_precision(config.training.precision, device, config.model)
-    model = method.on_meta(config, trained=trained)
-    share = len(_sampler(config, splits))
-    steps = math.ceil(share / config.training.batch_size)
-    return Plan(
-        config,
-        starts_trained=trained,
-        parameters=count_parameters(model)["total"],
-        trained=count_parameters(model, trainable=True)["total"],
-        updates=math.ceil(steps / config.training.grad_accum),
-        disk=predict_disk(config, splits, model, precision),
-        free_disk=shutil.disk_usage(existing(Path(config.output_dir))).free,
-        memory=predict_memory(config, splits, model, device, precision),
-        free_memory=free_memory(device, config.training.num_gpus),
-    )
 
 
 def show(plan: Plan, splits: Splits) -> None:
@@ -182,107 +158,171 @@ def show(plan: Plan, splits: Splits) -> None:
             f"{disk.kept / GB:.2f} GB, {(disk.kept + disk.while_saving) / GB:.2f} GB while it "
             f"saves; {plan.free_disk / GB:.2f} GB are free",
         ),
-        ("features", f"{disk.features / GB:.2f} GB in {run.FEATURES}" if disk.features else ""),
+        ("features", f"{disk.features / GB:.2f} GB in {features.FOLDER}" if disk.features else ""),
     ):
         if line:
             log.info("%-11s %s", name, line)
 
 
-def require_fit(plan: Plan, splits: Splits, configure: Configure) -> None:
-    """Refuse a run that does not fit.
+class Planner:
+    """Count what a run takes, and what runs with other settings of the same data would.
 
     Args:
-        configure: further overrides -> the plan's configuration with them.
-
-    Raises:
-        UserError: what is lacking, and the changes that would make it fit, the mildest first.
+        prepared: the run; its weights are not read.
     """
-    if plan.fits:
-        return
-    problems = []
-    if plan.lacking_disk:
-        problems.append(
-            f"--output-dir {plan.config.output_dir}: {plan.lacking_disk / GB:.2f} GB more are "
-            "needed on its disk"
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared, self.splits = prepared, prepared.splits
+        self.pretrained = prepared.pretrained_path is not None
+        self._process_bytes = psutil.Process().memory_info().rss  # before anything is planned
+        self._models: dict[tuple[str, str], Sam3Image] = {}  # by size and method
+        if prepared.meta_model is not None:
+            self._models[_model_key(prepared.config)] = prepared.meta_model
+        self._heaviest: dict[str, BatchedDatapoint] = {}  # by all that a batch is made of
+
+    def plan(self, config: Config | None = None) -> Plan:
+        """Return the plan of the run, or of one with another configuration."""
+        config = config or self.prepared.config
+        device = choose_device(config.training.device)
+        precision = choose_precision(config.training.precision, device, config.model)
+        model = self._model(config)
+        batches = math.ceil(len(self._sampler(config)) / config.training.batch_size)
+        return Plan(
+            config,
+            parameters=count_parameters(model)["total"],
+            trained=count_parameters(model, trainable=True)["total"],
+            updates=math.ceil(batches / config.training.grad_accum),
+            disk=predict_disk(config, self.splits, model, precision),
+            free_disk=shutil.disk_usage(existing(Path(config.output_dir))).free,
+            memory=self.predict_memory(config, model, device, precision),
+            free_memory=free_memory(device, config.training.num_gpus),
         )
-    if plan.spare_memory < 0:
-        problems.append(f"memory: {-plan.spare_memory / GB:.2f} GB more are needed")
-    problems[-1] += "; what would do:"
-    ways = list(itertools.islice(_ways_to_fit(plan, splits, configure), PROPOSED))
-    raise UserError(
-        [*problems, *(ways or ["  no single change; a smaller model or another machine"])]
-    )
+
+    def require_fit(self, plan: Plan) -> None:
+        """Refuse a run that does not fit.
+
+        Raises:
+            UserError: what is lacking, and the changes that would make it fit, the mildest first.
+        """
+        if plan.fits:
+            return
+        problems = []
+        if plan.lacking_disk:
+            problems.append(
+                f"--output-dir {plan.config.output_dir}: {plan.lacking_disk / GB:.2f} GB more are "
+                "needed on its disk"
+            )
+        if plan.spare_memory < 0:
+            problems.append(f"memory: {-plan.spare_memory / GB:.2f} GB more are needed")
+        problems[-1] += "; what would do:"
+        ways = list(itertools.islice(self._ways_to_fit(plan), PROPOSED))
+        raise UserError(
+            [*problems, *(ways or ["  no single change; a smaller model or another machine"])]
+        )
+
+    def _ways_to_fit(self, plan: Plan) -> Iterator[str]:
+        """Yield lines, each with a change that is enough."""
+        training = plan.config.training
+        most = 0 if plan.lacking_disk else training.batch_size - 1
+        size = self.largest_batch(plan.config, most=most)
+        if size:
+            accumulated = math.ceil(training.batch_size * training.grad_accum / size)
+            yield f"  --batch-size {size} --grad-accum {accumulated}"
+        for change in CHANGES:
+            try:
+                config = self.prepared.configure([change])
+            except UserError:  # it does not go with what was asked for
+                continue
+            adapts_random = config.method.lora is not None and not self.pretrained
+            if config == plan.config or adapts_random:
+                continue
+            smaller = self.plan(config)
+            if smaller.fits:
+                disk = smaller.disk.kept + smaller.disk.while_saving
+                yield f"  {change} ({smaller.memory.total / GB:.2f} GB, {disk / GB:.2f} GB of disk)"
+
+    def largest_batch(self, config: Config | None = None, *, most: int | None = None) -> int:
+        """Return the largest `training.batch_size` that fits; 0 where not even one image does.
+
+        Args:
+            most: upper bound; the number of training images of a process where it is None.
+        """
+        config = config or self.prepared.config
+        low, high = 0, len(self._sampler(config)) if most is None else most
+        size = 1
+        while low < high:
+            size = min(max(size, low + 1), high)
+            training = config.training.model_copy(update={"batch_size": size})
+            plan = self.plan(config.model_copy(update={"training": training}))
+            low, high = (size, high) if plan.spare_memory >= 0 else (low, size - 1)
+            size += math.floor(plan.spare_memory / (plan.memory.step / size))
+        return low
+
+    def predict_memory(
+        self, config: Config, model: Sam3Image, device: torch.device, precision: torch.dtype
+    ) -> Memory:
+        """Return the peak of one process in training.
+
+        Args:
+            model: on the meta device.
+        """
+        on_gpu = device.type == "cuda"
+        weights = sum(
+            tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers())
+        )
+        if (teacher := distillation.teacher_on_meta(config, model, precision)) is not None:
+            weights += distillation.own_bytes(teacher, model)
+        step = step_bytes(config, model, self.heaviest_batch(config), precision)
+        return Memory(
+            process=CUDA_CONTEXT if on_gpu else self._process_bytes,
+            weights=weights,
+            optimizer=checkpoints.optimizer_bytes(config, model),
+            step=step + (round(CUDA_SLACK * step) if on_gpu else min(step, CPU_SLACK)),
+        )
+
+    def heaviest_batch(self, config: Config) -> BatchedDatapoint:
+        """Return the batch of the first epoch with the most objects; its pixels are any.
+
+        The last ones are cached, because plans with other settings are made of the same.
+        """
+        keys, size = list(self._sampler(config)), config.training.batch_size
+        train = self.splits.train
+        objects = Counter(annotation.image_id for annotation in train.annotations)
+        batches = [keys[first : first + size] for first in range(0, len(keys), size)]
+        heaviest = max(
+            batches,
+            key=lambda batch: (len(batch), sum(objects[train.images[i].id] for _, i in batch)),
+        )
+        made_of = (heaviest, config.seed, config.dataset, config.transforms)
+        key = repr((*made_of, config.model.resolution, config.model.vocabulary))
+        if key not in self._heaviest:
+            data = query_dataset(config, train)
+            if len(self._heaviest) == HEAVIEST_CACHED:
+                del self._heaviest[next(iter(self._heaviest))]
+            batch = collate([data[item] for item in heaviest])
+            batch.img_batch = torch.empty_like(batch.img_batch)  # no memory until it is written
+            self._heaviest[key] = batch
+        return self._heaviest[key]
+
+    def _model(self, config: Config) -> Sam3Image:
+        key = _model_key(config)
+        if key not in self._models:
+            self._models[key] = method.on_meta(config, pretrained=self.pretrained)
+        return self._models[key]
+
+    def _sampler(self, config: Config) -> EpochSampler:
+        processes = config.training.num_gpus * config.cluster.nodes
+        return EpochSampler(len(self.splits.train.images), config.seed, 0, processes)
 
 
-def _ways_to_fit(plan: Plan, splits: Splits, configure: Configure) -> Iterator[str]:
-    """Lines, each with a change that is enough."""
-    training = plan.config.training
-    most = 0 if plan.lacking_disk else training.batch_size - 1
-    size = largest_batch(plan.config, splits, trained=plan.starts_trained, most=most)
-    if size:
-        accumulated = math.ceil(training.batch_size * training.grad_accum / size)
-        yield f"  --batch-size {size} --grad-accum {accumulated}"
-    for change in CHANGES:
-        try:
-            config = configure([change])
-        except UserError:  # it does not go with what was asked for
-            continue
-        adapts_random = config.method.lora is not None and not plan.starts_trained
-        if config == plan.config or adapts_random:
-            continue
-        smaller = make_plan(config, splits, trained=plan.starts_trained)
-        if smaller.fits:
-            disk = smaller.disk.kept + smaller.disk.while_saving
-            yield f"  {change} ({smaller.memory.total / GB:.2f} GB, {disk / GB:.2f} GB of disk)"
-
-
-def largest_batch(config: Config, splits: Splits, *, trained: bool, most: int | None = None) -> int:
-    """The largest `training.batch_size` that fits, up to `most` and to the images; 0: none does."""
-
-    def at(size: int) -> Plan:
-        training = config.training.model_copy(update={"batch_size": size})
-        sized = config.model_copy(update={"training": training})
-        return make_plan(sized, splits, trained=trained)
-
-    low, high = 0, len(_sampler(config, splits)) if most is None else most
-    size = 1
-    while low < high:
-        size = min(max(size, low + 1), high)
-        plan = at(size)
-        low, high = (size, high) if plan.spare_memory >= 0 else (low, size - 1)
-        size += math.floor(plan.spare_memory / (plan.memory.step / size))
-    return low
-
-
-def predict_memory(
-    config: Config,
-    splits: Splits,
-    model: Sam3Image,
-    device: torch.device,
-    precision: torch.dtype,
-) -> Memory:
-    """Peak of one process in training.
-
-    Args:
-        model: as `method.on_meta` makes it.
-    """
-    gpu = device.type == "cuda"
-    weights = sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers()))
-    if (teacher := distillation.teacher_on_meta(config, model, precision)) is not None:
-        weights += distillation.own_bytes(teacher, model)
-    step = step_bytes(config, model, _heaviest_batch(config, splits), precision)
-    return Memory(
-        process=CUDA_CONTEXT if gpu else _process_bytes(),
-        weights=weights,
-        optimizer=checkpoints.optimizer_bytes(config, model),
-        step=step + (round(CUDA_SLACK * step) if gpu else min(step, CPU_SLACK)),
-    )
+def _model_key(config: Config) -> tuple[str, str]:
+    return config.model.model_dump_json(), config.method.model_dump_json()
 
 
 def predict_disk(config: Config, splits: Splits, model: Sam3Image, precision: torch.dtype) -> Disk:
-    """What a run writes; pictures and tables, some MB, apart."""
+    """Return the bytes that a run writes; pictures and tables, some MB, apart."""
     kept, while_saving = checkpoints.run_bytes(config, model)
-    return Disk(kept, while_saving, run.kept_bytes(config, splits, model, precision))
+    return Disk(kept, while_saving, features.cache_bytes(config, splits, model, precision))
 
 
 @dataclass(frozen=True)
@@ -313,25 +353,29 @@ class Times:
         return seconds + validations * len(splits.valid.images) * self.image
 
 
-def measure(config: Config, splits: Splits, *, trained: bool) -> Times:
-    """Train a few updates and validate two images, from random weights; nothing is left behind."""
+def measure(prepared: Prepared) -> Times:
+    """Train a few updates and validate two images, from random weights; leave nothing behind."""
+    config, splits = prepared.config, prepared.splits
     device = choose_device(config.training.device)
     precision = choose_precision(config.training.precision, device, config.model)
     accelerator = build_accelerator(device)
     set_seed(config.seed)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
-    method.prepare(model, config.method, trained=trained)
-    kept = run.kept_encoders(config, model)
-    data = run.query_dataset(config, splits.train)
+    method.prepare(model, config.method, pretrained=prepared.pretrained_path is not None)
+    encoders = features.cached_encoders(config, model)
+    batches = Batches(config, query_dataset(config, splits.train), accelerator)
     with tempfile.TemporaryDirectory() as folder:
-        features.keep(model, kept, Path(folder), precision)
-        lesson = run.make_lesson(config, model, splits, device, precision, Path(folder))
-        loop = Loop(config, model, data, accelerator, lr_scale=1.0, lesson=lesson)
-        update = _seconds_per_update(loop)
-        cached = _seconds_per_update(loop) if kept else None
+        features.cache_encoders(model, encoders, Path(folder), precision)
+        labels = LabelLosses(instantiate(config.loss.criterion, _convert_="all"), precision)
+        losses: Losses = labels
+        if config.distill.teacher is not None:
+            losses = teach(config, model, splits, labels, Path(folder))
+        step = Step(config, model, losses, accelerator, batches, lr_scale=1.0)
+        update = _seconds_per_update(step, batches)
+        cached = _seconds_per_update(step, batches) if encoders else None
         few = splits.valid.subset([image.id for image in splits.valid.images[:2]])
         begun = time.monotonic()
-        score(Predictor(model, config.model, precision), few, config, "validating")
+        score_dataset(Predictor(model, config.model, precision), few, config, "validating")
         image = (time.monotonic() - begun) / len(few.images)
     if device.type == "cuda":
         peak = CUDA_CONTEXT + torch.cuda.max_memory_reserved()
@@ -340,10 +384,12 @@ def measure(config: Config, splits: Splits, *, trained: bool) -> Times:
     return Times(update, cached, image, peak)
 
 
-def _seconds_per_update(loop: Loop) -> float:
-    """The median of the first epoch's, the very first apart."""
+def _seconds_per_update(step: Step, batches: Batches) -> float:
+    """Return the median of the first updates of an epoch, the very first apart."""
+    step.set_training()
     begun, seconds = time.monotonic(), []
-    for _ in itertools.islice(loop.run_epoch(0), PROBED + 1):
+    for group in itertools.islice(batches.epoch(0), PROBED + 1):
+        step(group, 0)
         seconds.append(time.monotonic() - begun)
         begun = time.monotonic()
     return statistics.median(seconds[1:] or seconds)
@@ -357,41 +403,3 @@ def show_times(times: Times, plan: Plan, splits: Splits) -> None:
         *("time", duration(times.total(plan, splits)), times.update, cached, times.image),
     )
     log.info("%-11s %.2f GB in %d updates", "measured", times.peak / GB, PROBED + 1)
-
-
-def _sampler(config: Config, splits: Splits) -> EpochSampler:
-    processes = config.training.num_gpus * config.cluster.nodes
-    return EpochSampler(len(splits.train.images), config.seed, 0, processes)
-
-
-def _heaviest_batch(config: Config, splits: Splits) -> BatchedDatapoint:
-    """The batch of the first epoch with the most objects, its pixels apart: they are any.
-
-    The last ones are kept, as plans with other settings are made of the same.
-    """
-    keys, size = list(_sampler(config, splits)), config.training.batch_size
-    objects = Counter(annotation.image_id for annotation in splits.train.annotations)
-    images = splits.train.images
-    batches = [keys[first : first + size] for first in range(0, len(keys), size)]
-    heaviest = max(
-        batches, key=lambda batch: (len(batch), sum(objects[images[i].id] for _, i in batch))
-    )
-    made_of = (id(splits.train), heaviest, config.seed, config.dataset, config.transforms)
-    key = repr((*made_of, config.model.resolution, config.model.vocabulary))
-    if key not in _heaviest:
-        data = run.query_dataset(config, splits.train)
-        if len(_heaviest) == HEAVIEST_KEPT:
-            del _heaviest[next(iter(_heaviest))]
-        batch = collate([data[item] for item in heaviest])
-        batch.img_batch = torch.empty_like(batch.img_batch)  # takes no memory until it is written
-        _heaviest[key] = batch
-    return _heaviest[key]
-
-
-_heaviest: dict[str, BatchedDatapoint] = {}  # by all that one is made of
-
-
-@functools.cache
-def _process_bytes() -> int:
-    """What this process held before anything was planned."""
-    return psutil.Process().memory_info().rss

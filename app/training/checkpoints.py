@@ -20,10 +20,9 @@ from app.errors import UserError
 from app.files import atomic_folder, clear_up, read_json, write_json
 from app.model import weights
 from app.model.adapters import has_lora
-from app.training import method
 from app.training.fingerprint import Fingerprint
-from app.training.loop import Loop
 from app.training.random_state import restore_random_state
+from app.training.step import Step
 
 KEEP = 2  # newest checkpoints
 
@@ -58,7 +57,7 @@ def save(
     state: RunState,
     model: Sam3Image,
     header: weights.Header,
-    loop: Loop,
+    step: Step,
     *,
     fingerprint: Fingerprint,
     random_states: Sequence[dict[str, Any]],
@@ -75,7 +74,7 @@ def save(
     checkpoint = path(folder, state)
     with atomic_folder(checkpoint) as temporary:
         weights.save(model, temporary, header)
-        _write({**loop.state_dict(), "random": list(random_states)}, temporary / "state.pt")
+        _write({**step.state_dict(), "random": list(random_states)}, temporary / "state.pt")
         content = {"state": asdict(state), "fingerprint": fingerprint}
         write_json(temporary / "run.json", content)
         for part in (temporary / "state.pt", temporary):  # the others are flushed already
@@ -112,11 +111,11 @@ def read(checkpoint: Path) -> tuple[RunState, Fingerprint]:
     return RunState(**content["state"]), content["fingerprint"]
 
 
-def restore(checkpoint: Path, loop: Loop, rank: int) -> RunState:
+def restore(checkpoint: Path, step: Step, rank: int) -> RunState:
     """Load what `save` wrote, the random states of process `rank` included, but for the weights."""
     try:
         content = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
-        loop.load_state_dict(content)
+        step.load_state_dict(content)
         restore_random_state(content["random"][rank])
     except (OSError, RuntimeError, KeyError, ValueError, IndexError) as error:
         raise UserError(
@@ -126,16 +125,15 @@ def restore(checkpoint: Path, loop: Loop, rank: int) -> RunState:
     return read(checkpoint)[0]
 
 
-def check_space(folder: Path, config: Config, *, trained: bool) -> None:
-    """All checkpoints and weights of the run must find room in `folder`.
+def check_space(folder: Path, config: Config, model: Sam3Image) -> None:
+    """Refuse a run whose checkpoints and weights find no room in `folder`.
 
     Args:
-        trained: whether the run starts from weights.
+        model: as `method.prepare` leaves it, on any device.
 
     Raises:
         UserError: with what is needed and what is free.
     """
-    model = method.on_meta(config, trained=trained)
     parts = (folder / "checkpoints", folder / "weights")
     there = [file for part in parts for file in part.rglob("*") if file.is_file()]
     more = sum(run_bytes(config, model)) - sum(file.stat().st_size for file in there)

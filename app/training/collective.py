@@ -1,4 +1,4 @@
-"""Several processes as one: the losses of all of their prompts, and one end for all."""
+"""Make several ranks equal one process: scale losses by global counts, raise errors on all."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from torch import Tensor
 from app.errors import UserError
 
 
-def over_processes(
+def scale_to_global_counts(
     losses: Mapping[str, Tensor], criterion: Any, targets: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Losses whose mean over the processes is what one process with all the prompts would have.
+    """Return losses whose mean over the ranks is the loss of one process with all prompts.
 
-    Upstream's losses of boxes and masks are so already: they are divided by the mean number of
-    objects (sam3_loss.py:75). The others are means over a process's own prompts, or over those
-    that show something; and the sum is scaled by the root of its own prompts (sam3_loss.py:193).
+    Upstream's losses of boxes and masks need nothing: they are divided by the mean number of
+    objects (sam3_loss.py:75). The others are means over a rank's own prompts, or over its prompts
+    that show something; and the sum is scaled by the root of its prompts (sam3_loss.py:193).
 
     Args:
-        losses: what `criterion`, upstream's Sam3LossWrapper, returned for the targets.
+        losses: of `criterion`, upstream's Sam3LossWrapper, for the targets.
         targets: as the model's `back_convert` makes them.
     """
     device = losses["core_loss"].device
     prompts = targets["num_boxes"].numel()
     masks = targets["semantic_masks"]
-    shown = 0 if masks is None else int(masks.flatten(1).any(-1).sum())
-    own = torch.tensor([prompts, shown], dtype=torch.float64, device=device)
-    every = own.clone()
-    torch.distributed.all_reduce(every)
-    shares = own / every.clamp(min=1) * torch.distributed.get_world_size()
-    of_prompts, of_shown = shares.float().unbind()
-    factors = {"loss_ce": of_prompts, "presence_loss": of_prompts}
-    factors |= {"loss_semantic_seg": of_shown, "loss_semantic_dice": of_shown}
+    positive = 0 if masks is None else int(masks.flatten(1).any(-1).sum())
+    own = torch.tensor([prompts, positive], dtype=torch.float64, device=device)
+    total = own.clone()
+    torch.distributed.all_reduce(total)
+    shares = own / total.clamp(min=1) * torch.distributed.get_world_size()
+    prompt_share, positive_share = shares.float().unbind()
+    factors = {"loss_ce": prompt_share, "presence_loss": prompt_share}
+    factors |= {"loss_semantic_seg": positive_share, "loss_semantic_dice": positive_share}
     weights: dict[str, float] = {}
     for part in (*criterion.loss_fns_find, criterion.loss_fn_semantic_seg):
         weights |= part.weight_dict if part is not None else {}
 
-    found = dict(losses)
+    scaled = dict(losses)
     root = prompts**0.5 if criterion.scale_by_find_batch_size else 1.0
     core = losses["core_loss"] / root
     for key, value in losses.items():
-        name = _SUFFIX.sub("", key)  # of an earlier layer, or of one object to many queries
+        name = _LAYER_SUFFIX.sub("", key)
         if name in factors and name in weights:
-            found[key] = value * factors[name]
-            core = core + weights[name] * (found[key] - value)
-    scale = every[0].float().sqrt() if criterion.scale_by_find_batch_size else 1.0
-    return found | {"core_loss": core * scale}
+            scaled[key] = value * factors[name]
+            core = core + weights[name] * (scaled[key] - value)
+    scale = total[0].float().sqrt() if criterion.scale_by_find_batch_size else 1.0
+    return scaled | {"core_loss": core * scale}
 
 
 @contextlib.contextmanager
-def together(device: torch.device) -> Iterator[None]:
-    """What ends the block in one process ends it in all: the others would wait for it in vain.
+def raise_on_all_ranks(device: torch.device) -> Iterator[None]:
+    """Raise an error of one rank on all of them: the others would wait for it for ever.
 
     Raises:
-        FloatingPointError: its own, or another process had one.
+        FloatingPointError: this rank had one, or another had.
         UserError: likewise.
     """
     error: FloatingPointError | UserError | None = None
@@ -78,4 +78,4 @@ def together(device: torch.device) -> Iterator[None]:
         raise error
 
 
-_SUFFIX = re.compile(r"(_aux_\d+|_fs)?(_o2m)?$")
+_LAYER_SUFFIX = re.compile(r"(_aux_\d+|_fs)?(_o2m)?$")  # an earlier layer, or one object to many

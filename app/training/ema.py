@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights: often better than the last ones alone."""
+"""The exponential moving average (EMA) of the weights: often better than the last ones alone."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
-    """The average of a model's trainable parameters over its updates.
+class EMA:
+    """Average a model's trainable parameters over its updates.
 
     Args:
-        decay: 0..1, weight of what was before at each update; less in the first updates, or the
-            weights at the start would stay in the average for long.
+        decay: 0..1, weight of the average so far at each update; less in the first updates, or
+            the first weights would stay in the average for long.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -26,14 +26,14 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the parameters as they are now into the average."""
+        """Add the parameters as they are now to the average."""
         self.updates += 1
         decay = min(self.decay, self.updates / (10 + self.updates))
         torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the averages for weights within the block."""
+        """Give the model the averages for weights within the block."""
         self._swap()
         try:
             yield

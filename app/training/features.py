@@ -1,4 +1,4 @@
-"""Features of frozen encoders, computed once and kept on disk.
+"""The feature cache: outputs of frozen encoders, computed once and kept on disk.
 
 Where neither the trunk nor the text encoder learns, an image that comes again gives the same
 features: reading them takes milliseconds where computing them takes the most of a step.
@@ -19,18 +19,103 @@ from safetensors.torch import load_file, save_file
 from sam3.model.sam3_image import Sam3Image
 from torch import Tensor, nn
 
-from app.config.schema import ModelConfig
+from app.config.schema import Config, ModelConfig, Resume
+from app.datasets import sources
+from app.datasets.build import Splits
 from app.errors import UserError
-from app.files import atomic_path
+from app.files import atomic_path, existing
+from app.model.device import choose_device, choose_precision
+from app.training import checkpoints
+from app.training.teacher import teacher_size
 
 log = logging.getLogger("app")
+FOLDER = sources.DATA / "features"
 ENCODERS = {"vision": "backbone.vision_backbone.trunk", "text": "backbone.language_backbone"}
+VIEWS = 4  # augmented views of each image, where features are cached and no number was given
 
-VIEWS = 4  # of each image, where their features are kept and no number was given
+
+def decide_feature_cache(
+    config: Config, splits: Splits, resume: Resume | None, model: Sam3Image
+) -> Config:
+    """Return the configuration with `training.cache_features` and `dataset.views` decided.
+
+    A resumed run keeps the choice in its checkpoint, because it changes the training data.
+
+    Args:
+        model: on the meta device, as `method.on_meta` makes it.
+
+    Raises:
+        UserError: features do not fit on the disk, and were asked for.
+    """
+    training, folder = config.training, Path(config.output_dir)
+    cache, views = training.cache_features, config.dataset.views
+    newest = None
+    if resume in ("all", "auto"):
+        newest = checkpoints.find_newest(folder / "checkpoints")
+    if newest is not None and cache == "auto":
+        then = checkpoints.read(newest)[1]
+        cache, views = then["training.cache_features"], then["dataset.views"]
+    elif newest is None and cache:
+        cache = _has_room(config, splits, model)
+    if cache and views is None:
+        views = VIEWS
+    return config.model_copy(
+        update={
+            "training": training.model_copy(update={"cache_features": cache}),
+            "dataset": config.dataset.model_copy(update={"views": views}),
+        }
+    )
+
+
+DECIDED = ("training.cache_features", "dataset.views")  # by `decide_feature_cache`
+
+
+def _has_room(config: Config, splits: Splits, model: Sam3Image) -> bool:
+    """Return whether a frozen trunk's features fit on their disk, beside the run's own files."""
+    precision = choose_precision(
+        config.training.precision, choose_device(config.training.device), config.model
+    )
+    needed = cache_bytes(config, splits, model, precision)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    output = existing(Path(config.output_dir))
+    same_disk = output.stat().st_dev == FOLDER.stat().st_dev
+    own = sum(checkpoints.run_bytes(config, model)) if same_disk else 0
+    try:
+        check_space(FOLDER, needed, beside=own)
+    except UserError as error:
+        if config.training.cache_features is True:
+            raise
+        log.info("note: features are not cached: %s", error)
+        return False
+    return needed > 0
+
+
+def cached_encoders(config: Config, model: Sam3Image) -> list[str]:
+    """Return the frozen encoders whose features are cached: none unless the trunk is frozen."""
+    frozen = frozen_encoders(model)
+    return frozen if config.training.cache_features and "vision" in frozen else []
+
+
+def cache_bytes(config: Config, splits: Splits, model: Sam3Image, precision: torch.dtype) -> int:
+    """Return the bytes that the cache needs: views x images x bytes an image.
+
+    It is 0 where no trunk is frozen and there is no teacher.
+    """
+    if not config.training.cache_features:
+        return 0
+    views = min(config.dataset.views or VIEWS, config.training.epochs)
+    training_views = len(splits.train.images) * views
+    total = 0
+    if cached_encoders(config, model):
+        images = training_views + len(splits.valid.images)
+        total += images * image_bytes(config.model, precision)
+    if (teacher := teacher_size(config)) is not None:
+        total += training_views * image_bytes(teacher, precision)
+    return total
 
 
 class Store:
-    """Tensors by key, each in a file of its own, written whole or not at all.
+    """Keep tensors by key, each in a file of its own, written whole or not at all.
 
     Args:
         folder: made where it is missing.
@@ -42,7 +127,7 @@ class Store:
         self._is_full = False
 
     def read(self, key: str) -> dict[str, Tensor] | None:
-        """What was written under the key, in float32 where it is floating; None where nothing."""
+        """Return what was written under the key, floating values in float32; None without."""
         try:
             found = load_file(self._file(key))
         except (OSError, SafetensorError):
@@ -50,9 +135,9 @@ class Store:
         return _in_float32(found)
 
     def write(self, key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Keep tensors under a key; returns them as `read` will.
+        """Keep tensors under a key; return them as `read` will.
 
-        Where the disk takes no more they are not kept: the next one who asks computes them.
+        On a full disk they are not kept, and are computed again when they are asked for.
         """
         kept = {
             name: (value.to(self.dtype) if value.is_floating_point() else value).cpu().contiguous()
@@ -65,7 +150,7 @@ class Store:
                 save_file(kept, temporary)
         except (OSError, SafetensorError) as error:
             if not self._is_full:
-                log.warning("note: features are no longer kept in %s (%s)", self.folder, error)
+                log.warning("note: features are no longer cached in %s (%s)", self.folder, error)
             self._is_full = True
         return _in_float32(kept)
 
@@ -78,7 +163,7 @@ def _in_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def frozen_encoders(model: Sam3Image) -> list[str]:
-    """Which of `ENCODERS` learn nothing."""
+    """Return those of `ENCODERS` that are frozen."""
     return [
         name
         for name in ENCODERS
@@ -91,7 +176,7 @@ def _part(model: Sam3Image, name: str) -> nn.Module:
 
 
 def image_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """On disk, of one image's features: 10.6 MB for the full size in bfloat16."""
+    """Return the bytes on disk of one image's features: 10.6 MB for sam3 in bfloat16."""
     side = config.resolution // config.vision.patch_size
     return int(side * side * config.vision.embed_dim * dtype.itemsize)
 
@@ -115,24 +200,28 @@ def check_space(folder: Path, needed: int, *, beside: int = 0) -> None:
         )
 
 
-def keep(model: Sam3Image, encoders: Collection[str], folder: Path, dtype: torch.dtype) -> None:
-    """Let encoders of `model` answer from disk what they were asked before.
+def cache_encoders(
+    model: Sam3Image, encoders: Collection[str], folder: Path, dtype: torch.dtype
+) -> None:
+    """Let encoders of `model` return features from disk where the same input came before.
 
     A key is the hash of an encoder's weights and of its whole input, in a folder of the precision,
-    so that other weights, images, augmentations, sizes or precisions never meet. What is kept is
-    what is answered, the first time as well.
+    so that other weights, images, augmentations, sizes or precisions never meet. The first call
+    returns the stored (rounded) value too, so every epoch sees identical features.
+
+    The encoders' `forward` is replaced, because a wrapping module would rename their parameters.
 
     Args:
-        encoders: of `ENCODERS`, those that learn nothing.
+        encoders: frozen ones of `ENCODERS`.
     """
-    ways = {"vision": _keep_trunk, "text": _keep_text}
+    ways = {"vision": _cache_trunk, "text": _cache_text}
     for name in encoders:
         part = _part(model, name)
         precision = str(dtype).removeprefix("torch.")
         ways[name](part, Store(folder / f"{_digest(part)}-{precision}", dtype))
 
 
-def _keep_trunk(trunk: nn.Module, store: Store) -> None:
+def _cache_trunk(trunk: nn.Module, store: Store) -> None:
     compute = trunk.forward
 
     def forward(pixels: Tensor) -> list[Tensor]:
@@ -150,7 +239,7 @@ def _keep_trunk(trunk: nn.Module, store: Store) -> None:
     trunk.forward = forward
 
 
-def _keep_text(text: nn.Module, store: Store) -> None:
+def _cache_text(text: nn.Module, store: Store) -> None:
     compute, known = text.forward, dict[str, dict[str, Tensor]]()
     names = ("mask", "memory", "embeds")
     batch_axis = (0, 1, 1)
@@ -181,7 +270,7 @@ def _stack(found: Sequence[dict[str, Tensor] | None], name: str) -> Tensor:
 
 
 def _digest(part: nn.Module) -> str:
-    """Of its weights' and buffers' names, shapes and values."""
+    """Return the hash of the names, shapes and values of weights and buffers."""
     total = hashlib.sha256(str(part).encode())
     for name, value in part.state_dict().items():
         total.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

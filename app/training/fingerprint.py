@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from app.compression.distillation import teacher_file
 from app.config.schema import Config
 from app.datasets.build import Splits
 from app.datasets.coco import Dataset
 from app.errors import UserError
 from app.files import hash_file
+from app.training.teacher import teacher_file
 
 Fingerprint = dict[str, Any]
 

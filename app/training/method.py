@@ -1,4 +1,4 @@
-"""What of a model is trained: all of it, some of its components, or an adapter."""
+"""The method of training: all of a model, some of its components, or an adapter."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ log = logging.getLogger("app")
 
 
 def prepare(
-    model: Sam3Image, config: MethodConfig, *, trained: bool, base: adapters.Base | None = None
+    model: Sam3Image, config: MethodConfig, *, pretrained: bool, base: adapters.Base | None = None
 ) -> None:
     """Freeze what is not to be trained, or put an adapter beside it.
 
     Args:
         config: one that `check` lets pass.
-        trained: whether the weights are; of random ones nothing is frozen by default: a text
+        pretrained: whether the weights are. Of random ones nothing is frozen by default: a text
             encoder that has learnt nothing would tell no prompt from another.
         base: of an adapter that is to be saved.
     """
@@ -31,42 +31,40 @@ def prepare(
         adapters.apply_lora(model, config.lora, base)
     elif config.freeze is not None:
         freeze(model, config.freeze)
-    elif trained:
+    elif pretrained:
         freeze(model, ["text"])
 
 
-def on_meta(config: Config, *, trained: bool) -> Sam3Image:
-    """The model as `prepare` leaves it, on the meta device: to count. One for all."""
-    key = config.model.model_dump_json(), config.method.model_dump_json(), trained
-    if key not in _on_meta:
-        model = build_model(config.model, device="meta")
-        prepare(model, config.method, trained=trained)
-        _on_meta[key] = model
-    return _on_meta[key]
+def on_meta(config: Config, *, pretrained: bool) -> Sam3Image:
+    """Return the model as `prepare` leaves it, on the meta device: to count its parameters."""
+    model = build_model(config.model, device="meta")
+    prepare(model, config.method, pretrained=pretrained)
+    return model
 
 
-_on_meta: dict[tuple[str, str, bool], Sam3Image] = {}
-
-
-def check(config: Config, start: Path | None) -> None:
+def check(config: Config, pretrained_path: Path | None) -> Sam3Image:
     """Refuse what cannot be trained, before anything is made or written.
+
+    Returns:
+        The model as it will be trained, on the meta device.
 
     Raises:
         UserError: an adapter on weights that cannot be its base, patterns that match nothing, or
             nothing left to train.
     """
     name, adapts = config.method.name, config.method.lora is not None
-    if adapts and start is None:
+    if adapts and pretrained_path is None:
         raise UserError(
             f"--method {name}: adapts trained weights, and these are random. Give them by "
             "--checkpoint, or --method full"
         )
-    if adapts and start is not None and start.name == adapters.FILE:
+    if adapts and pretrained_path is not None and pretrained_path.name == adapters.FILE:
         raise UserError(
-            f"--checkpoint {start.parent}: is an adapter, and --method {name} adapts plain "
-            f"weights. Merge it first: python -m app merge '{start.parent}' --output-dir FOLDER"
+            f"--checkpoint {pretrained_path.parent}: is an adapter, and --method {name} adapts "
+            f"plain weights. Merge it first: python -m app merge '{pretrained_path.parent}' "
+            "--output-dir FOLDER"
         )
-    on_meta(config, trained=start is not None)
+    return on_meta(config, pretrained=pretrained_path is not None)
 
 
 def leaves_unused(config: MethodConfig) -> bool:

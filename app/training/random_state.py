@@ -1,4 +1,4 @@
-"""What dropout, drop path and the choice of mask points draw from in this process."""
+"""The random state of this process: of dropout, drop path and the choice of mask points."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """Of Python, NumPy, torch and each GPU, as `torch.load(weights_only=True)` reads it."""
+    """Return the states of Python, NumPy, torch and each GPU; `weights_only=True` reads them."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),

@@ -15,7 +15,7 @@ class Tier:
 
     images: int | None
     epochs: int
-    lr_scale: float  # from trained weights; 1 is upstream's full training
+    lr_scale: float  # from pretrained weights; 1 is upstream's full training
     batch_size: int
     grad_accum: int
     rank: int  # of a LoRA; its alpha is twice that
@@ -33,13 +33,13 @@ TIERS = (
 )
 
 
-def auto(images: int, size: str, given: Sequence[str], *, trained: bool) -> list[str]:
+def auto(images: int, size: str, given: Sequence[str], *, pretrained: bool) -> list[str]:
     """Overrides for `images` training images, of keys that the user has not set; logs its choice.
 
     Args:
         size: of the model; the full one is adapted by LoRA unless a method is given.
         given: the user's overrides, and keys that other flags decide.
-        trained: whether training starts from weights rather than from random ones.
+        pretrained: whether training starts from pretrained weights.
     """
     tier = next(tier for tier in TIERS if tier.images is None or images <= tier.images)
     chosen_by_user = {text.partition("=")[0]: text.partition("=")[2] for text in given}
@@ -48,12 +48,16 @@ def auto(images: int, size: str, given: Sequence[str], *, trained: bool) -> list
         "training.batch_size": tier.batch_size,
         "training.grad_accum": tier.grad_accum,
     }
-    if trained:
+    if pretrained:
         settings["optim.lr_scale"] = tier.lr_scale
     if tier.boxes_only:
         settings["loss"] = "boxes"
     method = chosen_by_user.get("method")
-    if size == "sam3" and trained and not any(key.startswith("method") for key in chosen_by_user):
+    if (
+        size == "sam3"
+        and pretrained
+        and not any(key.startswith("method") for key in chosen_by_user)
+    ):
         settings["method"] = method = "lora"
     if str(method).startswith("lora"):
         settings |= {"method.lora.rank": tier.rank, "method.lora.alpha": 2 * tier.rank}

@@ -23,7 +23,6 @@ from sam3.train.matcher import BinaryHungarianMatcherV2
 from sam3.train.utils.train_utils import register_omegaconf_resolvers
 
 from app.config.compose import (
-    CONFIGS,
     check_targets,
     load_config,
     load_model_config,
@@ -33,17 +32,18 @@ from app.config.compose import (
 )
 from app.config.schema import ModelConfig, Resume
 from app.datasets import coco
+from app.datasets.build import Splits
+from app.datasets.read_splits import read_splits as read_dataset
 from app.errors import UserError
 from app.files import write_text
 from app.launch import torchrun
 from app.model import weights
 from app.model.build import build_model
 from app.model.upstream import fixes
-from app.training import run
+from app.training.output_folder import free_folder, log_next_steps, prepare_folder
 from app.upstream_trainer.fixes import apply_trainer_fixes
 
 log = logging.getLogger("app")
-BASE_CONFIG = CONFIGS / "upstream" / "full_finetune.yaml"
 _BUILDER = "sam3.model_builder.build_sam3_image_model"
 
 # Our flags → upstream's keys; the others have a function of their own below.
@@ -57,14 +57,6 @@ _KEYS = {
 }
 # Modules that upstream's YAMLs name and no release has.
 _RENAMED = {"onevision.losses.": "sam3.train.loss.", "sam3.losses.": "sam3.train.loss."}
-
-
-def is_upstream_schema(file: Path) -> bool:
-    """Told apart by `trainer._target_`."""
-    content = read_yaml(file)
-    trainer = content.get("trainer") if isinstance(content, dict) else None
-    target = trainer.get("_target_", "") if isinstance(trainer, dict) else ""
-    return str(target).startswith("sam3.train.")
 
 
 def start(
@@ -96,7 +88,7 @@ def start(
 
     folder = Path(config.launcher.experiment_log_dir)
     if os.environ.get("RANK", "0") == "0":
-        run.prepare_folder(folder, resume=resume, overwrite=overwrite)
+        prepare_folder(folder, resume=resume, overwrite=overwrite)
         write_dataset(config, splits, folder)
         # Not resolved: an interpolation may read an environment variable.
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config))
@@ -202,7 +194,7 @@ def _apply(config: DictConfig, flags: dict[str, str], lr: float | None) -> None:
         config.scratch.lr_scale = lr / 8e-4
     accumulated = int(flags.pop("training.grad_accum", 1))
     if "output_dir" not in flags and not config.launcher.get("experiment_log_dir"):
-        flags["output_dir"] = str(run.free_folder(Path("outputs/train")))
+        flags["output_dir"] = str(free_folder(Path("outputs/train")))
     known = sorted(_names(OmegaConf.to_container(config, resolve=False)))
     for key, value in flags.items():
         if key.startswith("dataset."):
@@ -291,13 +283,13 @@ def _mend(node: DictConfig, target: str) -> None:
             node.always_interpolate_masks_on_gpu = False
 
 
-def read_splits(config: DictConfig, flags: dict[str, str]) -> run.Splits:
+def read_splits(config: DictConfig, flags: dict[str, str]) -> Splits:
     """The dataset of our own keys, else of the YAML's paths; `valid/` where `test/` is missing."""
     named = {split: _annotations(config, split) for split in ("train", "val")}
     files = {split: file for split, file in named.items() if file is not None}
     ours = [f"{key}={value}" for key, value in flags.items() if key.startswith("dataset.")]
     if ours or len(files) < 2:
-        return run.read_splits(load_config(ours))
+        return read_dataset(load_config(ours))
     missing = [f"{split}: no annotations at {f}" for split, f in files.items() if not f.is_file()]
     if missing:
         raise UserError([*missing, "Set the YAML's paths, or give --dataset-dir."])
@@ -305,7 +297,7 @@ def read_splits(config: DictConfig, flags: dict[str, str]) -> run.Splits:
         coco.read(file, [Path(config.trainer.data[split].dataset.img_folder), file.parent])
         for split, file in files.items()
     )
-    return run.Splits(train=train, valid=valid, test=None, notes=())
+    return Splits(train=train, valid=valid, test=None, notes=())
 
 
 def _annotations(config: DictConfig, split: str) -> Path | None:
@@ -321,9 +313,7 @@ def _annotations(config: DictConfig, split: str) -> Path | None:
     return file
 
 
-def write_dataset(
-    config: DictConfig, splits: run.Splits, folder: Path, *, write: bool = True
-) -> None:
+def write_dataset(config: DictConfig, splits: Splits, folder: Path, *, write: bool = True) -> None:
     """Checked copies of the annotations, which upstream's loader reads without checking.
 
     It raises KeyError without `iscrowd` (coco_json_loaders.py:217), for one.
@@ -360,7 +350,7 @@ def join_process_group() -> None:
     )
 
 
-def _export(folder: Path, config: ModelConfig, splits: run.Splits) -> None:
+def _export(folder: Path, config: ModelConfig, splits: Splits) -> None:
     """Our weights from upstream's checkpoint, without its optimiser: a third of its size."""
     checkpoint = folder / "checkpoints" / "checkpoint.pt"
     if not checkpoint.is_file():
@@ -371,4 +361,4 @@ def _export(folder: Path, config: ModelConfig, splits: run.Splits) -> None:
         model=config, prompts=splits.train.class_names, data_hash=splits.train.content_hash()
     )
     weights.save(model, folder / "weights" / "last", header)
-    run.say_where(folder / "weights" / "last", splits)
+    log_next_steps(folder / "weights" / "last", splits)

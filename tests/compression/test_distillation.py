@@ -31,7 +31,8 @@ from app.datasets.queries import collate
 from app.inference.predictor import query_scores
 from app.model import weights
 from app.model.build import build_model
-from app.training import run
+from app.training import features
+from app.training.batches import query_dataset
 from tests.conftest import TINY, Command
 
 OTHER = [*TINY, "model.vision.embed_dim=64", "model.d_model=32", "model.num_queries=8"]
@@ -43,7 +44,7 @@ def _model(config: Config, seed: int = 0) -> Any:
 
 
 def _batch(config: Config, folder: Path) -> BatchedDatapoint:
-    data = run.query_dataset(config, load_splits(folder).train)
+    data = query_dataset(config, load_splits(folder).train)
     return collate([data[0], data[1]])
 
 
@@ -259,7 +260,7 @@ def test_a_thin_text_encoder_learns_to_say_what_the_teachers_says(config: Config
 def test_a_teachers_features_are_kept_and_teach_the_same(
     shapes: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run, "FEATURES", tmp_path / "features")
+    monkeypatch.setattr(features, "FOLDER", tmp_path / "features")
     config = load_config(TINY)
     weights.save(_model(config), tmp_path / "teacher", weights.Header(model=config.model))
     words = (

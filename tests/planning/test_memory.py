@@ -13,12 +13,15 @@ from torch import nn
 from app.config.compose import load_config, load_model_config
 from app.datasets.build import load_splits
 from app.datasets.queries import collate
-from app.model import upstream
 from app.model.build import build_model
+from app.model.upstream import fixes
 from app.planning.hollow import Hollowing
 from app.planning.memory import LiveBytes, count_flops, step_bytes
-from app.training import loop, method, run
-from app.training.loop import batch_losses, build_accelerator
+from app.training import losses as training_losses
+from app.training import method
+from app.training.batches import query_dataset
+from app.training.losses import LabelLosses
+from app.training.step import build_accelerator
 from tests.conftest import TINY
 
 MIB = 1 << 20
@@ -55,7 +58,7 @@ def test_a_step_without_contents_takes_what_a_real_one_takes(
 ) -> None:
     config = load_config([*TINY, "transforms=none", "model.dropout=0", *overrides])
     precision = torch.bfloat16 if "bf16" in str(overrides) else torch.float32
-    data = run.query_dataset(config, load_splits(shapes).train)
+    data = query_dataset(config, load_splits(shapes).train)
     batch = collate([data[index] for index in range(3)])
     model = build_model(config.model, device="meta")
     method.freeze(model, frozen)
@@ -68,7 +71,7 @@ def test_a_step_without_contents_takes_what_a_real_one_takes(
     criterion = instantiate(config.loss.criterion, _convert_="all")
     live = LiveBytes([*model.parameters(), *model.buffers()])
     with live:
-        batch_losses(model, criterion, batch, precision)["loss"].backward()
+        LabelLosses(criterion, precision)(model, batch)["loss"].backward()
     # A real matcher leaves out what it finds no match for.
     assert foretold == pytest.approx(live.peak, rel=0.05)
 
@@ -79,18 +82,18 @@ def test_the_mask_head_is_made_anew_one_prompt_at_a_time(
     """The same losses and gradients as all at once, in less memory the more prompts there are."""
     settings = [*TINY, "transforms=none", "model.dropout=0", "model.activation_checkpointing=true"]
     config = load_config(settings)
-    data = run.query_dataset(config, load_splits(shapes).train)
+    data = query_dataset(config, load_splits(shapes).train)
     batch = collate([data[index] for index in range(3)])
     build_accelerator(torch.device("cpu"))
-    found, together = [], upstream._one_prompt_at_a_time
+    found, together = [], fixes._one_prompt_at_a_time
     for way in (together, lambda head, **inputs: head(**inputs)):
-        monkeypatch.setattr(upstream, "_one_prompt_at_a_time", way)
+        monkeypatch.setattr(fixes, "_one_prompt_at_a_time", way)
         torch.manual_seed(0)
         model = build_model(config.model, matcher=instantiate(config.loss.matcher))
         criterion = instantiate(config.loss.criterion, _convert_="all")
         live = LiveBytes([*model.parameters(), *model.buffers()])
         with live:
-            loss = batch_losses(model, criterion, batch, torch.float32)["loss"]
+            loss = LabelLosses(criterion, torch.float32)(model, batch)["loss"]
             loss.backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         found.append((loss.item(), gradients, live.peak))
@@ -106,14 +109,14 @@ def test_weights_in_bfloat16_do_not_pile_up(shapes: Path, monkeypatch: pytest.Mo
     """Autocast's own cache keeps all of them to the end of the forward pass."""
     settings = [*TINY, "model.text.width=512", "model.activation_checkpointing=true"]
     config = load_config(settings)
-    batch = collate([run.query_dataset(config, load_splits(shapes).train)[0]])
+    batch = collate([query_dataset(config, load_splits(shapes).train)[0]])
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     criterion = instantiate(config.loss.criterion, _convert_="all")
     peaks = []
-    for autocast in (loop._autocast, lambda *_: torch.autocast("cpu", torch.bfloat16)):
-        monkeypatch.setattr(loop, "_autocast", autocast)
+    for autocast in (training_losses.autocast, lambda *_: torch.autocast("cpu", torch.bfloat16)):
+        monkeypatch.setattr(training_losses, "autocast", autocast)
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-            batch_losses(model, criterion, batch, torch.bfloat16)
+            LabelLosses(criterion, torch.bfloat16)(model, batch)
         peaks.append(live.peak)
     layers = model.backbone.language_backbone.encoder.transformer.parameters()
     assert peaks[1] - peaks[0] > 2 * sum(p.numel() for p in layers)

@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from app.config.compose import load_config, load_model_config, recipe_file
-from app.config.schema import ModelConfig
-from app.datasets.build import load_splits
+from app.config.schema import Config, ModelConfig
+from app.datasets.build import Splits, load_splits
 from app.model import device, weights
 from app.model.build import build_model
 from app.planning import plan as planning
-from app.planning.plan import largest_batch, make_plan
+from app.planning.plan import Planner
+from app.training.prepare import Prepared, Request
 from tests.conftest import PATIENCE, PEAK, REPOSITORY, TINY, Command
 
 GB = 1e9
@@ -95,6 +96,10 @@ def test_measured(shapes: Path, least: Path, tmp_path: Path, command: Command) -
         assert not (tmp_path / "run").exists()
 
 
+def _planner(config: Config, splits: Splits) -> Planner:
+    return Planner(Prepared(Request(()), config, splits, None, ()))
+
+
 def _small(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
     monkeypatch.setattr(planning, "free_memory", lambda *_: int(free))
 
@@ -136,16 +141,16 @@ def test_the_largest_batch_fits_and_one_more_does_not(shapes: Path, monkeypatch)
 
     def needed(size: int) -> int:
         sized = load_config([*LEAST, f"training.batch_size={size}"])
-        return make_plan(sized, splits, trained=False).memory.total
+        return _planner(sized, splits).plan().memory.total
 
     sizes = {size: needed(size) for size in (1, 2, 3, 4)}
     for size in (1, 2, 3):
         _small(monkeypatch, (sizes[size] + sizes[size + 1]) / 2)
-        assert largest_batch(config, splits, trained=False) == size
+        assert _planner(config, splits).largest_batch() == size
     _small(monkeypatch, 1e12)
-    assert largest_batch(config, splits, trained=False) == 4  # all images
+    assert _planner(config, splits).largest_batch() == 4  # all images
     _small(monkeypatch, sizes[1] - 1)
-    assert largest_batch(config, splits, trained=False) == 0
+    assert _planner(config, splits).largest_batch() == 0
 
 
 def test_batch_size_auto(shapes: Path, tmp_path: Path, command: Command, monkeypatch) -> None:
@@ -161,7 +166,7 @@ def test_batch_size_auto(shapes: Path, tmp_path: Path, command: Command, monkeyp
     assert "not even one image" in sizes[0].err
     words.remove("--overwrite")
     _small(monkeypatch, 1e12)
-    monkeypatch.setattr(planning, "largest_batch", lambda *_, **__: 1)
+    monkeypatch.setattr(planning.Planner, "largest_batch", lambda *_, **__: 1)
     again = command(*words, "--epochs", 2, "--resume")  # keeps what the run has
     assert again.code == 0, again.err
     assert "batch size: 4 images" in again.out
@@ -215,7 +220,8 @@ def test_small_is_taught_and_fine_tuned_in_8_gb(
         recipe_file(recipe) if recipe else None,
         small,
     )
-    memory = make_plan(config, load_splits(shapes), trained=True).memory
+    prepared = Prepared(Request(()), config, load_splits(shapes), Path("model.safetensors"), ())
+    memory = Planner(prepared).plan().memory
     assert memory.total - memory.process + planning.CUDA_CONTEXT < 8e9
     own = sum(p.numel() for p in build_model(small, device="meta").parameters())
     teacher = 454_039_808 * 2 + (840_509_750 - 454_039_808 - 353_724_672) * 4

@@ -26,9 +26,10 @@ from app.model import weights
 from app.model.build import build_model
 from app.training import checkpoints
 from app.training.checkpoints import RunState
-from app.training.loop import Loop, build_accelerator
 from app.training.random_state import random_state
+from app.training.step import build_accelerator
 from tests.conftest import TINY
+from tests.training.updates import make_updates
 
 # Saves and loads in a blink, so that most of the time goes into saves.
 SMALL = (
@@ -48,8 +49,10 @@ def main() -> None:
     transforms = [instantiate(node) for node in config.transforms.train]
     data = QueryDataset(load_splits(folder / "set").train, transforms, seed=0)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
-    loop = Loop(config, model, data, build_accelerator(torch.device("cpu")), lr_scale=1.0)
-    list(loop.run_epoch(0))  # so that the optimiser has its moments
+    updates = make_updates(
+        config, model, data, build_accelerator(torch.device("cpu")), lr_scale=1.0
+    )
+    list(updates.epoch(0))  # so that the optimiser has its moments
     first = next(model.parameters())
 
     def save(state: RunState) -> None:
@@ -58,14 +61,14 @@ def main() -> None:
         header = weights.Header(model=config.model)
         states = [random_state()]
         checkpoints.save(
-            folder / "run", state, model, header, loop, fingerprint={}, random_states=states
+            folder / "run", state, model, header, updates.step, fingerprint={}, random_states=states
         )
 
     def load() -> RunState:
         newest = checkpoints.find_newest(folder / "run")
         assert newest is not None
         weights.load_into(model, newest)
-        state = checkpoints.restore(newest, loop, 0)
+        state = checkpoints.restore(newest, updates.step, 0)
         assert newest.name == f"update-{state.updates:08d}"
         assert (first == state.updates).all(), "weights and state are of two saves"
         return state

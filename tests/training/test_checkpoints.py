@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from app.config.compose import load_config
 from app.training import method
 from app.training.checkpoints import checkpoint_bytes, run_bytes
-from app.training.loop import Loop
+from app.training.step import Step
 from tests.conftest import REPOSITORY, TINY, Command, finish, once
 
 MIB = 1 << 20
@@ -58,7 +58,7 @@ def test_the_size_that_is_foretold(tiny_run: Path) -> None:
     checkpoint = _checkpoints(tiny_run)[-1]
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
     config, average = load_config(TINY), load_config([*TINY, "training.ema=0.9"])
-    model = method.on_meta(config, trained=False)
+    model = method.on_meta(config, pretrained=False)
     assert checkpoint_bytes(config, model) == pytest.approx(size, rel=0.05)
     parameters = sum(p.numel() for p in model.parameters())
     assert checkpoint_bytes(average, model) - checkpoint_bytes(config, model) == 4 * parameters
@@ -66,7 +66,7 @@ def test_the_size_that_is_foretold(tiny_run: Path) -> None:
 
 def test_a_lora_of_the_full_size_resumes_from_little() -> None:
     config = load_config(["model=sam3", "method=lora"])
-    assert checkpoint_bytes(config, method.on_meta(config, trained=True)) < 100e6
+    assert checkpoint_bytes(config, method.on_meta(config, pretrained=True)) < 100e6
 
 
 def test_a_full_disk_is_found_first(command: Command, shapes, small_disk, monkeypatch) -> None:
@@ -76,7 +76,7 @@ def test_a_full_disk_is_found_first(command: Command, shapes, small_disk, monkey
     monkeypatch.setattr("app.training.run.build_model", build)
     words = ("train", "--dataset-dir", shapes, "--output-dir", small_disk / "out", *FAST)
     config = load_config(TINY)
-    needed = sum(run_bytes(config, method.on_meta(config, trained=False)))
+    needed = sum(run_bytes(config, method.on_meta(config, pretrained=False)))
     _fill(small_disk, left=needed - MIB)  # three checkpoints and two weights, but for 1 MiB
     done = command(*words)
     assert done.code == 2
@@ -100,7 +100,7 @@ def test_a_disk_that_fills_up(
     command: Command, shapes, whole_run: Path, small_disk, monkeypatch, left: int
 ) -> None:
     """It ends with 2 and a line; the last checkpoint is whole, and the run goes on from it."""
-    update, updates = Loop._update, 0
+    update, updates = Step.__call__, 0
 
     def fill_at_the_second(*arguments: object) -> object:
         nonlocal updates
@@ -109,7 +109,7 @@ def test_a_disk_that_fills_up(
             _fill(small_disk, left)
         return update(*arguments)
 
-    monkeypatch.setattr(Loop, "_update", fill_at_the_second)
+    monkeypatch.setattr(Step, "__call__", fill_at_the_second)
     folder = small_disk / "out"
     words = ("train", "--dataset-dir", shapes, "--output-dir", folder, *SAVING)
     done = command(*words)

@@ -35,11 +35,12 @@ def train(folder: Path, output: Path, batch_size: int) -> None:
     from app.launch import torchrun
     from app.model import weights
     from app.model.build import build_model
-    from app.training import run
-    from app.training.collective import together
-    from app.training.loop import Loop, build_accelerator
+    from app.training.batches import query_dataset
+    from app.training.collective import raise_on_all_ranks
     from app.training.nonfinite import NotFiniteError
-    from app.training.session import Session
+    from app.training.step import build_accelerator
+    from app.training.trainer import Trainer
+    from tests.training.updates import make_updates
 
     config = load_config(
         [
@@ -51,10 +52,10 @@ def train(folder: Path, output: Path, batch_size: int) -> None:
     torch.manual_seed(0)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     splits = load_splits(folder)
-    data = run.query_dataset(config, splits.train)
-    loop = Loop(config, model, data, accelerator, lr_scale=0.1)
-    loop.criterion.loss_fns_find[2].num_sample_points = None
-    steps = [step for epoch in range(UPDATES // 2) for step in loop.run_epoch(epoch)]
+    data = query_dataset(config, splits.train)
+    updates = make_updates(config, model, data, accelerator, lr_scale=0.1)
+    updates.step.losses.criterion.loss_fns_find[2].num_sample_points = None
+    steps = [step for epoch in range(UPDATES // 2) for step in updates.epoch(epoch)]
     if accelerator.is_main_process:
         prompts = {len(data[index].find_queries) for index in range(len(data))}
         content = {"losses": [step.losses for step in steps], "prompts": len(prompts)}
@@ -62,17 +63,17 @@ def train(folder: Path, output: Path, batch_size: int) -> None:
     if accelerator.num_processes == 1:
         return
 
-    session = Session(
-        *(config, model, loop, accelerator),
+    trainer = Trainer(
+        *(config, model, updates.batches, updates.step, accelerator),
         valid=splits.valid,
         header=weights.Header(model=config.model),
         fingerprint={},
         precision=torch.float32,
-        tracker=None,
+        recorder=None,
         stop=_Slow(),
     )
     begun = time.monotonic()
-    figures = session._score("slowly")
+    figures = trainer.validate("slowly")
     took = time.monotonic() - begun
     mean = accelerator.reduce(torch.tensor(figures["bbox/AP"]), "mean")
     waits = torch.distributed.distributed_c10d._get_default_group()._get_backend(mean.device)
@@ -88,7 +89,7 @@ def train(folder: Path, output: Path, batch_size: int) -> None:
 
     second = not accelerator.is_main_process
     try:
-        with together(accelerator.device):
+        with raise_on_all_ranks(accelerator.device):
             if second:
                 raise UserError("bad image")
     except UserError as error:
@@ -98,18 +99,18 @@ def train(folder: Path, output: Path, batch_size: int) -> None:
     )
     before = model.dot_prod_scoring.hs_proj.weight.clone()
     try:
-        list(loop.run_epoch(9))
+        list(updates.epoch(9))
     except NotFiniteError as error:
         kept = torch.equal(model.dot_prod_scoring.hs_proj.weight, before)
         sys.stdout.write(f"RANK {accelerator.process_index}: kept {kept}: {error}\n")
         sys.stdout.flush()
     hook.remove()
-    list(loop.run_epoch(10))  # they are in step still
+    list(updates.epoch(10))  # they are in step still
     if second:
         os.kill(os.getpid(), signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of torchrun, which a run would defer
-    with torchrun.without_others():
-        list(loop.run_epoch(11))
+    with torchrun.end_quietly_if_peer_died():
+        list(updates.epoch(11))
 
 
 class _Slow(StopRequest):

@@ -14,8 +14,9 @@ from app.config.compose import load_config, load_model_config
 from app.datasets.build import load_splits
 from app.errors import UserError
 from app.model.build import build_model
-from app.training import checkpoints, features, run
-from app.training.features import Store, check_space, image_bytes, keep
+from app.training import checkpoints, features
+from app.training.batches import query_dataset
+from app.training.features import Store, cache_encoders, check_space, image_bytes
 from tests.conftest import TINY, Command
 
 NANO = load_model_config("nano", TINY)
@@ -41,7 +42,7 @@ def test_an_encoder_is_asked_once_for_each_input(tmp_path: Path) -> None:
         part.forward = lambda x, *a, compute=compute, **k: (
             asked.append(len(x)) or compute(x, *a, **k)
         )
-    keep(model, ["vision", "text"], tmp_path, torch.float32)
+    cache_encoders(model, ["vision", "text"], tmp_path, torch.float32)
     for _ in range(2):
         assert torch.allclose(trunk(pixels)[-1], plain, atol=1e-6)
         assert torch.equal(trunk(pixels[[2, 0]])[-1], trunk(pixels)[-1][[2, 0]])
@@ -62,7 +63,7 @@ def test_other_weights_are_kept_apart(tmp_path: Path) -> None:
     for one in (model, other):
         trunk = one.backbone.vision_backbone.trunk
         plain = trunk(pixels)[-1]
-        keep(one, ["vision"], tmp_path, torch.float32)
+        cache_encoders(one, ["vision"], tmp_path, torch.float32)
         answers.append(trunk(pixels)[-1])
         assert torch.allclose(answers[-1], plain, atol=1e-6)
     assert not torch.allclose(*answers, atol=1e-4)
@@ -87,7 +88,7 @@ def test_another_precision_reads_none_of_it(shapes: Path, tmp_path: Path) -> Non
     models[1].load_state_dict(models[0].state_dict())
     exact = models[0].backbone.vision_backbone.trunk(pixels)[-1]
     for model, precision in zip(models, (torch.bfloat16, torch.float32), strict=True):
-        keep(model, ["vision"], tmp_path, precision)
+        cache_encoders(model, ["vision"], tmp_path, precision)
     rounded, kept = (model.backbone.vision_backbone.trunk(pixels)[-1] for model in models)
     assert torch.equal(rounded, exact.bfloat16().float())
     assert torch.equal(kept, exact)
@@ -102,7 +103,7 @@ def test_a_full_disk_only_takes_time(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert all(torch.equal(answer, value["features"].bfloat16().float()) for answer in answers)
     assert store.read("ab") is None
     said = {record.getMessage() for record in caplog.records}
-    assert len([message for message in said if "no longer kept" in message]) == 1
+    assert len([message for message in said if "no longer cached" in message]) == 1
 
 
 @pytest.mark.parametrize("left", [10**12, 0])
@@ -110,7 +111,7 @@ def test_a_run_that_goes_on_keeps_what_it_decided(
     left: int, shapes: Path, tiny_run: Path, tmp_path: Path, command: Command, monkeypatch
 ) -> None:
     """Views are drawn otherwise where features are kept: a disk that has filled changes nothing."""
-    monkeypatch.setattr(run, "FEATURES", tmp_path / "features")
+    monkeypatch.setattr(features, "FOLDER", tmp_path / "features")
     words = [
         *("train", "--dataset-dir", shapes, "--checkpoint", tiny_run / "weights" / "best"),
         *("--method", "head", "evaluation.pictures=0", "optim.schedule.name=constant"),
@@ -133,7 +134,7 @@ def test_a_run_that_goes_on_keeps_what_it_decided(
         for name in ("cut", "whole")
     )
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert ("kept in" in done.out) == (left > 0)
+    assert ("cached in" in done.out) == (left > 0)
 
 
 def _losses(folder: Path) -> list[float]:
@@ -145,7 +146,7 @@ def _losses(folder: Path) -> list[float]:
 def test_losses_are_those_of_the_uncached_run(
     method: str, shapes: Path, tiny_run: Path, tmp_path: Path, command: Command, monkeypatch
 ) -> None:
-    monkeypatch.setattr(run, "FEATURES", tmp_path / "features")
+    monkeypatch.setattr(features, "FOLDER", tmp_path / "features")
     words = [
         *("train", "--dataset-dir", shapes, "--checkpoint", tiny_run / "weights" / "best"),
         *("--method", method, "--epochs", 3, "--augmentation", "light", "dataset.views=2"),
@@ -156,7 +157,9 @@ def test_losses_are_those_of_the_uncached_run(
             *words, f"training.cache_features={cached}", "--output-dir", tmp_path / cached
         )
         assert done.code == 0, done.err
-        assert ("features of the frozen vision and text: kept in" in done.out) == (cached == "true")
+        assert ("features of the frozen vision and text: cached in" in done.out) == (
+            cached == "true"
+        )
     assert _losses(tmp_path / "true") == pytest.approx(_losses(tmp_path / "false"), rel=1e-5)
     counts = [len(list(f.rglob("*.safetensors"))) for f in (tmp_path / "features").iterdir()]
     assert 4 * 2 + 2 in counts  # two views of four images, and two validation images
@@ -170,7 +173,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 def test_views_come_again(shapes: Path) -> None:
     config = load_config([*TINY, "transforms=strong", "dataset.views=2"])
-    data = run.query_dataset(config, load_splits(shapes).train)
+    data = query_dataset(config, load_splits(shapes).train)
     pixels = [data[(epoch, 0)].images[0].data for epoch in range(4)]
     assert torch.equal(pixels[0], pixels[2])
     assert torch.equal(pixels[1], pixels[3])

@@ -18,9 +18,11 @@ from app.datasets.queries import QueryDataset
 from app.errors import UserError
 from app.model import adapters, weights
 from app.model.build import build_model, components, count_parameters
-from app.training import method, run
-from app.training.loop import Loop, build_accelerator
+from app.training import method
+from app.training.batches import query_dataset
+from app.training.step import build_accelerator
 from tests.conftest import TINY, Command, Result
+from tests.training.updates import Updates, make_updates
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return weights.save(build_model(model), folder, weights.Header(model=model))
 
 
-def _loop(shapes: Path, start: Path | None, *overrides: str) -> Loop:
+def _updates(shapes: Path, start: Path | None, *overrides: str) -> Updates:
     config = load_config([*TINY, "training.batch_size=4", *overrides])
     transforms = [instantiate(node) for node in config.transforms.train]
     data = QueryDataset(load_splits(shapes).train, transforms, seed=0)
@@ -41,24 +43,24 @@ def _loop(shapes: Path, start: Path | None, *overrides: str) -> Loop:
     if start is not None:
         weights.load_into(model, start)
     base = weights.base_reference(start) if start is not None else None
-    method.prepare(model, config.method, trained=start is not None, base=base)
-    return Loop(config, model, data, build_accelerator(torch.device("cpu")), lr_scale=1.0)
+    method.prepare(model, config.method, pretrained=start is not None, base=base)
+    return make_updates(config, model, data, build_accelerator(torch.device("cpu")), lr_scale=1.0)
 
 
-def _trained(loop: Loop) -> set[str]:
-    counts = count_parameters(loop.model, trainable=True)
-    return {name for name in components(loop.model) if counts[name]}
+def _trained(updates: Updates) -> set[str]:
+    counts = count_parameters(updates.step.model, trainable=True)
+    return {name for name in components(updates.step.model) if counts[name]}
 
 
 @pytest.mark.parametrize("name", ["full", "head", "lora-minimal", "lora", "lora-full"])
 @pytest.mark.parametrize("loss", ["full", "boxes"])
 def test_what_takes_part_in_a_step(shapes: Path, base: Path, name: str, loss: str) -> None:
     """DDP is told to look for what does not where there is some, and only there."""
-    loop = _loop(shapes, base, f"method={name}", f"loss={loss}")
-    loop._losses(next(iter(loop.loader)))["loss"].backward()
-    named = loop.model.named_parameters()
+    updates = _updates(shapes, base, f"method={name}", f"loss={loss}")
+    updates.step.batch_losses(next(iter(updates.batches.loader)), 0)["loss"].backward()
+    named = updates.step.model.named_parameters()
     unused = [name for name, p in named if p.requires_grad and p.grad is None]
-    assert bool(unused) == method.leaves_unused(loop.config.method)
+    assert bool(unused) == method.leaves_unused(updates.step.config.method)
 
 
 EVERY = {"vision", "text", "detector", "geometry", "masks", "scoring"}
@@ -85,26 +87,28 @@ EVERY = {"vision", "text", "detector", "geometry", "masks", "scoring"}
 )
 def test_what_is_frozen_stays(shapes: Path, base: Path, overrides, trained, from_weights) -> None:
     """After a step: no gradient, no state of the optimizer, and the same bits."""
-    loop = _loop(shapes, base if from_weights else None, *overrides)
-    assert _trained(loop) == trained
-    before = {name: p.clone() for name, p in loop.model.named_parameters()}
+    updates = _updates(shapes, base if from_weights else None, *overrides)
+    assert _trained(updates) == trained
+    before = {name: p.clone() for name, p in updates.step.model.named_parameters()}
     gradients: set[str] = set()
-    loop.optimizer.optimizer.register_step_pre_hook(
+    updates.step.optimizer.optimizer.register_step_pre_hook(
         lambda *_: gradients.update(
-            n for n, p in loop.model.named_parameters() if p.grad is not None
+            n for n, p in updates.step.model.named_parameters() if p.grad is not None
         )
     )
-    assert len(list(loop.run_epoch(0))) == 1
-    after = dict(loop.model.named_parameters())
+    assert len(list(updates.epoch(0))) == 1
+    after = dict(updates.step.model.named_parameters())
     frozen = {name for name, p in after.items() if not p.requires_grad}
     assert not gradients & frozen
     assert gradients
-    with_state = {id(p) for p in loop.optimizer.optimizer.state}
+    with_state = {id(p) for p in updates.step.optimizer.optimizer.state}
     assert not {name for name in frozen if id(after[name]) in with_state}
-    assert sum(len(g["params"]) for g in loop.optimizer.param_groups) == len(after) - len(frozen)
+    assert sum(len(g["params"]) for g in updates.step.optimizer.param_groups) == len(after) - len(
+        frozen
+    )
     assert all(torch.equal(before[name], after[name]) for name in frozen)
     changed = {name for name in after if not torch.equal(before[name], after[name])}
-    for part, module in components(loop.model).items():
+    for part, module in components(updates.step.model).items():
         inside = {id(p) for p in module.parameters()}
         assert any(id(after[name]) in inside for name in changed) is (part in trained), part
 
@@ -112,7 +116,7 @@ def test_what_is_frozen_stays(shapes: Path, base: Path, overrides, trained, from
 @pytest.mark.parametrize("name", ["lora-minimal", "lora", "lora-full"])
 def test_what_an_adapter_adds_is_scaled_by_two(shapes: Path, base: Path, name: str) -> None:
     """By default: alpha over rank, in each layer, as it multiplies in a forward pass."""
-    model = _loop(shapes, base, f"method={name}").model
+    model = _updates(shapes, base, f"method={name}").step.model
     plain = build_model(load_config(TINY).model)
     weights.load_into(plain, base)
     torch.manual_seed(0)
@@ -136,10 +140,10 @@ def test_by_default_negatives_are_on_and_text_is_frozen(shapes: Path, base: Path
     config = load_config()
     assert (config.method.name, config.method.freeze) == ("full", None)
     assert config.dataset.negatives == 1
-    loop = _loop(shapes, base)
-    assert _trained(loop) == EVERY - {"text"}
+    updates = _updates(shapes, base)
+    assert _trained(updates) == EVERY - {"text"}
     splits = load_splits(shapes)
-    data = run.query_dataset(load_config(TINY), splits.train)
+    data = query_dataset(load_config(TINY), splits.train)
     asked = [data[(epoch, index)].find_queries for epoch in range(5) for index in range(4)]
     for queries in asked:
         assert {bool(query.object_ids_output) for query in queries} == {True, False}
@@ -157,10 +161,12 @@ def test_adapters_and_activation_checkpointing(shapes: Path, base: Path) -> None
             "method.lora.parts.text=true",
             f"model.activation_checkpointing={checkpointing}",
         )
-        loop = _loop(shapes, base, *words)
-        method.set_training(loop.model)
-        loop._losses(next(iter(loop.loader)))["loss"].backward()
-        gradients.append({n: p.grad for n, p in loop.model.named_parameters() if p.requires_grad})
+        updates = _updates(shapes, base, *words)
+        method.set_training(updates.step.model)
+        updates.step.batch_losses(next(iter(updates.batches.loader)), 0)["loss"].backward()
+        gradients.append(
+            {n: p.grad for n, p in updates.step.model.named_parameters() if p.requires_grad}
+        )
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-3, atol=1e-5), name
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients[0].values())
@@ -168,12 +174,14 @@ def test_adapters_and_activation_checkpointing(shapes: Path, base: Path) -> None
 
 def test_frozen_components_are_in_evaluation_mode(shapes: Path, base: Path) -> None:
     """So that none of their outputs is dropped."""
-    loop = _loop(shapes, base, "method=head", "model.dropout=0.3")
-    next(loop.run_epoch(0))
-    modes = {name: part.training for name, part in components(loop.model).items()}
-    assert {name for name, training in modes.items() if training} == _trained(loop)
-    assert not any(module.training for module in loop.model.backbone.vision_backbone.modules())
-    assert loop.model.training
+    updates = _updates(shapes, base, "method=head", "model.dropout=0.3")
+    next(updates.epoch(0))
+    modes = {name: part.training for name, part in components(updates.step.model).items()}
+    assert {name for name, training in modes.items() if training} == _trained(updates)
+    assert not any(
+        module.training for module in updates.step.model.backbone.vision_backbone.modules()
+    )
+    assert updates.step.model.training
 
 
 @pytest.mark.parametrize(

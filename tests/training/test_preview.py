@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from app.config.compose import load_config
 from app.datasets.build import load_splits
 from app.datasets.overlay import color_of
-from app.training.loop import EpochSampler
+from app.training.batches import EpochSampler, query_dataset
 from app.training.preview import draw, draw_first
-from app.training.run import query_dataset
 from tests.conftest import TINY, Command
 
 

@@ -21,14 +21,14 @@ from tests.conftest import Command
     ],
 )
 def test_tiers(images: int, epochs: int, rank: int) -> None:
-    config = load_config(auto(images, "sam3", [], trained=True))
+    config = load_config(auto(images, "sam3", [], pretrained=True))
     assert config.training.epochs == epochs
     assert config.method.name == "lora"
     assert (config.method.lora.rank, config.method.lora.alpha) == (rank, 2 * rank)
 
 
 def test_few_images_follow_the_paper() -> None:
-    config = load_config(auto(5, "nano", [], trained=True))
+    config = load_config(auto(5, "nano", [], pretrained=True))
     assert (config.training.epochs, config.training.batch_size) == (40, 2)
     assert config.optim.lr_scale == 0.1
     assert config.loss.criterion["loss_fn_semantic_seg"] is None
@@ -51,7 +51,7 @@ def test_what_the_user_sets_wins(caplog: pytest.LogCaptureFixture) -> None:
     asked = ["training.epochs=3", "loss=full", "method=lora-minimal", "method.lora.rank=2"]
     with caplog.at_level(logging.INFO, logger="app"):
         logging.getLogger("app").propagate = True
-        config = load_config([*auto(5, "sam3", asked, trained=True), *asked])
+        config = load_config([*auto(5, "sam3", asked, pretrained=True), *asked])
     assert config.training.epochs == 3
     assert config.loss.criterion["loss_fn_semantic_seg"] is not None
     assert (config.method.name, config.method.lora.rank) == ("lora-minimal", 2)
@@ -59,18 +59,18 @@ def test_what_the_user_sets_wins(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_what_other_flags_decide_is_not_chosen() -> None:
-    chosen = auto(100, "sam3", ["optim.lr_scale", "training.batch_size"], trained=True)
+    chosen = auto(100, "sam3", ["optim.lr_scale", "training.batch_size"], pretrained=True)
     assert not any(text.startswith(("optim.lr_scale", "training.batch_size")) for text in chosen)
 
 
 def test_frozen_encoders_are_no_adapter() -> None:
     asked = ["method.freeze=[vision]"]
-    config = load_config([*auto(100, "sam3", asked, trained=True), *asked])
+    config = load_config([*auto(100, "sam3", asked, pretrained=True), *asked])
     assert (config.method.name, config.method.freeze) == ("full", ["vision"])
 
 
 def test_random_weights_keep_the_full_rate() -> None:
-    config = load_config(auto(100, "sam3", [], trained=False))
+    config = load_config(auto(100, "sam3", [], pretrained=False))
     assert config.optim.lr_scale is None
     assert config.method.name == "full"
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from app.training.loop import Loop
-from app.training.session import Session
+from app.training.step import Step
+from app.training.trainer import Trainer
 from tests.conftest import TINY, Command, Result, finish, once
 
 # What draws random numbers in a step, and more than one batch an update: four updates in all.
@@ -53,7 +53,7 @@ def whole(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A real signal to this process, after so many calls of a method."""
 
-    def arm(calls: int, owner: type = Loop, method: str = "_update") -> None:
+    def arm(calls: int, owner: type = Step, method: str = "__call__") -> None:
         original = getattr(owner, method)
         left = calls
 
@@ -122,7 +122,7 @@ def test_without_the_random_state_it_would_differ(
 
 def test_stopped_in_a_validation(train, stop_after, whole, tmp_path) -> None:
     """It is repeated, and the best weights are those of the run that was not stopped."""
-    stop_after(2, Session, "_row")
+    stop_after(2, Trainer, "_row")
     assert train(AVERAGED).code == 143
     assert len(_figures(tmp_path / "cut")) == 1
     done = train(AVERAGED, "--resume")

@@ -19,8 +19,8 @@ from app.datasets.build import load_splits
 from app.evaluation.metrics import evaluate
 from app.model import weights
 from app.training import run
-from app.training.loop import Loop
-from app.training.session import gain
+from app.training.metric import gain
+from app.training.step import Step
 from tests.conftest import TINY, Command, Result
 
 
@@ -175,7 +175,7 @@ def test_training_goes_on_from_a_checkpoint(train, tiny_run: Path, tmp_path: Pat
 
 def test_what_was_trained_makes_room_for_the_best_weights(train, monkeypatch) -> None:
     """A second model is 3.4 GB at full size, which no plan counts."""
-    build, score = run.build_model, run.score
+    build, score = run.build_model, run.score_dataset
     trained, alive = [], []
 
     def built(*arguments: Any, **settings: Any) -> Any:
@@ -183,13 +183,13 @@ def test_what_was_trained_makes_room_for_the_best_weights(train, monkeypatch) ->
         trained.append(weakref.ref(model))
         return model
 
-    def scored(*arguments: Any) -> Any:
+    def scored(*arguments: Any, **settings: Any) -> Any:
         if "reloaded" in arguments[-1]:
             alive.extend(model() is not None for model in trained)
-        return score(*arguments)
+        return score(*arguments, **settings)
 
     monkeypatch.setattr(run, "build_model", built)
-    monkeypatch.setattr(run, "score", scored)
+    monkeypatch.setattr(run, "score_dataset", scored)
     assert train("--epochs", 1).code == 0
     assert alive == [False]
 
@@ -324,16 +324,16 @@ def test_a_loss_that_is_not_finite_ends_with_a_word(train, tiny_run: Path, tmp_p
 def test_what_is_not_finite_is_saved_before_and_named(train, tmp_path, monkeypatch) -> None:
     """In the third update: its images, the first bad module, and the weights after the second."""
     words = ("--epochs", 2, "--batch-size", 1, "--checkpoint", "none")
-    update, losses = Loop._update, []
+    update, losses = Step.__call__, []
 
-    def spoil_the_third(loop: Loop, group: list) -> object:
+    def spoil_the_third(step: Step, batches: list, epoch: int) -> object:
         losses.append(0.0)
-        module = loop.model.segmentation_head.mask_predictor.mask_embed.layers[0]
+        module = step.model.segmentation_head.mask_predictor.mask_embed.layers[0]
         if len(losses) == 3:
             module.register_forward_hook(lambda _module, _inputs, output: output * float("inf"))
-        return update(loop, group)
+        return update(step, batches, epoch)
 
-    monkeypatch.setattr(Loop, "_update", spoil_the_third)
+    monkeypatch.setattr(Step, "__call__", spoil_the_third)
     done = train(*words)
     assert done.code == 1
     assert "segmentation_head.mask_predictor.mask_embed.layers.0 (Linear)" in done.err
@@ -341,7 +341,7 @@ def test_what_is_not_finite_is_saved_before_and_named(train, tmp_path, monkeypat
     assert "saved in" in done.err
     saved = tmp_path / "out" / "checkpoints" / "update-00000002"
     assert all(value.isfinite().all() for value in load_file(saved / "model.safetensors").values())
-    monkeypatch.setattr(Loop, "_update", update)
+    monkeypatch.setattr(Step, "__call__", update)
     assert train(*words, "--resume").code == 0
     assert train(*words, folder="whole").code == 0
     assert _same(tmp_path / "whole", tmp_path / "out")
@@ -349,15 +349,15 @@ def test_what_is_not_finite_is_saved_before_and_named(train, tmp_path, monkeypat
 
 def test_a_gradient_that_is_not_finite_is_named(train, tmp_path, monkeypatch) -> None:
     name = "transformer.decoder.norm.weight"
-    losses = Loop._losses
+    losses = Step.batch_losses
 
-    def spoil(loop: Loop, *arguments: object, **options: object) -> dict[str, torch.Tensor]:
-        found = losses(loop, *arguments, **options)
-        weight = loop.model.get_parameter(name)
+    def spoil(step: Step, *arguments: object, **options: object) -> dict[str, torch.Tensor]:
+        found = losses(step, *arguments, **options)
+        weight = step.model.get_parameter(name)
         weight.register_hook(lambda gradient: gradient * float("nan"))
         return found
 
-    monkeypatch.setattr(Loop, "_losses", spoil)
+    monkeypatch.setattr(Step, "batch_losses", spoil)
     done = train("--epochs", 1, "--checkpoint", "none")
     assert done.code == 1
     assert "the gradient of transformer.decoder.norm.weight is the first" in done.err

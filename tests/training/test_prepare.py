@@ -13,17 +13,16 @@ from app.errors import UserError
 from app.model import weights
 from app.model.build import build_model
 from app.model.bundled import bundled_nano
-from app.training import start
-from app.training.start import configure
+from app.training.prepare import Request, configure, default_weights
 from tests.conftest import Command
 
 
 def test_auto_is_nano_without_a_gpu(monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    config, file = configure([], None, "auto", None)
+    config, file = configure(Request([]))
     assert config.model.name == "nano"
     assert file == weights.find_file(bundled_nano())
-    assert configure(["checkpoint=none"], None, "auto", None)[1] is None
+    assert configure(Request(["checkpoint=none"]))[1] is None
 
 
 def test_auto_is_sam3_where_gpu_and_weights_are_at_hand(monkeypatch, tmp_path: Path) -> None:
@@ -31,9 +30,9 @@ def test_auto_is_sam3_where_gpu_and_weights_are_at_hand(monkeypatch, tmp_path: P
     torch.save(build_model(load_config().model).state_dict(), tmp_path / "sam3.pt")
     monkeypatch.setattr(weights, "cached_sam3", lambda: tmp_path / "sam3.pt")
     for download in (True, False):
-        chosen = start._default_weights("auto", random=False, download=download)
+        chosen = default_weights("auto", random=False, download=download)
         assert chosen == ("sam3", tmp_path / "sam3.pt")
-    assert start._default_weights("auto", random=True, download=True) == ("nano", None)
+    assert default_weights("auto", random=True, download=True) == ("nano", None)
 
 
 def test_the_gated_weights_that_are_not_at_hand(monkeypatch) -> None:
@@ -42,26 +41,26 @@ def test_the_gated_weights_that_are_not_at_hand(monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     monkeypatch.setattr(weights, "HUB", ("nobody/nothing", "sam3.pt"))
     with pytest.raises(UserError) as caught:
-        configure([], None, "sam3", None)
+        configure(Request([], size="sam3"))
     assert "SAM License" in str(caught.value)
     assert "--checkpoint none" in str(caught.value)
-    config, file = configure([], None, "sam3", None, download=False)  # a plan needs none of them
+    config, file = configure(Request([], size="sam3", download=False))  # a plan needs none of them
     assert (config.model.name, file) == ("sam3", Path("sam3.pt"))
     assert "hf_canary" not in str(caught.value)
 
 
 def test_random_weights_by_choice() -> None:
-    config, file = configure(["checkpoint=none"], None, "sam3", None)
+    config, file = configure(Request(["checkpoint=none"], size="sam3"))
     assert (config.model.name, file) == ("sam3", None)
 
 
 def test_the_size_follows_the_weights(tmp_path: Path) -> None:
     model = load_config(["model.resolution=96", "model.num_queries=7"]).model
     weights.save(build_model(model), tmp_path, weights.Header(model=model))
-    config, file = configure([f"checkpoint={tmp_path}"], None, "auto", None)
+    config, file = configure(Request([f"checkpoint={tmp_path}"]))
     assert config.model == model
     assert file == tmp_path / "model.safetensors"
-    changed, _ = configure([f"checkpoint={tmp_path}", "model.resolution=64"], None, "nano", None)
+    changed, _ = configure(Request([f"checkpoint={tmp_path}", "model.resolution=64"], size="nano"))
     assert (changed.model.resolution, changed.model.num_queries) == (64, 7)
 
 
@@ -73,25 +72,25 @@ def test_what_is_recomputed_is_of_training_not_of_weights(tmp_path: Path) -> Non
         ([], ["vision", "masks"]),
         (["model.activation_checkpointing=false"], False),
     ):
-        config, _ = configure([f"checkpoint={tmp_path}", *more], None, "auto", None)
+        config, _ = configure(Request([f"checkpoint={tmp_path}", *more]))
         assert config.model.activation_checkpointing == expected
 
 
 def test_size_in_a_file_or_an_override(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("model: small\ncheckpoint: none\noutput_dir: here\n")
-    config, _ = configure([], tmp_path / "c.yaml", "auto", None)
+    config, _ = configure(Request([], file=tmp_path / "c.yaml"))
     assert (config.model.name, config.output_dir) == ("small", "here")
-    config, _ = configure(["model=nano"], tmp_path / "c.yaml", "auto", None)
+    config, _ = configure(Request(["model=nano"], file=tmp_path / "c.yaml"))
     assert config.model.name == "nano"
     (tmp_path / "d.yaml").write_text("model: {resolution: 64}\n")
-    config, _ = configure(["checkpoint=none"], tmp_path / "d.yaml", "nano", None)
+    config, _ = configure(Request(["checkpoint=none"], file=tmp_path / "d.yaml", size="nano"))
     assert (config.model.name, config.model.resolution) == ("nano", 64)
 
 
 def test_learning_rates_keep_their_ratio() -> None:
-    config, _ = configure(["checkpoint=none"], None, "nano", 4e-4)
+    config, _ = configure(Request(["checkpoint=none"], size="nano", lr=4e-4))
     assert config.optim.lr_scale == pytest.approx(0.5)
-    config, _ = configure(["checkpoint=none", "optim.lr=2e-4"], None, "nano", 4e-4)
+    config, _ = configure(Request(["checkpoint=none", "optim.lr=2e-4"], size="nano", lr=4e-4))
     assert config.optim.lr_scale == pytest.approx(2.0)
 
 
@@ -100,7 +99,7 @@ def test_flags_reach_the_configuration() -> None:
         *("training.epochs=3", "training.batch_size=5", "training.grad_accum=2"),
         *("model.resolution=64", "training.num_gpus=2", "seed=9", "output_dir=x"),
     ]
-    config, _ = configure([*overrides, "checkpoint=none"], None, "nano", None)
+    config, _ = configure(Request([*overrides, "checkpoint=none"], size="nano"))
     training = config.training
     assert (training.epochs, training.batch_size, training.grad_accum) == (3, 5, 2)
     assert (config.model.resolution, training.num_gpus) == (64, 2)

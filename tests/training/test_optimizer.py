@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.config.compose import load_config
 from app.config.schema import ScheduleConfig
-from app.training.schedule import learning_rate_factor
+from app.model.build import build_model
+from app.training.optimizer import build_optimizer, learning_rate_factor
 
 NAMES = ["inverse_sqrt", "linear", "cosine", "constant"]
 
@@ -47,3 +49,26 @@ def test_known_points() -> None:
     )
     assert learning_rate_factor(40, 1000, _config("inverse_sqrt")) == pytest.approx(2**-0.5)
     assert learning_rate_factor(999, 1000, _config("constant")) == 1.0
+
+
+def test_learning_rates_are_upstreams_groups() -> None:
+    config = load_config()
+    model = build_model(config.model)
+    optimizer = build_optimizer(model, config.optim, lr_scale=0.1)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates, decays = {}, {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            rates[names[parameter]] = group["lr"]
+            decays[names[parameter]] = group["weight_decay"]
+    assert set(rates) == set(names.values())
+    assert rates["transformer.decoder.query_embed.weight"] == pytest.approx(8e-5)
+    assert rates["backbone.language_backbone.resizer.weight"] == pytest.approx(5e-6)
+    assert rates["backbone.vision_backbone.convs.0.conv_1x1.weight"] == pytest.approx(2.5e-5)
+    block = "backbone.vision_backbone.trunk.blocks.{}.mlp.fc1.weight"
+    for index in range(4):  # a factor of 0.9 for each block further from the output
+        assert rates[block.format(index)] == pytest.approx(2.5e-5 * 0.9 ** (4 - index))
+    assert rates["backbone.vision_backbone.trunk.pos_embed"] == pytest.approx(2.5e-5)
+    assert decays[block.format(0)] == pytest.approx(0.1)
+    assert decays["backbone.vision_backbone.trunk.blocks.0.mlp.fc1.bias"] == 0
+    assert decays["backbone.vision_backbone.trunk.blocks.0.norm1.weight"] == 0

@@ -1,0 +1,214 @@
+"""A run from the command's words: trained, scored or planned; here, on a cluster, by upstream."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from app.config.schema import PlanKind, Resume
+from app.errors import UserError
+from app.signals import StopRequest
+from app.training import features, run
+from app.training.output_folder import prepare_folder
+from app.training.prepare import (
+    BATCH_SIZE,
+    Prepared,
+    Request,
+    check_resume,
+    is_main_process,
+    open_folder,
+    prepare,
+)
+from app.training.run import Teach
+from app.training.trainer import Recorder
+
+log = logging.getLogger("app")
+
+
+def start(
+    overrides: Sequence[str],
+    *,
+    size: str,
+    stop: StopRequest,
+    file: Path | None = None,
+    recipe: str | None = None,
+    lr: float | None = None,
+    base_config: bool = False,
+    eval_only: bool = False,
+    plan: PlanKind | None = None,
+    resume: Resume | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Check the flags against one another, then train, score or plan, by us or by upstream.
+
+    Raises:
+        UserError: whatever the user must mend, before anything is written.
+    """
+    from app.upstream_trainer.schema import BASE_CONFIG, is_upstream_schema
+
+    given = {"--use-base-config": base_config, "--config": file, "--recipe": recipe}
+    if len(named := [flag for flag, value in given.items() if value]) > 1:
+        raise UserError(f"{' and '.join(named)}: give one of them")
+    tracks = any(text.startswith("tracking.") for text in overrides)
+    problems = []
+    if plan and eval_only:
+        problems.append("--plan and --eval-only: a plan is of training; leave one of them out")
+    if tracks and eval_only:
+        problems.append("--mlflow and --register: of a training; leave them out, or --eval-only")
+    file = BASE_CONFIG if base_config else file
+    by_upstream = file is not None and is_upstream_schema(file)
+    if resume and eval_only and not by_upstream:
+        problems.append("--resume: of a training; leave it out, or --eval-only")
+    if by_upstream:
+        auto_batch = f"{BATCH_SIZE}=auto" in overrides
+        ours = {"--plan": plan, "--batch-size auto": auto_batch, "--mlflow, --register": tracks}
+        problems += [
+            f"{flag}: of this project's own training, and {file} is for upstream's Trainer; "
+            "leave one of them out"
+            for flag, value in ours.items()
+            if value
+        ]
+    if problems:
+        raise UserError(problems)
+    if by_upstream:
+        from app.upstream_trainer import run as upstream
+
+        assert file is not None
+        upstream.start(
+            overrides,
+            file,
+            size=size,
+            lr=lr,
+            eval_only=eval_only,
+            resume=resume,
+            overwrite=overwrite,
+        )
+        return
+    request = Request(
+        overrides,
+        size=size,
+        file=file,
+        recipe=recipe,
+        lr=lr,
+        eval_only=eval_only,
+        resume=resume,
+        overwrite=overwrite,
+        download=plan is None,
+    )
+    if eval_only:
+        evaluate(request)
+    else:
+        train(request, stop, plan=plan)
+
+
+def train(request: Request, stop: StopRequest, *, plan: PlanKind | None = None) -> None:
+    """Prepare the run, then plan it, hand it to a cluster or to other processes, or train it here.
+
+    Raises:
+        UserError: whatever the user must mend, before anything is written.
+    """
+    from app.launch import slurm, torchrun
+    from app.tracking.state import mlflow_uri
+
+    if not is_main_process():
+        log.setLevel(logging.WARNING)
+    prepared = prepare(request, in_job=slurm.is_inside())
+    tracking = prepared.config.tracking
+    if tracking.register_as and not (tracking.mlflow or mlflow_uri(None)):
+        raise UserError("--register: is of MLflow; give --mlflow as well, or MLFLOW_TRACKING_URI")
+    if prepared.fits_batch:
+        prepared = fit_batch(prepared)
+    if plan:
+        show_plan(prepared, plan)
+        return
+    if prepared.elsewhere:
+        if request.resume:
+            open_keys = [*features.DECIDED, *([BATCH_SIZE] if request.fits_batch else [])]
+            check_resume(prepared, prepared.processes, open_keys)
+        prepare_folder(prepared.folder, resume=request.resume, overwrite=request.overwrite)
+        slurm.submit(prepared.config, sys.argv[1:], request.resume)
+        return
+    if prepared.processes > 1 and not torchrun.is_launched():
+        cluster, training = prepared.config.cluster, prepared.config.training
+        torchrun.relaunch(training.num_gpus, [*sys.argv[1:], *prepared.decided], cluster.nodes)
+    if request.resume:
+        check_resume(prepared, int(os.environ.get("WORLD_SIZE", "1")))
+    train_here(prepared, stop)
+
+
+def train_here(prepared: Prepared, stop: StopRequest) -> None:
+    """Train in this process, one of the run's; figures go to files, and to MLflow if asked."""
+    from app.launch import torchrun
+    from app.tracking.files import Tracker, followed_by_mlflow
+
+    recorder: Recorder | None = None
+    following: AbstractContextManager[None] = nullcontext()
+    teach: Teach | None = None
+    if is_main_process():
+        open_folder(prepared)
+        recorder = Tracker(prepared.folder)
+        following = followed_by_mlflow(prepared.config.tracking, prepared.folder)
+    if prepared.config.distill.teacher is not None:
+        from app.compression import teaching
+
+        teach = teaching.teach
+    with torchrun.end_quietly_if_peer_died(), following:
+        run.train(
+            prepared.config,
+            prepared.splits,
+            prepared.pretrained_path,
+            resume=prepared.request.resume,
+            stop=stop,
+            recorder=recorder,
+            teach=teach,
+        )
+
+
+def fit_batch(prepared: Prepared) -> Prepared:
+    """Find the largest batch that fits; a resumed run keeps the one that it had."""
+    from app.planning.plan import Planner
+    from app.training import checkpoints
+
+    newest = None
+    if prepared.request.resume:
+        newest = checkpoints.find_newest(prepared.folder / "checkpoints")
+    if newest is not None:
+        size = checkpoints.read(newest)[1][BATCH_SIZE]
+    else:
+        size = Planner(prepared).largest_batch()
+        if not size:
+            raise UserError(
+                "--batch-size auto: not even one image a step fits. --plan --batch-size 1 says "
+                "what would"
+            )
+    log.info("batch size: %d images (the largest that fits)", size)
+    return prepared.with_batch_size(size)
+
+
+def show_plan(prepared: Prepared, kind: PlanKind) -> None:
+    """Print what the run will take; refuse it where that is not there."""
+    from app.planning.plan import Planner, measure, show, show_times
+
+    if prepared.elsewhere:
+        log.info("--cluster slurm: memory and disk are those of this machine, not of the job's")
+    planner = Planner(prepared)
+    plan = planner.plan()
+    show(plan, prepared.splits)
+    planner.require_fit(plan)
+    if kind == "measure":
+        show_times(measure(prepared), plan, prepared.splits)
+
+
+def evaluate(request: Request) -> None:
+    """Score weights on a split; leave figures and a report in the output folder."""
+    from app.evaluation.evaluate import evaluate as score
+
+    prepared = prepare(request)
+    if prepared.processes > 1:
+        log.info("--eval-only: in one process, whatever --num-gpus and --nodes say")
+    open_folder(prepared)
+    score(prepared.config, prepared.splits, prepared.pretrained_path)

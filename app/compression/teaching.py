@@ -1,0 +1,80 @@
+"""A teacher's losses beside those of the labels: what a taught run trains by."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from sam3.model.data_misc import BatchedDatapoint
+from sam3.model.sam3_image import Sam3Image
+from torch import Tensor, nn
+
+from app.compression import distillation
+from app.compression.distillation import Lesson
+from app.config.schema import Config
+from app.datasets.build import Splits
+from app.datasets.prompts import NOUNS
+from app.model.device import autocast, choose_device
+from app.training import features
+from app.training.losses import LabelLosses, forward
+
+log = logging.getLogger("app")
+
+
+class TaughtLosses:
+    """The losses of a teacher's lessons, and of labels in the last stage.
+
+    Args:
+        labels: of labelled images.
+        lesson: of the teacher.
+    """
+
+    def __init__(self, labels: LabelLosses, lesson: Lesson) -> None:
+        self.labels, self.lesson = labels, lesson
+        self.criterion: Any = labels.criterion
+
+    def attach(self, model: nn.Module) -> None:
+        """Let the model return its features beside its outputs."""
+        distillation.show_on_the_way(model)
+
+    def __call__(self, model: nn.Module, batch: BatchedDatapoint, epoch: int) -> dict[str, Tensor]:
+        """Return "loss", the teacher's parts, and in the last stage those of labels."""
+        lesson, stage = self.lesson, self.lesson.stage(epoch)
+        labelled: dict[str, Tensor] = {}
+        with autocast(batch.img_batch.device, self.labels.precision):
+            words = lesson.draw_words(batch)
+            outputs, seen = forward(model, batch, words, stage)
+            taught = lesson.losses(batch, words, stage, outputs, seen)
+            total = torch.stack([*taught.values()]).sum()
+            if stage == "answers" and lesson.config.labels:
+                labelled = self.labels.of_outputs(model, outputs, batch)
+                total = total + lesson.config.labels * labelled.pop("loss")
+        return {"loss": total, **labelled, **taught}
+
+
+def teach(
+    config: Config,
+    model: Sam3Image,
+    splits: Splits,
+    labels: LabelLosses,
+    folder: Path | None = None,
+) -> TaughtLosses:
+    """Load the run's teacher; return its losses beside those of the labels.
+
+    Args:
+        model: the student, frozen where it does not learn.
+        folder: of the cache of the teacher's features; None: `features.FOLDER`.
+    """
+    if note := distillation.note(config):
+        log.info("note: %s", note)
+    device = choose_device(config.training.device)
+    teacher = distillation.load_teacher(config, model, device, labels.precision)
+    assert teacher is not None  # `distill.teacher` names it
+    if config.training.cache_features:
+        folder = folder or features.FOLDER
+        features.cache_encoders(teacher.model, features.ENCODERS, folder, labels.precision)
+    learns = any(p.requires_grad for p in model.backbone.language_backbone.parameters())
+    words = [*splits.train.class_names, *NOUNS] if learns else []
+    return TaughtLosses(labels, Lesson(teacher, config.distill, words))

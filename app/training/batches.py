@@ -1,0 +1,143 @@
+"""The batches of a training run: which images, in which order, on which process."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from hydra.utils import instantiate
+from sam3.model.data_misc import BatchedDatapoint
+from sam3.train.data.sam3_image_dataset import Datapoint
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from app import signals
+from app.config.schema import Config
+from app.datasets.coco import Dataset
+from app.datasets.prompts import nouns_beside
+from app.datasets.queries import PromptChoice, QueryDataset, collate
+from app.errors import UserError
+from app.model.vocabulary import askable
+from app.training.collective import raise_on_all_ranks
+
+CUDA_WORKERS = 4  # processes that load images beside a GPU; a CPU's cores are busy with the model
+
+
+def query_dataset(config: Config, dataset: Dataset) -> QueryDataset:
+    """Return the images of a split with the prompts that training asks of each."""
+    settings = config.dataset
+    names = [name for c in dataset.categories for name in (c.name, *c.synonyms)]
+    choice = PromptChoice(
+        most=settings.max_prompts,
+        negatives=settings.negatives,
+        foreign=settings.foreign,
+        near_misses=tuple(settings.near_misses),
+        nouns=tuple(askable(config.model.vocabulary, nouns_beside(names))),
+    )
+    transforms = [instantiate(node) for node in config.transforms.train]
+    return QueryDataset(dataset, transforms, seed=config.seed, choice=choice, views=settings.views)
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """(epoch, index) of this process's share of an epoch, in the order that the seed gives.
+
+    The order is padded from its start so that every process has the same number of items. The first
+    `first` items are left out because a resumed epoch has had them.
+    """
+
+    def __init__(self, length: int, seed: int, rank: int = 0, processes: int = 1) -> None:
+        self.length, self.seed, self.rank, self.processes = length, seed, rank, processes
+        self.epoch = 0
+        self.first = 0
+
+    def __len__(self) -> int:
+        return math.ceil(self.length / self.processes)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.length, generator=generator).tolist()
+        padded = itertools.islice(itertools.cycle(order), len(self) * self.processes)
+        start = self.rank + self.first * self.processes
+        return ((self.epoch, i) for i in itertools.islice(padded, start, None, self.processes))
+
+
+class Batches:
+    """The training images in batches, epoch after epoch; every process of a run has its share.
+
+    Args:
+        data: the training images.
+
+    Attributes:
+        updates_per_epoch: updates of the weights; each takes `training.grad_accum` batches.
+        paths: image id -> its file.
+    """
+
+    def __init__(self, config: Config, data: QueryDataset, accelerator: Accelerator) -> None:
+        self.config, self.device = config.training, accelerator.device
+        self.sampler = EpochSampler(
+            len(data), config.seed, accelerator.process_index, accelerator.num_processes
+        )
+        workers = self.config.num_workers
+        if workers == "auto":
+            workers = CUDA_WORKERS if self.device.type == "cuda" else 0
+        self.loader: DataLoader[Any] = DataLoader(
+            _ErrorsAsItems(data),
+            batch_size=self.config.batch_size,
+            sampler=self.sampler,
+            num_workers=workers,
+            collate_fn=_collate,
+            worker_init_fn=signals.leave_to_parent,
+            # A separate generator: the loader must not advance the global one, or dropout would
+            # differ after a resume.
+            generator=torch.Generator(),
+            pin_memory=self.device.type == "cuda",
+        )
+        self.updates_per_epoch = math.ceil(len(self.loader) / self.config.grad_accum)
+        self.paths: dict[int, Path] = {image.id: image.path for image in data.dataset.images}
+
+    def epoch(self, epoch: int, first_update: int = 0) -> Iterator[list[BatchedDatapoint]]:
+        """Yield the batches of each update; all images once.
+
+        Args:
+            first_update: updates of the epoch that are done already.
+
+        Raises:
+            UserError: images that cannot be decoded, each by its path; on all ranks at once.
+        """
+        self.sampler.epoch = epoch
+        self.sampler.first = first_update * self.config.batch_size * self.config.grad_accum
+        with signals.blocked_signals():
+            batches = iter(self.loader)
+        try:
+            while group := list(itertools.islice(batches, self.config.grad_accum)):
+                with raise_on_all_ranks(self.device):
+                    if errors := [batch for batch in group if isinstance(batch, UserError)]:
+                        raise errors[0]
+                yield group
+        finally:
+            del batches  # ends the workers: an error's traceback would keep them, and exit waits
+
+
+class _ErrorsAsItems(TorchDataset):
+    """Return a UserError as an item: one raised in a worker would arrive with a traceback."""
+
+    def __init__(self, data: QueryDataset) -> None:
+        self.data = data
+
+    def __getitem__(self, key: tuple[int, int]) -> Datapoint | UserError:
+        try:
+            return self.data[key]
+        except UserError as error:
+            return error
+
+
+def _collate(items: list[Datapoint | UserError]) -> BatchedDatapoint | UserError:
+    errors = [item for item in items if isinstance(item, UserError)]
+    if errors:
+        return UserError([problem for error in errors for problem in error.problems])
+    return collate([item for item in items if not isinstance(item, UserError)])

@@ -1,0 +1,99 @@
+"""The losses of a batch: forward pass, matching and upstream's losses."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Protocol
+
+import torch
+from sam3.model.data_misc import BatchedDatapoint
+from torch import Tensor, nn
+
+from app.model.device import autocast
+from app.training.collective import raise_on_all_ranks, scale_to_global_counts
+
+PARTS = (  # of upstream's losses: those that are recorded
+    *("loss_bbox", "loss_giou", "loss_ce", "presence_loss", "loss_mask", "loss_dice"),
+    *("loss_semantic_seg", "loss_semantic_dice"),
+)
+
+
+class Losses(Protocol):
+    """The losses that a run trains by: of labels alone, or of a teacher as well.
+
+    Attributes:
+        criterion: upstream's Sam3LossWrapper.
+    """
+
+    criterion: Any
+
+    def attach(self, model: nn.Module) -> None:
+        """Prepare the model, before it is wrapped for several processes."""
+
+    def __call__(self, model: nn.Module, batch: BatchedDatapoint, epoch: int) -> dict[str, Tensor]:
+        """Return scalars by name; "loss", their weighted sum, has the graph.
+
+        Args:
+            model: a Sam3Image, or DDP around one.
+            batch: on the model's device.
+
+        Raises:
+            FloatingPointError: the model's outputs are not finite, on this or another rank.
+        """
+
+
+class LabelLosses:
+    """Upstream's losses of labelled images, and nothing else.
+
+    Args:
+        criterion: upstream's Sam3LossWrapper.
+        precision: float32, or bfloat16 to multiply in.
+    """
+
+    def __init__(self, criterion: nn.Module, precision: torch.dtype) -> None:
+        self.criterion: Any = criterion
+        self.precision = precision
+
+    def attach(self, model: nn.Module) -> None:
+        """Leave the model as it is."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: BatchedDatapoint,
+        epoch: int = 0,  # noqa: ARG002
+    ) -> dict[str, Tensor]:
+        """Return "loss", and those of `PARTS` that the criterion has, before they are weighted."""
+        with autocast(batch.img_batch.device, self.precision):
+            outputs = forward(model, batch)
+            return self.of_outputs(model, outputs, batch)
+
+    def of_outputs(
+        self, model: nn.Module, outputs: Any, batch: BatchedDatapoint
+    ) -> dict[str, Tensor]:
+        """Return the losses of the model's outputs: each layer's queries matched and compared."""
+        ddp = hasattr(model, "module")
+        module: Any = model.module if ddp else model
+        targets = [module.back_convert(target) for target in batch.find_targets]
+        losses = self.criterion(outputs, targets)
+        if ddp:
+            losses = scale_to_global_counts(losses, self.criterion, targets[0])
+        parts = {name: losses[name].float() for name in PARTS if name in losses}
+        return {"loss": losses["core_loss"], **parts}
+
+
+def forward(model: nn.Module, batch: BatchedDatapoint, *arguments: Any) -> Any:
+    """Return the model's outputs; images (B, 3, R, R), each with any number of prompts.
+
+    Raises:
+        FloatingPointError: the outputs are not finite, on this or another rank. Upstream's matcher
+            raises a ValueError where its costs are not.
+    """
+    ddp = hasattr(model, "module")
+    with raise_on_all_ranks(batch.img_batch.device) if ddp else contextlib.nullcontext():
+        try:
+            return model(batch, *arguments)
+        except ValueError as error:
+            if "invalid numeric" not in str(error):
+                raise
+            raise FloatingPointError(str(error)) from None

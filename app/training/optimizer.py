@@ -1,0 +1,82 @@
+"""AdamW and its learning rates over a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+from sam3.train.optim.optimizer import construct_optimizer
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from app.config.schema import OptimConfig, ScheduleConfig
+
+TEXT = "backbone.language_backbone."
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> Optimizer:
+    """Return AdamW with upstream's groups: three learning rates, layer decay, no decay of biases.
+
+    Frozen parameters are in none of the groups. They are taken out afterwards because upstream
+    asserts that its groups cover all parameters, and that each of its patterns matches
+    (optimizer.py:183, 241).
+    """
+    parts = OmegaConf.create(
+        {
+            "optimizer": config.optimizer,
+            "options": _matching_options(config.options, model),
+            "modifiers": config.param_group_modifiers,
+        }
+    )
+    # Upstream's wrapper sets each group's rate from its own schedule once, and is then left behind.
+    optimizer = construct_optimizer(
+        model, parts.optimizer, parts.options, parts.modifiers
+    ).optimizer
+    for group in optimizer.param_groups:
+        group["lr"] *= lr_scale
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    return optimizer
+
+
+def _matching_options(options: Mapping[str, Any], model: nn.Module) -> dict[str, list[Any]]:
+    """Leave out the text encoder's options where stored words are in its place."""
+    if any(name.startswith(TEXT) for name, _ in model.named_parameters()):
+        return dict(options)
+    return {
+        kind: [entry for entry in entries if entry.get("param_names") != [f"{TEXT}*"]]
+        for kind, entries in options.items()
+    }
+
+
+def build_scheduler(optimizer: Optimizer, config: ScheduleConfig, total: int) -> LambdaLR:
+    """Return the schedule of a run of `total` updates; an extended run keeps the last rate."""
+    return LambdaLR(
+        optimizer, lambda update: learning_rate_factor(min(update, total - 1), total, config)
+    )
+
+
+def learning_rate_factor(update: int, total: int, config: ScheduleConfig) -> float:
+    """Return the factor in (0, 1] of each group's own rate, for update 0 .. total - 1.
+
+    Upstream's own schedule divides by zero when a run is as long as its warm-up
+    (schedulers.py:24-26), and its first update has a rate of 0. Here warm-up and cool-down take at
+    most a tenth of the run each, and no update is wasted.
+    """
+    warmup = min(config.warmup_steps, total // 10)
+    if update < warmup:
+        return (update + 1) / (warmup + 1)
+    done = update - warmup
+    left = (total - update) / max(total - warmup, 1)  # 1 at the end of the warm-up, > 0 to the last
+    if config.name == "constant":
+        return 1.0
+    if config.name == "linear":
+        return min(left, 1.0)
+    if config.name == "cosine":
+        return 0.5 * (1 - math.cos(math.pi * min(left, 1.0)))
+    cooldown = min(config.cooldown_steps, total // 10)
+    ending = min(1.0, (total - update) / (cooldown + 1))
+    return ending / math.sqrt(1 + done / config.timescale)

@@ -1,0 +1,123 @@
+"""The output folder of a run: made ready, described, and pointed to at the end."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from app.config.compose import to_yaml
+from app.config.schema import Config, Resume
+from app.datasets.build import Splits
+from app.errors import UserError
+from app.files import write_json, write_text
+from app.model.upstream.pin import COMMIT
+
+log = logging.getLogger("app")
+
+# Files and folders of a run; --overwrite removes these and nothing else.
+CONTENTS = (
+    *("config.yaml", "config_resolved.yaml", "environment.json", "train.log", "metrics.csv"),
+    *("metrics.json", "metrics_by_class.csv", "report.html", "weights", "checkpoints"),
+    *("predictions", "plots", "tensorboard", "slurm", "dataset_report.html", "mlflow.json"),
+    *("dataset", "dumps", "logs"),  # of upstream's Trainer
+)
+PACKAGES = ("torch", "torchvision", "sam3", "accelerate", "peft", "hotcoco", "numpy")
+
+
+def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> None:
+    """Make the output folder ready, or refuse: nothing is overwritten unasked.
+
+    Raises:
+        UserError: a run is there and neither `resume` nor `overwrite` is given, none is there and
+            `resume` is, or the folder cannot be written.
+    """
+    present = [name for name in CONTENTS if (folder / name).exists()]
+    if resume in ("all", "weights") and not present:
+        raise UserError(
+            f"--resume: no run in {folder}. Give --output-dir of the run to resume, or leave out "
+            "--resume to start one."
+        )
+    if present and not (resume or overwrite):
+        raise UserError(
+            f"--output-dir {folder}: holds a run already ({', '.join(present[:3])}, …). "
+            "Go on with --resume, replace it with --overwrite, or name another folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+        for path in (folder / name for name in present if overwrite):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for unfinished in folder.glob("weights/*/.model.safetensors.*"):
+            unfinished.unlink()
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
+
+
+def free_folder(folder: Path) -> Path:
+    """Return `folder`, or the first of folder-2, folder-3, … that holds no run."""
+    names = itertools.chain([folder], (Path(f"{folder}-{n}") for n in itertools.count(2)))
+    return next(name for name in names if not any((name / part).exists() for part in CONTENTS))
+
+
+def write_settings(
+    folder: Path, config: Config, overrides: Sequence[str], splits: Splits, resume: Resume | None
+) -> None:
+    """Write config.yaml (what was asked for), config_resolved.yaml (all of it), environment.json.
+
+    A resumed run keeps the files that it was started with: of these only config_resolved.yaml is
+    written anew.
+    """
+    write_text(folder / "config_resolved.yaml", to_yaml(config))
+    if resume in ("all", "auto") and (folder / "environment.json").is_file():
+        return
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.from_dotlist(list(overrides))))
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "sam3_commit": COMMIT,
+        "packages": {name: version(name) for name in PACKAGES},
+        "git": _git("rev-parse", "HEAD"),
+        "git_modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "data": {
+            name: {"images": len(split.images), "sha256": split.content_hash()}
+            for name in ("train", "valid", "test")
+            if (split := getattr(splits, name)) is not None
+        },
+        "command": sys.argv[1:],
+    }
+    write_json(folder / "environment.json", environment)
+
+
+def _git(*words: str) -> str | None:
+    """Return git's answer about the program's own repository; None where it lies in none."""
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def log_next_steps(weights_folder: Path, splits: Splits) -> None:
+    """Print the weights' path and the command that uses them."""
+    log.info("weights: %s", weights_folder)
+    log.info(
+        "use them: ./infer.sh --checkpoint '%s' --input '%s' --prompt '%s' --output-dir '%s'",
+        weights_folder,
+        splits.valid.images[0].path.parent,
+        splits.train.class_names[0],
+        weights_folder.parent.parent / "found",
+    )

@@ -1,0 +1,337 @@
+"""From the words of a command to a run that can begin: everything checked, nothing written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from sam3.model.sam3_image import Sam3Image
+
+from app.config.compose import (
+    load_config,
+    load_model_config,
+    model_names,
+    read_yaml,
+    recipe_file,
+)
+from app.config.schema import Config, Resume
+from app.datasets.build import Splits
+from app.datasets.coco import Dataset
+from app.datasets.read_splits import read_splits
+from app.errors import UserError, nearest
+from app.evaluation.evaluate import choose_split
+from app.model import weights
+from app.model.bundled import bundled_nano
+from app.model.device import choose_device
+from app.model.vocabulary import unknown_words
+from app.training import checkpoints, method
+from app.training.features import decide_feature_cache
+from app.training.fingerprint import check_same, differences, fingerprint
+from app.training.output_folder import free_folder, prepare_folder, write_settings
+from app.training.recipe import auto
+
+log = logging.getLogger("app")
+BATCH_SIZE = "training.batch_size"
+
+
+@dataclass(frozen=True)
+class Request:
+    """The words of a command, as they were given.
+
+    Attributes:
+        overrides: `KEY=VALUE`s of configs/train.yaml.
+        size: of the model, or auto.
+        file: YAML in our schema.
+        recipe: auto, or a YAML of configs/recipe by its name.
+        lr: learning rate of the detector; the others keep their ratio.
+        eval_only: score the split `evaluation.split`, do not train.
+        download: get Meta's weights where they are meant and not at hand.
+    """
+
+    overrides: Sequence[str]
+    size: str = "auto"
+    file: Path | None = None
+    recipe: str | None = None
+    lr: float | None = None
+    eval_only: bool = False
+    resume: Resume | None = None
+    overwrite: bool = False
+    download: bool = True
+
+    @property
+    def fits_batch(self) -> bool:
+        """Whether the batch size is still to be found: `auto`, and no number that was found."""
+        given = [text for text in self.overrides if text.startswith(f"{BATCH_SIZE}=")]
+        return bool(given) and set(given) == {f"{BATCH_SIZE}=auto"}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can begin.
+
+    Attributes:
+        config: with all that was decided.
+        overrides: that were given, and those of `--recipe auto`: what config.yaml will hold.
+        decided: overrides that were settled here, once, and hold for all processes of the run.
+        pretrained_path: weights to start from; None for random ones. Under `Request.download`
+            false the file may not be there yet.
+        meta_model: the model as it will be trained, on the meta device; None for an evaluation.
+        elsewhere: the run will be handed to a cluster, where its last decisions are made.
+    """
+
+    request: Request
+    config: Config
+    splits: Splits
+    pretrained_path: Path | None
+    overrides: tuple[str, ...]
+    decided: tuple[str, ...] = ()
+    meta_model: Sam3Image | None = None
+    elsewhere: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def processes(self) -> int:
+        """Processes of the whole run, over all machines."""
+        return self.config.training.num_gpus * self.config.cluster.nodes
+
+    @property
+    def fits_batch(self) -> bool:
+        """Whether the batch size is to be found here."""
+        return self.request.fits_batch and not self.elsewhere
+
+    def with_batch_size(self, size: int) -> Prepared:
+        """Return the run with the batch size that was found."""
+        training = self.config.training.model_copy(update={"batch_size": size})
+        return replace(
+            self,
+            config=self.config.model_copy(update={"training": training}),
+            decided=(*self.decided, f"{BATCH_SIZE}={size}"),
+        )
+
+    def configure(self, more: Sequence[str]) -> Config:
+        """Return the configuration with further overrides, of the same model and weights."""
+        at_hand = self.pretrained_path is None or self.pretrained_path.is_file()
+        fixed = f"checkpoint={(self.pretrained_path or 'none') if at_hand else 'auto'}"
+        overrides = [*_without_auto(self.overrides), *self.decided, *more, fixed]
+        request = replace(self.request, overrides=overrides, size=self.config.model.name)
+        return configure(request)[0].model_copy(update={"checkpoint": self.config.checkpoint})
+
+
+def prepare(request: Request, *, in_job: bool = False) -> Prepared:
+    """Check everything that can be checked, and decide everything that is decided once.
+
+    Args:
+        in_job: this process runs in a cluster's job, so that the run is made here.
+
+    Raises:
+        UserError: whatever the user must mend, before anything is written.
+    """
+    if request.recipe not in (None, "auto"):
+        request = replace(request, file=recipe_file(str(request.recipe)))
+    config, pretrained_path = configure(request)
+    elsewhere = config.cluster.name == "slurm" and not in_job
+    if not elsewhere:
+        choose_device(config.training.device)
+    meta_model = None if request.eval_only else method.check(config, pretrained_path)
+    splits = read_splits(config)
+    check_words(config, splits)
+    prepared = Prepared(
+        request,
+        config,
+        splits,
+        pretrained_path,
+        tuple(request.overrides),
+        meta_model=meta_model,
+        elsewhere=elsewhere,
+    )
+    if request.recipe == "auto":
+        prepared = _with_auto_recipe(prepared)
+    if request.eval_only:
+        choose_split(prepared.config, splits)
+        return prepared
+    check_masks(prepared.config, splits.train)
+    if elsewhere:
+        return prepared
+    assert prepared.meta_model is not None
+    config = decide_feature_cache(prepared.config, splits, request.resume, prepared.meta_model)
+    decided = (
+        f"training.cache_features={json.dumps(config.training.cache_features)}",
+        f"dataset.views={json.dumps(config.dataset.views)}",
+    )
+    return replace(prepared, config=config, decided=decided)
+
+
+def _with_auto_recipe(prepared: Prepared) -> Prepared:
+    """Add the settings that fit the number of images; the user's own stay."""
+    request, config = prepared.request, prepared.config
+    other_flags = ["optim.lr_scale"] if request.lr else []
+    chosen = auto(
+        len(prepared.splits.train.images),
+        config.model.name,
+        [*request.overrides, *other_flags],
+        pretrained=prepared.pretrained_path is not None,
+    )
+    prepared = replace(prepared, overrides=(*chosen, *request.overrides))
+    config = prepared.configure([])
+    meta_model = None if request.eval_only else method.check(config, prepared.pretrained_path)
+    return replace(prepared, config=config, meta_model=meta_model)
+
+
+def configure(request: Request) -> tuple[Config, Path | None]:
+    """Return the run's configuration, and the weights that it starts from (None: random)."""
+    overrides = _without_auto(request.overrides)
+    asked = _asked(overrides, request.file)
+    size = str(asked.get("model", "auto")) if request.size == "auto" else request.size
+    if size not in ("auto", *model_names()):
+        raise UserError(
+            f"--model {size}: there is no such size; there are auto, {', '.join(model_names())}."
+            f"{nearest(size, model_names())}"
+        )
+    checkpoint = str(asked.get("checkpoint", "auto"))
+    if checkpoint in ("none", "auto"):
+        size, pretrained_path = default_weights(
+            size, random=checkpoint == "none", download=request.download
+        )
+    else:
+        pretrained_path = weights.find_file(Path(checkpoint))
+    expected = None if size == "auto" else size
+    at_hand = pretrained_path if pretrained_path and pretrained_path.is_file() else None
+    model = weights.describe(at_hand, expected).model if at_hand else load_model_config(size)
+    if at_hand and model.name in model_names():  # recomputation is of training, not of weights
+        recomputed = load_model_config(model.name).activation_checkpointing
+        model = model.model_copy(update={"activation_checkpointing": recomputed})
+    overrides = [text for text in overrides if not text.startswith("model=")]
+    config = load_config(overrides, request.file, model)
+    if request.lr is not None:
+        if request.lr <= 0:
+            raise UserError(f"--lr {request.lr:g}: must be greater than 0")
+        optim = config.optim.model_copy(update={"lr_scale": request.lr / config.optim.lr})
+        config = config.model_copy(update={"optim": optim})
+    warm_start = config.training.warm_start.method
+    if pretrained_path and warm_start != "none" and not request.eval_only:
+        raise UserError(
+            f"training.warm_start.method={warm_start}: is for random weights, and would spoil "
+            f"those of {pretrained_path}; leave it out, or --checkpoint none"
+        )
+    if "output_dir" not in asked:
+        folder = Path("outputs/eval" if request.eval_only else config.output_dir)
+        config = config.model_copy(update={"output_dir": str(free_folder(folder))})
+    return config, pretrained_path
+
+
+def _without_auto(overrides: Sequence[str]) -> list[str]:
+    """Leave out the word for a batch size that is still to be found."""
+    return [text for text in overrides if text != f"{BATCH_SIZE}=auto"]
+
+
+def _asked(overrides: Sequence[str], file: Path | None) -> dict[str, Any]:
+    """Return top-level keys that the user set, in the file or on the command line, which wins."""
+    content = read_yaml(file) if file is not None else {}
+    items = content.items() if isinstance(content, dict) else ()
+    asked = {key: value for key, value in items if isinstance(value, str)}
+    if isinstance(content, dict) and isinstance(size := content.get("model"), dict):
+        asked |= {"model": size["name"]} if "name" in size else {}
+    for text in overrides:
+        key, _, value = text.partition("=")
+        asked[key] = value
+    return asked
+
+
+def default_weights(size: str, *, random: bool, download: bool) -> tuple[str, Path | None]:
+    """Return size and weights where no checkpoint is named; log which, and why."""
+    if size == "auto":
+        cached = not random and weights.cached_sam3() is not None
+        size = "sam3" if torch.cuda.is_available() and cached else "nano"
+        why = (
+            "a GPU and SAM 3's weights are at hand"
+            if size == "sam3"
+            else ("no GPU with SAM 3's weights at hand")
+        )
+        log.info("model: %s (%s; --model decides by hand)", size, why)
+    if random:
+        return size, None
+    if size == "sam3":
+        if not download and weights.cached_sam3() is None:
+            log.info("weights: %s/%s (to be downloaded, 3.4 GB)", *weights.HUB)
+            return size, Path(weights.HUB[1])
+        return size, weights.published_sam3()
+    if size == "nano" and (nano := bundled_nano()) is not None:
+        log.info("weights: %s (the project's own; --checkpoint none for random ones)", nano)
+        return size, weights.find_file(nano)
+    log.info("weights: random; size %s has no published ones (--checkpoint names yours)", size)
+    return size, None
+
+
+def check_words(config: Config, splits: Splits) -> None:
+    """Refuse words that weights with a stored vocabulary do not have.
+
+    Raises:
+        UserError: each class, synonym and near miss that is not among their prompts.
+    """
+    names = [name for c in splits.train.categories for name in (c.name, *c.synonyms)]
+    if problems := unknown_words(config.model.vocabulary, [*names, *config.dataset.near_misses]):
+        raise UserError(problems)
+
+
+def check_masks(config: Config, dataset: Dataset) -> None:
+    """Refuse a loss of masks for a model without a mask head; log a dataset without masks."""
+    wants = config.loss.criterion.get("loss_fn_semantic_seg") is not None
+    if wants and not config.model.segmentation:
+        raise UserError(
+            "The model has no mask head (its weights were trained without masks), and the loss "
+            "asks for masks. Add loss=boxes."
+        )
+    if wants and not any(a.segmentation for a in dataset.annotations):
+        log.info("note: the dataset has boxes only; the mask head is not trained")
+
+
+def check_resume(prepared: Prepared, processes: int, open_keys: Sequence[str] = ()) -> None:
+    """Refuse to resume from a checkpoint of another run, or from weights of another method.
+
+    Args:
+        processes: of the run.
+        open_keys: settings that are decided where the run will be, and are not compared here.
+    """
+    config, folder, resume = prepared.config, prepared.folder, prepared.request.resume
+    newest = checkpoints.find_newest(folder / "checkpoints")
+    if newest is None:
+        return
+    then = checkpoints.read(newest)[1]
+    now = fingerprint(config, prepared.splits, processes)
+    now |= {name: then[name] for name in open_keys if name in then}
+    if resume != "weights":
+        check_same(newest, then, now)
+        return
+    changed = [key for key in differences(then, now) if key.startswith("method.lora")]
+    if changed:
+        raise UserError(
+            f"--resume=weights: {newest} is of method {then['method.name']}, whose weights are no "
+            f"beginning for this one ({', '.join(changed)}). Give --checkpoint "
+            f"'{folder / 'weights' / 'best'}' and another --output-dir"
+        )
+
+
+def open_folder(prepared: Prepared) -> None:
+    """Make the output folder ready, check its disk, write the settings, and log to train.log."""
+    request, folder = prepared.request, prepared.folder
+    prepare_folder(folder, resume=request.resume, overwrite=request.overwrite)
+    if prepared.meta_model is not None:
+        checkpoints.check_space(folder, prepared.config, prepared.meta_model)
+    overrides = [*_without_auto(prepared.overrides), *prepared.decided]
+    write_settings(folder, prepared.config, overrides, prepared.splits, request.resume)
+    logging.raiseExceptions = False  # a full disk is told once, not by each line of the log
+    log.addHandler(logging.FileHandler(folder / "train.log", encoding="utf-8"))
+
+
+def is_main_process() -> bool:
+    """Whether this process is the first of the run; torchrun numbers them."""
+    return os.environ.get("RANK", "0") == "0"

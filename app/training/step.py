@@ -1,0 +1,190 @@
+"""One update of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from sam3.model.data_misc import BatchedDatapoint
+from sam3.model.sam3_image import Sam3Image
+from sam3.model.utils.misc import copy_data_to_device
+from torch import Tensor
+
+from app.config.schema import Config
+from app.training.batches import Batches
+from app.training.ema import EMA
+from app.training.losses import Losses
+from app.training.method import set_training
+from app.training.nonfinite import NotFiniteError, explain, finite_outputs
+from app.training.optimizer import build_optimizer, build_scheduler
+from app.training.random_state import random_state, restore_random_state
+
+# How long a rank waits for another. One that dies is not waited for: torchrun ends the others.
+LONGEST_WAIT = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One update: mean losses of its batches, norm of its gradient, number of its images.
+
+    `losses` holds "loss", which is trained, and upstream's parts of it before they are weighted, of
+    the last decoder layer and one object a query.
+    """
+
+    losses: dict[str, float]
+    gradient_norm: float
+    images: int
+
+    @property
+    def loss(self) -> float:
+        return self.losses["loss"]
+
+
+class Step:
+    """Everything that an update changes: model, AdamW, schedule, EMA. Every rank has one.
+
+    Args:
+        model: with its pretrained weights, frozen parts and adapters.
+        losses: what is trained.
+        batches: of the run: their number, for the schedule, and the files of their images.
+        lr_scale: factor of the configuration's learning rates.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: Sam3Image,
+        losses: Losses,
+        accelerator: Accelerator,
+        batches: Batches,
+        *,
+        lr_scale: float,
+    ) -> None:
+        self.config, self.losses, self.accelerator = config, losses, accelerator
+        self.paths = batches.paths
+        optimizer = build_optimizer(model, config.optim, lr_scale)
+        updates = batches.updates_per_epoch * config.training.epochs
+        self.scheduler = build_scheduler(optimizer, config.optim.schedule, updates)
+        losses.attach(model)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        decay = config.training.ema
+        self.ema = None if decay is None else EMA(model, decay)
+        self.random_before = random_state()  # before the last update
+
+    def set_training(self) -> None:
+        """Set the model's training mode, but for frozen components."""
+        set_training(self.accelerator.unwrap_model(self.model))
+
+    def __call__(self, batches: Sequence[BatchedDatapoint], epoch: int) -> StepResult:
+        """Update the weights once, by the mean gradient of `batches`.
+
+        The last update of an epoch may have fewer batches; its gradient is still their mean.
+        (Upstream adds gradients up and never divides: trainer.py:963.)
+
+        Raises:
+            NotFiniteError: a loss or gradient is not finite, on any rank; names images and module.
+                Nothing was updated.
+        """
+        self.random_before = random_state()
+        totals: dict[str, float] = {}
+        try:
+            for number, batch in enumerate(batches, 1):
+                with self._sync(last=number == len(batches)):
+                    losses = self.batch_losses(batch, epoch)  # scalars; "loss" has the graph
+                    means = self._mean_over_ranks(losses)  # (len(losses),)
+                    _check_finite(means[0])  # the loss: the same on all ranks
+                    self.accelerator.backward(losses["loss"] / len(batches))
+                for name, value in zip(losses, means.tolist(), strict=True):
+                    totals[name] = totals.get(name, 0.0) + value / len(batches)
+            norm = self.accelerator.clip_grad_norm_(
+                self.model.parameters(), self.config.optim.max_grad_norm
+            )
+            _check_finite(norm)
+        except FloatingPointError:
+            raise NotFiniteError(explain(self, batches, epoch)) from None
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update()
+        return StepResult(totals, float(norm), sum(len(batch.img_batch) for batch in batches))
+
+    def batch_losses(
+        self, batch: BatchedDatapoint, epoch: int, *, watched: bool = False
+    ) -> dict[str, Tensor]:
+        """Return the losses of one batch, on any device; "loss" has the graph.
+
+        Args:
+            watched: raise at the first module whose output is not finite. DDP, which would wait
+                for the other ranks, is left out.
+        """
+        batch = copy_data_to_device(batch, self.accelerator.device, non_blocking=True)
+        module = self.accelerator.unwrap_model(self.model)
+        with finite_outputs(module, enabled=watched or self.config.training.check_finite):
+            return self.losses(module if watched else self.model, batch, epoch)
+
+    def _sync(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Let ranks exchange gradients at the last batch alone, where all are added up."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def _mean_over_ranks(self, losses: Mapping[str, Tensor]) -> Tensor:
+        values = torch.stack([value.detach() for value in losses.values()])
+        means: Tensor = self.accelerator.reduce(values, "mean")
+        return means
+
+    def undo(self) -> None:
+        """Forget the gradients and set the random state from before the last update."""
+        self.optimizer.zero_grad(set_to_none=True)
+        restore_random_state(self.random_before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that an update changes, but for the weights."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "average": self.ema.state_dict() if self.ema is not None else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set what `state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["average"])
+
+    @property
+    def learning_rate(self) -> float:
+        """Return the learning rate of the DETR part: the highest of the groups."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+
+def _check_finite(value: Tensor) -> None:
+    if not torch.isfinite(value):
+        raise FloatingPointError
+
+
+def build_accelerator(device: torch.device, *, find_unused: bool = True) -> Accelerator:
+    """Return the device and process group of this process.
+
+    On a CPU the same seed gives the same weights to the bit, for any number of threads.
+
+    Args:
+        find_unused: whether some trained parameters take no part in a step.
+    """
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    # It costs time, and nothing here reads such memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=find_unused),
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+        ],
+    )

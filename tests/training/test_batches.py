@@ -1,0 +1,77 @@
+"""Batches: every image once, shared among ranks, resumed within an epoch."""
+
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from app.config.compose import load_config
+from app.datasets.build import load_splits
+from app.datasets.queries import QueryDataset
+from app.errors import UserError
+from app.model.build import build_model
+from app.training.batches import EpochSampler
+from app.training.step import build_accelerator
+from tests.conftest import TINY
+from tests.training.updates import Updates, make_updates
+
+
+def _updates(shapes: Path, *overrides: str) -> tuple[Updates, QueryDataset]:
+    config = load_config([*TINY, *overrides])
+    transforms = [instantiate(node) for node in config.transforms.train]
+    data = QueryDataset(load_splits(shapes).train, transforms, seed=0)
+    torch.manual_seed(0)
+    model = build_model(config.model, matcher=instantiate(config.loss.matcher))
+    accelerator = build_accelerator(torch.device("cpu"))
+    return make_updates(config, model, data, accelerator, lr_scale=1.0), data
+
+
+def test_an_epoch_takes_every_image_once(shapes: Path) -> None:
+    for accumulate, expected in ((1, 4), (3, 2), (9, 1)):
+        updates, _ = _updates(shapes, "training.batch_size=1", f"training.grad_accum={accumulate}")
+        assert updates.batches.updates_per_epoch == expected
+        steps = list(updates.epoch(0))
+        assert len(steps) == expected
+        assert sum(step.images for step in steps) == 4
+
+
+def test_an_error_leaves_no_loading_process(shapes: Path, monkeypatch) -> None:
+    """Whoever holds the error holds its frames: the exit would wait for the processes for ever."""
+    updates, data = _updates(shapes, "training.num_workers=2")
+
+    def bad(*_: object) -> None:
+        raise UserError("bad image")
+
+    monkeypatch.setattr(type(data), "__getitem__", bad)
+    with pytest.raises(UserError, match="bad image") as caught:
+        list(updates.epoch(0))
+    assert caught.value.__traceback__ is not None
+    assert not multiprocessing.active_children()
+
+
+def test_the_sampler_goes_on_from_a_position() -> None:
+    for rank in range(3):
+        sampler = EpochSampler(10, seed=1, rank=rank, processes=3)
+        whole = list(sampler)
+        sampler.first = 2
+        assert list(sampler) == whole[2:]
+
+
+def test_the_sampler_shares_out_every_image() -> None:
+    for length, processes in ((10, 1), (10, 3), (2, 4)):
+        shares = []
+        for rank in range(processes):
+            sampler = EpochSampler(length, seed=1, rank=rank, processes=processes)
+            sampler.epoch = 5
+            assert len(list(sampler)) == len(sampler)
+            shares.append(list(sampler))
+        assert {i for share in shares for _, i in share} == set(range(length))
+        assert {epoch for share in shares for epoch, _ in share} == {5}
+    first, second = EpochSampler(50, 1, 0, 1), EpochSampler(50, 1, 0, 1)
+    assert list(first) == list(second)
+    second.epoch = 1
+    assert [i for _, i in first] != [i for _, i in second]

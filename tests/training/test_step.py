@@ -1,0 +1,146 @@
+"""Steps: what accumulates averages, what is not finite stops, what is sampled is everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from app.config.compose import load_config
+from app.datasets.build import load_splits
+from app.datasets.queries import QueryDataset, collate
+from app.model.build import build_model
+from app.training.nonfinite import NotFiniteError
+from app.training.step import build_accelerator
+from tests.conftest import TINY
+from tests.training.updates import Updates, make_updates
+
+
+def _updates(shapes: Path, *overrides: str) -> tuple[Updates, QueryDataset]:
+    config = load_config([*TINY, *overrides])
+    transforms = [instantiate(node) for node in config.transforms.train]
+    data = QueryDataset(load_splits(shapes).train, transforms, seed=0)
+    torch.manual_seed(0)
+    model = build_model(config.model, matcher=instantiate(config.loss.matcher))
+    accelerator = build_accelerator(torch.device("cpu"))
+    return make_updates(config, model, data, accelerator, lr_scale=1.0), data
+
+
+def _gradients(updates: Updates) -> dict[str, torch.Tensor]:
+    return {
+        n: p.grad.clone() for n, p in updates.step.model.named_parameters() if p.grad is not None
+    }
+
+
+def test_accumulated_gradients_are_a_mean(shapes: Path) -> None:
+    """Also over the last group of an epoch, which may be shorter."""
+    updates, data = _updates(shapes, "optim.max_grad_norm=1e9")
+    batches = [collate([data[i]]) for i in range(3)]
+    torch.manual_seed(7)
+    separate = []
+    updates.step.model.train()
+    for batch in batches:
+        updates.step.batch_losses(batch, 0)["loss"].backward()
+        separate.append(_gradients(updates))
+        updates.step.model.zero_grad(set_to_none=True)
+    seen: list[dict[str, torch.Tensor]] = []
+    updates.step.optimizer.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(_gradients(updates))
+    )
+    torch.manual_seed(7)
+    updates.step(batches, 0)
+    scale = max(float(gradient.abs().max()) for gradient in seen[0].values())
+    for name, gradient in seen[0].items():
+        mean = sum(grads[name] for grads in separate) / 3
+        assert torch.allclose(gradient, mean, rtol=1e-3, atol=1e-7 * scale), name
+
+
+def test_steps_in_bfloat16(shapes: Path) -> None:
+    """As on a GPU: the loss is near that of float32, the weights stay in float32 and move."""
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        updates, data = _updates(shapes, f"training.precision={precision}")
+        before = {name: p.clone() for name, p in updates.step.model.named_parameters()}
+        updates.step.model.train()
+        torch.manual_seed(7)
+        losses[precision] = updates.step([collate([data[0], data[1]])], 0).loss
+        after = dict(updates.step.model.named_parameters())
+        assert {p.dtype for p in after.values()} == {torch.float32}
+        assert any(not torch.equal(after[name], before[name]) for name in before)
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    assert losses["bf16"] != losses["fp32"]
+
+
+def test_gradients_are_clipped(shapes: Path) -> None:
+    updates, data = _updates(shapes, "optim.max_grad_norm=0.1")
+    norms: list[float] = []
+
+    def norm(*_: object) -> None:
+        norms.append(float(torch.cat([g.flatten() for g in _gradients(updates).values()]).norm()))
+
+    updates.step.optimizer.optimizer.register_step_pre_hook(norm)
+    updates.step.model.train()
+    step = updates.step([collate([data[0]])], 0)
+    assert step.gradient_norm > 1
+    assert norms[0] == pytest.approx(0.1, rel=1e-3)
+
+
+def test_what_is_not_finite_stops_before_the_update(shapes: Path) -> None:
+    updates, data = _updates(shapes)
+    with torch.no_grad():
+        updates.step.model.dot_prod_scoring.hs_proj.bias.fill_(float("nan"))
+    before = {n: p.clone() for n, p in updates.step.model.named_parameters()}
+    updates.step.model.train()
+    with pytest.raises((FloatingPointError, ValueError)):
+        updates.step([collate([data[0]])], 0)
+    for name, parameter in updates.step.model.named_parameters():
+        assert torch.equal(parameter, before[name]) or parameter.isnan().any(), name
+
+
+def test_the_guard_names_the_module(shapes: Path) -> None:
+    updates, data = _updates(shapes, "training.check_finite=true")
+    with torch.no_grad():
+        updates.step.model.dot_prod_scoring.hs_proj.bias.fill_(float("nan"))
+    updates.step.model.train()
+    with pytest.raises(NotFiniteError, match=r"dot_prod_scoring\.hs_proj \(Linear\)"):
+        updates.step([collate([data[0]])], 0)
+
+
+def test_the_guard_leaves_a_sound_step_alone(shapes: Path) -> None:
+    """Activation checkpointing recomputes without it, and must find the same tensors."""
+    losses = []
+    for enabled in ("true", "false"):
+        settings = ["model.activation_checkpointing=true", f"training.check_finite={enabled}"]
+        updates, data = _updates(shapes, *settings)
+        updates.step.model.train()
+        torch.manual_seed(7)
+        losses.append(updates.step([collate([data[0]])], 0).loss)
+    assert losses[0] == losses[1]
+
+
+def test_the_average_follows_the_weights(shapes: Path) -> None:
+    updates, data = _updates(shapes, "training.ema=0.9")
+    assert updates.step.ema is not None
+    updates.step.model.train()
+    weight = updates.step.model.transformer.decoder.norm.weight
+    before = expected = weight.detach().clone()
+    for update in range(1, 4):
+        updates.step([collate([data[0]])], 0)
+        decay = min(0.9, update / (10 + update))
+        expected = decay * expected + (1 - decay) * weight.detach()
+    raw = weight.detach().clone()
+    with updates.step.ema.in_place():
+        assert torch.allclose(weight, expected, atol=1e-7)
+        assert not torch.equal(weight, before)
+    assert torch.equal(weight, raw)
+
+
+@pytest.mark.parametrize("loss", ["full", "boxes"])
+def test_losses_are_trained_as_configured(shapes: Path, loss: str) -> None:
+    updates, data = _updates(shapes, f"loss={loss}")
+    updates.step.model.train()
+    updates.step.batch_losses(collate([data[0], data[1]]), 0)["loss"].backward()
+    head = updates.step.model.segmentation_head.mask_predictor.mask_embed.layers[0].weight
+    assert (head.grad is not None) is (loss == "full")
