@@ -29,6 +29,7 @@ from app.console import duration
 from app.datasets.build import Splits
 from app.datasets.queries import collate
 from app.errors import UserError
+from app.evaluation.evaluate import score_dataset
 from app.files import existing
 from app.inference.predictor import Predictor
 from app.model.build import build_model, count_parameters
@@ -36,7 +37,6 @@ from app.model.device import choose_device, choose_precision, free_memory
 from app.planning.memory import step_bytes
 from app.training import checkpoints, features, method, run
 from app.training.loop import EpochSampler, Loop, build_accelerator
-from app.training.session import score
 
 log = logging.getLogger("app")
 Configure = Callable[[Sequence[str]], Config]
@@ -331,7 +331,7 @@ def measure(config: Config, splits: Splits, *, trained: bool) -> Times:
         cached = _seconds_per_update(loop) if kept else None
         few = splits.valid.subset([image.id for image in splits.valid.images[:2]])
         begun = time.monotonic()
-        score(Predictor(model, config.model, precision), few, config, "validating")
+        score_dataset(Predictor(model, config.model, precision), few, config, "validating")
         image = (time.monotonic() - begun) / len(few.images)
     if device.type == "cuda":
         peak = CUDA_CONTEXT + torch.cuda.max_memory_reserved()

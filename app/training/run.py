@@ -14,7 +14,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -36,9 +35,10 @@ from app.datasets.decoding import decoding_problems
 from app.datasets.prompts import NOUNS, name_classes, nouns_beside, read_prompts
 from app.datasets.queries import PromptChoice, QueryDataset
 from app.errors import UserError
-from app.evaluation import record, report
+from app.evaluation import evaluate as evaluation
+from app.evaluation import report
+from app.evaluation.evaluate import write_predictions
 from app.evaluation.model_card import write_card
-from app.evaluation.record import Record
 from app.evaluation.report_page import write_report
 from app.files import existing, write_json, write_text
 from app.inference.predictor import Predictor
@@ -55,7 +55,7 @@ from app.training.fingerprint import are_comparable, check_same, differences, fi
 from app.training.loop import Loop, build_accelerator
 from app.training.metric import metric_name
 from app.training.preview import draw_first
-from app.training.session import Figures, Session, score, summary
+from app.training.session import Figures, Session, score
 from app.training.warm_start import warm_start
 
 log = logging.getLogger("app")
@@ -343,32 +343,7 @@ def check_resume(
 
 def evaluate(config: Config, splits: Splits, start: Path | None) -> Outcome:
     """Score weights on the split `evaluation.split`, without training."""
-    dataset = choose_split(config, splits)
-    device = choose_device(config.training.device)
-    precision = choose_precision(config.training.precision, device, config.model)
-    set_seed(config.seed)
-    model = build_model(config.model)
-    if start is not None:
-        weights.load_into(model, start, merge=False)
-    predictor = Predictor(model.to(device), config.model, precision)
-    scored = score(predictor, dataset, config, config.evaluation.split)
-    folder = Path(config.output_dir)
-    _write_predictions(folder, dataset, scored.results, config, config.evaluation.split)
-    write_json(folder / "metrics.json", scored.figures)
-    log.info("%s", summary(scored.figures))
-    log.info("figures: %s; report: %s", folder / "metrics.json", write_report(folder))
-    return Outcome(folder, scored.figures)
-
-
-def choose_split(config: Config, splits: Splits) -> Dataset:
-    """The split `evaluation.split`; raises UserError where the dataset has none."""
-    name = config.evaluation.split
-    dataset: Dataset | None = getattr(splits, name)
-    if dataset is None:
-        raise UserError(
-            f"evaluation.split={name}: the dataset has no {name} split; there are train and valid"
-        )
-    return dataset
+    return Outcome(Path(config.output_dir), evaluation.evaluate(config, splits, start))
 
 
 def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> None:
@@ -558,23 +533,9 @@ def _finish(
     tolerance = 0.0 if device.type == "cpu" else 0.005
     if state.best is None or abs(again - state.best) > tolerance:
         raise RuntimeError(f"weights/best reloaded give {again}, and gave {state.best} when saved")
-    _write_predictions(folder, dataset, scored.results, config, "valid")
+    write_predictions(folder, dataset, scored.results, config, "valid")
     report.plot_curves(state.rows, folder / "plots")
     return scored.figures
-
-
-def _write_predictions(
-    folder: Path, dataset: Dataset, results: list[dict[str, Any]], config: Config, split: str
-) -> None:
-    """What the figures stand on: the results, and the truth that they were scored against."""
-    record.write(folder, Record(split, dataset, results))
-    report.draw_comparisons(
-        dataset,
-        results,
-        folder / "plots",
-        count=config.evaluation.pictures,
-        threshold=config.prediction.threshold,
-    )
 
 
 def _all_figures(best: Figures, state: RunState, seconds: float) -> dict[str, float | str | int]:

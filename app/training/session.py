@@ -8,23 +8,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from sam3.model.sam3_image import Sam3Image
 
 from app.config.schema import Config
 from app.console import progress
 from app.datasets.coco import Dataset
-from app.evaluation.off_prompt import choose_nouns
+from app.evaluation.evaluate import score_dataset as score
 from app.evaluation.scoring import THRESHOLD
-from app.evaluation.validate import Validation, validate
+from app.evaluation.validate import Ranks
 from app.inference.predictor import Predictor
 from app.model import weights
-from app.model.vocabulary import askable
 from app.signals import Stopped, StopRequest
 from app.tracking.files import Tracker
 from app.training import checkpoints
@@ -210,17 +208,18 @@ class Session:
         return epoch % every == 0 or epoch == self.config.training.epochs
 
     def _score(self, title: str) -> Figures:
-        """Figures of the weights as they are now; Stopped in all processes if cut off."""
-        found: list[Figures | None] = [None]
-        if self.accelerator.is_main_process:
-            with contextlib.suppress(Stopped), self._kept_weights():
-                predictor = Predictor(self.model, self.config.model, self.precision)
-                scored = score(predictor, self.valid, self.config, title, self.stop.check)
-                found = [scored.figures]
-        broadcast_object_list(found)
-        if found[0] is None:
-            raise Stopped
-        return found[0]
+        """Figures of the weights as they are now, each process on its share of the images.
+
+        Raises:
+            Stopped, UserError: in all processes, whichever of them met it.
+        """
+        ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
+        with self._kept_weights():
+            predictor = Predictor(self.model, self.config.model, self.precision)
+            scored = score(
+                predictor, self.valid, self.config, title, check=self.stop.check, ranks=ranks
+            )
+        return scored.figures
 
     def _kept_weights(self) -> contextlib.AbstractContextManager[None]:
         """The weights that are validated and kept: the average, where there is one."""
@@ -244,41 +243,3 @@ class Session:
         if self.accelerator.is_main_process:
             with self._kept_weights(), checkpoints.disk_errors(self.folder):
                 weights.save(self.model, self.folder / "weights" / name, self.header)
-
-
-def score(
-    predictor: Predictor,
-    dataset: Dataset,
-    config: Config,
-    title: str,
-    check: Callable[[], None] = lambda: None,
-) -> Validation:
-    """What `validate` returns, with progress; `check` is called after each image."""
-
-    def on_image(done: int, _total: int) -> None:
-        advance(done, "")
-        check()
-
-    nouns = choose_nouns(dataset, config.evaluation.off_prompts, config.seed)
-    with progress(f"{title}: image", len(dataset.images)) as advance:
-        return validate(
-            predictor,
-            dataset,
-            max_detections=config.evaluation.max_detections,
-            threshold=config.prediction.threshold,
-            nouns=askable(predictor.config.vocabulary, nouns),
-            on_image=on_image,
-        )
-
-
-def summary(figures: Figures) -> str:
-    """An evaluation in a line."""
-    names = {
-        "bbox/AP": "box AP",
-        "bbox/AP50": "box AP50",
-        "segm/AP": "mask AP",
-        "segm/AP50": "mask AP50",
-        "segm/cgF1": "cgF1",
-        "off_prompt/firing": "off-prompt firing",
-    }
-    return ", ".join(f"{n} {figures[key]:.3f}" for key, n in names.items() if key in figures)

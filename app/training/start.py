@@ -17,6 +17,7 @@ from app.config.compose import load_config, load_model_config, model_names, read
 from app.config.schema import Config, PlanKind, Resume
 from app.datasets.build import Splits
 from app.errors import UserError, nearest
+from app.evaluation.evaluate import choose_split
 from app.launch import slurm, torchrun
 from app.model import weights
 from app.model.bundled import bundled_nano
@@ -119,7 +120,7 @@ def start(
         config = changed(overrides)
         method.check(config, weights_file)
     if eval_only:
-        run.choose_split(config, splits)
+        choose_split(config, splits)
     else:
         run.check_masks(config, splits.train)
     found: list[str] = []  # here, once, for all processes
