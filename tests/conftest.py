@@ -17,7 +17,7 @@ import pytest
 from app.__main__ import main
 from app.datasets.synthetic.shapes import make_shapes
 
-pytest_plugins = ["tests.slurm"]
+pytest_plugins = ["pytester", "tests.tiers", "tests.slurm"]
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "datasets"
 # A nano that answers in a blink: what matters in most tests is the path, not the size.
@@ -33,30 +33,6 @@ code = subprocess.run(sys.argv[1:]).returncode
 print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
 sys.exit(code)
 """
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones first in each worker's share, file by file: one begun last makes all wait.
-
-    xdist cuts the list into equal parts, one a worker, before those who are done take of the rest.
-    """
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    slow: dict[Path, list[pytest.Item]] = {}
-    quick = []
-    for item in items:
-        if item.get_closest_marker("slow"):
-            slow.setdefault(item.path, []).append(item)
-        else:
-            quick.append(item)
-    shares: list[list[pytest.Item]] = [[] for _ in range(workers)]
-    for group in sorted(slow.values(), key=len, reverse=True):
-        min(shares, key=len).extend(group)
-    ordered: list[pytest.Item] = []
-    for number, share in enumerate(shares):
-        room = (len(items) - len(ordered)) // (workers - number) - len(share)
-        ordered += [*share, *quick[: max(room, 0)]]
-        del quick[: max(room, 0)]
-    items[:] = [*ordered, *quick]
 
 
 @dataclass(frozen=True)

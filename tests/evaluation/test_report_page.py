@@ -257,6 +257,7 @@ def test_names_from_outside_are_text(tmp_path: Path, detections: list[dict]) -> 
     assert "missed" in html
 
 
+@pytest.mark.system
 @needs_chromium
 @pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("name", ["report.html", "dataset_report.html"])
@@ -269,6 +270,7 @@ def test_a_browser_shows_it_whole(nano_run: Path, name: str, width: int) -> None
     assert seen.narrow == 0
 
 
+@pytest.mark.system
 @needs_chromium
 def test_a_browser_would_say_what_is_broken(tmp_path: Path) -> None:
     page = tmp_path / "bad.html"
