@@ -11,6 +11,7 @@ from all tests.
 from __future__ import annotations
 
 import builtins
+import gc
 import os
 import sys
 from collections.abc import Generator, Iterator
@@ -39,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than 5 s by design")
     config.addinivalue_line("markers", "system: needs more than this process, such as a server")
+    config.addinivalue_line("markers", "drawings: matplotlib draws, and not blank pictures")
     config.stash[_METER] = Meter()
     option = config.option
     named = config.args_source is pytest.Config.ArgsSource.ARGS or option.keyword or option.markexpr
@@ -75,6 +77,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _is_marked(item: pytest.Item) -> bool:
     return any(item.get_closest_marker(mark) for mark in MARKS)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of garbage collection.
+
+    Every run collects garbage, and would look through all of torch and pytest each time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries report what is left at the exit as leaks
 
 
 class Meter:

@@ -27,6 +27,7 @@ from tests.browser import look, needs_chromium
 from tests.conftest import Command
 from tests.evaluation.examples import BOX, found, truth
 
+pytestmark = pytest.mark.drawings
 HOSTILE = '<script>alert("a")</script>$x_{1$ & _b'
 
 
