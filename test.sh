@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # Runs the tests, always in .venv, which it makes where it is missing or out of date.
 #
-# Usage: ./test.sh [PYTEST ARGS…]           paths are relative to the repository
+# Usage: ./test.sh [--all] [PYTEST ARGS…]   paths are relative to the repository
 #
-#   ./test.sh                     the whole suite
+#   ./test.sh                     the fast tests: every room, in minutes
+#   ./test.sh --all               the slow tests, and those of whole systems, as well
 #   ./test.sh tests/test_scripts.py -k docker
+#
+# Where a path, -k or -m names tests, it chooses from all of them. -m 'not (slow or system)' are
+# the fast ones (tests/tiers.py).
 set -euo pipefail
 root="$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=scripts/runtime.sh

@@ -1,74 +1,37 @@
-"""What several rooms' tests share: a tiny dataset, a tiny run, the command line."""
+"""Fixtures of several rooms' tests: a tiny dataset, a finished tiny run, the command line."""
 
 from __future__ import annotations
 
-import fcntl
-import os
+import io
 import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
 from app.__main__ import main
 from app.datasets.synthetic.shapes import make_shapes
+from tests.helpers import (
+    MICRO,
+    PATIENCE,
+    PEAK,
+    REPOSITORY,
+    SHARED,
+    TINY,
+    Command,
+    Result,
+    finish,
+    once,
+    until,
+)
 
-pytest_plugins = ["tests.slurm"]
-REPOSITORY = Path(__file__).resolve().parents[1]
-SHARED = REPOSITORY.parent / "shared" / "datasets"
-# A nano that answers in a blink: what matters in most tests is the path, not the size.
-TINY = ["model.resolution=64", "model.mask_points=64"]
-
-# Seconds for what only has to end: a machine may be slow, and these tests do not time it.
-PATIENCE = 600
-
-# Starts a command and says its peak memory. A process's peak counts what the one that started it
-# held: this is a small one.
-PEAK = """import resource, subprocess, sys
-code = subprocess.run(sys.argv[1:]).returncode
-print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
-sys.exit(code)
-"""
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones first in each worker's share, file by file: one begun last makes all wait.
-
-    xdist cuts the list into equal parts, one a worker, before those who are done take of the rest.
-    """
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    slow: dict[Path, list[pytest.Item]] = {}
-    quick = []
-    for item in items:
-        if item.get_closest_marker("slow"):
-            slow.setdefault(item.path, []).append(item)
-        else:
-            quick.append(item)
-    shares: list[list[pytest.Item]] = [[] for _ in range(workers)]
-    for group in sorted(slow.values(), key=len, reverse=True):
-        min(shares, key=len).extend(group)
-    ordered: list[pytest.Item] = []
-    for number, share in enumerate(shares):
-        room = (len(items) - len(ordered)) // (workers - number) - len(share)
-        ordered += [*share, *quick[: max(room, 0)]]
-        del quick[: max(room, 0)]
-    items[:] = [*ordered, *quick]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a command came to."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Result]
+pytest_plugins = ["pytester", "tests.tiers", "tests.slurm"]
+__all__ = ["PATIENCE", "PEAK", "REPOSITORY", "TINY", "Command", "Result", "finish", "once", "until"]
 
 
 @pytest.fixture
@@ -89,6 +52,30 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     return run
 
 
+@pytest.fixture(autouse=True)
+def _blank_drawings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save curves as blank pictures, because matplotlib takes a third of a tiny run.
+
+    Tests whose subject is a drawing have the mark `drawings`. Fixtures of a session or a module
+    come before this one, and so have their real drawings.
+    """
+    if request.node.get_closest_marker("drawings") is None:
+        monkeypatch.setattr(Figure, "savefig", _save_blank)
+
+
+def _save_blank(_: Figure, file: Path | IO[Any], format: str = "png", **__: object) -> None:
+    if format == "svg":
+        content: Any = '<svg xmlns="http://www.w3.org/2000/svg"/>'
+    else:
+        buffer = io.BytesIO()
+        Image.new("RGB", (1, 1)).save(buffer, format)
+        content = buffer.getvalue()
+    if isinstance(file, Path):
+        file.write_bytes(content)
+    else:
+        file.write(content)
+
+
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four training and two validation images of shapes."""
@@ -98,6 +85,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def potholes() -> Path:
+    """Real photographs with their labels."""
     if not (SHARED / "potholes").is_dir():
         pytest.skip("../shared/datasets/potholes is not on this machine")
     return SHARED / "potholes"
@@ -106,10 +94,10 @@ def potholes() -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of one epoch."""
-    train = ("train", "--dataset-dir", str(shapes), "--model", "nano", "--epochs", "1")
-    flags = ("--checkpoint", "none", "evaluation.pictures=1", *TINY)
+    train = ("train", "--dataset-dir", shapes, "--model", "nano", "--epochs", 1)
+    flags = ("--checkpoint", "none", "evaluation.pictures=1", *MICRO)
     return once(
-        tmp_path_factory, "tiny-run", lambda out: finish(*train, "--output-dir", str(out), *flags)
+        tmp_path_factory, "tiny-run", lambda out: finish(*train, "--output-dir", out, *flags)
     )
 
 
@@ -117,50 +105,9 @@ def tiny_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def memory_folder(tmp_path: Path) -> Iterator[Path]:
     """A folder that lies in memory, where there is room: to sync a disk takes most of a save.
 
-    For what a kill leaves: it takes the process alone, and never what was written.
+    It is for what a kill leaves, because a kill takes the process alone, never what was written.
     """
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 1 << 30
     with tempfile.TemporaryDirectory(dir=memory if roomy else tmp_path) as folder:
         yield Path(folder)
-
-
-def until(happened: Callable[[], bool], what: str) -> None:
-    """Wait for it."""
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        if time.monotonic() > end:
-            pytest.fail(f"not in {PATIENCE} s: {what}")
-        time.sleep(0.05)
-
-
-def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that the first worker who needs it makes, for all; tests leave it as it is.
-
-    Args:
-        name: no other fixture's.
-        make: fills a folder that there is not yet.
-    """
-    root = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent  # the workers have it in common
-    folder, made = root / name, root / f"{name}.made"
-    with (root / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not made.exists():
-            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
-            make(folder)
-            made.touch()
-    return folder
-
-
-def finish(*words: str) -> None:
-    """`python -m app WORDS` in this process, for fixtures that many tests share."""
-    before, sys.argv = sys.argv, ["app", *words]
-    try:
-        main()
-    except SystemExit as stop:
-        if stop.code:
-            raise RuntimeError(f"the run ended with {stop.code}") from None
-    finally:
-        sys.argv = before

@@ -156,6 +156,7 @@ def copy(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.system
 def test_the_life_of_a_venv(machine: Machine, copy: Path) -> None:
     """One test, as each making takes seconds."""
     lock, stamp = copy / "requirements.lock", copy / ".venv/.requirements.sha256"
@@ -203,6 +204,7 @@ def test_the_life_of_a_venv(machine: Machine, copy: Path) -> None:
     assert not marker.exists(), "an unfinished .venv is made anew"
 
 
+@pytest.mark.system
 @pytest.mark.skipif(shutil.which("flock") is None, reason="without flock scripts do not wait")
 def test_scripts_started_at_once_install_once(machine: Machine, copy: Path) -> None:
     command = ["bash", "-c", '"$0" & "$0" & wait', str(copy / "train.sh")]

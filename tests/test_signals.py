@@ -124,7 +124,7 @@ def test_a_second_signal_ends_at_once(start, tmp_path: Path) -> None:
     _check_whole(newest)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_second_signal_ends_all_processes_at_once(start, tmp_path: Path) -> None:
     """In an update that takes long; torchrun, which alone is told, hands each of the two on."""
     make_shapes(tmp_path / "set", train=160, valid=1, width=64, height=64, seed=0)
@@ -178,7 +178,7 @@ def test_handlers_are_put_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_two_processes_stop_and_go_on_together(shapes: Path, tmp_path: Path) -> None:
     """torchrun hands the signal on; both end after the same update, and resume to the same end."""
     words = [

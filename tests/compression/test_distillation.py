@@ -33,7 +33,8 @@ from app.model import weights
 from app.model.build import build_model
 from app.training import features
 from app.training.batches import query_dataset
-from tests.conftest import TINY, Command
+from tests.conftest import Command
+from tests.helpers import MICRO, TINY
 
 OTHER = [*TINY, "model.vision.embed_dim=64", "model.d_model=32", "model.num_queries=8"]
 
@@ -74,7 +75,7 @@ def test_a_copy_has_nothing_to_learn(config: Config, shapes: Path) -> None:
     assert "distill_text" not in other
 
 
-@pytest.mark.parametrize("resolution", [None, 96])
+@pytest.mark.parametrize("resolution", [None, pytest.param(96, marks=pytest.mark.slow)])
 def test_a_teacher_of_another_size(
     config: Config, shapes: Path, tmp_path: Path, resolution: int | None
 ) -> None:
@@ -180,7 +181,7 @@ def test_a_student_learns_in_a_run_that_is_resumed_as_any_other(
     shapes: Path, tmp_path: Path, command: Command
 ) -> None:
     """The trunk, features, answers; stopped between two and resumed: the same to the bit."""
-    config = load_config(TINY)
+    config = load_config([*MICRO, "model.vision.depth=4", "model.vision.global_blocks=[1,3]"])
     teacher = _model(config)
     weights.save(teacher, tmp_path / "teacher", weights.Header(model=config.model))
     student, size = cut_model(teacher, config.model, Cut(blocks=(1, 3)))

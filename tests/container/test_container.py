@@ -22,7 +22,7 @@ import pytest
 from tests.conftest import REPOSITORY, TINY, until
 from tests.container.conftest import CALLER, CANARY, IMAGE, KEPT_OUT, SECRETS, Caller
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 SHORT = ["--model", "nano", "evaluation.pictures=1", *TINY]
 
 

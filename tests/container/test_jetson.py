@@ -20,7 +20,7 @@ from tests.container import engine as engines
 from tests.container.conftest import CALLER, CANARY, JETSON_IMAGE, Caller
 from tests.container.test_container import holding, images, owners
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 PHOTOGRAPHS = 3
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # each of them may get some of these tests
 # nano knows no potholes: what it takes for some is compared, not judged

@@ -13,33 +13,16 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 from app.config.compose import load_config
 from app.datasets.commands import build
+from tests import kills
 
-EVENTS = ("open", "os.", "shutil.", "tempfile.")
-RELATIVE = ("os.remove", "os.rmdir", "os.scandir")  # as rmtree names files: within an open folder
 Tree = dict[str, bytes]
 
 
 def contents(folder: Path) -> Tree:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def kill_before(operation: int, folder: Path) -> None:
-    """Kill this process before its operation of that number on a file under `folder`."""
-    left = operation
-
-    def count(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal left
-        inside = event in RELATIVE or str(folder) in repr(arguments)
-        if event.startswith(EVENTS) and inside:
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(count)
 
 
 def main() -> None:
@@ -52,32 +35,32 @@ def main() -> None:
     build(folder / "old", output, config)
     old = contents(output)
     shutil.copytree(output, folder / "kept")
-    kills = swaps = 0
+    made = swaps = 0
     status = 1
     while status:
         child = os.fork()
         if child == 0:
-            kill_before(kills + 1, folder)
+            kills.before_operation(made + 1, folder)
             build(folder / "new", output, config)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         assert status in (0, signal.SIGKILL), status
         found = contents(output)
-        assert found in (old, new), f"kill {kills + 1} left {sorted(found)}"
+        assert found in (old, new), f"kill {made + 1} left {sorted(found)}"
         if status == 0:
             break
-        kills += 1
+        made += 1
         if found == new:
             swaps += 1
             shutil.rmtree(output)
             shutil.copytree(folder / "kept", output)
-        if kills % 3:  # every third build also finds, and clears up, what the one before it left
+        if made % 3:  # every third build also finds, and clears up, what the one before it left
             for path in folder.glob(parts):
                 shutil.rmtree(path)
     assert contents(output) == new
     left = sorted(path.name for path in folder.iterdir())
     assert left == ["kept", "new", "old", "out"], left
-    print(json.dumps({"kills": kills, "after the swap": swaps}))
+    print(json.dumps({"kills": made, "after the swap": swaps}))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_no_cuda_is_newer_than_the_devices_driver(python: str, cuda: str) -> Non
     assert str(bindings.specifier).startswith(f"=={cuda}.")
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("python", JETPACKS)
 def test_each_has_a_wheel_for_a_jetson(python: str, tmp_path: Path) -> None:
     requirements = locked(python)

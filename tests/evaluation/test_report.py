@@ -3,12 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from app.datasets.build import load_splits
 from app.evaluation.report import draw_comparisons, plot_curves
 
 
+@pytest.mark.drawings
 def test_curves_are_drawn_with_what_there_is(tmp_path: Path) -> None:
     rows = [{"epoch": 1, "train/loss": 3.0}, {"epoch": 2, "train/loss": 2.0, "bbox/AP": 0.5}]
     plot_curves(rows, tmp_path / "two")

@@ -27,6 +27,7 @@ from tests.browser import look, needs_chromium
 from tests.conftest import Command
 from tests.evaluation.examples import BOX, found, truth
 
+pytestmark = pytest.mark.drawings
 HOSTILE = '<script>alert("a")</script>$x_{1$ & _b'
 
 
@@ -257,6 +258,7 @@ def test_names_from_outside_are_text(tmp_path: Path, detections: list[dict]) -> 
     assert "missed" in html
 
 
+@pytest.mark.system
 @needs_chromium
 @pytest.mark.parametrize("width", [390, 1200])
 @pytest.mark.parametrize("name", ["report.html", "dataset_report.html"])
@@ -269,6 +271,7 @@ def test_a_browser_shows_it_whole(nano_run: Path, name: str, width: int) -> None
     assert seen.narrow == 0
 
 
+@pytest.mark.system
 @needs_chromium
 def test_a_browser_would_say_what_is_broken(tmp_path: Path) -> None:
     page = tmp_path / "bad.html"

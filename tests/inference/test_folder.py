@@ -394,7 +394,7 @@ def test_a_box_outside_one_image_costs_only_that(command, words, images, tmp_pat
     assert {r["file_name"] for r in _results(tmp_path / "out")} == {"large.png"}
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_several_processes_share_the_images(command, words, images, tmp_path) -> None:
     (images / "cut.png").write_bytes(b"\x89PNG")
     assert command(*words, "--device", "cpu").code == 3

@@ -63,7 +63,7 @@ def _await_end(slurm: Slurm, job: str, folder: Path) -> None:
     assert slurm.field(job, "JobState") == "COMPLETED", said
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_job_goes_on_after_preemption_and_cancelling(
     slurm: Slurm,
     submit: Callable[..., Result],
@@ -99,7 +99,7 @@ def test_a_job_goes_on_after_preemption_and_cancelling(
     assert _weights(folder) == _weights(tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_two_nodes_train_one_run(slurm: Slurm, submit, shapes: Path, tmp_path: Path) -> None:
     """They find each other, as one run; on whose account, and how well, is said to Slurm."""
     folder = tmp_path / "out"
@@ -125,7 +125,7 @@ def test_two_nodes_train_one_run(slurm: Slurm, submit, shapes: Path, tmp_path: P
     assert "the schedule starts anew" in (folder / "train.log").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_what_slurm_refuses(submit: Callable[..., Result], shapes: Path, tmp_path: Path) -> None:
     done = submit(*_words(shapes, tmp_path / "out", "cluster.partition=none"))
     assert done.code == 2

@@ -53,6 +53,7 @@ def _figures(text: str, name: str) -> list[float]:
     return [float(number) for number in re.findall(r"[\d.]+\d", line)]
 
 
+@pytest.mark.slow
 def test_memory_and_disk_are_those_of_the_run(tmp_path: Path) -> None:
     """Within 15 %: of nano as it is, on the synthetic shapes."""
     words = [sys.executable, "-m", "app", "train", "--checkpoint", "none", "--epochs", "2"]

@@ -35,7 +35,7 @@ from app.tracking.mlflow import Sender, _requirements, _valid_name
 from app.tracking.state import State, mlflow_uri, read_state, without_password
 from tests.conftest import PATIENCE, REPOSITORY, TINY, Command, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_own_environment")]
+pytestmark = [pytest.mark.system, pytest.mark.usefixtures("_own_environment")]
 CANARY = "canary-4f1d9b"
 SECRETS = dict.fromkeys(("HF_TOKEN", "ROBOFLOW_API_KEY", "AWS_SECRET_ACCESS_KEY"), CANARY)
 

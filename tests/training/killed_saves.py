@@ -1,7 +1,8 @@
-"""Saves killed at random moments: `python -m tests.training.killed_saves FOLDER KILLS`.
+"""Saves that are killed: `python -m tests.training.killed_saves FOLDER KILLS`.
 
 After each kill the newest checkpoint is loaded, as a resumed run does. Each child, forked from this
-warm process, goes on from there and saves after each of its updates until it is killed, for real.
+warm process, goes on from there and saves after each of its updates until it kills itself, for
+real: before one of its file operations, or within a file.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 import signal
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,23 +28,16 @@ from app.training import checkpoints
 from app.training.checkpoints import RunState
 from app.training.random_state import random_state
 from app.training.step import build_accelerator
-from tests.conftest import TINY
+from tests import kills
+from tests.helpers import MICRO
 from tests.training.updates import make_updates
-
-# Saves and loads in a blink, so that most of the time goes into saves.
-SMALL = (
-    *("model.text.width=8", "model.text.num_heads=1", "model.vision.embed_dim=32"),
-    *("model.d_model=16", "model.num_heads=2", "model.feedforward=16", "model.num_queries=8"),
-    *("model.vision.depth=2", "model.vision.global_blocks=[1]", "model.text.depth=1"),
-    *("model.encoder_layers=1", "model.decoder_layers=1"),
-)
 
 
 def main() -> None:
-    folder, kills = Path(sys.argv[1]), int(sys.argv[2])
+    folder, made = Path(sys.argv[1]), int(sys.argv[2])
     logging.disable()
     torch.set_num_threads(1)
-    config = load_config([*TINY, *SMALL])
+    config = load_config(MICRO)
     make_shapes(folder / "set", train=2, valid=1, width=64, height=64, seed=0)
     transforms = [instantiate(node) for node in config.transforms.train]
     data = QueryDataset(load_splits(folder / "set").train, transforms, seed=0)
@@ -75,26 +68,44 @@ def main() -> None:
 
     state = RunState()
     save(state)
-    begun = time.monotonic()
-    save(state)
-    longest = 2 * (time.monotonic() - begun)  # some saves end before the kill, some do not
-    moments = random.Random(0)
+    operations = _operations(folder / "run", lambda: save(state))
+    longest = max(file.stat().st_size for file in (folder / "run").rglob("*") if file.is_file())
     partial = 0
-    for _ in range(kills):
+    for number in range(made):
         child = os.fork()
         if child == 0:
+            _kill(number // 2, number % 2 == 0, folder / "run", operations, longest)
             while True:
                 state.updates += 1
                 save(state)
-        time.sleep(moments.uniform(0, longest))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+        assert status in (signal.SIGKILL, signal.SIGXFSZ), status
         partial += any((folder / "run").glob(".update-*.part-*"))
         state = load()
     state.updates += 1
     save(state)
     assert len(list((folder / "run").iterdir())) == checkpoints.KEEP  # nothing is left behind
-    print(json.dumps({"kills": kills, "within a save": partial, "updates": state.updates}))
+    print(json.dumps({"kills": made, "within a save": partial, "updates": state.updates}))
+
+
+def _operations(folder: Path, save: Callable[[], object]) -> int:
+    """Return how many file operations a save has."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        count = kills.before_operation(-1, folder)
+        save()
+        os.write(writing, str(count()).encode())
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    return int(os.read(reading, 100))
+
+
+def _kill(number: int, by_operation: bool, folder: Path, operations: int, longest: int) -> None:
+    """Choose the place of this process's end: in the first save, or in the two after it."""
+    if by_operation:
+        kills.before_operation(1 + number % (3 * operations), folder)
+    else:
+        kills.within_a_file(number * 7919 % longest)  # a prime spreads the sizes
 
 
 if __name__ == "__main__":

@@ -95,7 +95,9 @@ def test_a_folder_that_is_read_only(command: Command, shapes, small_disk) -> Non
     assert (small_disk / "old" / "metrics.csv").read_text() == "epoch\n"
 
 
-@pytest.mark.parametrize("left", [4 * MIB, 40 * MIB])  # within the weights, within the state
+@pytest.mark.parametrize(  # within the weights, within the state
+    "left", [4 * MIB, pytest.param(40 * MIB, marks=pytest.mark.slow)]
+)
 def test_a_disk_that_fills_up(
     command: Command, shapes, whole_run: Path, small_disk, monkeypatch, left: int
 ) -> None:

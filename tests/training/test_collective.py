@@ -121,7 +121,7 @@ def _wait(limit: timedelta, is_first: bool) -> str:
     return "went on"
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_two_processes_are_as_one(shapes: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     launcher = ["-m", "app.launch.torchrun", "--standalone", "--nproc-per-node=2"]

@@ -252,8 +252,9 @@ def test_a_run_with_lora(train, command, shapes, base: Path, tmp_path: Path) -> 
     assert "python -m app merge" in refused.err
 
 
-def test_a_stopped_lora_run_resumes_to_the_same_weights(train, tmp_path: Path) -> None:
+def test_a_stopped_lora_run_resumes_to_the_same_weights(train, tiny_run, tmp_path: Path) -> None:
     words = ("--method", "lora-minimal", "method.lora.parts.vision=true", "--epochs", 3)
+    words = (*words, "--checkpoint", tiny_run / "weights" / "best")
     assert train(*words).code == 0
     shutil.copytree(tmp_path / "out", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut" / "weights")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shutil
@@ -17,24 +16,22 @@ from safetensors.torch import load_file
 
 from app.training.step import Step
 from app.training.trainer import Trainer
-from tests.conftest import TINY, Command, Result, finish, once
+from tests.helpers import Result, finish, metrics_rows, once, same_weights
+from tests.training.conftest import Train, train_words
 
 # What draws random numbers in a step, and more than one batch an update: four updates in all.
-RANDOM = ("model.dropout=0.2", "model.vision.drop_path=0.2", "--checkpoint", "none")
+RANDOM = ("model.dropout=0.2", "model.vision.drop_path=0.2")
 STEPS = ("--epochs", 2, "--batch-size", 1, "--grad-accum", 2)
 AVERAGED = "training.ema=0.9"
-Train = Callable[..., Result]
-
-
-def _words(shapes: Path, folder: Path) -> tuple[object, ...]:
-    base = ("train", "--dataset-dir", shapes, "--model", "nano", *RANDOM, *STEPS)
-    return (*base, "evaluation.pictures=0", *TINY, "--output-dir", folder)
+slow = pytest.mark.slow
 
 
 @pytest.fixture
-def train(command: Command, shapes: Path, tmp_path: Path) -> Train:
+def train(train: Train) -> Train:
+    """Train the room's tiny run with what STEPS and RANDOM ask for."""
+
     def run(*words: object, folder: str = "cut") -> Result:
-        return command(*_words(shapes, tmp_path / folder), *words)
+        return train(*RANDOM, *STEPS, *words, folder=folder)
 
     return run
 
@@ -45,7 +42,7 @@ def whole(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return once(
         tmp_path_factory,
         "never-stopped",
-        lambda folder: finish(*map(str, _words(shapes, folder)), AVERAGED),
+        lambda folder: finish(*train_words(shapes, folder), *RANDOM, *STEPS, AVERAGED),
     )
 
 
@@ -70,29 +67,22 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return arm
 
 
-def _weights(folder: Path, name: str = "last") -> dict[str, torch.Tensor]:
-    return load_file(folder / "weights" / name / "model.safetensors")
-
-
-def _same(a: Path, b: Path, name: str = "last") -> bool:
-    ours, theirs = _weights(a, name), _weights(b, name)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-
-
 def _figures(folder: Path) -> list[dict[str, str]]:
-    """metrics.csv without what the clock decides."""
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    timed = ("train/seconds_per_update", "train/images_per_second")
-    return [{k: v for k, v in row.items() if k not in timed} for row in rows]
+    return metrics_rows(folder, timed=False)
 
 
 def _saved(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("updates", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("updates", "workers"),
+    [
+        (1, 0),
+        (2, 2),
+        *(pytest.param(*case, marks=slow) for case in [(1, 2), (2, 0), (3, 0), (3, 2)]),
+    ],
+)
 def test_stopped_at_an_update(train, stop_after, whole, tmp_path, updates, workers) -> None:
     """Within an epoch, and at its end, before its validation; whoever loads the images."""
     words = (f"training.num_workers={workers}", AVERAGED)
@@ -105,7 +95,7 @@ def test_stopped_at_an_update(train, stop_after, whole, tmp_path, updates, worke
     done = train(*words, "--resume")
     assert done.code == 0, done.err
     for name in ("last", "best"):
-        assert _same(whole, tmp_path / "cut", name)
+        assert same_weights(whole, tmp_path / "cut", name)
     assert _figures(whole) == _figures(tmp_path / "cut")
 
 
@@ -117,7 +107,7 @@ def test_without_the_random_state_it_would_differ(
     assert train(AVERAGED).code == 143
     monkeypatch.setattr("app.training.checkpoints.restore_random_state", lambda _: None)
     assert train(AVERAGED, "--resume").code == 0
-    assert not _same(whole, tmp_path / "cut")
+    assert not same_weights(whole, tmp_path / "cut")
 
 
 def test_stopped_in_a_validation(train, stop_after, whole, tmp_path) -> None:
@@ -129,7 +119,7 @@ def test_stopped_in_a_validation(train, stop_after, whole, tmp_path) -> None:
     assert "  2/2  " in done.out
     assert "  1/2  " not in done.out
     for name in ("last", "best"):
-        assert _same(whole, tmp_path / "cut", name)
+        assert same_weights(whole, tmp_path / "cut", name)
     assert _figures(whole) == _figures(tmp_path / "cut")
 
 
@@ -162,7 +152,7 @@ def test_another_run_is_refused_by_name(train, whole, tmp_path) -> None:
 
 
 def test_another_method_is_refused_by_name(train, tiny_run: Path, tmp_path: Path) -> None:
-    """Its weights alone as well, where an adapter comes in: it would lose its base."""
+    """Its weights alone as well, where an adapter comes in."""
     begin = ("--checkpoint", tiny_run / "weights" / "best", "--epochs", 1)
     assert train(*begin).code == 0
     before = _saved(tmp_path / "cut")
@@ -176,9 +166,13 @@ def test_another_method_is_refused_by_name(train, tiny_run: Path, tmp_path: Path
     done = train(*begin, "--resume=weights", "--method", "head")
     assert done.code == 0, done.err
     assert "the schedule starts anew" in done.out
-    assert train(*begin, "--method", "lora-minimal", folder="adapter").code == 0
-    words = ("--method", "lora-minimal", "--resume=weights", "method.lora.rank=2")
-    done = train(*begin, *words, folder="adapter")
+
+
+def test_another_adapter_is_refused_by_name(train, tiny_run: Path, tmp_path: Path) -> None:
+    begin = ("--checkpoint", tiny_run / "weights" / "best", "--epochs", 1)
+    words = (*begin, "--method", "lora-minimal")
+    assert train(*words).code == 0
+    done = train(*words, "--resume=weights", "method.lora.rank=2")
     assert done.code == 2
     assert "(method.lora.rank)" in done.err
 

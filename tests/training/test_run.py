@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import weakref
@@ -21,31 +20,17 @@ from app.model import weights
 from app.training import run
 from app.training.metric import gain
 from app.training.step import Step
-from tests.conftest import TINY, Command, Result
+from tests.helpers import (
+    MICRO,
+    finish,
+    metrics_rows,
+    once,
+    same_weights,
+    saved_weights,
+)
+from tests.training.conftest import train_words
 
-
-@pytest.fixture
-def train(command: Command, shapes: Path, tmp_path: Path):
-    def run(*words: object, folder: str = "out") -> Result:
-        base = ("train", "--dataset-dir", shapes, "--model", "nano")
-        fast = ("evaluation.pictures=0", *TINY)
-        return command(*base, "--output-dir", tmp_path / folder, *words, *fast)
-
-    return run
-
-
-def _rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def _best(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "weights" / "best" / "model.safetensors")
-
-
-def _same(a: Path, b: Path, which: str = "last") -> bool:
-    ours, theirs = (load_file(f / "weights" / which / "model.safetensors") for f in (a, b))
-    return all(torch.equal(ours[key], theirs[key]) for key in ours)
+FROM_NONE = ("--checkpoint", "none", *MICRO)
 
 
 def test_what_a_run_leaves(tiny_run: Path, shapes: Path) -> None:
@@ -101,20 +86,32 @@ def test_pictures_are_truth_beside_prediction(tiny_run: Path) -> None:
         assert picture.height > 64
 
 
-def test_epochs_batches_and_seed(train, tmp_path: Path) -> None:
-    assert train("--epochs", 2, "--batch-size", 3, "--grad-accum", 1).code == 0
-    first = tmp_path / "out"
-    assert [row["epoch"] for row in _rows(first)] == ["1", "2"]
-    assert train("--epochs", 2, "--batch-size", 3, folder="again").code == 0
-    assert _same(first, tmp_path / "again")
-    assert train("--epochs", 2, "--batch-size", 3, "--seed", 1, folder="seed").code == 0
-    assert not _same(first, tmp_path / "seed")
-    assert train("--epochs", 2, "--batch-size", 1, folder="batch").code == 0
-    assert not _same(first, tmp_path / "batch")
-    assert train("--epochs", 2, "--batch-size", 3, "--lr", 1e-5, folder="lr").code == 0
-    assert not _same(first, tmp_path / "lr")
-    rate = float(_rows(tmp_path / "lr")[0]["train/learning_rate"])
-    assert rate <= 1e-5 < float(_rows(first)[0]["train/learning_rate"])
+@pytest.fixture(scope="module")
+def two_epochs(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two epochs in batches of three."""
+    words = ("--epochs", 2, "--batch-size", 3, "--grad-accum", 1)
+    return once(
+        tmp_path_factory,
+        "two-epochs",
+        lambda folder: finish(*train_words(shapes, folder), *words),
+    )
+
+
+@pytest.mark.parametrize("words", [("--seed", 1), ("--batch-size", 1), ("--lr", 1e-5)])
+def test_each_flag_changes_the_weights(train, two_epochs: Path, tmp_path: Path, words) -> None:
+    assert [row["epoch"] for row in metrics_rows(two_epochs)] == ["1", "2"]
+    assert train("--epochs", 2, "--batch-size", 3, *words).code == 0
+    assert not same_weights(two_epochs, tmp_path / "out")
+    rates = [
+        float(metrics_rows(folder)[0]["train/learning_rate"])
+        for folder in (tmp_path / "out", two_epochs)
+    ]
+    assert (rates[0] <= 1e-5 < rates[1]) == ("--lr" in words)
+
+
+def test_the_same_flags_come_to_the_same_weights(train, two_epochs: Path, tmp_path: Path) -> None:
+    assert train("--epochs", 2, "--batch-size", 3).code == 0
+    assert same_weights(two_epochs, tmp_path / "out")
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(train, tmp_path: Path) -> None:
@@ -130,10 +127,10 @@ def test_a_stopped_run_resumes_to_the_same_weights(train, tmp_path: Path) -> Non
     done = train("--epochs", 3, "--resume", folder="cut")
     assert done.code == 0, done.err
     assert "after epoch 2" in done.out
-    assert _same(whole, cut)
+    assert same_weights(whole, cut)
     ours, theirs = (json.loads((f / "metrics.json").read_text()) for f in (whole, cut))
     assert ours["last/bbox/AP"] == theirs["last/bbox/AP"]
-    assert len(_rows(cut)) == 3
+    assert len(metrics_rows(cut)) == 3
 
 
 def test_resume_without_a_run(train, tmp_path: Path) -> None:
@@ -145,19 +142,23 @@ def test_resume_without_a_run(train, tmp_path: Path) -> None:
 def test_nothing_is_overwritten_unasked(train, tmp_path: Path) -> None:
     assert train("--epochs", 1).code == 0
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    before = _best(tmp_path / "out")
+    before = saved_weights(tmp_path / "out", "best")
     done = train("--epochs", 1, "--seed", 5)
     assert done.code == 2
     assert "--overwrite" in done.err
-    assert all(torch.equal(v, before[k]) for k, v in _best(tmp_path / "out").items())
+    assert all(
+        torch.equal(v, before[k]) for k, v in saved_weights(tmp_path / "out", "best").items()
+    )
     assert train("--epochs", 1, "--seed", 5, "--overwrite").code == 0
-    assert any(not torch.equal(v, before[k]) for k, v in _best(tmp_path / "out").items())
+    assert any(
+        not torch.equal(v, before[k]) for k, v in saved_weights(tmp_path / "out", "best").items()
+    )
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
 def test_eval_only_scores_the_weights(train, tiny_run: Path, tmp_path: Path) -> None:
     best = tiny_run / "weights" / "best"
-    done = train("--checkpoint", best, "--eval-only")
+    done = train("--eval-only", start=best)
     assert done.code == 0, done.err
     figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
     trained = json.loads((tiny_run / "metrics.json").read_text())
@@ -166,7 +167,7 @@ def test_eval_only_scores_the_weights(train, tiny_run: Path, tmp_path: Path) -> 
 
 
 def test_training_goes_on_from_a_checkpoint(train, tiny_run: Path, tmp_path: Path) -> None:
-    assert train("--checkpoint", tiny_run / "weights" / "best", "--epochs", 1).code == 0
+    assert train("--epochs", 1, start=tiny_run / "weights" / "best").code == 0
     figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
     before = json.loads((tiny_run / "metrics.json").read_text())
     assert figures["baseline/bbox/AP"] == before["bbox/AP"]
@@ -198,7 +199,9 @@ def test_the_best_weights_are_kept(train, tmp_path: Path) -> None:
     done = train("--epochs", 3, "evaluation.metric=bbox/AP50")
     assert done.code == 0, done.err
     figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert figures["bbox/AP50"] == max(float(row["bbox/AP50"]) for row in _rows(tmp_path / "out"))
+    assert figures["bbox/AP50"] == max(
+        float(row["bbox/AP50"]) for row in metrics_rows(tmp_path / "out")
+    )
 
 
 def test_what_is_better() -> None:
@@ -208,8 +211,7 @@ def test_what_is_better() -> None:
 
 
 def test_resolution_and_settings_are_written(train, command, shapes, tmp_path: Path) -> None:
-    words = ("--resolution", 96, "--epochs", 1, "evaluation.pictures=0")
-    done = command("train", "--dataset-dir", shapes, "--output-dir", tmp_path / "out", *words)
+    done = train("--resolution", 96, "--epochs", 1)
     assert done.code == 0, done.err
     resolved = yaml.safe_load((tmp_path / "out" / "config_resolved.yaml").read_text())
     assert resolved["model"]["resolution"] == 96
@@ -220,12 +222,12 @@ def test_resolution_and_settings_are_written(train, command, shapes, tmp_path: P
         "train", "--config", tmp_path / "out/config.yaml", "--output-dir", tmp_path / "b"
     )
     assert again.code == 0, again.err
-    assert _same(tmp_path / "out", tmp_path / "b")
+    assert same_weights(tmp_path / "out", tmp_path / "b")
 
 
 def test_a_validation_set_is_made_and_said(train, shapes, tmp_path, command) -> None:
     done = command(
-        *("train", "--dataset-dir", shapes / "train", "--epochs", 1, *TINY),
+        *("train", "--dataset-dir", shapes / "train", "--epochs", 1, *FROM_NONE),
         *("evaluation.pictures=0", "--output-dir", tmp_path / "out"),
     )
     assert done.code == 0, done.err
@@ -259,7 +261,7 @@ def test_a_dataset_of_boxes_only(command, shapes, tmp_path: Path) -> None:
         (folder / "images").unlink()
         (folder / "_annotations.coco.json").write_text(json.dumps(document))
     done = command(
-        *("train", "--dataset-dir", tmp_path / "boxes", "--epochs", 1, *TINY),
+        *("train", "--dataset-dir", tmp_path / "boxes", "--epochs", 1, *FROM_NONE),
         *("evaluation.pictures=1", "--output-dir", tmp_path / "out"),
     )
     assert done.code == 0, done.err
@@ -314,8 +316,9 @@ def test_a_loss_that_is_not_finite_ends_with_a_word(train, tiny_run: Path, tmp_p
     state = load_file(tiny_run / "weights" / "best" / "model.safetensors")
     state["dot_prod_scoring.hs_proj.bias"].fill_(float("nan"))
     save_file(state, tmp_path / "nan.safetensors")
-    words = ("--checkpoint", tmp_path / "nan.safetensors", "--epochs", 1)
-    done = train(*words, "training.check_finite=true")
+    done = train(
+        *MICRO, "--epochs", 1, "training.check_finite=true", start=tmp_path / "nan.safetensors"
+    )
     assert done.code == 1
     assert "dot_prod_scoring.hs_proj (Linear)" in done.err
     assert "Traceback" not in done.err
@@ -323,7 +326,7 @@ def test_a_loss_that_is_not_finite_ends_with_a_word(train, tiny_run: Path, tmp_p
 
 def test_what_is_not_finite_is_saved_before_and_named(train, tmp_path, monkeypatch) -> None:
     """In the third update: its images, the first bad module, and the weights after the second."""
-    words = ("--epochs", 2, "--batch-size", 1, "--checkpoint", "none")
+    words = ("--epochs", 2, "--batch-size", 1)
     update, losses = Step.__call__, []
 
     def spoil_the_third(step: Step, batches: list, epoch: int) -> object:
@@ -344,7 +347,7 @@ def test_what_is_not_finite_is_saved_before_and_named(train, tmp_path, monkeypat
     monkeypatch.setattr(Step, "__call__", update)
     assert train(*words, "--resume").code == 0
     assert train(*words, folder="whole").code == 0
-    assert _same(tmp_path / "whole", tmp_path / "out")
+    assert same_weights(tmp_path / "whole", tmp_path / "out")
 
 
 def test_a_gradient_that_is_not_finite_is_named(train, tmp_path, monkeypatch) -> None:
@@ -358,7 +361,7 @@ def test_a_gradient_that_is_not_finite_is_named(train, tmp_path, monkeypatch) ->
         return found
 
     monkeypatch.setattr(Step, "batch_losses", spoil)
-    done = train("--epochs", 1, "--checkpoint", "none")
+    done = train("--epochs", 1)
     assert done.code == 1
     assert "the gradient of transformer.decoder.norm.weight is the first" in done.err
 
@@ -401,7 +404,7 @@ def damaged(shapes: Path, tmp_path: Path) -> Path:
 def test_a_bad_image_stops_the_run(damaged, tmp_path: Path, command, workers: int) -> None:
     """By its path, without a traceback, also out of a loading process; nothing in its place."""
     done = command(
-        *("train", "--dataset-dir", damaged, "--output-dir", tmp_path / "out", *TINY),
+        *("train", "--dataset-dir", damaged, "--output-dir", tmp_path / "out", *FROM_NONE),
         *("--epochs", 1, f"training.num_workers={workers}"),
     )
     assert done.code == 2
@@ -413,7 +416,7 @@ def test_a_bad_image_stops_the_run(damaged, tmp_path: Path, command, workers: in
 
 def test_bad_images_are_left_out_when_asked(damaged, tmp_path: Path, command) -> None:
     done = command(
-        *("train", "--dataset-dir", damaged, "--output-dir", tmp_path / "out", *TINY),
+        *("train", "--dataset-dir", damaged, "--output-dir", tmp_path / "out", *FROM_NONE),
         *("--epochs", 1, "dataset.bad_images=skip", "evaluation.pictures=0"),
     )
     assert done.code == 0, done.err
@@ -426,7 +429,7 @@ def test_prompts_of_a_file_are_trained_and_kept(shapes, tmp_path: Path, command)
     """The header carries the words that the weights know, not the dataset's names."""
     (tmp_path / "p.json").write_text('{"circle": ["disc", "round thing"]}')
     done = command(
-        *("train", "--dataset-dir", shapes, "--output-dir", tmp_path / "out", *TINY),
+        *("train", "--dataset-dir", shapes, "--output-dir", tmp_path / "out", *FROM_NONE),
         *("--epochs", 1, "--prompts", tmp_path / "p.json", "evaluation.pictures=0"),
         *("--augmentation", "strong"),
     )

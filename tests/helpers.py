@@ -1,0 +1,145 @@
+"""Helpers of several rooms' tests: sizes, commands in this process, and what a run has left."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from app.__main__ import main
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED = REPOSITORY.parent / "shared" / "datasets"
+
+# A nano of few pixels, for tests that need nano's weights or its widths.
+TINY = ["model.resolution=64", "model.mask_points=64"]
+
+# A model of every part and next to no weights, to start from none. Nano is 60 % CLIP's token
+# embedding, which a run would save several times.
+MICRO = [
+    *(*TINY, "model.text.width=8", "model.text.num_heads=1", "model.text.depth=1"),
+    *("model.vision.embed_dim=32", "model.vision.depth=2", "model.vision.global_blocks=[1]"),
+    *("model.d_model=16", "model.num_heads=2", "model.feedforward=16", "model.num_queries=8"),
+    *("model.encoder_layers=1", "model.decoder_layers=1"),
+]
+
+# Seconds after which a test fails instead of hanging; nothing is expected to take that long.
+PATIENCE = 600
+
+# Starts a command and prints its peak memory. The peak of a process counts what its parent held
+# when it forked, so that the parent must be small.
+PEAK = """import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print("peak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
+sys.exit(code)
+"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The exit code of a command, and its output."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Result]
+
+
+def finish(*words: object) -> None:
+    """Run `python -m app WORDS` in this process, for fixtures that many tests share.
+
+    Raises:
+        RuntimeError: the command ended with an error.
+    """
+    before, sys.argv = sys.argv, ["app", *map(str, words)]
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code:
+            raise RuntimeError(f"the run ended with {stop.code}") from None
+    finally:
+        sys.argv = before
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that the first worker to need it makes for all. Tests leave it as it is.
+
+    Args:
+        name: no other fixture's.
+        make: fills a folder that does not exist yet.
+    """
+    root = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the workers have it in common
+    folder, made = root / name, root / f"{name}.made"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed
+            make(folder)
+            made.touch()
+    return folder
+
+
+def until(happened: Callable[[], bool], what: str) -> None:
+    """Wait for an event; fail instead of hanging."""
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        if time.monotonic() > end:
+            pytest.fail(f"not in {PATIENCE} s: {what}")
+        time.sleep(0.05)
+
+
+# --- what a run has left -------------------------------------------------------------------------
+
+# The columns of metrics.csv that the clock decides.
+TIMED = ("train/seconds_per_update", "train/images_per_second")
+
+
+def metrics_rows(folder: Path, *, timed: bool = True) -> list[dict[str, str]]:
+    """Return the rows of metrics.csv; without `timed`, only what two runs have in common."""
+    with (folder / "metrics.csv").open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    if timed:
+        return rows
+    return [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
+
+
+def metrics(folder: Path) -> dict[str, Any]:
+    """Return the content of metrics.json."""
+    figures: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    return figures
+
+
+def saved_weights(folder: Path, which: str = "last") -> dict[str, Tensor]:
+    """Return the weights of a run by their names: the last ones or the best."""
+    from safetensors.torch import load_file  # imports torch, which many tests do without
+
+    return load_file(folder / "weights" / which / "model.safetensors")
+
+
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Return whether two sets of tensors are equal to the bit."""
+    import torch
+
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def same_weights(a: Path, b: Path, which: str = "last") -> bool:
+    """Return whether two runs have come to the same weights, to the bit."""
+    return same_tensors(saved_weights(a, which), saved_weights(b, which))
