@@ -29,7 +29,7 @@ from app.console import duration
 from app.datasets.build import Splits
 from app.datasets.queries import collate
 from app.errors import UserError
-from app.files import existing
+from app.files import nearest_existing
 from app.inference.predictor import Predictor
 from app.model.build import build_model, count_parameters
 from app.model.device import choose_device, choose_precision, free_memory
@@ -152,7 +152,7 @@ def make_plan(config: Config, splits: Splits, *, trained: bool) -> Plan:
         trained=count_parameters(model, trainable=True)["total"],
         updates=math.ceil(steps / config.training.grad_accum),
         disk=predict_disk(config, splits, model, precision),
-        free_disk=shutil.disk_usage(existing(Path(config.output_dir))).free,
+        free_disk=shutil.disk_usage(nearest_existing(Path(config.output_dir))).free,
         memory=predict_memory(config, splits, model, device, precision),
         free_memory=free_memory(device, config.training.num_gpus),
     )

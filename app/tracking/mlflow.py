@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import logging
@@ -34,7 +33,7 @@ from mlflow.types.schema import Array, ColSpec, DataType, Schema, TensorSpec
 
 from app.config.compose import read_yaml
 from app.errors import UserError
-from app.files import read_json
+from app.files import locked, read_json
 from app.tracking.state import State, mlflow_uri, read_state, without_password, write_state
 from app.training.metric import gain, metric_name
 
@@ -327,7 +326,7 @@ def track(folder: Path, asked: str = "auto", register_as: str | None = None) -> 
     if uri is None:
         raise UserError("--mlflow=none: nowhere to send to")
     os.environ.setdefault(RETRIES, "1")  # MLflow's own seven take minutes
-    with _alone(folder):
+    with locked(folder):
         sender = Sender(folder, uri, register_as)
         try:
             with _quiet():
@@ -371,18 +370,6 @@ def follow(folder: Path, uri: str, ended: TextIO) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time sends a run: another waits for the end of the block."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # NFS locks no folders
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """MLflow tells of its progress on both streams, among a run's own lines."""
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
@@ -404,7 +391,7 @@ def main() -> None:
     os.environ.setdefault(RETRIES, "0")  # the next try is RETRY_SECONDS later
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # at the end someone waits
     folder = Path(sys.argv[1])
-    with _quiet(), _alone(folder):
+    with _quiet(), locked(folder):
         follow(folder, os.environ["MLFLOW_TRACKING_URI"], sys.stdin)
 
 

@@ -40,7 +40,7 @@ from app.evaluation import record, report
 from app.evaluation.model_card import write_card
 from app.evaluation.record import Record
 from app.evaluation.report_page import write_report
-from app.files import existing, write_json, write_text
+from app.files import exists_problem, nearest_existing, write_json, write_text
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, count_parameters, padding_note
@@ -237,7 +237,7 @@ def _has_room_for_features(config: Config, splits: Splits, *, trained: bool) -> 
     )
     needed = kept_bytes(config, splits, model, precision)
     FEATURES.mkdir(parents=True, exist_ok=True)
-    output = existing(Path(config.output_dir))
+    output = nearest_existing(Path(config.output_dir))
     beside = output.stat().st_dev == FEATURES.stat().st_dev
     own = sum(checkpoints.run_bytes(config, model)) if beside else 0
     try:
@@ -380,10 +380,8 @@ def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> N
             "--resume to start one."
         )
     if present and not (resume or overwrite):
-        raise UserError(
-            f"--output-dir {folder}: holds a run already ({', '.join(present[:3])}, …). "
-            "Go on with --resume, replace it with --overwrite, or name another folder."
-        )
+        state = f"holds a run already ({', '.join(present[:3])}, …)"
+        raise UserError(exists_problem(folder, state, instead="Go on with --resume"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
