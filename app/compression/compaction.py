@@ -31,6 +31,7 @@ from app.config.schema import Config, ModelConfig
 from app.datasets import sources
 from app.datasets.coco import Category, Dataset, Image
 from app.datasets.images import open_image
+from app.datasets.read_splits import read_splits
 from app.errors import UserError
 from app.evaluation.scoring import THRESHOLD
 from app.files import write_json
@@ -41,7 +42,6 @@ from app.model.build import build_model, count_parameters, mlp_units, padding_no
 from app.model.device import choose_device, choose_precision
 from app.model.vocabulary import askable
 from app.planning.memory import count_flops
-from app.training import run
 from app.training.session import score
 
 log = logging.getLogger("app")
@@ -222,7 +222,7 @@ def compact(
     still = header.model.model_copy(update={"dropout": 0.0, "vision": vision})  # the same each time
     masks = [] if header.model.segmentation else ["loss=boxes"]
     config = load_config(["transforms=none", *masks, *overrides], None, still)
-    splits = run.read_splits(config) if has_data else None
+    splits = read_splits(config) if has_data else None
     set_seed(config.seed)
     model = build_model(still, matcher=instantiate(config.loss.matcher))
     weights.load_into(model, source)

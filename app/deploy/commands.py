@@ -47,8 +47,8 @@ def export(
         log.info("weights: %s", transformers_folder.export(checkpoint, folder, overwrite=overwrite))
         return
 
+    from app.datasets.read_splits import read_splits
     from app.deploy import export as onnx
-    from app.training import run
 
     prompts = list(flags["--prompt"] or ())
     if flags["--prompts"] is not None:
@@ -71,7 +71,7 @@ def export(
         folder,
         wanted,
         images=flags["--images"],
-        valid=None if config is None else run.read_splits(config).valid,
+        valid=None if config is None else read_splits(config).valid,
         max_detections=100 if config is None else config.evaluation.max_detections,
         measure_on=measure_on,
         overwrite=overwrite,

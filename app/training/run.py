@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,10 @@ from app.config.compose import to_yaml
 from app.config.schema import Config, Resume
 from app.console import duration
 from app.datasets import sources
-from app.datasets.build import Splits, load_splits, many_classes
+from app.datasets.build import Splits
 from app.datasets.coco import Dataset
 from app.datasets.dataset_report import write_page
-from app.datasets.decoding import decoding_problems
-from app.datasets.prompts import NOUNS, name_classes, nouns_beside, read_prompts
+from app.datasets.prompts import NOUNS, nouns_beside
 from app.datasets.queries import PromptChoice, QueryDataset
 from app.errors import UserError
 from app.evaluation import record, report
@@ -429,38 +428,6 @@ def write_settings(
         "command": sys.argv[1:],
     }
     write_json(folder / "environment.json", environment)
-
-
-def read_splits(config: Config) -> Splits:
-    """The dataset that is named, or the synthetic shapes."""
-    dataset = config.dataset
-    splits = load_splits(
-        sources.fetch(dataset, config.seed),
-        format=dataset.format,
-        valid_fraction=dataset.valid_fraction,
-        test_fraction=dataset.test_fraction,
-        max_drop=dataset.max_drop,
-        seed=config.seed,
-        limit=dataset.limit,
-    )
-    plan = [fault.remedy for fault in many_classes(splits.train, dataset.max_prompts)]
-    splits = replace(splits, notes=(*splits.notes, *plan))
-    if dataset.prompts is not None:
-        prompts = read_prompts(Path(dataset.prompts), splits.train.categories)
-        splits = splits.map(lambda split: name_classes(split, prompts))
-    if dataset.bad_images == "skip":
-        splits = splits.map(_without_bad_images)
-    return splits
-
-
-def _without_bad_images(dataset: Dataset) -> Dataset:
-    """The images that can be decoded; the others are reported, and counted."""
-    bad = decoding_problems([image.path for image in dataset.images])
-    for problem in bad.values():
-        log.warning("note: left out (dataset.bad_images=skip): %s", problem)
-    if bad:
-        log.warning("note: %d of %d images left out", len(bad), len(dataset.images))
-    return dataset.subset(image.id for image in dataset.images if image.path not in bad)
 
 
 def query_dataset(config: Config, dataset: Dataset) -> QueryDataset:

@@ -16,6 +16,7 @@ import torch
 from app.config.compose import load_config, load_model_config, model_names, read_yaml, recipe_file
 from app.config.schema import Config, PlanKind, Resume
 from app.datasets.build import Splits
+from app.datasets.read_splits import read_splits
 from app.errors import UserError, nearest
 from app.launch import slurm, torchrun
 from app.model import weights
@@ -101,7 +102,7 @@ def start(
         choose_device(config.training.device)
     if not eval_only:
         method.check(config, weights_file)
-    splits = run.read_splits(config)
+    splits = read_splits(config)
     run.check_words(config, splits)
 
     def changed(more: Sequence[str]) -> Config:
