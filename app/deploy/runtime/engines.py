@@ -23,7 +23,7 @@ from app.deploy.runtime.cuda import Gpu
 from app.deploy.runtime.external_data import locations
 from app.deploy.runtime.manifest import REMEDY, Manifest
 from app.errors import UserError
-from app.files import atomic_path, hash_file, locked, write_json
+from app.files import atomic_path, hash_file, locked, short_hash, write_json
 
 log = logging.getLogger("app")
 
@@ -58,7 +58,7 @@ class Identity:
 
 
 def _key(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return short_hash(json.dumps(value, sort_keys=True), 16)
 
 
 def source_hash(folder: Path, manifest: Manifest, file: str) -> str:
