@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from app.config.schema import DatasetConfig, ShapesConfig
+from app.config.schema import DatasetConfig
+from app.config.shapes import ShapesConfig
 from app.datasets import huggingface, roboflow
 from app.datasets.archive import unzip
 from app.datasets.build import shapes_dataset

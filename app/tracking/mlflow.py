@@ -33,7 +33,7 @@ from mlflow.types.schema import Array, ColSpec, DataType, Schema, TensorSpec
 
 from app.config.compose import read_yaml
 from app.errors import UserError
-from app.files import locked, read_json
+from app.files import flatten, locked, read_json
 from app.tracking.state import State, mlflow_uri, read_state, without_password, write_state
 from app.training.metric import gain, metric_name
 
@@ -166,7 +166,7 @@ class Sender:
     def _log_settings(self, run_id: str, known: Mapping[str, str]) -> None:
         """The settings as parameters; MLflow changes none, so changed ones become tags."""
         environment = self.environment
-        settings = dict(_flatten(self.settings)) | {
+        settings = _parameters(self.settings) | {
             "sam3_commit": str(environment.get("sam3_commit")),
             "git": str(environment.get("git")),
             "git_modified": str(environment.get("git_modified")),
@@ -270,14 +270,12 @@ class Sender:
         return str(self.environment.get("data", {}).get(split, {}).get("sha256"))
 
 
-def _flatten(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Settings → KEY, VALUE as a parameter takes them."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _flatten(value, f"{name}.{key}" if name else str(key))
-    else:
-        text = node if isinstance(node, str) else json.dumps(node)
-        yield name[:NAME_LENGTH], text[:VALUE_LENGTH]
+def _parameters(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as MLflow takes parameters: dotted key → text, both of limited length."""
+    return {
+        key[:NAME_LENGTH]: (value if isinstance(value, str) else json.dumps(value))[:VALUE_LENGTH]
+        for key, value in flatten(settings).items()
+    }
 
 
 def _best_and_baseline(figures: Mapping[str, Any]) -> dict[str, float]:
