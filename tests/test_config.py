@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
 
+import hydra
 import pytest
 import yaml
+from omegaconf import DictConfig
 
+from app.config import compose
 from app.config.compose import CONFIGS, load_config, load_model_config, model_names, to_yaml
-from app.config.schema import ColorName, Config
+from app.config.schema import Config
+from app.config.shapes import COLOR_NAMES, KINDS, ShapesConfig
 from app.datasets.build import load_splits
-from app.datasets.synthetic.drawing import COLORS, INSIDE, KINDS
-from app.datasets.synthetic.shapes import ShapesConfig, make_shapes
+from app.datasets.synthetic.drawing import COLORS, INSIDE
+from app.datasets.synthetic.shapes import make_shapes
 from app.errors import UserError
 
 
@@ -21,6 +24,47 @@ def test_every_size_and_group_composes() -> None:
     for name in model_names():
         assert load_model_config(name).name == name
     assert load_config(["loss=boxes"]).loss.criterion["loss_fn_semantic_seg"] is None
+
+
+def test_a_size_is_read_from_its_file_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {name: load_config([f"model={name}"]).model for name in model_names()}
+    monkeypatch.setattr(compose, "compose", None)  # Hydra's: a call would fail
+    compose._composed.cache_clear()
+    assert {name: load_model_config(name) for name in model_names()} == whole
+    assert load_model_config("sam3", ["model.resolution=672"]).resolution == 672
+    with pytest.raises(UserError, match=r"Did you mean 'model\.resolution'"):
+        load_model_config("sam3", ["model.resolutio=672"])
+    with pytest.raises(UserError, match="Did you mean 'nano'"):
+        load_model_config("nan")
+
+
+def test_choices_of_a_file_and_of_the_command_line_are_composed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    composed: list[list[str]] = []
+
+    def counted(name: str, overrides: list[str]) -> DictConfig:
+        composed.append(overrides)
+        return hydra.compose(name, overrides)
+
+    monkeypatch.setattr(compose, "compose", counted)
+    compose._composed.cache_clear()
+    (tmp_path / "c.yaml").write_text(
+        "model: small\ntransforms: none\nloss: boxes\nmethod: {name: lora, freeze: null}\n"
+    )
+    for _ in range(2):
+        config = load_config(["loss=full", "seed=3"], tmp_path / "c.yaml")
+    assert (config.model.name, config.method.name) == ("small", "lora")
+    assert config.loss.criterion["loss_fn_semantic_seg"] is not None
+    assert len(composed) == 1
+
+
+def test_a_size_given_whole_takes_the_place_of_the_files(tmp_path: Path) -> None:
+    """But for single keys that a file sets."""
+    (tmp_path / "c.yaml").write_text("model: {dropout: 0.2}\n")
+    given = load_model_config("small", ["model.resolution=336"])
+    config = load_config(["model.num_queries=7"], tmp_path / "c.yaml", given)
+    assert config.model == given.model_copy(update={"dropout": 0.2, "num_queries": 7})
 
 
 def test_the_resolved_yaml_makes_the_same_config(tmp_path: Path) -> None:
@@ -61,10 +105,8 @@ def test_shapes_are_drawn_as_the_command_line_says(tmp_path: Path) -> None:
 
 
 def test_the_default_shapes_are_those_of_the_schema() -> None:
-    ours = {**load_config().dataset.shapes.model_dump(), "seed": 0}
-    assert {"description", "version"} | ours.keys() == ShapesConfig().info().keys()
-    assert ours.items() <= ShapesConfig().info().items()
-    assert set(COLORS) == set(get_args(ColorName))
+    assert load_config().dataset.shapes == ShapesConfig()
+    assert set(COLORS) == set(COLOR_NAMES)
     assert set(INSIDE) == set(KINDS)
 
 
@@ -96,11 +138,11 @@ def test_a_part_takes_what_its_signature_reads() -> None:
         ("optim.optimizer._target_=torch.optim.Adamw", "there is no 'torch.optim.Adamw'"),
         ("output_dir=${oc.env:HF_TOKEN}", "reads no environment variables"),
         ("training.epochs=[", "training.epochs=["),
-        ("dataset.shapes.kinds=[circl]", "it is 'circl'"),
-        ("dataset.shapes.kinds=[]", "at least 1 item"),
-        ("dataset.shapes.background=plaid", "'plain', 'gradient', 'texture' or 'mixed'"),
-        ("dataset.shapes.label_by=both", "needs named colors"),
-        ("dataset.shapes.min_shapes=6", "is above max_shapes 5"),
+        ("dataset.shapes.kinds=[circl]", "'circl': there are circle"),
+        ("dataset.shapes.kinds=[]", "kinds is empty"),
+        ("dataset.shapes.background=plaid", "Did you mean 'plain'"),
+        ("dataset.shapes.label_by=both", "needs colors"),
+        ("dataset.shapes.min_shapes=6", "min_shapes is 6: must be 1 to 5"),
     ],
 )
 def test_what_no_one_reads_is_refused(override: str, said: str) -> None:

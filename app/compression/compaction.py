@@ -35,7 +35,7 @@ from app.datasets.read_splits import read_splits
 from app.errors import UserError
 from app.evaluation.evaluate import score_dataset as score
 from app.evaluation.scoring import THRESHOLD
-from app.files import write_json
+from app.files import exists_problem, write_json
 from app.inference.inputs import find_images, read_prompts
 from app.inference.predictor import Predictor, check_prompts
 from app.model import weights
@@ -397,10 +397,7 @@ def _check(
             "these weights answer a stored vocabulary alone; cut those that they were made from"
         )
     if (folder / weights.FILE).exists() and not overwrite:
-        problems.append(
-            f"--output-dir {folder}: holds {weights.FILE} already. Replace it with --overwrite, or "
-            "name another folder."
-        )
+        problems.append(exists_problem(folder, f"holds {weights.FILE} already"))
     if by == "svd" and goal.heads is not None:
         problems.append(
             "--width svd: heads cannot be projected, for rotary embedding turns pairs of their "

@@ -11,9 +11,9 @@ import difflib
 import functools
 import importlib
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -21,10 +21,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from app.config.schema import Config, ModelConfig
+from app.config.schema import Config, ModelConfig, problems_of
 from app.errors import UserError, nearest
+from app.files import flatten
+
+Checked = TypeVar("Checked", bound=BaseModel)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SHORT = {"limit": "dataset.limit"}  # keys that people write without their group
@@ -38,36 +41,50 @@ def load_config(
     """Compose `configs/train.yaml`, `file` over it, and `overrides` (`KEY=VALUE`) over both.
 
     Args:
+        overrides: `GROUP=CHOICE` takes a file of `configs/GROUP/`, and other keys are set singly.
+        file: YAML with some of the keys; its `GROUP: CHOICE` takes a file of that group too.
         model: the size that given weights have; takes the place of `configs/model/`.
 
     Raises:
         UserError: an unknown key (with the nearest known one), a value out of range, an
-            interpolation that cannot be resolved; all that are found.
+            interpolation that cannot be resolved; every one of them.
     """
-    groups = [text for text in overrides if _key(text) in _config_groups()]
-    values = [text for text in overrides if text not in groups]
-    composed = _compose("train", [_check_group(text) for text in groups])
-    if file is not None:
-        composed = _merge_file(composed, file, {_key(text) for text in groups})
+    asked = dict(text.partition("=")[::2] for text in overrides if _key(text) in _config_groups())
+    values = [text for text in overrides if _key(text) not in asked]
+    content = {} if file is None else _read_settings(file)
+    choices, content = _split_choices(content, asked)
+    composed = _compose(choices)
+    if unknown := _unknown_keys(content, composed):
+        raise UserError([f"{file}: {problem}" for problem in unknown])
     if model is not None:
-        changes = _model_changes(file)
-        composed.model = OmegaConf.merge(model.model_dump(), changes)
+        composed.model = model.model_dump()
+    composed.merge_with(content)
     for text in values:
-        composed = _override(composed, text)
+        _override(composed, text)
     return _validate(composed)
 
 
 def load_model_config(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
-    """The size `configs/model/<name>.yaml`."""
-    return load_config([f"model={name}", *overrides]).model
+    """Return the size `configs/model/<name>.yaml`.
+
+    Args:
+        overrides: `model.KEY=VALUE`.
+    """
+    content = read_yaml(_choice_file("model", name))
+    if "defaults" in content:  # another file's keys below its own: Hydra's to compose
+        return load_config([f"model={name}", *overrides]).model
+    composed = OmegaConf.create({"model": content})
+    for text in overrides:
+        _override(composed, text)
+    return _checked(ModelConfig, composed.model)
 
 
 def model_config(content: Mapping[str, Any], where: str) -> ModelConfig:
-    """A checked size; raises UserError that starts with `where`."""
+    """Return a checked size; raise UserError whose lines start with `where`."""
     try:
         return ModelConfig.model_validate(content)
     except ValidationError as error:
-        raise UserError([f"{where}: {_problem(item)}" for item in error.errors()]) from None
+        raise UserError([f"{where}: {problem}" for problem in problems_of(error)]) from None
 
 
 def model_names() -> list[str]:
@@ -128,19 +145,58 @@ def _check_target(node: Mapping[str, Any], where: str) -> list[str]:
     ]
 
 
-def _compose(name: str, overrides: Sequence[str]) -> DictConfig:
-    """Composed once a process: Hydra takes a tenth of a second."""
-    return copy.deepcopy(_composed(name, tuple(overrides)))
+def _read_settings(file: Path) -> dict[str, Any]:
+    content = read_yaml(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: a configuration is a mapping of keys to values")
+    return content
+
+
+def _split_choices(
+    content: Mapping[str, Any], asked: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Part a file's choices of groups from its other keys.
+
+    A file chooses by `GROUP: CHOICE`, or by `GROUP: {name: CHOICE, …}`, where the other keys then
+    change what was chosen. What is asked for on the command line takes the place of both.
+
+    Args:
+        content: of the file.
+        asked: group → choice, on the command line.
+
+    Returns:
+        Group → choice, and the keys to set.
+    """
+    choices, keys = {}, dict(content)
+    for group in set(content) & set(_config_groups()):
+        value = content[group]
+        name = value.get("name") if isinstance(value, Mapping) else value
+        is_choice = isinstance(value, str) or (CONFIGS / group / f"{name}.yaml").is_file()
+        if is_choice:
+            choices[group] = str(name)
+        if isinstance(value, str) or (is_choice and group in asked):
+            del keys[group]
+    return choices | dict(asked), keys
+
+
+def _compose(choices: Mapping[str, str]) -> DictConfig:
+    """Return `configs/train.yaml` with these choices of groups."""
+    for group, choice in choices.items():
+        _choice_file(group, choice)
+    return copy.deepcopy(_composed(tuple(sorted(choices.items()))))
 
 
 @functools.cache
-def _composed(name: str, overrides: tuple[str, ...]) -> DictConfig:
+def _composed(choices: tuple[tuple[str, str], ...]) -> DictConfig:
+    """Compose by Hydra, once a process, because that takes a tenth of a second."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return compose(name, overrides=list(overrides))
+            composed = compose("train", [f"{group}={choice}" for group, choice in choices])
     except HydraException as error:
         raise UserError(f"Configuration: {' '.join(str(error).split())}") from None
+    OmegaConf.set_struct(composed, False)
+    return composed
 
 
 def _config_groups() -> list[str]:
@@ -151,58 +207,28 @@ def _key(override: str) -> str:
     return override.partition("=")[0]
 
 
-def _check_group(override: str) -> str:
-    group, _, choice = override.partition("=")
+def _choice_file(group: str, choice: str) -> Path:
+    """Return the YAML of a group's choice; raise UserError with the nearest where there is none."""
     choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
     if choice not in choices:
         raise UserError(
             f"{group}={choice}: there is no such {group}; there are {', '.join(choices)}."
             f"{nearest(choice, choices)}"
         )
-    return override
+    return CONFIGS / group / f"{choice}.yaml"
 
 
-def _merge_file(composed: DictConfig, file: Path, decided: Collection[str]) -> DictConfig:
-    """`file` over what is composed, but for its choice of the groups that are `decided`."""
-    content = read_yaml(file)
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: a configuration is a mapping of keys to values")
-    for group in set(content) & set(_config_groups()):
-        choice = _choice(group, content[group])
-        if isinstance(content[group], str) or (choice and group in decided):
-            del content[group]
-        if choice and group not in decided:
-            composed = _regroup(composed, group, choice)
+def _unknown_keys(content: Mapping[str, Any], composed: DictConfig) -> list[str]:
     known = _leaves(composed)
-    unknown = [key for key in _leaves(content) if not _is_known(key, known)]
-    if unknown:
-        raise UserError([f"{file}: nothing reads '{key}'.{nearest(key, known)}" for key in unknown])
-    merged = OmegaConf.merge(composed, OmegaConf.create(content))
-    assert isinstance(merged, DictConfig)
-    return merged
+    return [
+        f"nothing reads '{key}'.{nearest(key, known)}"
+        for key in _leaves(content)
+        if not _is_known(key, known)
+    ]
 
 
-def _choice(group: str, value: Any) -> str | None:
-    """The YAML that a file's `group: choice` names, or `group: {name: choice, …}` starts from."""
-    if isinstance(value, str):
-        return value
-    name = str(value.get("name")) if isinstance(value, Mapping) else ""
-    return name if (CONFIGS / group / f"{name}.yaml").is_file() else None
-
-
-def _model_changes(file: Path | None) -> Mapping[str, Any]:
-    """Single keys of the size that a file sets; a size's name was seen to before."""
-    changes = read_yaml(file).get("model", {}) if file is not None else {}
-    return changes if isinstance(changes, Mapping) else {}
-
-
-def _regroup(composed: DictConfig, group: str, choice: str) -> DictConfig:
-    OmegaConf.set_struct(composed, False)
-    composed[group] = _compose("train", [_check_group(f"{group}={choice}")])[group]
-    return composed
-
-
-def _override(composed: DictConfig, text: str) -> DictConfig:
+def _override(composed: DictConfig, text: str) -> None:
+    """Set the key of `KEY=VALUE` in place."""
     key, equals, value = text.partition("=")
     key = SHORT.get(key, key)
     known = _leaves(composed)
@@ -217,7 +243,6 @@ def _override(composed: DictConfig, text: str) -> DictConfig:
         OmegaConf.update(composed, key, parsed, merge=False, force_add=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"'{text}': {' '.join(str(error).split())}") from None
-    return composed
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str:
@@ -255,29 +280,27 @@ def _is_known(key: str, known: Sequence[str]) -> bool:
     )
 
 
-def _leaves(node: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all leaves; list items by their index."""
+def _leaves(node: Any) -> list[str]:
+    """Return the dotted names of all leaves; items of lists by their index."""
     if isinstance(node, DictConfig):
         node = OmegaConf.to_container(node, resolve=False)
-    if isinstance(node, Mapping):
-        items = [(str(key), value) for key, value in node.items()]
-    elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
-        items = [(str(index), value) for index, value in enumerate(node)]
-    else:
-        return [prefix.rstrip(".")]
-    return [leaf for key, value in items for leaf in _leaves(value, f"{prefix}{key}.")]
+    return list(flatten(node, lists=True))
+
+
+def _checked(schema: type[Checked], content: DictConfig) -> Checked:
+    """Resolve the interpolations and check all against the schema."""
+    try:
+        return schema.model_validate(OmegaConf.to_container(content, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UserError(f"Configuration: {' '.join(str(error).split())}") from None
+    except ValidationError as error:
+        raise UserError(problems_of(error)) from None
 
 
 def _validate(composed: DictConfig) -> Config:
     if "${oc.env" in OmegaConf.to_yaml(composed):  # its value would be written to the run's folder
         raise UserError("${oc.env:…}: a configuration reads no environment variables")
-    try:
-        content = OmegaConf.to_container(composed, resolve=True)
-        config = Config.model_validate(content)
-    except OmegaConfBaseException as error:
-        raise UserError(f"Configuration: {' '.join(str(error).split())}") from None
-    except ValidationError as error:
-        raise UserError([_problem(item) for item in error.errors()]) from None
+    config = _checked(Config, composed)
     problems = [
         problem
         for name in ("transforms", "loss", "optim")
@@ -286,13 +309,3 @@ def _validate(composed: DictConfig) -> Config:
     if problems:
         raise UserError(problems)
     return config
-
-
-def _problem(item: Any) -> str:
-    where = ".".join(str(part) for part in item["loc"])
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden":
-        return f"{where}: nothing reads this key"
-    if item["type"] == "value_error":
-        return message
-    return f"{where}: {message} (it is {item['input']!r})"

@@ -5,21 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from app.config.shapes import ShapesConfig
 
 Node = dict[str, Any]  # a part named by `_target_`, made by hydra.utils.instantiate
 
-ShapeKind = Literal[
-    "circle", "rectangle", "triangle", "ellipse", "star", "ring", "cross", "hexagon", "blob"
-]
-# fmt: off
-ColorName = Literal[
-    "red", "green", "blue", "yellow", "orange", "purple",
-    "pink", "brown", "cyan", "white", "black", "gray",
-]
-# fmt: on
-LabelBy = Literal["kind", "color", "both", "all"]
-Background = Literal["plain", "gradient", "texture", "mixed"]
 Component = Literal["vision", "text", "detector", "geometry", "masks", "scoring"]  # of the model
 # --resume: everything; "auto": if there is a run, else start one; "weights": nothing but them.
 Resume = Literal["all", "auto", "weights"]
@@ -114,35 +105,6 @@ class ModelConfig(_Strict):
             raise ValueError(
                 f"model.d_model {self.d_model} must be a multiple of model.num_heads "
                 f"({self.num_heads})"
-            )
-        return self
-
-
-class ShapesConfig(_Strict):
-    train: int = Field(ge=1)
-    valid: int = Field(ge=1)
-    width: int = Field(ge=32)
-    height: int = Field(ge=32)
-    min_shapes: int = Field(ge=1)
-    max_shapes: int = Field(ge=1)
-    radius: list[float] = Field(min_length=2, max_length=2)
-    turn: float = Field(ge=0, le=180)
-    kinds: list[ShapeKind] = Field(min_length=1)
-    colors: list[ColorName] | None = Field(min_length=1)
-    label_by: LabelBy
-    exclude: list[str]
-    background: Background
-
-    @model_validator(mode="after")
-    def _check(self) -> ShapesConfig:
-        if self.min_shapes > self.max_shapes:
-            raise ValueError(
-                f"dataset.shapes.min_shapes {self.min_shapes} is above max_shapes {self.max_shapes}"
-            )
-        if self.colors is None and (self.label_by != "kind" or self.exclude):
-            raise ValueError(
-                f"dataset.shapes.label_by={self.label_by} with exclude={self.exclude} needs named "
-                "colors, for example dataset.shapes.colors=[red,green,blue]"
             )
         return self
 
@@ -379,3 +341,18 @@ class Config(_Strict):
     output_dir: str
     checkpoint: str
     seed: int = Field(ge=0)
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """Return a line for each problem that a schema found, with the key and the value."""
+    return [line for item in error.errors() for line in _problem(item).splitlines()]
+
+
+def _problem(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    message: str = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden":
+        return f"{where}: nothing reads this key"
+    if item["type"] == "value_error":
+        return message
+    return f"{where}: {message} (it is {item['input']!r})"

@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from app.config.shapes import ShapesConfig
 from app.console import progress
 from app.datasets.coco import Category, Dataset, Reading
 from app.datasets.decoding import find_unusable
@@ -26,7 +27,7 @@ from app.datasets.faults import (
 from app.datasets.formats import COCO, Source, choose
 from app.datasets.formats.coco import JSON_NAMES
 from app.datasets.splitting import stratify
-from app.datasets.synthetic.shapes import ShapesConfig, is_shapes, make_shapes
+from app.datasets.synthetic.shapes import check_shapes, info, is_shapes, make_shapes
 from app.errors import UserError
 from app.files import read_json
 
@@ -226,8 +227,8 @@ def many_classes(train: Dataset, most: int) -> list[Fault]:
     return found.faults
 
 
-def shapes_dataset(cache: Path, **shape_args: Any) -> Path:
-    """The synthetic set with these settings of `make_shapes` at `cache`, made where it is not.
+def shapes_dataset(cache: Path, *, seed: int = 0, **settings: Any) -> Path:
+    """Make the synthetic set with these settings of `make_shapes` at `cache`, if it is not there.
 
     Returns:
         `cache`, to be given to `load_splits`.
@@ -235,17 +236,17 @@ def shapes_dataset(cache: Path, **shape_args: Any) -> Path:
     Raises:
         UserError: `cache` holds something other than a set of shapes, or a setting is out of range.
     """
-    config = ShapesConfig(**shape_args)
-    if not (is_shapes(cache) and _is_complete(cache, config)):
-        make_shapes(cache, **shape_args)
+    config = check_shapes(settings, seed)
+    if not (is_shapes(cache) and _is_complete(cache, config, seed)):
+        make_shapes(cache, seed=seed, **settings)
     return cache
 
 
-def _is_complete(cache: Path, config: ShapesConfig) -> bool:
+def _is_complete(cache: Path, config: ShapesConfig, seed: int) -> bool:
     document = read_json(cache / "train" / JSON_NAMES[0])
     images = {split: len([*cache.glob(f"{split}/images/*.png")]) for split in ("train", "valid")}
     wanted = {"train": config.train, "valid": config.valid}
-    return document.get("info") == config.info() and images == wanted
+    return document.get("info") == info(config, seed) and images == wanted
 
 
 def _check_arguments(valid_fraction: float, test_fraction: float, limit: int | None) -> None:

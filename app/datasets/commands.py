@@ -23,7 +23,7 @@ from app.datasets.dataset_report import REPORT, by_kind, render
 from app.datasets.faults import KINDS, MAX_DROP, Action, Fault, counts_of, lines, notes
 from app.datasets.writing import is_built, write_splits
 from app.errors import UserError
-from app.files import atomic_folder, write_text
+from app.files import atomic_folder, exists_problem, write_text
 
 log = logging.getLogger("app")
 DropOption = Annotated[
@@ -186,4 +186,4 @@ def _check_output(output: Path, overwrite: bool) -> None:
             f"--output-dir {output}: holds something other than a built dataset; name a new folder"
         )
     if not overwrite:
-        raise UserError(f"--output-dir {output}: holds a dataset; replace it with --overwrite")
+        raise UserError(exists_problem(output, "holds a dataset"))

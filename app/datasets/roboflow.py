@@ -21,8 +21,8 @@ from typing import Any
 
 import httpx
 
+from app.datasets.archive import CHUNK_BYTES, unzip
 from app.errors import UserError
-from app.files import CHUNK_BYTES, unzip
 
 API_URL = "https://api.roboflow.com"
 KEY_PAGE = "https://app.roboflow.com/settings/api"

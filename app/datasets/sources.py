@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -12,11 +10,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from app.config.schema import DatasetConfig, ShapesConfig
+from app.config.schema import DatasetConfig
+from app.config.shapes import ShapesConfig
 from app.datasets import huggingface, roboflow
+from app.datasets.archive import unzip
 from app.datasets.build import shapes_dataset
 from app.datasets.folders import FOLDERS
-from app.files import hash_file, unzip
+from app.files import hash_file, locked, short_hash
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +41,8 @@ def fetch(config: DatasetConfig, seed: int, data: Path = DATA) -> Path:
 def _locked(data: Path) -> Iterator[None]:
     """One at a time: the processes of one run all fetch, and all but the first find it there."""
     data.mkdir(parents=True, exist_ok=True)
-    with (data / ".lock").open("w") as file:
-        with contextlib.suppress(OSError):  # some disks of clusters have no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+    (data / ".lock").touch()
+    with locked(data / ".lock"):
         yield
 
 
@@ -80,4 +79,4 @@ def _innermost(folder: Path) -> Path:
 def _shapes_name(shapes: ShapesConfig, seed: int) -> str:
     """Short and safe as a folder's name; others for other settings."""
     settings = json.dumps({**shapes.model_dump(), "seed": seed}, sort_keys=True)
-    return hashlib.sha256(settings.encode()).hexdigest()[:12]
+    return short_hash(settings, 12)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from app.deploy.runtime.manifest import FILE, FORMAT
 from app.errors import UserError
+from app.files import exists_problem
 from app.model import huggingface
 
 
@@ -25,10 +26,7 @@ def check_output(folder: Path, source: Path, *, overwrite: bool) -> None:
             f"--output {folder}: holds something other than an exported model; name a new folder."
         )
     if not overwrite:
-        raise UserError(
-            f"--output {folder}: holds an exported model. Replace it with --overwrite, or name "
-            "another folder."
-        )
+        raise UserError(exists_problem(folder, "holds an exported model", option="--output"))
 
 
 def _is_export(folder: Path) -> bool:

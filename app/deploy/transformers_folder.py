@@ -17,7 +17,8 @@ from sam3.model.sam3_image import Sam3Image
 from torch import Tensor
 
 from app.config.schema import ModelConfig
-from app.datasets.synthetic.drawing import Thing, draw_image
+from app.config.shapes import Thing
+from app.datasets.synthetic.drawing import draw_image
 from app.deploy.output import check_output
 from app.errors import UserError
 from app.evaluation.model_card import SHOWN_PROMPTS, licence

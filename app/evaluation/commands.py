@@ -16,7 +16,7 @@ from app.evaluation.record import Record
 from app.evaluation.report_page import write_report
 from app.evaluation.results import read_results, read_truth
 from app.evaluation.scoring import score
-from app.files import write_json
+from app.files import exists_problem, write_json
 
 log = logging.getLogger("app")
 METRICS = "metrics.json"
@@ -31,10 +31,7 @@ def score_files(
         UserError: with every problem of the files, before anything is written.
     """
     if (output / METRICS).exists() and not overwrite:
-        raise UserError(
-            f"--output-dir {output}: holds {METRICS} already. Replace it with --overwrite, or name "
-            "another folder."
-        )
+        raise UserError(exists_problem(output, f"holds {METRICS} already"))
     truth = read_truth(truth_file)
     results = read_results(results_file, truth)
     figures = score(truth, results, threshold=threshold)

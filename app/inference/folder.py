@@ -17,6 +17,7 @@ from PIL import Image
 from app.console import duration, progress
 from app.datasets.images import ImageError, open_image
 from app.errors import UserError
+from app.files import exists_problem
 from app.inference.detections import Detections
 from app.inference.inputs import find_images, normalised_boxes, output_names
 from app.inference.journal import Entry, Journal, file_state, read_contents
@@ -218,17 +219,14 @@ def _check_clear(source: str, images: Sequence[Path], output: Path, files: Seque
     """Raises UserError where a file is in the way that no earlier run of the same made, or where
     there are results of other images, which would be lost among these."""
     earlier = read_contents(output)
-    remedy = "with --overwrite, or name another folder."
     now = {str(image) for image in images}
     if others := [image for image in earlier.lines if image not in now]:
         rest = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        raise UserError(
-            f"--output-dir {output}: holds results of {others[0]}{rest}, not of --input {source}. "
-            f"Replace them {remedy}"
-        )
+        state = f"holds results of {others[0]}{rest}, not of --input {source}"
+        raise UserError(exists_problem(output, state))
     _refuse(
         [
-            f"--output-dir {output}: holds {file} already. Replace it {remedy}"
+            exists_problem(output, f"holds {file} already")
             for file in files
             if file not in earlier.files and (output / file).exists()
         ]

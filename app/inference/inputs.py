@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 
 from app.datasets.images import EXTENSIONS
 from app.errors import UserError
+from app.files import short_hash
 from app.model.vocabulary import VISUAL_PROMPT
 
 LIST = ".txt"
@@ -155,10 +155,6 @@ def output_names(images: Sequence[Path]) -> list[str]:
     names = [path.stem if stems[path.stem] == 1 else path.name for path in images]
     counts = Counter(names)
     return [
-        name if counts[name] == 1 else f"{name}.{_short_hash(path)}"
+        name if counts[name] == 1 else f"{name}.{short_hash(str(path), 8)}"
         for name, path in zip(names, images, strict=True)
     ]
-
-
-def _short_hash(path: Path) -> str:
-    return hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from app.errors import UserError
+from app.files import exists_problem, lock
 
 FILE = ".predictions.jsonl"
 Entry = dict[str, Any]  # of one image; see `folder.predict_images`
@@ -79,8 +79,7 @@ class Journal:
             earlier = Contents() if overwrite else read_contents(folder)
             if earlier.lines and (changed := _changed(earlier.settings or {}, settings)):
                 raise UserError(
-                    f"--output-dir {folder}: holds results of other settings ({changed}). Replace "
-                    "them with --overwrite, or name another folder."
+                    exists_problem(folder, f"holds results of other settings ({changed})")
                 )
             self._contents = earlier if earlier.lines else Contents()
             self._file.truncate(self._contents.end)
@@ -125,14 +124,10 @@ class Journal:
         return entry if entry["state"] == file_state(image) else None
 
     def _lock(self, folder: Path) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if lock(self._file.fileno(), wait=False) is False:
             raise UserError(
                 f"--output-dir {folder}: another run is at work here; wait, or name another folder"
-            ) from None
-        except OSError:  # NFS without locks
-            pass
+            )
 
     def _write(self, value: Mapping[str, Any]) -> int:
         start = self._file.seek(0, 2)

@@ -20,7 +20,7 @@ from torch import Tensor
 from app.config.compose import load_model_config, model_config, model_names
 from app.config.schema import ModelConfig
 from app.errors import UserError
-from app.files import read_json
+from app.files import flatten, read_json
 from app.model.build import mlp_units
 from app.model.upstream.pin import bpe_path
 
@@ -356,10 +356,10 @@ def read_config(folder: Path) -> ModelConfig:
             f"{file}: model_type is {kind!r}; weights of SAM 3 have 'sam3', or 'sam3_video' with "
             "a detector_config. Give a folder that Sam3Model.from_pretrained loads."
         )
-    found = dict(_leaves(detector))
-    resolution = found.get("vision_config.backbone_config.image_size")
+    values = flatten(detector)
+    resolution = values.get("vision_config.backbone_config.image_size")
     # What a folder leaves out is transformers' default, and that is the published model.
-    default = dict(_leaves(to_config(load_model_config("sam3"))))
+    default = flatten(to_config(load_model_config("sam3")))
     nearest: tuple[str, list[str]] | None = None
     for name in model_names():
         size = load_model_config(name)
@@ -367,9 +367,9 @@ def read_config(folder: Path) -> ModelConfig:
             changed = size.model_dump() | {"resolution": resolution}
             size = model_config(changed, f"{file}: image_size")
         differences = [
-            f"  {key}: {found.get(key, default[key])!r}, where '{name}' has {value!r}"
-            for key, value in _leaves(to_config(size))
-            if not key.endswith(_FREE) and found.get(key, default[key]) != value
+            f"  {key}: {values.get(key, default[key])!r}, where '{name}' has {value!r}"
+            for key, value in flatten(to_config(size)).items()
+            if not key.endswith(_FREE) and values.get(key, default[key]) != value
         ]
         if not differences:
             return size
@@ -473,12 +473,3 @@ def _complete(state: dict[str, Tensor]) -> dict[str, Tensor]:
             state[f"{_POINTS}{name}_project.weight"] = final.new_zeros(width, inputs)
             state[f"{_POINTS}{name}_project.bias"] = final.new_zeros(width)
     return state
-
-
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key → value."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -23,7 +23,7 @@ from app import __version__
 from app.config.compose import load_model_config, model_config, model_names
 from app.config.schema import ModelConfig
 from app.errors import UserError
-from app.files import atomic_path, hash_file
+from app.files import atomic_path, exists_problem, hash_file
 from app.model import adapters, huggingface
 from app.model.build import build_model
 from app.model.upstream.pin import COMMIT
@@ -117,10 +117,7 @@ def merge(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
     if not is_adapter(path):
         raise UserError(f"{path}: is no adapter (a folder with {adapters.FILE}); nothing to merge")
     if (folder / FILE).exists() and not overwrite:
-        raise UserError(
-            f"--output-dir {folder}: holds {FILE} already. Replace it with --overwrite, or name "
-            "another folder."
-        )
+        raise UserError(exists_problem(folder, f"holds {FILE} already"))
     model, header = load(path, merge=True)
     return save(model, folder, header)
 

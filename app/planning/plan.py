@@ -30,7 +30,7 @@ from app.datasets.build import Splits
 from app.datasets.queries import collate
 from app.errors import UserError
 from app.evaluation.evaluate import score_dataset
-from app.files import existing
+from app.files import nearest_existing
 from app.inference.predictor import Predictor
 from app.model.build import build_model, count_parameters
 from app.model.device import choose_device, choose_precision, free_memory
@@ -193,7 +193,7 @@ class Planner:
             trained=count_parameters(model, trainable=True)["total"],
             updates=math.ceil(batches / config.training.grad_accum),
             disk=predict_disk(config, self.splits, model, precision),
-            free_disk=shutil.disk_usage(existing(Path(config.output_dir))).free,
+            free_disk=shutil.disk_usage(nearest_existing(Path(config.output_dir))).free,
             memory=self.predict_memory(config, model, device, precision),
             free_memory=free_memory(device, config.training.num_gpus),
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import logging
@@ -34,7 +33,7 @@ from mlflow.types.schema import Array, ColSpec, DataType, Schema, TensorSpec
 
 from app.config.compose import read_yaml
 from app.errors import UserError
-from app.files import read_json
+from app.files import flatten, locked, read_json
 from app.tracking.state import State, mlflow_uri, read_state, without_password, write_state
 from app.training.metric import gain, metric_name
 
@@ -167,7 +166,7 @@ class Sender:
     def _log_settings(self, run_id: str, known: Mapping[str, str]) -> None:
         """The settings as parameters; MLflow changes none, so changed ones become tags."""
         environment = self.environment
-        settings = dict(_flatten(self.settings)) | {
+        settings = _parameters(self.settings) | {
             "sam3_commit": str(environment.get("sam3_commit")),
             "git": str(environment.get("git")),
             "git_modified": str(environment.get("git_modified")),
@@ -271,14 +270,12 @@ class Sender:
         return str(self.environment.get("data", {}).get(split, {}).get("sha256"))
 
 
-def _flatten(node: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Settings → KEY, VALUE as a parameter takes them."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            yield from _flatten(value, f"{name}.{key}" if name else str(key))
-    else:
-        text = node if isinstance(node, str) else json.dumps(node)
-        yield name[:NAME_LENGTH], text[:VALUE_LENGTH]
+def _parameters(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as MLflow takes parameters: dotted key → text, both of limited length."""
+    return {
+        key[:NAME_LENGTH]: (value if isinstance(value, str) else json.dumps(value))[:VALUE_LENGTH]
+        for key, value in flatten(settings).items()
+    }
 
 
 def _best_and_baseline(figures: Mapping[str, Any]) -> dict[str, float]:
@@ -327,7 +324,7 @@ def track(folder: Path, asked: str = "auto", register_as: str | None = None) -> 
     if uri is None:
         raise UserError("--mlflow=none: nowhere to send to")
     os.environ.setdefault(RETRIES, "1")  # MLflow's own seven take minutes
-    with _alone(folder):
+    with locked(folder):
         sender = Sender(folder, uri, register_as)
         try:
             with _quiet():
@@ -371,18 +368,6 @@ def follow(folder: Path, uri: str, ended: TextIO) -> None:
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time sends a run: another waits for the end of the block."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # NFS locks no folders
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """MLflow tells of its progress on both streams, among a run's own lines."""
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
@@ -404,7 +389,7 @@ def main() -> None:
     os.environ.setdefault(RETRIES, "0")  # the next try is RETRY_SECONDS later
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # at the end someone waits
     folder = Path(sys.argv[1])
-    with _quiet(), _alone(folder):
+    with _quiet(), locked(folder):
         follow(folder, os.environ["MLFLOW_TRACKING_URI"], sys.stdin)
 
 

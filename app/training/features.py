@@ -23,7 +23,7 @@ from app.config.schema import Config, ModelConfig, Resume
 from app.datasets import sources
 from app.datasets.build import Splits
 from app.errors import UserError
-from app.files import atomic_path, existing
+from app.files import atomic_path, nearest_existing
 from app.model.device import choose_device, choose_precision
 from app.training import checkpoints
 from app.training.teacher import teacher_size
@@ -77,7 +77,7 @@ def _has_room(config: Config, splits: Splits, model: Sam3Image) -> bool:
     )
     needed = cache_bytes(config, splits, model, precision)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    output = existing(Path(config.output_dir))
+    output = nearest_existing(Path(config.output_dir))
     same_disk = output.stat().st_dev == FOLDER.stat().st_dev
     own = sum(checkpoints.run_bytes(config, model)) if same_disk else 0
     try:

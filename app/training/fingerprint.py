@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from app.config.schema import Config
 from app.datasets.build import Splits
 from app.datasets.coco import Dataset
 from app.errors import UserError
-from app.files import hash_file
+from app.files import flatten, hash_file
 from app.training.teacher import teacher_file
 
 Fingerprint = dict[str, Any]
@@ -33,7 +32,7 @@ _JUDGES = ("validation data", "model.", "evaluation.", "training.precision", "tr
 
 def fingerprint(config: Config, splits: Splits, processes: int) -> Fingerprint:
     """Name → value, as JSON has them; `processes` is the world size."""
-    settings = _flat(config.model_dump(mode="json"))
+    settings = flatten(config.model_dump(mode="json"))
     teacher = teacher_file(config)
     return {
         "training data": _identify(splits.train),
@@ -80,14 +79,3 @@ def _identify(dataset: Dataset) -> str:
     prompts = [[category.name, *category.synonyms] for category in dataset.categories]
     words = "; ".join(", ".join(names) for names in prompts)
     return f"{len(dataset.images)} images of {words} ({dataset.content_hash()[:12]})"
-
-
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys → values that are no mappings."""
-    flat: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

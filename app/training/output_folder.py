@@ -19,7 +19,7 @@ from app.config.compose import to_yaml
 from app.config.schema import Config, Resume
 from app.datasets.build import Splits
 from app.errors import UserError
-from app.files import write_json, write_text
+from app.files import exists_problem, write_json, write_text
 from app.model.upstream.pin import COMMIT
 
 log = logging.getLogger("app")
@@ -48,10 +48,8 @@ def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> N
             "--resume to start one."
         )
     if present and not (resume or overwrite):
-        raise UserError(
-            f"--output-dir {folder}: holds a run already ({', '.join(present[:3])}, …). "
-            "Go on with --resume, replace it with --overwrite, or name another folder."
-        )
+        state = f"holds a run already ({', '.join(present[:3])}, …)"
+        raise UserError(exists_problem(folder, state, instead="Go on with --resume"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()

@@ -33,7 +33,7 @@ from app.config.compose import (
 from app.config.schema import ModelConfig, Resume
 from app.datasets import coco
 from app.datasets.build import Splits
-from app.datasets.read_splits import read_splits as read_dataset
+from app.datasets.read_splits import read_splits as read_own_splits
 from app.errors import UserError
 from app.files import write_text
 from app.launch import torchrun
@@ -289,7 +289,7 @@ def read_splits(config: DictConfig, flags: dict[str, str]) -> Splits:
     files = {split: file for split, file in named.items() if file is not None}
     ours = [f"{key}={value}" for key, value in flags.items() if key.startswith("dataset.")]
     if ours or len(files) < 2:
-        return read_dataset(load_config(ours))
+        return read_own_splits(load_config(ours))
     missing = [f"{split}: no annotations at {f}" for split, f in files.items() if not f.is_file()]
     if missing:
         raise UserError([*missing, "Set the YAML's paths, or give --dataset-dir."])

@@ -9,10 +9,10 @@ import pytest
 from app.config.compose import load_config
 from app.config.schema import DatasetConfig
 from app.datasets import roboflow, sources
+from app.datasets.archive import unzip
 from app.datasets.build import Splits, load_splits
 from app.datasets.sources import fetch
 from app.errors import UserError
-from app.files import unzip
 from tests.conftest import TINY, Command
 from tests.datasets.exports import IMAGES, coco_export, packed, yolo_export
 

@@ -16,6 +16,7 @@ from transformers import Sam3Config, Sam3Model, Sam3VideoConfig, Sam3VideoModel
 from app.config.compose import load_config, load_model_config
 from app.config.schema import ModelConfig
 from app.errors import UserError
+from app.files import flatten
 from app.model import huggingface, weights
 from app.model.build import build_model
 from tests.conftest import TINY
@@ -24,17 +25,6 @@ from tests.model.outputs import raw_outputs
 CONFIG = load_config(TINY).model
 PUBLISHED = ["sam3", "small", "small-text", "nano"]
 ZEROED = ("geometry_encoder.points_", "backbone.vision_backbone.trunk.pos_embed")
-
-
-def _leaves(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= (
-            _leaves(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
-    return flat
 
 
 def _theirs(config: ModelConfig = CONFIG) -> Sam3Model:
@@ -70,8 +60,8 @@ def test_keys_and_shapes_are_those_of_sam3model(name: str) -> None:
 
 
 def test_the_published_size_is_what_transformers_takes_by_default() -> None:
-    defaults = _leaves(Sam3Config().to_dict())
-    ours = _leaves(huggingface.to_config(load_model_config("sam3")))
+    defaults = flatten(Sam3Config().to_dict())
+    ours = flatten(huggingface.to_config(load_model_config("sam3")))
     others = {key for key, value in ours.items() if value != defaults.get(key)}
     epsilon = "vision_config.backbone_config.layer_norm_eps"
     assert others == {"architectures", "dtype", epsilon}

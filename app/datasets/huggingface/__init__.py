@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -16,7 +15,7 @@ from app.datasets.huggingface.hub import Repository, Unreachable, quiet, resolve
 from app.datasets.huggingface.names import class_names
 from app.datasets.huggingface.splits import choose_splits, open_splits
 from app.errors import UserError
-from app.files import atomic_folder, read_json
+from app.files import atomic_folder, read_json, short_hash
 
 log = logging.getLogger("app")
 
@@ -83,17 +82,13 @@ def _folder_name(config: HuggingFaceConfig, repository: Repository) -> str:
     name = f"{repository.name.replace('/', '--')}@{repository.commit[:12]}"
     for choice in (config.config, config.split):
         name += f"--{_safe(choice)}" if choice else ""
-    return f"{name}--{_short_hash(config.columns)}" if config.columns else name
+    return f"{name}--{short_hash(config.columns, 8)}" if config.columns else name
 
 
 def _safe(text: str) -> str:
     """As it is where it can be part of a folder's name."""
     plain = text.replace("-", "").replace("_", "").isalnum() and text.isascii()
-    return text if plain else _short_hash(text)
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return text if plain else short_hash(text, 8)
 
 
 def _copy_fetched_earlier(config: HuggingFaceConfig, home: Path, error: Unreachable) -> Path:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from app.config.schema import ColorName, ShapeKind
+from app.config.shapes import Thing
 
-KINDS: tuple[str, ...] = get_args(ShapeKind)
-COLORS: dict[ColorName, tuple[int, int, int]] = {  # RGB
+COLORS = {  # RGB
     "red": (220, 30, 30),
     "green": (30, 160, 50),
     "blue": (40, 70, 220),
@@ -53,13 +52,6 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]  # (height, width)
 Pixels = NDArray[np.uint8]  # (height, width, RGB)
 Color = NDArray[np.int64]  # (3,) RGB, 0..255
-
-
-class Thing(NamedTuple):
-    """What to draw: a kind, in a named color or in any."""
-
-    kind: str
-    color: ColorName | None
 
 
 class Frame(NamedTuple):
@@ -107,7 +99,7 @@ def draw_image(
     width: int,
     height: int,
     background: str,
-    shun: Sequence[ColorName],
+    shun: Sequence[str],
     radius: tuple[float, float],
     turn: float,
     random: np.random.Generator,

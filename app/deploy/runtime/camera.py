@@ -23,6 +23,7 @@ from PIL import Image
 from app.datasets.images import EXTENSIONS, ImageError, open_image
 from app.deploy.runtime.runtime import STAGES, Runtime
 from app.errors import UserError
+from app.files import exists_problem
 from app.inference.detections import Detections
 from app.inference.folder import ended_by_sigterm, unwritable_said
 from app.inference.journal import file_state
@@ -170,10 +171,7 @@ def _check_output(output: Path, settings: Settings, overwrite: bool) -> None:
     if "csv" in settings.save:
         problems.append("--save csv: is written when all is done, which --loop never is; use coco")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
-        problems.append(
-            f"--output-dir {output}: is not empty. Replace it with --overwrite, or name another "
-            "folder."
-        )
+        problems.append(exists_problem(output, "is not empty"))
     if problems:
         raise UserError(problems)
 

@@ -9,7 +9,6 @@ Runs on Python 3.10 and is given the `tensorrt` module: it imports none.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,7 +23,7 @@ from app.deploy.runtime.cuda import Gpu
 from app.deploy.runtime.external_data import locations
 from app.deploy.runtime.manifest import REMEDY, Manifest
 from app.errors import UserError
-from app.files import atomic_path, hash_file, write_json
+from app.files import atomic_path, hash_file, locked, short_hash, write_json
 
 log = logging.getLogger("app")
 
@@ -59,7 +58,7 @@ class Identity:
 
 
 def _key(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return short_hash(json.dumps(value, sort_keys=True), 16)
 
 
 def source_hash(folder: Path, manifest: Manifest, file: str) -> str:
@@ -258,11 +257,10 @@ class EngineCache:
         """One build at a time: two would not fit in a Jetson's memory."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("w")
+            (self.folder / ".lock").touch()
         except OSError as error:
             raise self._unwritable(error) from None
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self.folder / ".lock"):
             yield
 
     def _unwritable(self, error: OSError) -> UserError:

@@ -7,7 +7,6 @@ finds stays on the GPU; inputs and results lie in memory that a Jetson's CPU and
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
 import json
 import logging
@@ -34,7 +33,7 @@ from app.deploy.runtime.manifest import (
 from app.deploy.runtime.onnx_backend import check_graphs
 from app.deploy.runtime.square import to_pixels
 from app.errors import UserError
-from app.files import write_json
+from app.files import short_hash, write_json
 
 log = logging.getLogger("app")
 
@@ -187,7 +186,8 @@ class TensorRTBackend:
         if GOLDEN not in self._manifest.files:
             raise UserError(f"{self._folder}: holds no {GOLDEN} to compare engines with. {REMEDY}")
         of = [self._manifest.files[GOLDEN]["sha256"], *(i.name for i in identities.values())]
-        verdict = self._cache.folder / f"checked.{level}.{_short_hash(of)}.json"
+        compared = short_hash("\n".join(of), 16)
+        verdict = self._cache.folder / f"checked.{level}.{compared}.json"
         known = _verdict(verdict)
         if known and known["misses"]:
             return list(map(str, known["misses"]))
@@ -335,7 +335,3 @@ def _verdict(file: Path) -> dict[str, Any] | None:
         return {"engines": dict(content["engines"]), "misses": list(content["misses"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _short_hash(words: list[str]) -> str:
-    return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]

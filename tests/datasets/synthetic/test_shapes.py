@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from app.config.shapes import KINDS
 from app.datasets.coco import Category, read
-from app.datasets.synthetic.drawing import COLORS, JITTER, KINDS, Shape
+from app.datasets.synthetic.drawing import COLORS, JITTER, Shape
 from app.datasets.synthetic.shapes import make_shapes
 from app.errors import UserError
 
