@@ -13,7 +13,6 @@ import pytest
 from tests.conftest import REPOSITORY
 
 
-
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_malformed_datasets(memory_folder: Path, count: int) -> None:
     done = subprocess.run(
