@@ -1,4 +1,7 @@
-"""Every command of the README is run as it stands, only on less: fewer images, fewer pixels."""
+"""Every command of the README: its flags are known, and it runs as it stands on less.
+
+Less is fewer images and fewer pixels.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from app.deploy.runtime.cli import main as run_deployed
+from app.deploy.runtime.cli import make_parser
 from tests.conftest import REPOSITORY, SHARED, TINY, Command
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -45,6 +49,25 @@ def test_the_readme_has_commands() -> None:
     assert rest == {"./build.sh", "./test.sh", *IN_AN_ENGINE}
 
 
+OURS = [*TRAINING, *PREDICTING, *TRACKING, *CUTTING, *EXPORTING, *TABLED]
+
+
+@pytest.mark.parametrize("line", [*OURS, "./train.sh --epoch 3", "./infer.sh --prompt"])
+def test_its_flags_are_known(command: Command, line: str) -> None:
+    """Each with its value. --help ends a command before it does anything, but not before that."""
+    is_ours = line in OURS
+    for script in ("train", "infer"):
+        line = line.replace(f"./{script}.sh", f".venv/bin/python -m app {script}")
+    done = command(*shlex.split(line)[3:], "--help")
+    assert (done.code, "Usage: " in done.out) == ((0, True) if is_ours else (2, False)), done.err
+
+
+@pytest.mark.parametrize("line", DEPLOYED)
+def test_the_flags_of_a_deployed_folder_are_known(line: str) -> None:
+    assert make_parser().parse_args(shlex.split(line)[3:]).input
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("line", [c for c in TRAINING if "--use-base-config" not in c])
 def test_training(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, line: str) -> None:
     monkeypatch.chdir(REPOSITORY)
@@ -65,6 +88,7 @@ def test_training(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch,
     assert (tmp_path / "metrics.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", TABLED)
 def test_the_sources(command: Command, tmp_path: Path, monkeypatch, line: str) -> None:
     """What lies on this machine is used; what does not gets as far as asking for it."""
@@ -104,6 +128,7 @@ def test_upstreams_trainer(tmp_path: Path, line: str) -> None:
     assert (tmp_path / "weights" / "last" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", PREDICTING)
 def test_prediction(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, line) -> None:
     monkeypatch.chdir(REPOSITORY)
@@ -113,6 +138,7 @@ def test_prediction(command: Command, tiny_run: Path, tmp_path: Path, monkeypatc
     assert len(list((tmp_path / "out").glob("*.png"))) == (5 if "potholes" in line else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", TRACKING)
 def test_tracking(command: Command, tiny_run: Path, tmp_path: Path, line: str) -> None:
     shutil.copytree(tiny_run, tmp_path / "run")
@@ -121,6 +147,7 @@ def test_tracking(command: Command, tiny_run: Path, tmp_path: Path, line: str) -
     assert command(*words).code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", CUTTING)
 def test_cutting(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, line: str) -> None:
     monkeypatch.chdir(REPOSITORY)
@@ -134,6 +161,7 @@ def test_cutting(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, 
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_exporting(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch) -> None:
     """Each on the run's own weights, the graphs' answers by the command beside them."""
     monkeypatch.chdir(REPOSITORY)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from app import signals
 from app.datasets.synthetic.shapes import make_shapes
-from tests.conftest import REPOSITORY, TINY, Command, until
+from tests.helpers import PATIENCE, REPOSITORY, TINY, Command, until
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -65,7 +66,7 @@ def test_a_signal_to_the_group_saves_and_ends(start, tmp_path, number) -> None:
     process = start("training.num_workers=2", "training.save_every=300")
     _wait_for(tmp_path / "out" / "metrics.csv", process)
     os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143, err
     assert "stopped after update" in out
     assert "Traceback" not in err
@@ -78,24 +79,29 @@ def test_a_signal_waits_while_processes_start() -> None:
     """They begin with the handlers of torch, which end them."""
     heard: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
-    child = multiprocessing.get_context("fork").Process(target=_sleep)
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    child = fork.Process(target=_say_what_waits, args=(theirs,))
     try:
         with signals.held_back():
             child.start()
             os.kill(os.getpid(), signal.SIGTERM)
         assert child.pid is not None
         os.kill(child.pid, signal.SIGTERM)
-        child.join(1)
-        assert child.is_alive()
+        ours.send("sent")
+        assert ours.poll(PATIENCE)
+        assert ours.recv() == {signal.SIGTERM}  # which has not ended it
         assert heard == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
         child.kill()
 
 
-def _sleep() -> None:
+def _say_what_waits(parent: Connection) -> None:
+    """With the handler of the system, which ends a process, once a signal was sent."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(60)
+    parent.recv()
+    parent.send(signal.sigpending())
 
 
 @pytest.mark.slow
@@ -103,7 +109,7 @@ def test_a_signal_before_there_is_a_run(start, tmp_path: Path) -> None:
     process = start()
     _wait_for(tmp_path / "out" / "train.log", process)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143, err
     assert "Traceback" not in err
 
@@ -116,10 +122,9 @@ def test_a_second_signal_ends_at_once(start, tmp_path: Path) -> None:
     _wait_for(folder / "update-00000002", process)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
-    begun = time.monotonic()
-    process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
-    assert time.monotonic() - begun < 5
+    assert "stopped after update" not in out  # which is said once all is saved
     newest = max(path for path in folder.glob("update-*"))
     _check_whole(newest)
 
@@ -138,14 +143,21 @@ def test_a_second_signal_ends_all_processes_at_once(start, tmp_path: Path) -> No
     ranks = psutil.Process(process.pid).children(recursive=True)
     assert len(ranks) >= 2
     process.send_signal(signal.SIGTERM)
-    time.sleep(signals.ECHO_SECONDS + 0.3)
+    assert process.stderr is not None
+    first = ""
+    while "once more ends at once" not in first:
+        more = os.read(process.stderr.fileno(), 1 << 16)
+        assert more, first
+        first += more.decode()
+    time.sleep(2 * signals.ECHO_SECONDS)  # what comes sooner is taken for an echo of the first
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, rest = process.communicate(timeout=PATIENCE)
+    err = first + rest
     assert process.returncode == 143
     assert err.count("once more ends at once") == 1
     assert "Traceback" not in err
-    assert not psutil.wait_procs(ranks, timeout=2)[1]
+    assert not psutil.wait_procs(ranks, timeout=PATIENCE)[1]
     _check_whole(folder / "update-00000000")
     # The update under way was neither finished nor saved.
     assert [path.name for path in folder.glob("update-*")] == ["update-00000000"]
@@ -204,19 +216,19 @@ def test_two_processes_stop_and_go_on_together(shapes: Path, tmp_path: Path) -> 
         "whole",
         launcher=("-m", "app.launch.torchrun", "--standalone", "--nproc-per-node=2"),
     )
-    out, err = whole.communicate(timeout=300)
+    out, err = whole.communicate(timeout=PATIENCE)
     assert whole.returncode == 0, err
     assert "2 process(es)" in out
     assert out.count("    6/6  ") == 1  # the second process is silent
     cut = run("cut")
     _wait_for(tmp_path / "cut" / "metrics.csv", cut)
     cut.send_signal(signal.SIGTERM)
-    out, err = cut.communicate(timeout=60)
+    out, err = cut.communicate(timeout=PATIENCE)
     assert "stopped after update" in out, err
     assert cut.returncode == 143, err
     assert "Traceback" not in err
     resumed = run("cut", "--resume")
-    out, err = resumed.communicate(timeout=300)
+    out, err = resumed.communicate(timeout=PATIENCE)
     assert resumed.returncode == 0, err
     ours, theirs = (
         load_file(tmp_path / name / "weights" / "last" / "model.safetensors")

@@ -24,7 +24,7 @@ from app.inference.outputs import PER_IMAGE
 from app.inference.settings import SAVES
 from app.inference.tables import TABLES
 from app.model import weights
-from tests.conftest import PEAK, REPOSITORY, until
+from tests.conftest import PATIENCE, PEAK, REPOSITORY, until
 
 
 def _visible(folder: Path) -> list[str]:
@@ -483,13 +483,13 @@ def test_a_thousand_images_take_no_more_memory_than_the_first(tmp_path: Path) ->
     until(lambda: len(journal()) > 100, "a hundred images")
     (process,) = psutil.Process(stopped.pid).children()
     process.terminate()
-    said, _ = stopped.communicate(timeout=60)
+    said, _ = stopped.communicate(timeout=PATIENCE)
     assert stopped.returncode == 143
     first, done = int(said.split()[-1]), journal()
     assert 100 < len(done) < 500
 
     rest = start()
-    said, _ = rest.communicate(timeout=120)
+    said, _ = rest.communicate(timeout=PATIENCE)
     assert rest.returncode == 0
     assert f"{len(done) - 2} of 1000 images were done before" in said
     assert journal()[: len(done)] == done  # settings, files, and an image a line

@@ -18,7 +18,7 @@ from app.deploy.runtime.camera import LINES, Speed
 from app.deploy.runtime.cli import main
 from app.deploy.runtime.manifest import read_manifest
 from app.inference.settings import SAVES
-from tests.conftest import REPOSITORY, Result, until
+from tests.conftest import PATIENCE, REPOSITORY, Result, until
 from tests.deploy.tiny import expected_score, write_folder, write_manifest
 
 COLORS = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
@@ -150,7 +150,7 @@ def test_images_are_answered_as_they_arrive(folder: Path, images: Path, tmp_path
         until(lambda: len(_lines(out)) == 4, "a fourth answer")
     finally:
         process.send_signal(signal.SIGINT)
-        said, errors = process.communicate(timeout=60)
+        said, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 3, errors
     assert "Traceback" not in errors
     assert "4 frames, " in said
@@ -215,7 +215,7 @@ def test_a_stop_by_the_system(folder: Path, images: Path, tmp_path: Path) -> Non
         until(lambda: (out / LINES).is_file() and len(_lines(out)) == 3, "three answers")
     finally:
         process.terminate()
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
     assert "3 frames, " in said
 
