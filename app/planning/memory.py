@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from app.compression import distillation
-from app.compression.distillation import Lesson, Matches
+from app.compression.distillation import Distiller, Matches
 from app.config.schema import Config, ModelConfig
 from app.inference.predictor import Predictor
 from app.model.build import build_model
@@ -76,10 +76,10 @@ def _count_step(
         else:
             hollow(teacher.model)
             known.append(teacher.model)
-            distillation.show_on_the_way(model)
-            lesson = Lesson(teacher, config.distill, match=_any_match(objects))
+            distiller = Distiller(teacher, config.distill, match=_any_match(objects))
+            prepared = distiller.prepare(model)
             losses = functools.partial(
-                lesson_losses, model, criterion, batch, precision, lesson, "answers"
+                lesson_losses, prepared, criterion, batch, precision, distiller, "answers"
             )
     weights = (t for part in known for t in (*part.parameters(), *part.buffers()))
     live = LiveBytes(weights, without_contents=True)
@@ -88,7 +88,6 @@ def _count_step(
     with live, _KnownValues(len(batch.img_batch), grid), every_mask:
         losses()["loss"].backward()
     model.zero_grad()  # and all else that a next step would find
-    model.__dict__.pop("forward", None)
     return live.peak
 
 

@@ -31,8 +31,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from app.compression import distillation
-from app.compression.distillation import Lesson, Stage
+from app.compression.distillation import Distiller, Stage
 from app.config.schema import Config, OptimConfig
 from app.datasets.queries import QueryDataset, collate
 from app.errors import UserError
@@ -120,7 +119,7 @@ class Loop:
 
     Args:
         lr_scale: of the configuration's learning rates.
-        lesson: where there is a teacher; the model is then called as `show_on_the_way` says.
+        lesson: where there is a teacher; what it prepares is then called instead of the model.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class Loop:
         accelerator: Accelerator,
         *,
         lr_scale: float,
-        lesson: Lesson | None = None,
+        lesson: Distiller | None = None,
     ) -> None:
         self.config = config
         self.lesson = lesson
@@ -165,9 +164,9 @@ class Loop:
             lambda i: learning_rate_factor(min(i, total - 1), total, config.optim.schedule),
         )
         decay = config.training.ema
-        if lesson is not None:
-            distillation.show_on_the_way(model)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.module = model
+        called = model if lesson is None else lesson.prepare(model)
+        self.model, self.optimizer = accelerator.prepare(called, optimizer)
         self.average = None if decay is None else Average(model, decay)
         self.random_before = random_state()  # the last update
         self._paths = {image.id: image.path for image in data.dataset.images}
@@ -182,7 +181,7 @@ class Loop:
         self.sampler.epoch = epoch
         training = self.config.training
         self.sampler.first = first_update * training.batch_size * training.grad_accum
-        set_training(self.accelerator.unwrap_model(self.model))
+        set_training(self.module)
         with held_back():
             batches = iter(self.loader)
         try:
@@ -278,10 +277,9 @@ class Loop:
             if not gradient.isfinite().all():
                 faults.append(f"the gradient of {name} is the first that is not")
 
-        module = self.accelerator.unwrap_model(self.model)
         hooks = [
             parameter.register_hook(functools.partial(watch, name))
-            for name, parameter in module.named_parameters()
+            for name, parameter in self.module.named_parameters()
             if parameter.requires_grad
         ]
         try:
@@ -295,9 +293,9 @@ class Loop:
     def _losses(self, batch: BatchedDatapoint, *, watched: bool = False) -> dict[str, torch.Tensor]:
         """What `StepResult.losses` says, of one batch; "loss" has the graph."""
         batch = copy_data_to_device(batch, self.accelerator.device, non_blocking=True)
-        module = self.accelerator.unwrap_model(self.model)
-        model = module if watched else self.model  # DDP would wait for others
-        with finite_outputs(module, enabled=watched or self.config.training.check_finite):
+        # DDP would wait for others.
+        model = self.accelerator.unwrap_model(self.model) if watched else self.model
+        with finite_outputs(self.module, enabled=watched or self.config.training.check_finite):
             if self.lesson is None:
                 return batch_losses(model, self.criterion, batch, self.precision)
             return lesson_losses(
@@ -355,7 +353,7 @@ def lesson_losses(
     criterion: nn.Module,
     batch: BatchedDatapoint,
     precision: torch.dtype,
-    lesson: Lesson,
+    lesson: Distiller,
     stage: Stage,
 ) -> dict[str, torch.Tensor]:
     """Like `batch_losses`, of what a teacher teaches, and of labels in the last stage."""
@@ -364,11 +362,11 @@ def lesson_losses(
     with _autocast(batch, precision):
         words = lesson.draw_words(batch)
         with _together(model, batch):
-            outputs, seen = _forward(model, batch, words, stage)
-        taught = lesson.losses(batch, words, stage, outputs, seen)
+            outputs, features = _forward(model, batch, words, stage)
+        taught = lesson.losses(batch, words, stage, outputs, features)
         total = torch.stack([*taught.values()]).sum()
         if stage == "answers" and lesson.config.labels:
-            labelled = _label_losses(model, criterion, outputs, _targets(module, batch))
+            labelled = _label_losses(model, criterion, outputs, _targets(module.model, batch))
             total = total + lesson.config.labels * labelled.pop("loss")
     return {"loss": total, **labelled, **taught}
 

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from sam3.model.sam3_image import Sam3Image
 
 from app.compression import distillation
-from app.compression.distillation import Lesson
+from app.compression.distillation import Distiller
 from app.config.compose import to_yaml
 from app.config.schema import Config, Resume
 from app.console import duration
@@ -278,7 +278,7 @@ def make_lesson(
     device: torch.device,
     precision: torch.dtype,
     folder: Path | None = None,
-) -> Lesson | None:
+) -> Distiller | None:
     """What the run's teacher teaches the model; None where it has none.
 
     Args:
@@ -291,7 +291,7 @@ def make_lesson(
         features.keep(teacher.model, features.ENCODERS, folder or FEATURES, precision)
     learns = any(p.requires_grad for p in model.backbone.language_backbone.parameters())
     words = [*splits.train.class_names, *NOUNS] if learns else []
-    return Lesson(teacher, config.distill, words)
+    return Distiller(teacher, config.distill, words)
 
 
 def _go_on(session: Session, newest: Path, resume: Resume | None) -> None:

@@ -13,8 +13,8 @@ from torch import nn
 from app.config.compose import load_config, load_model_config
 from app.datasets.build import load_splits
 from app.datasets.queries import collate
-from app.model import upstream
 from app.model.build import build_model
+from app.model.upstream import fixes
 from app.planning.hollow import Hollowing
 from app.planning.memory import LiveBytes, count_flops, step_bytes
 from app.training import loop, method, run
@@ -82,9 +82,9 @@ def test_the_mask_head_is_made_anew_one_prompt_at_a_time(
     data = run.query_dataset(config, load_splits(shapes).train)
     batch = collate([data[index] for index in range(3)])
     build_accelerator(torch.device("cpu"))
-    found, together = [], upstream._one_prompt_at_a_time
+    found, together = [], fixes._one_prompt_at_a_time
     for way in (together, lambda head, **inputs: head(**inputs)):
-        monkeypatch.setattr(upstream, "_one_prompt_at_a_time", way)
+        monkeypatch.setattr(fixes, "_one_prompt_at_a_time", way)
         torch.manual_seed(0)
         model = build_model(config.model, matcher=instantiate(config.loss.matcher))
         criterion = instantiate(config.loss.criterion, _convert_="all")
