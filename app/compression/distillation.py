@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,12 +19,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from app.config.compose import model_config
 from app.config.schema import Config, DistillConfig, ModelConfig
 from app.inference.predictor import query_scores
 from app.model import weights
 from app.model.build import build_model
 from app.model.stored_text import StoredText, store
+from app.training.teacher import teacher_file, teacher_size
 
 PARTS = ("distill_trunk", "distill_levels", "distill_text", "distill_outputs")
 TAUGHT = 0.1  # least score of a teacher's detection whose mask is taught
@@ -51,15 +50,15 @@ class Matches(NamedTuple):
     taught: Tensor
 
 
-class Seen(NamedTuple):
-    """What a model makes of a batch on its way.
+class Features(NamedTuple):
+    """The intermediate features of one batch.
 
     Attributes:
-        trunk: (B, d, g, g), the last block's output.
-        levels: the neck's maps that the detector reads, from fine to coarse, each (B, d, s, s);
-            none where the trunk alone is taught.
-        text: (L, N, d) features of N words.
-        padding: (N, L) bool, True where a word has no token.
+        trunk: (B, d, g, g), the output of the last block.
+        levels: the feature maps of the neck that the detector reads, from fine to coarse, each
+            (B, d, s, s); empty in the stage "trunk".
+        text: (L, N, d), the features of N words; None without words.
+        padding: (N, L) bool, True where a word has no token; None without words.
     """
 
     trunk: Tensor
@@ -68,34 +67,32 @@ class Seen(NamedTuple):
     padding: Tensor | None
 
 
-def look(
-    model: Sam3Image,
-    batch: BatchedDatapoint,
-    words: Sequence[str],
-    stage: Stage,
-    answer: Callable[[BatchedDatapoint], Any] | None = None,
-) -> tuple[Any, Seen]:
-    """What the model answers (None before the last stage), and what it sees on the way.
+def forward_features(
+    model: Sam3Image, batch: BatchedDatapoint, words: Sequence[str], stage: Stage
+) -> tuple[Any, Features]:
+    """Return the outputs of the model (None before the last stage) and its features.
 
     Args:
-        answer: the model's own call, where it is not `model` itself.
+        batch: on the device of the model; images (B, 3, R, R).
+        words: N words to encode beside the prompts of the batch; may be empty.
+        stage: how far to compute: nothing is computed that the stage does not teach.
     """
     vision = model.backbone.vision_backbone
     levels = list(vision.convs)[:-1]  # nothing reads the last one
     outputs = None
     if stage == "answers":
-        found: list[Any] = []
+        intermediates: list[Any] = []
 
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            found.append(output)
+        def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            intermediates.append(output)
 
-        hooks = [part.register_forward_hook(keep) for part in (vision.trunk, *levels)]
+        hooks = [part.register_forward_hook(record) for part in (vision.trunk, *levels)]
         try:
-            outputs = (answer or model)(batch)
+            outputs = model(batch)
         finally:
             for hook in hooks:
                 hook.remove()
-        trunk, *maps = found
+        trunk, *maps = intermediates
     else:
         trunk = vision.trunk(batch.img_batch)
         maps = [level(trunk[-1]) for level in levels] if stage == "features" else []
@@ -103,20 +100,27 @@ def look(
     if words:
         encoded = model.backbone.forward_text(list(words), device=batch.img_batch.device)
         text, padding = encoded["language_features"], encoded["language_mask"]
-    return outputs, Seen(trunk[-1], maps, text, padding)
+    return outputs, Features(trunk[-1], maps, text, padding)
 
 
-def show_on_the_way(model: Sam3Image) -> None:
-    """Let `model(batch, words, stage)` return what `look` does.
+class WithIntermediates(nn.Module):
+    """A model whose call returns its features as well, as `forward_features` does.
 
-    All that is trained goes through the model's own call, as DDP wants it.
+    A module, because DDP synchronizes gradients only of what runs in the call of its own module.
+
+    Args:
+        model: the model to train; it is left as it is.
     """
-    answer = model.forward
 
-    def forward(batch: BatchedDatapoint, words: Sequence[str], stage: Stage) -> tuple[Any, Seen]:
-        return look(model, batch, words, stage, answer)
+    def __init__(self, model: Sam3Image) -> None:
+        super().__init__()
+        self.model = model
 
-    model.forward = forward
+    def forward(
+        self, batch: BatchedDatapoint, words: Sequence[str], stage: Stage
+    ) -> tuple[Any, Features]:
+        """Return the outputs and the features."""
+        return forward_features(self.model, batch, words, stage)
 
 
 class Teacher:
@@ -132,39 +136,18 @@ class Teacher:
         self.config = config
 
     @torch.no_grad()
-    def look(
+    def forward_features(
         self, batch: BatchedDatapoint, words: Sequence[str], stage: Stage
-    ) -> tuple[dict[str, Tensor] | None, Seen]:
-        """Its outputs of the batch's prompts, and what it sees on the way."""
+    ) -> tuple[dict[str, Tensor] | None, Features]:
+        """Return its outputs for the prompts of the batch and its features."""
         side = self.config.resolution
         if batch.img_batch.shape[-1] != side:
             batch = copy.copy(batch)
             batch.img_batch = F.interpolate(
                 batch.img_batch, size=(side, side), mode="bicubic", antialias=True
             )
-        outputs, seen = look(self.model, batch, words, stage)
-        return (None if outputs is None else last_outputs(outputs)), seen
-
-
-def teacher_file(config: Config) -> Path | None:
-    """The weights of the run's teacher; None where it has none."""
-    teacher = config.distill.teacher
-    return None if teacher is None else weights.find_file(Path(teacher))
-
-
-def teacher_size(config: Config) -> ModelConfig | None:
-    """The size of the run's teacher, at the resolution that it sees images at.
-
-    That of `distill.resolution`, or else the student's, to the teacher's next patch.
-    """
-    file = teacher_file(config)
-    if file is None:
-        return None
-    size = weights.describe(file).model
-    patch = size.vision.patch_size
-    fitting = max(4, round(config.model.resolution / patch)) * patch
-    content = size.model_dump() | {"resolution": config.distill.resolution or fitting}
-    return model_config(content, "distill.resolution")
+        outputs, features = forward_features(self.model, batch, words, stage)
+        return (None if outputs is None else last_outputs(outputs)), features
 
 
 def note(config: Config) -> str | None:
@@ -255,8 +238,8 @@ def last_outputs(outputs: Any) -> dict[str, Any]:
     return stage[-1] if isinstance(stage, list) else stage
 
 
-class Lesson:
-    """What a student is taught, step by step.
+class Distiller:
+    """Teaches a student what the teacher makes of each batch.
 
     Args:
         words: to read beside those of a batch; none where the text encoder does not learn.
@@ -274,15 +257,19 @@ class Lesson:
         self.words = words
         self.match = match or match_queries
 
+    def prepare(self, model: Sam3Image) -> WithIntermediates:
+        """Return the module to train: its call takes (batch, words, stage), see there."""
+        return WithIntermediates(model)
+
     def stage(self, epoch: int) -> Stage:
-        """What an epoch teaches: the trunk, the neck as well, or all and what is answered."""
+        """Return what an epoch teaches: the trunk; the neck as well; or the answers as well."""
         config = self.config
         if epoch < config.trunk_epochs:
             return "trunk"
         return "features" if epoch < config.trunk_epochs + config.feature_epochs else "answers"
 
     def draw_words(self, batch: BatchedDatapoint) -> list[str]:
-        """A step's words to read: those of the batch, and some of the others, drawn anew."""
+        """Return the words of a step: those of the batch, and others drawn at random."""
         if not self.words:
             return []
         drawn = random.sample(self.words, min(self.config.words, len(self.words)))
@@ -294,24 +281,30 @@ class Lesson:
         words: Sequence[str],
         stage: Stage,
         outputs: Any,
-        seen: Seen,
+        features: Features,
     ) -> Losses:
-        """The parts that a stage has, of `PARTS`, each weighted; their sum is what is taught."""
-        told, shown = self.teacher.look(batch, words, stage)
+        """Return the losses of a stage by their names in `PARTS`, each weighted, to be added up.
+
+        Args:
+            outputs, features: of the student, as the prepared model returned them.
+        """
+        teacher_outputs, target = self.teacher.forward_features(batch, words, stage)
         config = self.config
-        found = {"distill_trunk": config.trunk * distance(seen.trunk, shown.trunk)}
+        losses = {"distill_trunk": config.trunk * distance(features.trunk, target.trunk)}
         if stage != "trunk":
-            levels = zip(config.levels, seen.levels, shown.levels, strict=True)
-            far = [weight * distance(mine, yours) for weight, mine, yours in levels]
-            found["distill_levels"] = torch.stack(far).sum()
-        if seen.text is not None and shown.text is not None and shown.padding is not None:
-            used = ~shown.padding.T  # (L, N)
-            found["distill_text"] = config.text * distance(seen.text[used].T, shown.text[used].T)
-        if outputs is not None and told is not None:
-            mine = last_outputs(outputs)
-            answered = answer_losses(mine, told, self.match(mine, told))
-            found["distill_outputs"] = config.outputs * torch.stack([*answered.values()]).sum()
-        return found
+            levels = zip(config.levels, features.levels, target.levels, strict=True)
+            parts = [weight * distance(mine, yours) for weight, mine, yours in levels]
+            losses["distill_levels"] = torch.stack(parts).sum()
+        if features.text is not None and target.text is not None and target.padding is not None:
+            used = ~target.padding.T  # (L, N)
+            mine, yours = features.text[used].T, target.text[used].T
+            losses["distill_text"] = config.text * distance(mine, yours)
+        if outputs is not None and teacher_outputs is not None:
+            student_outputs = last_outputs(outputs)
+            matches = self.match(student_outputs, teacher_outputs)
+            answers = answer_losses(student_outputs, teacher_outputs, matches)
+            losses["distill_outputs"] = config.outputs * torch.stack([*answers.values()]).sum()
+        return losses
 
 
 def distance(student: Tensor, teacher: Tensor) -> Tensor:

@@ -21,9 +21,14 @@ from sam3.model.sam3_image import Sam3Image
 from sam3.model.utils.misc import copy_data_to_device
 from torch import Tensor, nn
 
-from app.compression import distillation
 from app.compression.cut import LAYERS, protected_blocks
-from app.compression.distillation import Lesson, Teacher, last_outputs
+from app.compression.distillation import (
+    Distiller,
+    Features,
+    Teacher,
+    forward_features,
+    last_outputs,
+)
 from app.config.schema import Config, ModelConfig
 from app.console import progress
 from app.datasets.coco import Dataset
@@ -109,18 +114,19 @@ class _Recorded(Teacher):
     """The whole model as a teacher of one batch, whose answers were written down."""
 
     def __init__(self, model: Sam3Image, batch: BatchedDatapoint) -> None:
-        outputs, self._seen = distillation.look(model, batch, (), "answers")
+        outputs, self._features = forward_features(model, batch, (), "answers")
         needed = ("pred_logits", "pred_boxes", "presence_logit_dec", "pred_masks", "semantic_seg")
         answers = last_outputs(outputs)
         self._answers = {key: answers[key] for key in needed if key in answers}
 
-    def look(self, *_: Any, **__: Any) -> tuple[dict[str, Tensor], distillation.Seen]:
-        return self._answers, self._seen
+    def forward_features(self, *_: Any, **__: Any) -> tuple[dict[str, Tensor], Features]:
+        """Return the recorded outputs and features."""
+        return self._answers, self._features
 
     def distance(self, model: Sam3Image, batch: BatchedDatapoint, config: Config) -> Tensor:
         """How far the model's answers are, weighted as in distillation."""
-        outputs, seen = distillation.look(model, batch, (), "answers")
-        parts = Lesson(self, config.distill).losses(batch, (), "answers", outputs, seen)
+        outputs, features = forward_features(model, batch, (), "answers")
+        parts = Distiller(self, config.distill).losses(batch, (), "answers", outputs, features)
         return torch.stack([*parts.values()]).sum()
 
 

@@ -12,45 +12,48 @@ from sam3.model.sam3_image import Sam3Image
 from torch import Tensor, nn
 
 from app.compression import distillation
-from app.compression.distillation import Lesson
+from app.compression.distillation import Distiller
 from app.config.schema import Config
 from app.datasets.build import Splits
 from app.datasets.prompts import NOUNS
 from app.model.device import autocast, choose_device
 from app.training import features
-from app.training.losses import LabelLosses, forward
+from app.training.losses import LabelLosses, forward, is_ddp
 
 log = logging.getLogger("app")
 
 
 class TaughtLosses:
-    """The losses of a teacher's lessons, and of labels in the last stage.
+    """The losses of a student beside its teacher, and of labels in the last stage.
 
     Args:
-        labels: of labelled images.
-        lesson: of the teacher.
+        labels: the losses of labelled images.
+        distiller: the losses of the teacher.
     """
 
-    def __init__(self, labels: LabelLosses, lesson: Lesson) -> None:
-        self.labels, self.lesson = labels, lesson
+    def __init__(self, labels: LabelLosses, distiller: Distiller) -> None:
+        self.labels, self.distiller = labels, distiller
         self.criterion: Any = labels.criterion
 
-    def attach(self, model: nn.Module) -> None:
-        """Let the model return its features beside its outputs."""
-        distillation.show_on_the_way(model)
+    def wrap(self, model: Sam3Image) -> nn.Module:
+        """Return a module that returns the model's features beside its outputs."""
+        return self.distiller.prepare(model)
 
     def __call__(self, model: nn.Module, batch: BatchedDatapoint, epoch: int) -> dict[str, Tensor]:
         """Return "loss", the teacher's parts, and in the last stage those of labels."""
-        lesson, stage = self.lesson, self.lesson.stage(epoch)
+        distiller, stage = self.distiller, self.distiller.stage(epoch)
         labelled: dict[str, Tensor] = {}
         with autocast(batch.img_batch.device, self.labels.precision):
-            words = lesson.draw_words(batch)
-            outputs, seen = forward(model, batch, words, stage)
-            taught = lesson.losses(batch, words, stage, outputs, seen)
+            words = distiller.draw_words(batch)
+            outputs, features = forward(model, batch, words, stage)
+            taught = distiller.losses(batch, words, stage, outputs, features)
             total = torch.stack([*taught.values()]).sum()
-            if stage == "answers" and lesson.config.labels:
-                labelled = self.labels.of_outputs(model, outputs, batch)
-                total = total + lesson.config.labels * labelled.pop("loss")
+            if stage == "answers" and distiller.config.labels:
+                wrapper: Any = model.module if is_ddp(model) else model
+                labelled = self.labels.of_outputs(
+                    wrapper.model, outputs, batch, over_ranks=is_ddp(model)
+                )
+                total = total + distiller.config.labels * labelled.pop("loss")
         return {"loss": total, **labelled, **taught}
 
 
@@ -77,4 +80,4 @@ def teach(
         features.cache_encoders(teacher.model, features.ENCODERS, folder, labels.precision)
     learns = any(p.requires_grad for p in model.backbone.language_backbone.parameters())
     words = [*splits.train.class_names, *NOUNS] if learns else []
-    return TaughtLosses(labels, Lesson(teacher, config.distill, words))
+    return TaughtLosses(labels, Distiller(teacher, config.distill, words))

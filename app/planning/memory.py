@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from app.compression import distillation
-from app.compression.distillation import Lesson, Matches
+from app.compression.distillation import Distiller, Matches
 from app.compression.teaching import TaughtLosses
 from app.config.schema import Config, ModelConfig
 from app.inference.predictor import Predictor
@@ -75,17 +75,16 @@ def _count_step(
         if teacher is not None:
             hollow(teacher.model)
             known.append(teacher.model)
-            lesson = Lesson(teacher, config.distill, match=_any_match(objects))
-            losses = TaughtLosses(LabelLosses(criterion, precision), lesson)
-        losses.attach(model)
+            distiller = Distiller(teacher, config.distill, match=_any_match(objects))
+            losses = TaughtLosses(LabelLosses(criterion, precision), distiller)
+        called = losses.wrap(model)
     weights = (t for part in known for t in (*part.parameters(), *part.buffers()))
     live = LiveBytes(weights, without_contents=True)
     settings: Any = torch.fx.experimental._config
     every_mask = settings.patch(meta_nonzero_assume_all_nonzero=True)
     with live, _KnownValues(len(batch.img_batch), grid), every_mask:
-        losses(model, batch, config.training.epochs)["loss"].backward()
+        losses(called, batch, config.training.epochs)["loss"].backward()
     model.zero_grad()  # and all else that a next step would find
-    model.__dict__.pop("forward", None)
     return live.peak
 
 

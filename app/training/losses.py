@@ -7,7 +7,9 @@ from typing import Any, Protocol
 
 import torch
 from sam3.model.data_misc import BatchedDatapoint
+from sam3.model.sam3_image import Sam3Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from app.model.device import autocast
 from app.training.collective import raise_on_all_ranks, scale_to_global_counts
@@ -27,14 +29,14 @@ class Losses(Protocol):
 
     criterion: Any
 
-    def attach(self, model: nn.Module) -> None:
-        """Prepare the model, before it is wrapped for several processes."""
+    def wrap(self, model: Sam3Image) -> nn.Module:
+        """Return the module to call in training: the model, or one that returns more of it."""
 
     def __call__(self, model: nn.Module, batch: BatchedDatapoint, epoch: int) -> dict[str, Tensor]:
         """Return scalars by name; "loss", their weighted sum, has the graph.
 
         Args:
-            model: a Sam3Image, or DDP around one.
+            model: the module that `wrap` returned, or DDP around it.
             batch: on the model's device.
 
         Raises:
@@ -54,8 +56,9 @@ class LabelLosses:
         self.criterion: Any = criterion
         self.precision = precision
 
-    def attach(self, model: nn.Module) -> None:
-        """Leave the model as it is."""
+    def wrap(self, model: Sam3Image) -> nn.Module:
+        """Return the model itself."""
+        return model
 
     def __call__(
         self,
@@ -66,20 +69,29 @@ class LabelLosses:
         """Return "loss", and those of `PARTS` that the criterion has, before they are weighted."""
         with autocast(batch.img_batch.device, self.precision):
             outputs = forward(model, batch)
-            return self.of_outputs(model, outputs, batch)
+            image_model = model.module if is_ddp(model) else model
+            return self.of_outputs(image_model, outputs, batch, over_ranks=is_ddp(model))
 
     def of_outputs(
-        self, model: nn.Module, outputs: Any, batch: BatchedDatapoint
+        self, model: Any, outputs: Any, batch: BatchedDatapoint, *, over_ranks: bool
     ) -> dict[str, Tensor]:
-        """Return the losses of the model's outputs: each layer's queries matched and compared."""
-        ddp = hasattr(model, "module")
-        module: Any = model.module if ddp else model
-        targets = [module.back_convert(target) for target in batch.find_targets]
+        """Return the losses of the model's outputs: each layer's queries matched and compared.
+
+        Args:
+            model: the Sam3Image.
+            over_ranks: scale them so that their mean over the ranks is that of all prompts.
+        """
+        targets = [model.back_convert(target) for target in batch.find_targets]
         losses = self.criterion(outputs, targets)
-        if ddp:
+        if over_ranks:
             losses = scale_to_global_counts(losses, self.criterion, targets[0])
         parts = {name: losses[name].float() for name in PARTS if name in losses}
         return {"loss": losses["core_loss"], **parts}
+
+
+def is_ddp(model: nn.Module) -> bool:
+    """Whether ranks run the model together."""
+    return isinstance(model, DistributedDataParallel)
 
 
 def forward(model: nn.Module, batch: BatchedDatapoint, *arguments: Any) -> Any:
@@ -89,8 +101,8 @@ def forward(model: nn.Module, batch: BatchedDatapoint, *arguments: Any) -> Any:
         FloatingPointError: the outputs are not finite, on this or another rank. Upstream's matcher
             raises a ValueError where its costs are not.
     """
-    ddp = hasattr(model, "module")
-    with raise_on_all_ranks(batch.img_batch.device) if ddp else contextlib.nullcontext():
+    together = is_ddp(model)
+    with raise_on_all_ranks(batch.img_batch.device) if together else contextlib.nullcontext():
         try:
             return model(batch, *arguments)
         except ValueError as error:

@@ -67,10 +67,9 @@ def _faulty_gradient(step: Step, batches: Sequence[BatchedDatapoint], epoch: int
         if not gradient.isfinite().all():
             faults.append(f"the gradient of {name} is the first that is not")
 
-    module = step.accelerator.unwrap_model(step.model)
     hooks = [
         parameter.register_hook(functools.partial(watch, name))
-        for name, parameter in module.named_parameters()
+        for name, parameter in step.module.named_parameters()
         if parameter.requires_grad
     ]
     try:

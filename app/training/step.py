@@ -49,6 +49,8 @@ class StepResult:
 class Step:
     """Everything that an update changes: model, AdamW, schedule, EMA. Every rank has one.
 
+    `module` is the model; `model` is what is called, around it: of a teacher's losses, or DDP.
+
     Args:
         model: with its pretrained weights, frozen parts and adapters.
         losses: what is trained.
@@ -71,15 +73,15 @@ class Step:
         optimizer = build_optimizer(model, config.optim, lr_scale)
         updates = batches.updates_per_epoch * config.training.epochs
         self.scheduler = build_scheduler(optimizer, config.optim.schedule, updates)
-        losses.attach(model)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.module = model
+        self.model, self.optimizer = accelerator.prepare(losses.wrap(model), optimizer)
         decay = config.training.ema
         self.ema = None if decay is None else EMA(model, decay)
         self.random_before = random_state()  # before the last update
 
     def set_training(self) -> None:
         """Set the model's training mode, but for frozen components."""
-        set_training(self.accelerator.unwrap_model(self.model))
+        set_training(self.module)
 
     def __call__(self, batches: Sequence[BatchedDatapoint], epoch: int) -> StepResult:
         """Update the weights once, by the mean gradient of `batches`.
@@ -125,9 +127,9 @@ class Step:
                 for the other ranks, is left out.
         """
         batch = copy_data_to_device(batch, self.accelerator.device, non_blocking=True)
-        module = self.accelerator.unwrap_model(self.model)
-        with finite_outputs(module, enabled=watched or self.config.training.check_finite):
-            return self.losses(module if watched else self.model, batch, epoch)
+        model = self.accelerator.unwrap_model(self.model) if watched else self.model
+        with finite_outputs(self.module, enabled=watched or self.config.training.check_finite):
+            return self.losses(model, batch, epoch)
 
     def _sync(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Let ranks exchange gradients at the last batch alone, where all are added up."""

@@ -15,12 +15,12 @@ from sam3.model.data_misc import BatchedDatapoint
 from app.compression import distillation
 from app.compression.cut import Cut, cut_model, replace_text
 from app.compression.distillation import (
-    Lesson,
+    Distiller,
     Teacher,
     answer_losses,
     distance,
+    forward_features,
     load_teacher,
-    look,
     match_queries,
 )
 from app.config.compose import load_config
@@ -57,8 +57,9 @@ def config() -> Config:
 def _parts(
     student: Any, teacher: Teacher, batch: BatchedDatapoint, config: Config, words: Any = ()
 ) -> dict[str, float]:
-    outputs, seen = look(student, batch, words, "answers")
-    parts = Lesson(teacher, config.distill, words).losses(batch, words, "answers", outputs, seen)
+    outputs, features = forward_features(student, batch, words, "answers")
+    distiller = Distiller(teacher, config.distill, words)
+    parts = distiller.losses(batch, words, "answers", outputs, features)
     return {name: value.item() for name, value in parts.items()}
 
 
@@ -96,9 +97,9 @@ def test_a_teacher_of_another_size(
     batch, losses = _batch(config, shapes), []
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     for _ in range(8):
-        outputs, seen = look(student, batch, ["circle"], "answers")
-        lesson = Lesson(teacher, config.distill, ["circle"])
-        parts = lesson.losses(batch, ["circle"], "answers", outputs, seen)
+        outputs, features = forward_features(student, batch, ["circle"], "answers")
+        distiller = Distiller(teacher, config.distill, ["circle"])
+        parts = distiller.losses(batch, ["circle"], "answers", outputs, features)
         total = torch.stack([*parts.values()]).sum()
         total.backward()
         optimizer.step()
