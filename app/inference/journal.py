@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from app.errors import UserError
 
 FILE = ".predictions.jsonl"
-Entry = dict[str, Any]  # of one image; see `folder.predict_images`
+Entry = dict[str, Any]  # of one image; see `batch.predict_images`
 
 
 @dataclass
