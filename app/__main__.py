@@ -221,6 +221,7 @@ def infer(
     """Find what the prompts name in images; the same command again does what a stop left over."""
     from app.inference.folder import predict_folder
     from app.inference.settings import Settings, make_settings
+    from app.inference.worker import open_work
 
     settings = Settings(
         checkpoint=checkpoint,
@@ -245,6 +246,7 @@ def infer(
             negative_boxes=negative_box or (),
             save=save or (),
         ),
+        open_work,
         batch_size=batch_size,
         processes=num_gpus,
         overwrite=overwrite,

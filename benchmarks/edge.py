@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 from app.config.compose import load_model_config
+from app.datasets import square
 from app.datasets.images import open_image
 from app.deploy.graphs import FPN
 from app.deploy.precision import quantise
@@ -225,9 +226,9 @@ def _seconds_by_torch(path: Path, pictures: list[Path], size: str) -> float:
 
     def answer(image: Image.Image) -> object:
         predictor._encoded = None
-        return (
-            predictor._features([image]) if size == "sam3" else predictor.predict(image, [PROMPT])
-        )
+        if size != "sam3":
+            return predictor.predict(image, [PROMPT])
+        return predictor._encode(square.to_square(image, predictor.config.resolution)[None])
 
     return _median(answer, pictures)
 

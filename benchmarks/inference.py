@@ -37,10 +37,9 @@ from app.config.compose import load_model_config
 from app.datasets.images import open_image
 from app.datasets.synthetic.shapes import make_shapes
 from app.inference import Detections, Predictor
-from app.inference.masks import encode_masks
-from app.inference.predictor import plain_mask
+from app.inference.predictor import encode_as_upstream
 from app.model.build import build_model
-from app.model.device import choose_device, choose_precision
+from app.model.device import autocast, choose_device, choose_precision
 
 GOALS = {1: 1.1, 20: 1.5}  # times upstream's speed, by the number of prompts
 COMPARED = 2  # images
@@ -161,9 +160,7 @@ def _theirs(
         confidence_threshold=threshold,
     )
 
-    @torch.autocast(
-        predictor.device.type, torch.bfloat16, enabled=predictor.precision == torch.bfloat16
-    )
+    @autocast(predictor.device, predictor.precision)
     def find(image: Image.Image, kept: bool = False) -> list[Detections]:
         state = processor.set_image(image)
         found = []
@@ -217,7 +214,7 @@ def masks_alone() -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     logits = discs(100, 288)
-    ours = _milliseconds(lambda: encode_masks(logits.numpy(), 1008, 1008, plain_mask))
+    ours = _milliseconds(lambda: encode_as_upstream(logits.numpy(), 1008, 1008))
     plain = _milliseconds(lambda: _encoded_plainly(logits, 1008))
     torch.set_num_threads(threads)
     print(

@@ -36,8 +36,8 @@ from app.errors import UserError
 from app.evaluation.evaluate import score_dataset as score
 from app.evaluation.scoring import THRESHOLD
 from app.files import exists_problem, write_json
-from app.inference.inputs import find_images, read_prompts
-from app.inference.predictor import Predictor, check_prompts
+from app.inference.inputs import check_prompts, find_images, read_prompts
+from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, count_parameters, mlp_units, padding_note
 from app.model.device import choose_device, choose_precision

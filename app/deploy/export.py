@@ -40,7 +40,7 @@ from app.evaluation.validate import validate
 from app.files import atomic_folder, hash_file, write_json
 from app.inference.inputs import check_prompts, find_images
 from app.inference.postprocess import THRESHOLD
-from app.inference.predictor import Predictor, normalise, pairs_a_pass
+from app.inference.predictor import Predictor, normalise, pairs_per_pass
 from app.model import huggingface, weights
 from app.model.vocabulary import unknown_words
 
@@ -59,7 +59,7 @@ class Wanted:
     Attributes:
         precisions: of `PRECISIONS`; fp32 is always among them.
         prompts: what can be asked for; None: any words.
-        a_pass: prompts answered together; None: all, at most `pairs_a_pass`; one of any words.
+        a_pass: prompts answered together; None: all, at most `pairs_per_pass`; one of any words.
         top: queries a prompt that get masks; None: all.
         resolution: pixels; None: the weights'.
         target: what TensorRT and device it is for; noted.
@@ -113,7 +113,7 @@ def check_wanted(wanted: Wanted, header: weights.Header, *, has_images: bool) ->
     if problems:
         raise UserError(problems)
     count = 1 if prompts is None else len(prompts)
-    together = wanted.a_pass or pairs_a_pass(header.model)
+    together = wanted.a_pass or pairs_per_pass(header.model)
     ordered = tuple(name for name in PRECISIONS if name in {*wanted.precisions, "fp32"})
     return replace(
         wanted,

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from PIL.Image import Image as Pixels
+from typing import Any
 
 from app.datasets.coco import Dataset, Image
 from app.datasets.images import open_image
@@ -19,7 +17,7 @@ from app.errors import UserError
 from app.evaluation.concepts import SCORE
 from app.evaluation.off_prompt import Firing, OffPrompts
 from app.evaluation.scoring import score
-from app.inference.detections import Detections
+from app.inference.finder import Finder
 from app.inference.outputs import coco_results
 from app.signals import Stopped
 
@@ -56,19 +54,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-class Finder(Protocol):
-    """What answers prompts: a `Predictor`, or the `Runtime` of exported graphs."""
-
-    def predict_batch(
-        self,
-        images: Sequence[Pixels],
-        prompts: Sequence[str] = ...,
-        *,
-        threshold: float | None = ...,
-        max_detections: int = ...,
-    ) -> list[Detections]: ...
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from app.errors import UserError
 from app.files import exists_problem, lock
 
 FILE = ".predictions.jsonl"
-Entry = dict[str, Any]  # of one image; see `folder.predict_images`
+Entry = dict[str, Any]  # of one image; see `batch.predict_images`
 
 
 @dataclass

@@ -15,8 +15,8 @@ from app.datasets.writing import write_split
 from app.errors import UserError
 from app.files import atomic_folder
 from app.inference.detections import Detections
-from app.inference.inputs import find_images
-from app.inference.predictor import Predictor, check_prompts
+from app.inference.inputs import check_prompts, find_images
+from app.inference.predictor import Predictor
 
 log = logging.getLogger("app")
 LABELLER = "labelled by python -m app label"

@@ -1,8 +1,8 @@
-"""Masks of single objects: enlarged where they are, and run-length encoded in place."""
+"""Mask logits → run-length encoded masks: enlarged only where a mask can be, encoded in place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,56 +11,68 @@ from numpy.typing import NDArray
 from app.inference.rle import Indices, Rle, decode, from_bounds
 
 Floats = NDArray[np.float32]
-Whole = Callable[[Floats, int, int], NDArray[np.bool_]]  # logits (h, w), height, width → the mask
 # Sums of four products in another order differ by less than this share of the largest of them.
-DOUBT = 1e-6
+ROUNDING = 1e-6
 
 
 class Axis(NamedTuple):
-    """For each target pixel the two source pixels that it lies between, and the second's share."""
+    """Two source pixels that each target pixel lies between, and the share of the second."""
 
     low: Indices
     high: Indices
     share: Floats
 
 
-def encode_masks(logits: Floats, height: int, width: int, plain: Whole | None = None) -> list[Rle]:
-    """Mask logits (N, h, w) → N RLEs of the image's size.
+def encode_masks(logits: Floats, height: int, width: int) -> list[Rle]:
+    """Return mask logits (N, h, w) as N RLEs of an image (height, width).
 
-    Upstream's order: the logits are resized, then thresholded at a probability of one half. Only
-    where a mask can be is it computed.
-
-    Args:
-        plain: upstream's own way, for a mask with a pixel so near the threshold that the order of
-            the sums could decide it, and for one that fills most of the image: the result is its
-            own bit for bit. None: all is computed here, and such a pixel may fall otherwise.
+    The order is upstream's: the logits are resized bilinearly, then thresholded at a probability of
+    one half. A pixel that is on the threshold, but for rounding, may fall to either side.
     """
     rows, columns = _axis(logits.shape[1], height), _axis(logits.shape[2], width)
-    return [_encode(mask, rows, columns, plain) for mask in logits]
+    masks = []
+    for mask in logits:
+        down, across = _reach(mask, rows, columns)
+        resized, _ = _resize(mask, rows, columns, down, across)
+        masks.append(place(resized > 0, across.start, down.start, height, width))
+    return masks
+
+
+def encode_clear_masks(logits: Floats, height: int, width: int) -> list[Rle | None]:
+    """Return what `encode_masks` does, but None where it would be of no use.
+
+    That is a mask with a pixel so near to the threshold that the order of the sums could decide
+    it, and a mask that may fill more than half of the image, where nothing is saved. All others
+    are upstream's to the bit.
+    """
+    rows, columns = _axis(logits.shape[1], height), _axis(logits.shape[2], width)
+    masks: list[Rle | None] = []
+    for mask in logits:
+        down, across = _reach(mask, rows, columns)
+        rle = None
+        if (down.stop - down.start) * (across.stop - across.start) <= height * width / 2:
+            resized, peak = _resize(mask, rows, columns, down, across)
+            if np.abs(resized).min(initial=np.inf) >= ROUNDING * peak:
+                rle = place(resized > 0, across.start, down.start, height, width)
+        masks.append(rle)
+    return masks
 
 
 def bool_masks(masks: Sequence[Rle], height: int, width: int) -> NDArray[np.bool_]:
-    """N RLEs → (N, height, width)."""
+    """Decode N RLEs to (N, height, width) bool."""
     if not masks:
         return np.zeros((0, height, width), dtype=bool)
-    columns = np.stack([decode(mask).T for mask in masks])  # as the runs go: no mask is turned
+    columns = np.stack([decode(mask).T for mask in masks])  # (N, width, height), as runs go
     return columns.transpose(0, 2, 1)
 
 
-def _encode(logits: Floats, rows: Axis, columns: Axis, plain: Whole | None) -> Rle:
-    height, width = len(rows.low), len(columns.low)
+def _reach(logits: Floats, rows: Axis, columns: Axis) -> tuple[slice, slice]:
+    """Return the target rows and columns that positive logits (h, w) take part in; maybe none."""
     positive = logits > 0
     ys, xs = np.flatnonzero(positive.any(axis=1)), np.flatnonzero(positive.any(axis=0))
     if not len(ys):
-        return place(np.zeros((0, 0), dtype=bool), 0, 0, height, width)
-    down, across = _reached(rows, ys[0], ys[-1]), _reached(columns, xs[0], xs[-1])
-    most = (down.stop - down.start) * (across.stop - across.start) > height * width / 2
-    if plain is not None and most:
-        return place(plain(logits, height, width), 0, 0, height, width)  # nothing to save
-    resized, peak = _resize(logits, rows, columns, down, across)
-    if plain is not None and np.abs(resized).min(initial=np.inf) < DOUBT * peak:
-        return place(plain(logits, height, width), 0, 0, height, width)
-    return place(resized > 0, across.start, down.start, height, width)
+        return slice(0, 0), slice(0, 0)
+    return _reached(rows, ys[0], ys[-1]), _reached(columns, xs[0], xs[-1])
 
 
 def _axis(source: int, target: int) -> Axis:
@@ -72,7 +84,7 @@ def _axis(source: int, target: int) -> Axis:
 
 
 def _reached(axis: Axis, first: int, last: int) -> slice:
-    """The target pixels that source pixels first…last take part in."""
+    """Return the target pixels that source pixels first…last take part in."""
     start, stop = np.searchsorted(axis.high, first), np.searchsorted(axis.low, last, side="right")
     return slice(int(start), int(stop))
 
@@ -80,7 +92,11 @@ def _reached(axis: Axis, first: int, last: int) -> slice:
 def _resize(
     logits: Floats, rows: Axis, columns: Axis, down: slice, across: slice
 ) -> tuple[Floats, float]:
-    """The part (down, across) of the logits resized bilinearly, and the largest logit it is of."""
+    """Resize logits (h, w) bilinearly, only the target's part (down, across).
+
+    Returns:
+        That part, and the largest absolute logit that takes part in it.
+    """
     top, bottom, y_share = rows.low[down], rows.high[down], rows.share[down]
     left, right, x_share = columns.low[across], columns.high[across], columns.share[across]
     if not len(top) or not len(left):
@@ -92,6 +108,7 @@ def _resize(
 
 
 def _between(low: Floats, high: Floats, share: Floats) -> Floats:
+    """Interpolate linearly; the result takes the memory of `high`."""
     high -= low
     high *= share
     high += low
@@ -99,12 +116,17 @@ def _between(low: Floats, high: Floats, share: Floats) -> Floats:
 
 
 def place(crop: NDArray[np.bool_], left: int, top: int, height: int, width: int) -> Rle:
-    """The RLE of a mask (h, w) that lies at (left, top) in an image that is empty elsewhere."""
+    """Encode a mask (h, w) that lies at (left, top) in an image that is empty elsewhere."""
     return from_bounds(bounds_of(crop, left, top, height), height, width)
 
 
 def bounds_of(crop: NDArray[np.bool_], left: int, top: int, height: int) -> Indices:
-    """Where the runs of a mask (h, w) start and end, which lies so in an image of that height."""
+    """Return where runs of a mask (h, w) start and end that lies at (left, top) in an image.
+
+    Args:
+        height: of the image; a run may go on from the last pixel of a column to the next one's
+            first.
+    """
     tall = crop.shape[0] + 2
     framed = np.zeros((crop.shape[1], tall), dtype=bool)  # by columns, as RLE runs
     framed[:, 1:-1] = crop.T

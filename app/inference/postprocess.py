@@ -1,75 +1,78 @@
-"""What a model answers → detections: one way for torch, ONNX Runtime and TensorRT, in numpy."""
+"""Raw outputs → detections, in numpy: one way for torch, ONNX Runtime and TensorRT."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from app.inference.detections import Detections
-from app.inference.masks import Floats, Whole, encode_masks
-from app.inference.merging import merge_tiles, suppress
-from app.inference.tiles import make_tiles
+from app.inference.masks import Floats
+from app.inference.rle import Indices, Rle
 
-THRESHOLD = 0.5  # where the weights say none
-Indices = NDArray[np.int64]
-Find = Callable[[Sequence[Image.Image]], list[Detections]]  # in each image, seen as a whole
+THRESHOLD = 0.5  # least score, where the weights name none
 
 
 @dataclass(frozen=True)
-class Best:
-    """The highest scores of one pass of prompts over one image.
+class Candidates:
+    """The queries of one image with the highest scores, the highest first.
 
     Attributes:
-        scores: (N,) float32, 0..1, the highest first.
+        scores: (N,) float32, 0..1.
         prompt_ids: (N,) int64, index into all prompts.
-        boxes: (N, 4) float32 cxcywh, 0..1.
-        logits: (N, h, w) float32, of the masks; None from a model without a mask head.
+        boxes_cxcywh: (N, 4) float32, 0..1.
+        mask_logits: (N, h, w) float32; None from a model without a mask head.
     """
 
     scores: Floats
     prompt_ids: Indices
-    boxes: Floats
-    logits: Floats | None
+    boxes_cxcywh: Floats
+    mask_logits: Floats | None
 
 
 def best_queries(scores: Floats, threshold: float, limit: int) -> tuple[Indices, Indices]:
-    """Prompt and query of the highest scores (P, Q) above the threshold, at most `limit`."""
+    """Return prompt (N,) and query (N,) of the highest scores (P, Q) above the threshold.
+
+    Args:
+        limit: most of them.
+    """
     flat = scores.ravel()
     order = np.argsort(-flat, kind="stable")[:limit]
     order = order[flat[order] > threshold]
     return order // scores.shape[1], order % scores.shape[1]
 
 
+def join_passes(passes: Sequence[Candidates], limit: int) -> Candidates:
+    """Return the highest scores of all passes of prompts over one image, at most `limit`."""
+    scores = np.concatenate([each.scores for each in passes])
+    order = np.argsort(-scores, kind="stable")[:limit]
+    logits = [each.mask_logits for each in passes if each.mask_logits is not None]
+    return Candidates(
+        scores=scores[order],
+        prompt_ids=np.concatenate([each.prompt_ids for each in passes])[order],
+        boxes_cxcywh=np.concatenate([each.boxes_cxcywh for each in passes])[order],
+        mask_logits=np.concatenate(logits)[order] if logits else None,
+    )
+
+
 def to_detections(
-    passes: Sequence[Best],
+    candidates: Candidates,
+    masks: list[Rle] | None,
     prompts: tuple[str, ...],
     width: int,
     height: int,
-    limit: int,
-    plain: Whole | None = None,
 ) -> Detections:
-    """The best of each pass → detections in pixels of the image.
+    """Return candidates as detections in pixels of an image (width, height).
 
     Args:
-        limit: most detections.
-        plain: as in `encode_masks`.
+        masks: of the N candidates, of the image's size; None without a mask head.
     """
-    scores = np.concatenate([best.scores for best in passes])
-    order = np.argsort(-scores, kind="stable")[:limit]
-    boxes = np.concatenate([best.boxes for best in passes])[order]
     size = np.array([width, height] * 2, dtype=np.float32)
-    logits = [best.logits for best in passes if best.logits is not None]
-    masks = None
-    if logits:
-        masks = encode_masks(np.concatenate(logits)[order], height, width, plain)
     return Detections(
-        boxes_xyxy=(box_cxcywh_to_xyxy(boxes) * size).clip(0, size),
-        scores=scores[order],
-        prompt_ids=np.concatenate([best.prompt_ids for best in passes])[order],
+        boxes_xyxy=(box_cxcywh_to_xyxy(candidates.boxes_cxcywh) * size).clip(0, size),
+        scores=candidates.scores,
+        prompt_ids=candidates.prompt_ids,
         prompts=prompts,
         masks=masks,
         width=width,
@@ -78,31 +81,6 @@ def to_detections(
 
 
 def box_cxcywh_to_xyxy(boxes: Floats) -> Floats:
+    """Return boxes (N, 4) by their corners instead of their centers and sides."""
     half = np.float32(0.5) * boxes[:, 2:]
     return np.concatenate([boxes[:, :2] - half, boxes[:, :2] + half], axis=1)
-
-
-def find_all(
-    find: Find,
-    images: Sequence[Image.Image],
-    *,
-    nms: float | None,
-    tile: int | None,
-    overlap: float,
-) -> list[Detections]:
-    """What is in each image: seen whole or tile by tile, and each thing once where that is asked.
-
-    Args:
-        nms, tile, overlap: as in `Predictor.predict`.
-    """
-    if tile is None:
-        found = find(images)
-    else:
-        found = [_find_in_tiles(find, image, tile, overlap) for image in images]
-    return found if nms is None else [suppress(detections, nms) for detections in found]
-
-
-def _find_in_tiles(find: Find, image: Image.Image, side: int, overlap: float) -> Detections:
-    tiles = make_tiles(image.width, image.height, side, overlap)
-    parts = [find([image.crop(tile.box_xyxy)])[0] for tile in tiles]
-    return merge_tiles(tiles, parts, image.width, image.height)

@@ -1,9 +1,12 @@
-"""Image + prompts → detections: the one path that validation, prediction and serving share."""
+"""Image + prompts → detections: the one path that validation, prediction and serving share.
+
+A prediction reads top to bottom in `Predictor._find`: image → square → features → prompts, some at
+a time → raw outputs → candidates → detections. `Finder.predict` comes before it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,24 +24,31 @@ from torchvision.transforms import v2
 
 from app.config.schema import ModelConfig
 from app.datasets.square import to_square
-from app.errors import UserError
 from app.inference.detections import Detections
-from app.inference.inputs import BOX_IN_TILE, check_prompts, normalised_boxes
-from app.inference.masks import Floats
-from app.inference.postprocess import THRESHOLD, Best, best_queries, find_all, to_detections
+from app.inference.finder import Finder, Query
+from app.inference.inputs import normalised_boxes
+from app.inference.masks import Floats, encode_clear_masks, place
+from app.inference.postprocess import (
+    THRESHOLD,
+    Candidates,
+    best_queries,
+    join_passes,
+    to_detections,
+)
+from app.inference.rle import Rle
 from app.model import weights
-from app.model.device import choose_device, choose_precision
+from app.model.device import autocast, choose_device, choose_precision
 
-PROMPTS_A_PASS = 16  # pairs of image and prompt that go through DETR together: bounds the memory
-TOKENS_A_PASS = 16 * 256  # of their features on a CPU, whose caches more of them outgrow
-TEXTS_KEPT = 64  # passes whose text features are kept
-RAW = ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")  # what a result needs
+PAIRS_PER_PASS = 16  # pairs of image and prompt that go through DETR together: bounds the memory
+TOKENS_PER_PASS = 16 * 256  # of their features on a CPU, whose caches more of them outgrow
+CACHED_TEXTS = 64  # passes whose text features are cached
+RAW = ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")  # upstream's names
 
 
-class Predictor:
-    """A SAM 3 that answers prompts; the model is put in evaluation mode.
+class Predictor(Finder):
+    """Finds with a SAM 3 in torch; the model is put in evaluation mode.
 
-    Features of texts and of the last images are kept, so a predictor is good for as long as the
+    Features of texts and of the last images are cached, so a predictor is good for as long as the
     weights do not change.
 
     Args:
@@ -73,9 +83,17 @@ class Predictor:
     def load(
         cls, path: Path | str, *, device: str = "auto", precision: str = "auto", **options: Any
     ) -> Predictor:
-        """Load a weights folder or file; `options` as in `app.model.weights.load`.
+        """Load a weights folder or file.
 
         The classes and the threshold that the weights name are used where a call gives none.
+
+        Args:
+            device: auto, cpu or cuda.
+            precision: auto, fp32 or bf16.
+            options: as in `app.model.weights.load`.
+
+        Raises:
+            UserError: no such device or precision, or no weights that fit a model.
         """
         target = choose_device(device)
         model, header = weights.load(Path(path), **options)
@@ -86,9 +104,9 @@ class Predictor:
         )
 
     def _fill_caches(self) -> None:
-        """Make what upstream's modules keep between calls, outside of inference mode.
+        """Fill the caches of upstream's modules, outside of inference mode.
 
-        Made inside, a later training step could not save it for its backward pass.
+        Tensors that are made inside cannot be saved for the backward pass of a later training step.
         """
         tokens = self.config.resolution // self.config.vision.patch_size
         for side in (4 * tokens, 2 * tokens, tokens, tokens // 2):  # the levels of the neck
@@ -99,170 +117,97 @@ class Predictor:
         decoder.compilable_cord_cache = decoder._get_coords(tokens, tokens, self.device)
         decoder.compilable_stored_size = (tokens, tokens)
 
-    def predict(
-        self,
-        image: Image.Image,
-        prompts: Sequence[str] = (),
-        *,
-        boxes_xywh: Sequence[Sequence[float]] = (),
-        negative_boxes_xywh: Sequence[Sequence[float]] = (),
-        threshold: float | None = None,
-        max_detections: int = 100,
-        nms: float | None = None,
-        tile: int | None = None,
-        overlap: float = 0.2,
-    ) -> Detections:
-        """Find what the prompts name in one image, as `infer.sh` does.
-
-        Args:
-            image: RGB, upright.
-            prompts: noun phrases; the image is encoded once for all of them. Without any, nor
-                boxes, the classes of the weights.
-            boxes_xywh: example boxes, pixels, that join every prompt; they need no words.
-            negative_boxes_xywh: boxes of what is not meant, likewise.
-            threshold: 0..1, least score; None takes the weights' own, else THRESHOLD.
-            max_detections: most detections over all prompts, the highest scores; with tiles, in
-                each of them.
-            nms: 0..1, IoU above which the lower of two goes, whatever their prompts; None: none.
-            tile: side in pixels of the tiles that the image is cut into; None: it is seen whole.
-            overlap: share of a tile's side that the next one sees as well, 0 to below 1.
-
-        Raises:
-            UserError: neither words nor boxes, an empty prompt, a box outside the image, boxes
-                and tiles.
-        """
-        return self.predict_batch(
-            [image],
-            prompts,
-            boxes_xywh=boxes_xywh,
-            negative_boxes_xywh=negative_boxes_xywh,
-            threshold=threshold,
-            max_detections=max_detections,
-            nms=nms,
-            tile=tile,
-            overlap=overlap,
-        )[0]
-
-    def predict_batch(
-        self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str] = (),
-        *,
-        boxes_xywh: Sequence[Sequence[float]] = (),
-        negative_boxes_xywh: Sequence[Sequence[float]] = (),
-        threshold: float | None = None,
-        max_detections: int = 100,
-        nms: float | None = None,
-        tile: int | None = None,
-        overlap: float = 0.2,
-    ) -> list[Detections]:
-        """Like `predict`, for several images at once, which may differ in size."""
-        if tile is not None and (boxes_xywh or negative_boxes_xywh):
-            raise UserError(BOX_IN_TILE)
-        find = functools.partial(
-            self._find,
-            prompts=check_prompts(prompts or (() if boxes_xywh else self.prompts), boxes_xywh),
-            boxes_xywh=boxes_xywh,
-            negative_boxes_xywh=negative_boxes_xywh,
-            threshold=self.threshold if threshold is None else threshold,
-            max_detections=max_detections,
-        )
-        return find_all(find, images, nms=nms, tile=tile, overlap=overlap)
-
     @torch.inference_mode()
-    def _find(
-        self,
-        images: Sequence[Image.Image],
-        *,
-        prompts: tuple[str, ...],
-        boxes_xywh: Sequence[Sequence[float]],
-        negative_boxes_xywh: Sequence[Sequence[float]],
-        threshold: float,
-        max_detections: int,
-    ) -> list[Detections]:
-        """What is in each image as a whole."""
-        every_box = [*boxes_xywh, *negative_boxes_xywh]
-        boxes = np.stack([normalised_boxes(every_box, image) for image in images], axis=1)
-        labels = torch.arange(len(every_box)) < len(boxes_xywh)  # (N,) whether it is an example
-        pairs = PROMPTS_A_PASS if self.device.type != "cpu" else pairs_a_pass(self.config)
-        step = max(1, pairs // len(images))
-        found: list[list[Best]] = [[] for _ in images]
-        with self._autocast(), self._no_gradients():
-            features = self._features(images)
-            for start in range(0, len(prompts), step):
-                part = prompts[start : start + step]
-                outputs = self._ground(features, part, torch.from_numpy(boxes), labels)
-                needed = {k: outputs[k].unflatten(0, (-1, len(part))) for k in RAW if k in outputs}
-                for index, best in enumerate(found):
-                    rows = {key: value[index] for key, value in needed.items()}
-                    best.append(_best(rows, start, threshold, max_detections))
-        return [
-            to_detections(best, prompts, *image.size, max_detections, plain_mask)
-            for best, image in zip(found, images, strict=True)
-        ]
+    def _find(self, images: Sequence[Image.Image], query: Query) -> list[Detections]:
+        """Return what is in each of B images, seen as a whole: a prediction from end to end."""
+        side = self.config.resolution  # R
+        squares = torch.stack([to_square(image, side) for image in images])  # (B, 3, R, R) uint8
+        boxes, is_positive = _example_boxes(query, images)  # (N, B, 4) cxcywh, 0..1; (N,) bool
+        prompts = query.prompts  # P of them
+        pairs = PAIRS_PER_PASS if self.device.type != "cpu" else pairs_per_pass(self.config)
+        prompts_per_pass = max(1, pairs // len(images))
+        passes: list[list[Candidates]] = [[] for _ in images]  # of each image
+        with autocast(self.device, self.precision), self._no_gradients():
+            features = self._encode(squares)  # "backbone_fpn": 3 levels (B, d, h, w), and others
+            for first in range(0, len(prompts), prompts_per_pass):
+                part = prompts[first : first + prompts_per_pass]  # K of them
+                outputs = self._ground(features, part, boxes, is_positive)  # (B * K, Q, …)
+                raw = {k: outputs[k].unflatten(0, (-1, len(part))) for k in RAW if k in outputs}
+                for index in range(len(images)):
+                    answers = {name: value[index] for name, value in raw.items()}  # (K, Q, …)
+                    passes[index].append(_choose(answers, first, query))
+        detections = []
+        for image, candidates in zip(images, passes, strict=True):
+            best = join_passes(candidates, query.max_detections)  # N, the highest score first
+            masks = None
+            if best.mask_logits is not None:  # (N, h, w)
+                masks = encode_as_upstream(best.mask_logits, image.height, image.width)
+            detections.append(to_detections(best, masks, prompts, image.width, image.height))
+        return detections
 
     @torch.inference_mode()
     def answers(
         self, image: Image.Image, prompts: Sequence[str]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Upstream's own features of an image and outputs for P prompts, (P, …), nothing chosen.
+        """Return upstream's own features of an image and outputs for P prompts, (P, …).
 
-        What exports are compared with.
+        Nothing is chosen from the outputs: exports are compared with them.
         """
-        with self._autocast(), self._no_gradients():
-            features = self._features([image])
-            nowhere = torch.zeros(0, 1, 4), torch.zeros(0, dtype=torch.bool)
-            return features, self._ground(features, tuple(prompts), *nowhere)
+        square = to_square(image, self.config.resolution)[None]  # (1, 3, R, R)
+        no_boxes = torch.zeros(0, 1, 4), torch.zeros(0, dtype=torch.bool)
+        with autocast(self.device, self.precision), self._no_gradients():
+            features = self._encode(square)
+            return features, self._ground(features, tuple(prompts), *no_boxes)
 
     @contextlib.contextmanager
     def _no_gradients(self) -> Iterator[None]:
-        """No weight asks for gradients, as in no training.
+        """Clear `requires_grad` of all weights within the block.
 
-        torch.matmul multiplies another way, and rounds otherwise, by a weight that asks for them,
-        even where none are computed (LinearAlgebra.cpp, should_fold): partly frozen weights would
-        not find in training what they find when loaded again.
+        torch.matmul multiplies another way, and rounds otherwise, by a weight that requires
+        gradients, even where none are computed (LinearAlgebra.cpp, should_fold). Partly frozen
+        weights would not find in training what they find when loaded again.
         """
-        asking = [parameter for parameter in self._parameters if parameter.requires_grad]
-        for parameter in asking:
+        trainable = [parameter for parameter in self._parameters if parameter.requires_grad]
+        for parameter in trainable:
             parameter.requires_grad_(False)
         try:
             yield
         finally:
-            for parameter in asking:
+            for parameter in trainable:
                 parameter.requires_grad_(True)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.precision == torch.bfloat16
-        )
+    def _encode(self, squares: Tensor) -> dict[str, Any]:
+        """Return upstream's features of images (B, 3, R, R) uint8.
 
-    def _features(self, images: Sequence[Image.Image]) -> dict[str, Any]:
-        """Features of the images; the last ones' are kept, for a second question about them."""
-        squares = torch.stack([to_square(image, self.config.resolution) for image in images])
+        Those of the last call are cached, for a second question about the same images.
+        """
         if self._encoded is None or not torch.equal(self._encoded[0], squares):
-            pixels = torch.cat([normalise(square) for square in squares]).to(self.device)
-            self._encoded = squares, self.model.backbone.forward_image(pixels)
+            pixels = torch.cat([normalise(square) for square in squares])  # (B, 3, R, R), -1..1
+            features = self.model.backbone.forward_image(pixels.to(self.device))
+            self._encoded = squares, features
         return self._encoded[1]
 
     def _text(self, prompts: tuple[str, ...]) -> dict[str, Tensor]:
+        """Return upstream's features of K prompts: "language_features" (L, K, d) and others."""
         if prompts not in self._text_features:
-            if len(self._text_features) >= TEXTS_KEPT:
+            if len(self._text_features) >= CACHED_TEXTS:
                 self._text_features.clear()
             encoded = self.model.backbone.forward_text(list(prompts), device=self.device)
             self._text_features[prompts] = encoded
         return self._text_features[prompts]
 
     def _ground(
-        self, features: dict[str, Any], prompts: Sequence[str], boxes: Tensor, labels: Tensor
+        self, features: dict[str, Any], prompts: Sequence[str], boxes: Tensor, is_positive: Tensor
     ) -> dict[str, Any]:
-        """Upstream's `forward_grounding` for P prompts on each of the B images of `features`.
+        """Call upstream's `forward_grounding` for K prompts on each of B images.
 
         Args:
-            boxes: (N, B, 4) cxcywh, 0..1.
-            labels: (N,) bool.
+            features: of the B images.
+            boxes: (N, B, 4) cxcywh, 0..1: example boxes.
+            is_positive: (N,) bool: whether a box shows what is meant, or what is not.
 
         Returns:
-            Upstream's outputs, (B * P, …): the prompts of the first image, of the second, …
+            Upstream's outputs, (B * K, …): the K prompts of the first image, of the second, …
         """
         count, device = len(prompts), self.device
         pairs = boxes.shape[1] * count
@@ -280,7 +225,7 @@ class Predictor:
         geometry = Prompt(
             box_embeddings=boxes.to(device).repeat_interleave(count, dim=1),  # (N, B * P, 4)
             box_mask=torch.zeros(pairs, len(boxes), dtype=torch.bool, device=device),
-            box_labels=labels.to(device, torch.long)[:, None].repeat(1, pairs),
+            box_labels=is_positive.to(device, torch.long)[:, None].repeat(1, pairs),
         )
         return self.model.forward_grounding(
             backbone_out={**features, **text},
@@ -290,50 +235,71 @@ class Predictor:
         )
 
 
-def pairs_a_pass(config: ModelConfig) -> int:
-    """Pairs of image and prompt that go together where memory or caches are small."""
+def pairs_per_pass(config: ModelConfig) -> int:
+    """Return how many pairs of image and prompt share a pass where memory or caches are small."""
     tokens = (config.resolution // config.vision.patch_size) ** 2
-    return max(1, min(PROMPTS_A_PASS, TOKENS_A_PASS // tokens))
+    return max(1, min(PAIRS_PER_PASS, TOKENS_PER_PASS // tokens))
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """(3, R, R) uint8 → (1, 3, R, R) float32 in -1..1, in the order of upstream's Sam3Processor."""
+    """Return (3, R, R) uint8 as (1, 3, R, R) float32 in -1..1.
+
+    The order of the operations is that of upstream's Sam3Processor.
+    """
     scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
     return v2.functional.normalize(scaled, [0.5] * 3, [0.5] * 3)[None]
 
 
 def query_scores(outputs: dict[str, Tensor]) -> Tensor:
-    """(P, Q), 0..1: of each query, that it is a thing that the prompt names."""
+    """Return (P, Q), 0..1: the score of each query as a thing that the prompt names."""
     presence = outputs["presence_logit_dec"].float().reshape(-1, 1).sigmoid()  # (P, 1)
     return outputs["pred_logits"].float().squeeze(-1).sigmoid() * presence
 
 
-def _best(outputs: dict[str, Tensor], first: int, threshold: float, limit: int) -> Best:
-    """The highest scores of P prompts x Q queries on one image; `first`: the first's index."""
-    scores = query_scores(outputs).cpu().numpy()
-    prompt_ids, query_ids = best_queries(scores, threshold, limit)
+def _example_boxes(query: Query, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+    """Return the query's N boxes in each of B images, (N, B, 4) cxcywh, 0..1, and (N,) bool.
+
+    The second says whether a box is an example of what is meant. Raises UserError where a box
+    covers nothing of an image.
+    """
+    every_box = [*query.boxes_xywh, *query.negative_boxes_xywh]
+    boxes = np.stack([normalised_boxes(every_box, image) for image in images], axis=1)
+    return torch.from_numpy(boxes), torch.arange(len(every_box)) < len(query.boxes_xywh)
+
+
+def _choose(outputs: dict[str, Tensor], first: int, query: Query) -> Candidates:
+    """Return the highest scores of K prompts and Q queries on one image, moved to the CPU.
+
+    Args:
+        outputs: upstream's, (K, Q, …).
+        first: index of the first of the K prompts among all.
+    """
+    scores = query_scores(outputs).cpu().numpy()  # (K, Q)
+    prompt_ids, query_ids = best_queries(scores, query.threshold, query.max_detections)  # (N,) each
     device = outputs["pred_boxes"].device
-    where = torch.from_numpy(prompt_ids).to(device), torch.from_numpy(query_ids).to(device)
-    kept = {
-        key: _to_numpy(outputs[key][where])
-        for key in ("pred_boxes", "pred_masks")
-        if key in outputs
-    }
-    return Best(
+    chosen = torch.from_numpy(prompt_ids).to(device), torch.from_numpy(query_ids).to(device)
+    masks = outputs.get("pred_masks")  # (K, Q, h, w)
+    return Candidates(
         scores=scores[prompt_ids, query_ids],
         prompt_ids=prompt_ids + first,
-        boxes=kept["pred_boxes"],
-        logits=kept.get("pred_masks"),
+        boxes_cxcywh=outputs["pred_boxes"][chosen].float().cpu().numpy(),
+        mask_logits=None if masks is None else masks[chosen].float().cpu().numpy(),
     )
 
 
-def _to_numpy(tensor: Tensor) -> Floats:
-    array: Floats = tensor.float().cpu().numpy()
-    return array
+def encode_as_upstream(logits: Floats, height: int, width: int) -> list[Rle]:
+    """Return mask logits (N, h, w) as N RLEs of an image (height, width), upstream's to the bit."""
+    masks = encode_clear_masks(logits, height, width)
+    return [
+        place(resize_and_threshold(logit, height, width), 0, 0, height, width)
+        if mask is None
+        else mask
+        for mask, logit in zip(masks, logits, strict=True)
+    ]
 
 
-def plain_mask(logits: Floats, height: int, width: int) -> NDArray[np.bool_]:
-    """The mask (height, width) of logits (h, w), as upstream's Sam3Processor makes it."""
+def resize_and_threshold(logits: Floats, height: int, width: int) -> NDArray[np.bool_]:
+    """Return the mask (height, width) of logits (h, w), as upstream's Sam3Processor makes it."""
     tensor = torch.from_numpy(np.ascontiguousarray(logits))[None, None]
     resized = F.interpolate(tensor, (height, width), mode="bilinear", align_corners=False)
     mask: NDArray[np.bool_] = (resized[0, 0] > 0).numpy()

@@ -54,7 +54,7 @@ class Settings:
     precision: str = "auto"
 
     def limits(self) -> dict[str, Any]:
-        """What of all that is found is kept, as `Predictor.predict` takes it."""
+        """Return the arguments of `Finder.predict` that limit what it returns."""
         names = ("threshold", "max_detections", "nms", "tile", "overlap")
         return {name: getattr(self, name) for name in names}
 

@@ -1,4 +1,4 @@
-"""What predicts on a folder's images in torch: in this process, or in several that share them."""
+"""Predict on a folder's images in torch: in this process, or in several that share them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 
 from app.config.compose import load_model_config
 from app.errors import UserError
-from app.inference.folder import Job, Outcome, Work, predict_images
+from app.inference.batch import Job, Outcome, Work, predict_images
 from app.inference.predictor import Predictor
 from app.inference.settings import RANDOM, Settings
 from app.model.build import build_model
@@ -31,10 +31,13 @@ CHUNKS = 4  # batches that a process takes at once
 
 @contextlib.contextmanager
 def open_work(settings: Settings, output: Path, processes: int) -> Iterator[tuple[Work, str]]:
-    """What predicts on batches, in order, and the precision that it does it in.
+    """Yield a function that predicts on batches, in their order, and the precision of it.
 
-    With one process, it is this one; else each of several has a GPU of its own, or where there is
-    none its share of the cores, and takes batches as it gets through them.
+    With one process, it is this one. Else each of several has a GPU of its own, or where there is
+    none its share of the cores, and takes the next batches when it is done with its last.
+
+    Raises:
+        UserError: fewer GPUs than processes, or a process died.
     """
     if processes == 1:
         predictor = load_predictor(settings)
@@ -63,6 +66,7 @@ def open_work(settings: Settings, output: Path, processes: int) -> Iterator[tupl
 
 
 def load_predictor(settings: Settings) -> Predictor:
+    """Load the checkpoint of the settings, or make a model of random weights."""
     options: dict[str, Any] = {"size": settings.size, "resolution": settings.resolution}
     if settings.checkpoint != RANDOM:
         choice = {"device": settings.device, "precision": settings.precision}

@@ -1,8 +1,9 @@
-"""Where to compute, and in which precision."""
+"""Choose where to compute and in which precision."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,11 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto`: the GPU where there is one. Raises UserError when "cuda" is asked for in vain."""
+    """Return the device of a name: auto (the GPU where there is one), cpu or cuda.
+
+    Raises:
+        UserError: another name, or "cuda" where no GPU answers.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device {name}: give auto, cpu or cuda")
     if name == "auto":
@@ -29,9 +34,13 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device, config: ModelConfig) -> torch.dtype:
-    """`auto`: bfloat16 where it helps: on CUDA, and for wide models on CPUs that multiply in it.
+    """Return the dtype of a name: auto, fp32 (float32) or bf16 (bfloat16, for autocast).
 
-    A narrow model spends its time between the matrix products, and casting only adds to it.
+    `auto` is bfloat16 where it helps: on CUDA, and for wide models on CPUs that multiply in it. A
+    narrow model spends its time between the matrix products, and casting only adds to it.
+
+    Raises:
+        UserError: another name.
     """
     if name not in ("auto", "fp32", "bf16"):
         raise UserError(f"--precision {name}: give auto, fp32 or bf16")
@@ -42,11 +51,21 @@ def choose_precision(name: str, device: torch.device, config: ModelConfig) -> to
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
-def free_memory(device: torch.device, processes: int = 1) -> int:
-    """Bytes that each of `processes` can have: of its GPU, or its share of what the CPU has free.
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Return a context that computes in `precision`: autocast to bfloat16, or as it is written."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
 
-    What this process holds counts as free. A limit of the control group (a container's, a Slurm
-    job's) counts where it is lower.
+
+def is_main() -> bool:
+    """Return whether this process is alone, or the first of several that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def free_memory(device: torch.device, processes: int = 1) -> int:
+    """Return the bytes that each of `processes` can have: of its GPU, or its share of the RAM.
+
+    Memory that this process holds counts as free. A limit of the control group (a container's, a
+    Slurm job's) counts where it is lower.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
@@ -57,7 +76,7 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
 
 
 def _group_memory() -> Iterator[tuple[int, int]]:
-    """Limit and use in bytes of this process's control groups, version 2, that have a limit."""
+    """Yield limit and use in bytes of this process's control groups (version 2) with a limit."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -8,8 +8,8 @@ import torch
 from pycocotools import mask as coco_mask
 from torch.nn import functional as F
 
-from app.inference.masks import bool_masks, encode_masks, place
-from app.inference.predictor import plain_mask
+from app.inference.masks import bool_masks, encode_clear_masks, encode_masks, place
+from app.inference.predictor import encode_as_upstream, resize_and_threshold
 from app.inference.rle import decode
 from benchmarks.inference import discs
 
@@ -31,7 +31,7 @@ def test_the_plain_way_is_equalled_bit_for_bit(height: int, width: int) -> None:
     corner[0, 0, 0] = corner[1, 0, 15] = corner[2, 15, 0] = corner[3, 15, 15] = 9
     constant = torch.stack([torch.full((16, 16), value) for value in (-1.0, 0.0, 1.0)])
     for logits in (noise, corner, constant, discs(20, 72)):
-        found = encode_masks(logits.numpy(), height, width, plain_mask)
+        found = encode_as_upstream(logits.numpy(), height, width)
         assert found == _plain(logits, height, width)
 
 
@@ -52,21 +52,17 @@ def test_no_masks() -> None:
     assert bool_masks([], 30, 20).shape == (0, 30, 20)
 
 
-def test_a_pixel_on_the_threshold_goes_the_plain_way() -> None:
-    asked = []
-
-    def plain(*arguments) -> np.ndarray:
-        asked.append(arguments)
-        return plain_mask(*arguments)
-
-    logits = torch.full((2, 2, 12), -1.0)
-    logits[0, :, -1], logits[1, :, -1] = 1.5, 1.0
-    cases = ((logits[:1], 0), (logits[1:], 1), (-logits[:1], 2))  # 0 at column 27; most of it
-    for case, count in cases:
-        assert encode_masks(case.numpy(), 6, 30, plain) == _plain(case, 6, 30)
-        assert len(asked) == count
-    (most,) = encode_masks(-logits[:1].numpy(), 6, 30)
-    np.testing.assert_array_equal(decode(most), plain_mask(-logits[0].numpy(), 6, 30))
+def test_a_mask_with_a_pixel_on_the_threshold_and_a_large_one_are_left_to_upstreams_way() -> None:
+    logits = torch.full((3, 2, 12), -1.0)
+    logits[0, :, -1], logits[1, :, -1] = 1.5, 1.0  # 0 at column 27 of the second
+    logits[2] = -logits[0]  # most of it
+    masks = encode_clear_masks(logits.numpy(), 6, 30)
+    assert [mask is None for mask in masks] == [False, True, True]
+    expected = _plain(logits, 6, 30)
+    assert masks[0] == expected[0]
+    assert encode_as_upstream(logits.numpy(), 6, 30) == expected
+    most = encode_masks(logits.numpy(), 6, 30)[2]
+    np.testing.assert_array_equal(decode(most), resize_and_threshold(logits[2].numpy(), 6, 30))
 
 
 @pytest.mark.parametrize("seed", range(20))

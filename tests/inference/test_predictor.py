@@ -19,6 +19,7 @@ from app.datasets.synthetic.shapes import make_shapes
 from app.errors import UserError
 from app.inference import Detections, Predictor
 from app.inference import predictor as predictor_module
+from app.inference.finder import Finder
 from app.inference.masks import place
 from app.inference.outputs import coco_results
 from app.model import weights
@@ -94,7 +95,7 @@ def test_negative_boxes_find_what_upstreams_processor_finds(predictor, image) ->
 
 
 def test_a_batch_finds_what_each_image_alone_does(predictor, image, monkeypatch) -> None:
-    monkeypatch.setattr(predictor_module, "PROMPTS_A_PASS", 5)  # two prompts of two images
+    monkeypatch.setattr(predictor_module, "PAIRS_PER_PASS", 5)  # two prompts of two images
     images = [image, image.resize((50, 70)).rotate(90)]
     words = {"prompts": ["red circle", "dog", "cat"], "boxes_xywh": [(5, 6, 30, 20)]}
     together = predictor.predict_batch(images, **words, threshold=0.0, max_detections=40)
@@ -109,7 +110,7 @@ def test_a_batch_finds_what_each_image_alone_does(predictor, image, monkeypatch)
 
 
 def test_text_features_do_not_pile_up(predictor, image, monkeypatch) -> None:
-    monkeypatch.setattr(predictor_module, "TEXTS_KEPT", 2)
+    monkeypatch.setattr(predictor_module, "CACHED_TEXTS", 2)
     for prompt in ("a", "b", "c", "d"):
         predictor.predict(image, [prompt])
     assert len(predictor._text_features) <= 2
@@ -166,14 +167,13 @@ def test_boxes_alone_do_not_ask_for_the_classes(image) -> None:
         loaded.predict(image, boxes_xywh=[(20, 10, 40, 40)], tile=32)
 
 
-class RedFinder(Predictor):
+class RedFinder(Finder):
     """One that needs no training: it finds what is red."""
 
-    def __init__(self) -> None:
-        self.prompts, self.threshold = ("red",), 0.5
+    prompts, threshold = ("red",), 0.5
 
-    def _find(self, images, *, prompts, **_) -> list[Detections]:
-        return [self._red(np.array(image), prompts) for image in images]
+    def _find(self, images, query) -> list[Detections]:
+        return [self._red(np.array(image), query.prompts) for image in images]
 
     def _red(self, pixels: np.ndarray, prompts: tuple[str, ...]) -> Detections:
         height, width = pixels.shape[:2]
@@ -234,7 +234,7 @@ def test_an_image_is_encoded_once(predictor, image, monkeypatch) -> None:
 
 def test_many_prompts_find_what_each_finds_alone(predictor, image, monkeypatch) -> None:
     prompts = ["red circle", "dog", "a very long prompt of many words", "cat"]
-    monkeypatch.setattr(predictor_module, "PROMPTS_A_PASS", 3)
+    monkeypatch.setattr(predictor_module, "PAIRS_PER_PASS", 3)
     together = predictor.predict(image, prompts, threshold=0.0, max_detections=1000)
     assert together.prompts == tuple(prompts)
     for index, prompt in enumerate(prompts):

@@ -279,7 +279,7 @@ def test_a_dataset_of_boxes_only(command, shapes, tmp_path: Path) -> None:
         (["--checkpoint", "nowhere"], "no such checkpoint"),
         (["--epoch", "3"], "No such option"),
         (["--epochs", "0"], "training.epochs"),
-        (["--lr", "0"], "optim.lr_scale"),
+        (["--lr", "0"], "--lr 0: must be greater than 0"),
         (["training.epoch=3"], "Did you mean 'training.epochs'"),
         (["--config", "nowhere.yaml"], "cannot be read"),
         (["--config", "list.yaml"], "a mapping of keys"),

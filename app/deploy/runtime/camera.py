@@ -25,7 +25,7 @@ from app.deploy.runtime.runtime import STAGES, Runtime
 from app.errors import UserError
 from app.files import exists_problem
 from app.inference.detections import Detections
-from app.inference.folder import ended_by_sigterm, unwritable_said
+from app.inference.folder import ended_by_sigterm, unwritable_is_user_error
 from app.inference.journal import file_state
 from app.inference.outputs import coco_results, write_images
 from app.inference.settings import Settings
@@ -135,7 +135,7 @@ def _answer(
     image = frame.read()
     found = runtime.predict(image, settings.prompts, **settings.limits())
     if output is not None:
-        with unwritable_said(output):
+        with unwritable_is_user_error(output):
             _write(frame, image, found, settings, output, lines)
     stages = {stage: runtime.seconds[stage] - before[stage] for stage in STAGES}
     speed.add(time.perf_counter() - begun, stages)
@@ -182,7 +182,7 @@ def _open_lines(
     """Begin what all frames share; returns the file that takes a line for each."""
     if output is None:
         return None
-    with unwritable_said(output):
+    with unwritable_is_user_error(output):
         output.mkdir(parents=True, exist_ok=True)
         for kind in ("semantic", "yolo"):  # legends, which need no frame
             if kind in settings.save:

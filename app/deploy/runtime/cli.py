@@ -20,7 +20,8 @@ from app.deploy.runtime.manifest import FILE, PRECISIONS
 from app.deploy.runtime.runtime import BACKENDS, Runtime
 from app.errors import UserError
 from app.files import hash_file
-from app.inference.folder import Work, predict_folder, predict_images
+from app.inference.batch import Work, predict_images
+from app.inference.folder import predict_folder
 from app.inference.postprocess import THRESHOLD
 from app.inference.settings import SAVES, Known, Settings, make_settings
 
@@ -88,8 +89,8 @@ def run(options: argparse.Namespace) -> int:
         options.input,
         options.output_dir,
         settings,
+        open_work,
         overwrite=options.overwrite,
-        open_work=open_work,
     )
     return FAILED if failures else 0
 

@@ -7,7 +7,6 @@ the graphs and after them is the predictor's own.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import time
 import zipfile
@@ -26,8 +25,9 @@ from app.deploy.runtime.square import to_pixels, to_square
 from app.deploy.runtime.text import AnyWords, StoredWords, Texts, Words, check_named
 from app.errors import UserError, nearest
 from app.inference.detections import Detections
-from app.inference.inputs import check_prompts
-from app.inference.postprocess import Best, best_queries, find_all, to_detections
+from app.inference.finder import Finder, Query
+from app.inference.masks import encode_masks
+from app.inference.postprocess import Candidates, best_queries, join_passes, to_detections
 
 BACKENDS = ("onnxruntime", "tensorrt")
 STAGES = ("pre", "model", "post")
@@ -61,7 +61,7 @@ class Backend(Protocol):
         """(1, L) → (1, L, D), and (1, L), True where there is no token."""
 
 
-class Runtime:
+class Runtime(Finder):
     """An exported folder that answers prompts, as `app.inference.Predictor` does.
 
     Args:
@@ -75,6 +75,7 @@ class Runtime:
 
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend, words: Words) -> None:
         self.folder, self.manifest, self.backend = folder, manifest, backend
+        self.prompts, self.threshold = tuple(manifest.classes), manifest.threshold
         self.text = words
         self.seconds = dict.fromkeys(STAGES, 0.0)
 
@@ -99,98 +100,39 @@ class Runtime:
             return cls(folder, manifest, loaded, AnyWords(folder, manifest, loaded.text))
         return cls(folder, manifest, loaded, StoredWords(folder, manifest))
 
-    def predict(
-        self,
-        image: Image.Image,
-        prompts: Sequence[str] = (),
-        *,
-        threshold: float | None = None,
-        max_detections: int = 100,
-        nms: float | None = None,
-        tile: int | None = None,
-        overlap: float = 0.2,
-    ) -> Detections:
-        """Find what the prompts name in one image.
-
-        Args:
-            image: RGB, upright.
-            prompts: noun phrases; without any, the classes of the folder.
-            threshold: 0..1, least score; None takes the folder's.
-            max_detections, nms, tile, overlap: as in `Predictor.predict`.
-
-        Raises:
-            UserError: a prompt that is empty, or not in the vocabulary.
-        """
-        return self.predict_batch(
-            [image],
-            prompts,
-            threshold=threshold,
-            max_detections=max_detections,
-            nms=nms,
-            tile=tile,
-            overlap=overlap,
-        )[0]
-
-    def predict_batch(
-        self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str] = (),
-        *,
-        threshold: float | None = None,
-        max_detections: int = 100,
-        nms: float | None = None,
-        tile: int | None = None,
-        overlap: float = 0.2,
-    ) -> list[Detections]:
-        """Like `predict`, for several images, one after the other."""
-        words = check_prompts(prompts or self.manifest.classes)
-        find = functools.partial(
-            self._find,
-            prompts=words,
-            texts=self._passes(words),
-            threshold=self.manifest.threshold if threshold is None else threshold,
-            max_detections=max_detections,
-        )
-        return find_all(find, images, nms=nms, tile=tile, overlap=overlap)
-
-    def _passes(self, prompts: Sequence[str]) -> list[Texts]:
-        """What the ground graph takes, K prompts each; the last are filled up with the first."""
-        count = self.manifest.prompts_a_pass
+    def _find(self, images: Sequence[Image.Image], query: Query) -> list[Detections]:
+        """Return what is in each image, seen as a whole: a prediction from end to end."""
+        if query.boxes_xywh or query.negative_boxes_xywh:
+            raise UserError(
+                f"{self.folder}: an exported model takes words, not example boxes; give them to "
+                "the weights it was made of (./infer.sh --checkpoint)"
+            )
+        per_pass = self.manifest.prompts_a_pass  # K
+        prompts = query.prompts
         with self._timed("pre"):
-            filled = [*prompts, *[prompts[0]] * (-len(prompts) % count)]
-            features, mask = self.text(filled)
-            return [
-                (features[start : start + count], mask[start : start + count])
-                for start in range(0, len(filled), count)
-            ]
-
-    def _find(
-        self,
-        images: Sequence[Image.Image],
-        *,
-        prompts: tuple[str, ...],
-        texts: Sequence[Texts],
-        threshold: float,
-        max_detections: int,
-    ) -> list[Detections]:
-        """What is in each image as a whole."""
-        found = []
+            filled = [*prompts, *[prompts[0]] * (-len(prompts) % per_pass)]  # whole passes
+            text, text_mask = self.text(filled)  # (P, L, D), (P, L)
+        detections = []
         for image in images:
             with self._timed("pre"):
-                pixels = to_pixels(to_square(image, self.manifest.resolution))
+                pixels = to_pixels(to_square(image, self.manifest.resolution))  # (1, 3, R, R)
             with self._timed("model"):
                 features = self.backend.image(pixels)
             passes = []
-            for number, text in enumerate(texts):
+            for first in range(0, len(filled), per_pass):
+                part = slice(first, first + per_pass)
                 with self._timed("model"):
-                    outputs = self.backend.ground(features, *text)
+                    outputs = self.backend.ground(features, text[part], text_mask[part])
                 with self._timed("post"):
-                    first = number * self.manifest.prompts_a_pass
                     asked = len(prompts) - first  # behind them are those that fill the pass up
-                    passes.append(_best(outputs, first, asked, threshold, max_detections))
+                    passes.append(_choose(outputs, first, asked, query))
             with self._timed("post"):
-                found.append(to_detections(passes, prompts, *image.size, max_detections))
-        return found
+                best = join_passes(passes, query.max_detections)  # N, the highest score first
+                masks = None
+                if best.mask_logits is not None:  # (N, h, w)
+                    masks = encode_masks(best.mask_logits, image.height, image.width)
+                detections.append(to_detections(best, masks, prompts, image.width, image.height))
+        return detections
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -242,23 +184,24 @@ def load_backend(
     return OnnxRuntimeBackend(folder, manifest, precision)
 
 
-def _best(
-    outputs: Mapping[str, NDArray[Any]], first: int, asked: int, threshold: float, limit: int
-) -> Best:
-    """The highest scores of a pass.
+def _choose(
+    outputs: Mapping[str, NDArray[Any]], first: int, asked: int, query: Query
+) -> Candidates:
+    """Return the highest scores of a pass of K prompts on one image.
 
     Args:
+        outputs: of the ground graph, (K, Q, …).
         first: index of its first prompt among all.
         asked: how many of its prompts were asked for, at most.
     """
     scores = outputs["scores"][:asked]
-    prompts, queries = best_queries(scores, threshold, limit)
+    prompt_ids, query_ids = best_queries(scores, query.threshold, query.max_detections)
     masks = outputs.get("masks")
-    return Best(
-        scores=scores[prompts, queries],
-        prompt_ids=prompts + first,
-        boxes=outputs["boxes"][prompts, queries],
-        logits=None if masks is None else masks[prompts, queries],
+    return Candidates(
+        scores=scores[prompt_ids, query_ids],
+        prompt_ids=prompt_ids + first,
+        boxes_cxcywh=outputs["boxes"][prompt_ids, query_ids],
+        mask_logits=None if masks is None else masks[prompt_ids, query_ids],
     )
 
 
