@@ -92,14 +92,3 @@ def _group_memory() -> Iterator[tuple[int, int]]:
 
 def _cpu_multiplies_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """Return the context in which matrix products are computed in bfloat16, if that is `precision`.
-
-    Autocast's own cache would keep each weight in bfloat16 to the end of the forward pass.
-    accelerate's autocast cannot be used: it converts outputs to float32, and cannot rebuild
-    upstream's SAM3Output.
-    """
-    enabled = precision == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
