@@ -46,19 +46,26 @@ def quiet() -> Iterator[None]:
     trace.propagate = True
 
 
+def _words(precisions: str, shapes: Path) -> tuple[object, ...]:
+    return (
+        *("export", NANO, "--tensorrt", "10.3", "--target", "orin-nano"),
+        *("--precision", precisions, "--images", shapes / "train" / "images"),
+        *(word for prompt in PROMPTS for word in ("--prompt", prompt)),
+    )
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
-    """nano for three prompts, in every precision, by the command."""
-    words = [
-        *("--precision", "fp16,bf16,int8", "--tensorrt", "10.3", "--target", "orin-nano"),
-        *(word for prompt in PROMPTS for word in ("--prompt", prompt)),
-        *("--images", str(shapes / "train" / "images"), "--dataset-dir", str(shapes)),
-    ]
-    return once(
-        tmp_path_factory,
-        "exported",
-        lambda folder: finish("export", str(NANO), "--output", str(folder), *words),
-    )
+    """nano for three prompts, in fp32 and int8, by the command."""
+    words = _words("int8", shapes)
+    return once(tmp_path_factory, "exported", lambda folder: finish(*words, "--output", folder))
+
+
+@pytest.fixture(scope="module")
+def every_precision(tmp_path_factory: pytest.TempPathFactory, shapes: Path) -> Path:
+    """The same in every precision, each with its figures on a dataset."""
+    words = (*_words("fp16,bf16,int8", shapes), "--dataset-dir", shapes)
+    return once(tmp_path_factory, "exported-all", lambda folder: finish(*words, "--output", folder))
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +151,9 @@ def test_each_output_counts(predictor: Predictor) -> None:
     assert compare(truth, {**truth, "masks": -truth["masks"]}).mask_iou < 0.1
 
 
-def test_every_precision_says_how_near_it_is(exported: Path, predictor: Predictor) -> None:
-    manifest = read_manifest(exported)
+@pytest.mark.slow
+def test_every_precision_says_how_near_it_is(every_precision: Path, predictor: Predictor) -> None:
+    manifest = read_manifest(every_precision)
     assert list(manifest.parity) == ["fp32", "bf16", "fp16", "int8"]
     cosines = {name: row["cosine"] for name, row in manifest.parity.items()}
     assert cosines["fp32"] > cosines["fp16"] > cosines["bf16"] > 0.999
@@ -159,14 +167,16 @@ def test_every_precision_says_how_near_it_is(exported: Path, predictor: Predicto
     assert row["segm/AP"] == pytest.approx(row["model/segm/AP"], abs=1e-6)
     # the figures are those of the graphs that are there: int8 runs on a CPU as it stands
     image = open_image(SCENE)
-    runtime = Runtime.load(exported, backend="onnxruntime", precision="int8")
+    runtime = Runtime.load(every_precision, backend="onnxruntime", precision="int8")
     truth = model_outputs(predictor, image, PROMPTS)
     difference = compare(truth, graph_outputs(runtime, image, PROMPTS), above=0.4)
     assert 0.99 < difference.cosine < 0.99999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_halves_are_written_into_the_graph(exported: Path, precision: str) -> None:
+def test_halves_are_written_into_the_graph(every_precision: Path, precision: str) -> None:
+    exported = every_precision
     kind = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision]
     narrowed = 0
     for name in ("image", "ground"):
@@ -267,9 +277,15 @@ def test_onnx_runtime_multiplies_int8_as_int8(exported: Path, tmp_path: Path) ->
     assert kinds.count("QLinearConv") == NECK + MASKS
 
 
-def test_every_graph_keeps_to_the_operators_of_tensorrt(exported: Path, tmp_path: Path) -> None:
-    files = sorted(exported.glob("*.onnx"))
-    assert len(files) == 8
+@pytest.mark.parametrize(
+    ("folder", "graphs"),
+    [("exported", 4), pytest.param("every_precision", 8, marks=pytest.mark.slow)],
+)
+def test_every_graph_keeps_to_the_operators_of_tensorrt(
+    folder: str, graphs: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    files = sorted(request.getfixturevalue(folder).glob("*.onnx"))
+    assert len(files) == graphs
     for file in files:
         check_operators(file)
         found = onnx.load(file, load_external_data=False)
@@ -314,6 +330,7 @@ def test_the_manifest_describes_what_is_there(exported: Path) -> None:
     assert golden["scores"].size == 48
 
 
+@pytest.mark.slow
 def test_any_words_and_masks_of_the_best_queries_alone(
     predictor: Predictor, tmp_path: Path
 ) -> None:
@@ -337,6 +354,7 @@ def test_any_words_and_masks_of_the_best_queries_alone(
     assert difference.scores < 1e-5
 
 
+@pytest.mark.slow
 def test_stored_words_and_boxes_alone_are_exported(tmp_path: Path) -> None:
     model, header = weights.load(NANO)
     model, size = store_vocabulary(model, header.model, PROMPTS)
@@ -354,6 +372,7 @@ def test_stored_words_and_boxes_alone_are_exported(tmp_path: Path) -> None:
         export(tmp_path / "stored", tmp_path / "other", Wanted(prompts=("dog",)))
 
 
+@pytest.mark.slow
 def test_a_graph_beyond_its_tolerance_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
