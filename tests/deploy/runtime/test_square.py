@@ -61,7 +61,7 @@ WORK = """import os, time
 from pathlib import Path
 import numpy as np
 from PIL import Image
-from app.deploy.square import to_square
+from app.deploy.runtime.square import to_square
 
 def spent():
     tasks = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
