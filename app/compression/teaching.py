@@ -43,7 +43,7 @@ class TaughtLosses:
         """Return "loss", the teacher's parts, and in the last stage those of labels."""
         distiller, stage = self.distiller, self.distiller.stage(epoch)
         labelled: dict[str, Tensor] = {}
-        with autocast(batch.img_batch.device, self.labels.precision):
+        with autocast(batch.img_batch.device, self.labels.precision, cache_weights=False):
             words = distiller.draw_words(batch)
             outputs, features = forward(model, batch, words, stage)
             taught = distiller.losses(batch, words, stage, outputs, features)

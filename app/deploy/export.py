@@ -24,10 +24,11 @@ from app.datasets.coco import Dataset
 from app.datasets.images import open_image
 from app.datasets.square import to_square
 from app.datasets.synthetic.shapes import make_shapes
-from app.deploy.graphs import FEATURES, GroundGraph, ImageGraph, TextGraph, write_out
+from app.deploy.graphs import FEATURES, GroundGraph, ImageGraph, TextGraph
 from app.deploy.operators import OPSET, OPSETS, check_operators
 from app.deploy.output import check_output
 from app.deploy.parity import TOLERANCES, Difference, compare, model_outputs
+from app.deploy.plain_modules import use_plain_modules
 from app.deploy.precision import TYPES, narrow, quantise, save
 from app.deploy.runtime import manifest as manifests
 from app.deploy.runtime.golden import FILE as GOLDEN
@@ -186,7 +187,7 @@ def export(
 def _write_graphs(source: Path, wanted: Wanted, folder: Path) -> None:
     """The graphs in float32."""
     model, header = weights.load(source, resolution=wanted.resolution, merge=True)
-    write_out(model)
+    use_plain_modules(model)
     side, size = header.model.resolution, header.model
     image = ImageGraph(model)
     pixels = torch.zeros(1, 3, side, side)

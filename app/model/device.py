@@ -51,9 +51,24 @@ def choose_precision(name: str, device: torch.device, config: ModelConfig) -> to
     return torch.bfloat16 if name == "bf16" else torch.float32
 
 
-def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """Return a context that computes in `precision`: autocast to bfloat16, or as it is written."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
+def autocast(
+    device: torch.device, precision: torch.dtype, *, cache_weights: bool = True
+) -> torch.autocast:
+    """Return a context that multiplies in bfloat16 where that is `precision`, else as written.
+
+    accelerate's autocast is no substitute: it converts outputs to float32, and cannot rebuild
+    upstream's SAM3Output.
+
+    Args:
+        cache_weights: keep each weight in bfloat16 to the end of the context: faster where it is
+            used again, but 2 bytes a parameter, which training spends on activations instead.
+    """
+    return torch.autocast(
+        device.type,
+        torch.bfloat16,
+        enabled=precision == torch.bfloat16,
+        cache_enabled=cache_weights,
+    )
 
 
 def is_main() -> bool:

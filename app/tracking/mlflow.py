@@ -45,7 +45,7 @@ FILES = (
     *("environment.json", "metrics.csv", "metrics.json", "metrics_by_class.csv", "train.log"),
 )
 FOLDERS = ("plots", "predictions")
-MODEL_SCRIPT = ROOT / "app" / "serving" / "mlflow_model.py"
+MODEL_SCRIPT = Path(__file__).with_name("served_model.py")
 CHAMPION = "champion"
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 # What one request may hold, and how long names and values may be (mlflow/utils/validation.py).

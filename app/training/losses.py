@@ -67,7 +67,7 @@ class LabelLosses:
         epoch: int = 0,  # noqa: ARG002
     ) -> dict[str, Tensor]:
         """Return "loss", and those of `PARTS` that the criterion has, before they are weighted."""
-        with autocast(batch.img_batch.device, self.precision):
+        with autocast(batch.img_batch.device, self.precision, cache_weights=False):
             outputs = forward(model, batch)
             image_model = model.module if is_ddp(model) else model
             return self.of_outputs(image_model, outputs, batch, over_ranks=is_ddp(model))

@@ -30,6 +30,7 @@ from app.config.schema import ModelConfig, WarmStartConfig
 from app.console import progress
 from app.datasets.coco import Dataset, Image
 from app.datasets.images import open_image
+from app.model.device import autocast
 
 log = logging.getLogger("app")
 ENCODED = 2  # the level of the neck that the detector's encoder reads: one cell a patch
@@ -82,12 +83,11 @@ def warm_start(
     parameters = [scale, bias, *(p for part in trained for p in part.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, fused=True)
     scheduler = LinearLR(optimizer, 1.0, 0.05, total_iters=config.steps)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16)
     right = Told(0.0, 0.0, 0.0)
     with progress("warm start: step", config.steps) as advance:
         for step, batch in enumerate(batches(dataset, size, config, seed), 1):
             pixels, shares, covered, asked = (tensor.to(device) for tensor in batch)
-            with autocast:
+            with autocast(device, precision):
                 features = vision.trunk(pixels)[-1]
                 cells = vision.convs[ENCODED](features)
                 text = model.backbone.forward_text(names, device=device)

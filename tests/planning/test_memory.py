@@ -113,7 +113,10 @@ def test_weights_in_bfloat16_do_not_pile_up(shapes: Path, monkeypatch: pytest.Mo
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     criterion = instantiate(config.loss.criterion, _convert_="all")
     peaks = []
-    for autocast in (training_losses.autocast, lambda *_: torch.autocast("cpu", torch.bfloat16)):
+    for autocast in (
+        training_losses.autocast,
+        lambda *_, **__: torch.autocast("cpu", torch.bfloat16),
+    ):
         monkeypatch.setattr(training_losses, "autocast", autocast)
         with LiveBytes([*model.parameters(), *model.buffers()]) as live:
             LabelLosses(criterion, torch.bfloat16)(model, batch)
