@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C, a cluster's warnings: the first asks for an end, the second makes one."""
+"""SIGTERM, Ctrl-C, a cluster's warning: the first asks a run to stop, the second ends it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ ECHO_SECONDS = 2.0
 
 
 class Stopped(BaseException):
-    """A signal asked for an end; whatever there was to save is saved. Exit code 143."""
+    """Raise where a signal asked for a stop and all there was to save is saved; exit code 143."""
 
 
 class StopRequest:
-    """Whether a signal has asked this process to stop.
+    """Note that a signal asked this process to stop.
 
-    Where there is nothing to save, it raises Stopped at once; within `deferred()` it is noted, and
-    the run ends at the next place that is good to stop at.
+    Outside of `deferred()` there is nothing to save, and a signal raises Stopped at once. Inside,
+    the run itself calls `check` wherever it can stop.
     """
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class StopRequest:
         self.check()
 
     def on_signal(self, _number: int, _frame: Any) -> None:
-        """What the first signal and the second do: a handler for `signal.signal`."""
+        """Stop at the first signal, end at once at the second: a handler for `signal.signal`."""
         if self.asked:
             if "RANK" in os.environ and time.monotonic() - self._since < ECHO_SECONDS:
                 return
@@ -63,7 +63,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def watch() -> Iterator[StopRequest]:
-    """Take `SIGNALS` for requests to stop; what handled them before does again afterwards."""
+    """Take `SIGNALS` for requests to stop; restore the handlers from before at the end."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # Python takes no handler there
         yield request
@@ -78,10 +78,10 @@ def watch() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def blocked_signals() -> Iterator[None]:
-    """Let `SIGNALS` wait; a process that is started within waits for ever, or until it asks.
+    """Block `SIGNALS`. Child processes inherit the block until they unblock themselves.
 
-    Or one that reaches the group while processes start would end them, and the run with them:
-    torch gives them its own handlers before they come to `leave_to_parent`.
+    Without it, a signal to the whole group while workers start would end them, and the run with
+    them, because torch installs its own handlers before `leave_to_parent` runs.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -91,9 +91,9 @@ def blocked_signals() -> Iterator[None]:
 
 
 def leave_to_parent(_worker: int = 0) -> None:
-    """Ignore `SIGNALS`, in a process that loads images: its parent decides when it ends.
+    """Ignore `SIGNALS` in a worker that loads images, because its parent decides when it ends.
 
-    They reach a whole process group; torch's own handler would end the loading mid-step.
+    Signals reach a whole process group, and torch's own handler would end the worker mid-step.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

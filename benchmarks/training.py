@@ -42,6 +42,8 @@ from app.training.batches import Batches
 from app.training.losses import LabelLosses
 from app.training.step import Step, StepResult, build_accelerator
 from app.upstream_trainer import run as upstream_trainer
+from app.upstream_trainer.adapt import prepare
+from app.upstream_trainer.schema import BASE_CONFIG
 from benchmarks.init import query_dataset
 
 METHODS = ("full", "head", "lora-minimal", "lora", "lora-full")
@@ -184,7 +186,7 @@ def _upstream_epoch(arguments: argparse.Namespace, folder: Path) -> Callable[[],
         "trainer.mode": "train_only",
         "model.resolution": str(model.resolution),
     }
-    config = upstream_trainer.prepare(upstream_trainer.BASE_CONFIG, flags, arguments.size, None)
+    config = prepare(BASE_CONFIG, flags, arguments.size, None)
     for transform in config.scratch.train_transforms:
         if "sizes" in transform:
             transform.sizes.smallest = 1.0

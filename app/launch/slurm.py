@@ -22,15 +22,15 @@ TIMES = 1000  # that a run may be queued again for want of time
 
 
 def is_inside() -> bool:
-    """Whether this process runs in a job that `submit` handed over."""
+    """Return whether this process runs in a job that `submit` handed over."""
     return "SUBMITIT_EXECUTOR" in os.environ
 
 
 def submit(config: Config, arguments: Sequence[str], resume: str | None) -> str:
-    """Hand `python -m app ARGUMENTS` to Slurm; returns the job's id.
+    """Hand `python -m app ARGUMENTS` to Slurm; return the job's id.
 
     Args:
-        resume: what ARGUMENTS say of it.
+        resume: the --resume of ARGUMENTS.
 
     Raises:
         UserError: there is no Slurm here, or it refuses the job; with its own words.
@@ -42,11 +42,11 @@ def submit(config: Config, arguments: Sequence[str], resume: str | None) -> str:
         )
     folder = Path(config.output_dir).resolve()
     # An output folder that holds no run was checked before; the job's own second start finds one.
-    kept = [word for word in arguments if word != "--overwrite"]
-    run = Run([*kept, f"--output-dir={folder}"], resume or "auto")
+    words = [word for word in arguments if word != "--overwrite"]
+    run = Run([*words, f"--output-dir={folder}"], resume or "auto")
     cluster, training = config.cluster, config.training
     executor = submitit.SlurmExecutor(folder / FOLDER, max_num_timeout=TIMES)
-    asked: dict[str, object] = {
+    parameters: dict[str, object] = {
         "job_name": folder.name,
         "nodes": cluster.nodes,
         "ntasks_per_node": 1,
@@ -60,11 +60,11 @@ def submit(config: Config, arguments: Sequence[str], resume: str | None) -> str:
         "qos": cluster.qos,
         "additional_parameters": {"requeue": True},
     }
-    executor.update_parameters(**{k: v for k, v in asked.items() if v is not None})
+    executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
     try:
         job = executor.submit(run)
     except (subprocess.CalledProcessError, FailedJobError) as error:
-        raise UserError(f"--cluster slurm: sbatch refused the job: {_said(error)}") from None
+        raise UserError(f"--cluster slurm: sbatch refused the job: {_message(error)}") from None
     log.info(
         "submitted: job %s; output: %s; stop it with scancel %s",
         job.job_id,
@@ -75,7 +75,7 @@ def submit(config: Config, arguments: Sequence[str], resume: str | None) -> str:
 
 
 class Run:
-    """The job's work: the command in a process of its own, which Slurm's signals reach as well."""
+    """Run the command in a process of its own, which Slurm's signals reach as well."""
 
     def __init__(self, arguments: Sequence[str], resume: str) -> None:
         self.arguments, self.resume = list(arguments), resume
@@ -90,17 +90,17 @@ class Run:
             sys.exit(code)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What is queued again when Slurm warns (USR2): the same, once all is saved."""
+        """Return the same job, to queue again once all is saved, when Slurm warns (USR2)."""
         self._await_end()
         return submitit.helpers.DelayedSubmission(Run(self.arguments, self.resume))
 
     def _await_end(self) -> None:
-        """Popen.wait holds a lock, and a signal's handler that waits in it would wait for ever."""
+        """Wait, but not by Popen.wait: its lock would deadlock a signal handler that waits too."""
         if self._process is not None:
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
 
 
-def _said(error: Exception) -> str:
+def _message(error: Exception) -> str:
     output = getattr(error, "output", None) or getattr(error, "stderr", None) or str(error)
     words = output.decode("utf-8", "replace") if isinstance(output, bytes) else str(output)
     return " ".join(words.split())

@@ -1,4 +1,4 @@
-"""One process, or several: each GPU (or, where there is none, each CPU process) runs the same."""
+"""Several processes on one machine or more, by torchrun: one a GPU, or so many on a CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FIRST_PORT, PORTS = 20_000, 10_000  # by a job's number: two jobs may share a no
 
 
 def is_launched() -> bool:
-    """Whether this process is one of several that torchrun started."""
+    """Return whether this process is one of several that torchrun started."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -50,7 +50,7 @@ def relaunch(processes: int, arguments: Sequence[str], nodes: int = 1) -> None:
 
 
 def _meeting(nodes: int) -> list[str]:
-    """Where torchrun's processes find each other: on the first of the nodes."""
+    """Return torchrun's words for where its processes meet: on the first of the nodes."""
     if nodes == 1:
         return ["--standalone"]
     job = submitit.JobEnvironment()
@@ -74,7 +74,7 @@ def end_quietly_if_peer_died() -> Iterator[None]:
 
 
 def main() -> None:
-    """torchrun, with the exit code of the process that failed first, or 143 after a signal."""
+    """Run torchrun; exit with the code of the process that failed first, or 143 after a signal."""
     try:
         torchrun.run(torchrun.parse_args(sys.argv[1:]))
     except SignalException:

@@ -1,4 +1,4 @@
-"""What a run will take, before anything of it is made: memory, disk, time."""
+"""The plan of a run: its memory, disk and time, before anything of it is made."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ HEAVIEST_CACHED = 2  # the run's own, and that of the size that was tried last
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one process at its peak, by what they hold.
+    """Hold the bytes of one process at its peak, by their use.
 
     Attributes:
         process: Python, libraries and labels; on a GPU, CUDA's context.
         weights: the model's, and its teacher's where it has one.
-        optimizer: AdamW's moments, and the average where there is one.
+        optimizer: AdamW's moments, and the EMA where there is one.
         step: activations and gradients, and what the allocator holds beyond them.
     """
 
@@ -85,22 +85,22 @@ class Memory:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes that a run writes.
+    """Hold the bytes that a run writes.
 
     Attributes:
-        kept: in the output folder at the end: checkpoints and weights.
+        left: in the output folder at the end: checkpoints and weights.
         while_saving: more, as what is new is whole before the oldest goes.
-        features: of frozen encoders, in data/; 0 where none are kept.
+        features: of the feature cache, in data/; 0 without one.
     """
 
-    kept: int
+    left: int
     while_saving: int
     features: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run takes, and what there is.
+    """Hold what a run takes, and what there is.
 
     Attributes:
         parameters, trained: counts.
@@ -121,13 +121,13 @@ class Plan:
 
     @property
     def spare_memory(self) -> int:
-        """Bytes that are left over; below 0, that are lacking."""
+        """Return the bytes that are left over; below 0, that are lacking."""
         return self.free_memory - self.memory.total
 
     @property
     def lacking_disk(self) -> int:
-        """Bytes; none where it fits."""
-        return max(0, self.disk.kept + self.disk.while_saving - self.free_disk)
+        """Return the bytes that are lacking; 0 where the run fits."""
+        return max(0, self.disk.left + self.disk.while_saving - self.free_disk)
 
     @property
     def fits(self) -> bool:
@@ -148,14 +148,14 @@ def show(plan: Plan, splits: Splits) -> None:
         ("parameters", f"{plan.parameters / 1e6:.2f} M, {plan.trained / 1e6:.2f} M trained"),
         (
             "memory",
-            "{:.2f} GB: process {:.2f}, weights {:.2f}, optimiser {:.2f}, step {:.2f}".format(
+            "{:.2f} GB: process {:.2f}, weights {:.2f}, optimizer {:.2f}, step {:.2f}".format(
                 *(size / GB for size in (memory.total, *parts))
             )
             + f"; {plan.free_memory / GB:.2f} GB are free",
         ),
         (
             "disk",
-            f"{disk.kept / GB:.2f} GB, {(disk.kept + disk.while_saving) / GB:.2f} GB while it "
+            f"{disk.left / GB:.2f} GB, {(disk.left + disk.while_saving) / GB:.2f} GB while it "
             f"saves; {plan.free_disk / GB:.2f} GB are free",
         ),
         ("features", f"{disk.features / GB:.2f} GB in {features.FOLDER}" if disk.features else ""),
@@ -238,7 +238,7 @@ class Planner:
                 continue
             smaller = self.plan(config)
             if smaller.fits:
-                disk = smaller.disk.kept + smaller.disk.while_saving
+                disk = smaller.disk.left + smaller.disk.while_saving
                 yield f"  {change} ({smaller.memory.total / GB:.2f} GB, {disk / GB:.2f} GB of disk)"
 
     def largest_batch(self, config: Config | None = None, *, most: int | None = None) -> int:
@@ -321,17 +321,17 @@ def _model_key(config: Config) -> tuple[str, str]:
 
 def predict_disk(config: Config, splits: Splits, model: Sam3Image, precision: torch.dtype) -> Disk:
     """Return the bytes that a run writes; pictures and tables, some MB, apart."""
-    kept, while_saving = checkpoints.run_bytes(config, model)
-    return Disk(kept, while_saving, features.cache_bytes(config, splits, model, precision))
+    left, while_saving = checkpoints.run_bytes(config, model)
+    return Disk(left, while_saving, features.cache_bytes(config, splits, model, precision))
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds.
+    """Hold measured seconds.
 
     Attributes:
         update: of an update.
-        cached: of one whose features are kept already; None where none are kept.
+        cached: of an update whose features are cached; None without a feature cache.
         image: of an image in a validation.
         peak: bytes, most that this process held.
     """
@@ -342,7 +342,7 @@ class Times:
     peak: int
 
     def total(self, plan: Plan, splits: Splits) -> float:
-        """Of the whole run: updates, validations before, between and after them."""
+        """Return the seconds of the whole run: updates, validations before, between and after."""
         epochs, every = plan.config.training.epochs, plan.config.evaluation.every
         first = min(epochs, plan.config.dataset.views or features.VIEWS)
         if self.cached is None:
@@ -397,7 +397,7 @@ def _seconds_per_update(step: Step, batches: Batches) -> float:
 
 def show_times(times: Times, plan: Plan, splits: Splits) -> None:
     """Print what was measured, beside what was foretold."""
-    cached = "" if times.cached is None else f", {times.cached:.2f} s from kept features"
+    cached = "" if times.cached is None else f", {times.cached:.2f} s from cached features"
     log.info(
         "%-11s %s: %.2f s an update%s, %.2f s an image validated",
         *("time", duration(times.total(plan, splits)), times.update, cached, times.image),

@@ -86,27 +86,27 @@ def save(
 
 
 def path(folder: Path, state: RunState) -> Path:
-    """The folder in `folder` of a checkpoint: the names' order is that of the updates."""
+    """Return the folder of a checkpoint in `folder`; sorted by name, they are sorted by update."""
     return folder / f"update-{state.updates:08d}"
 
 
-def drop_all_but(*kept: Path) -> None:
+def drop_all_but(*keep: Path) -> None:
     """Remove the other checkpoints beside these."""
-    for other in kept[0].parent.glob("update-*"):
-        if other not in kept:
+    for other in keep[0].parent.glob("update-*"):
+        if other not in keep:
             (other / "state.pt").unlink(missing_ok=True)  # first: half of one is none
             shutil.rmtree(other)
 
 
 def find_newest(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder`; None where a run was stopped before its first."""
+    """Return the newest checkpoint in `folder`; None where a run was stopped before its first."""
     _clear_up(folder)
-    found = _all(folder)
-    return found[-1] if found else None
+    checkpoints = _all(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 def read(checkpoint: Path) -> tuple[RunState, Fingerprint]:
-    """How far the run had come, and what it was."""
+    """Return how far the run had come, and its fingerprint."""
     content = read_json(checkpoint / "run.json")
     return RunState(**content["state"]), content["fingerprint"]
 
@@ -149,7 +149,7 @@ def check_space(folder: Path, config: Config, model: Sam3Image) -> None:
 
 
 def run_bytes(config: Config, model: Sam3Image) -> tuple[int, int]:
-    """What a run leaves of checkpoints and weights, and how much more there is while it saves.
+    """Return the bytes of checkpoints and weights that a run leaves, and those it adds to save.
 
     Args:
         model: as `method.prepare` leaves it.
@@ -158,12 +158,12 @@ def run_bytes(config: Config, model: Sam3Image) -> tuple[int, int]:
     saves = math.ceil(training.epochs / training.save_every)
     if training.save_minutes is not None or training.warm_start.method != "none":
         saves += 1
-    kept = min(saves, KEEP) * checkpoint + 2 * weight_bytes(model)
-    return kept, checkpoint if saves > KEEP else weight_bytes(model)
+    left = min(saves, KEEP) * checkpoint + 2 * weight_bytes(model)
+    return left, checkpoint if saves > KEEP else weight_bytes(model)
 
 
 def checkpoint_bytes(config: Config, model: Sam3Image) -> int:
-    """Size of a checkpoint: the weights, AdamW's moments, an average.
+    """Return the bytes of a checkpoint: the weights, AdamW's moments, an EMA.
 
     Args:
         model: as `method.prepare` leaves it.
@@ -172,38 +172,38 @@ def checkpoint_bytes(config: Config, model: Sam3Image) -> int:
 
 
 def weight_bytes(model: Sam3Image) -> int:
-    """Size of saved weights: the model, or its adapter alone."""
+    """Return the bytes of saved weights: the model, or its adapter alone."""
     if has_lora(model):
         return trained_bytes(model)
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def optimizer_bytes(config: Config, model: Sam3Image) -> int:
-    """Size of AdamW's two moments, and of the average where there is one."""
+    """Return the bytes of AdamW's two moments, and of the EMA where there is one."""
     return (2 if config.training.ema is None else 3) * trained_bytes(model)
 
 
 def trained_bytes(model: Sam3Image) -> int:
-    """Size of the parameters that are trained."""
+    """Return the bytes of the trainable parameters."""
     return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
 
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
-    """A disk that fills up, or goes away, while a run writes to `folder`: said in one line."""
+    """Turn errors of a full or lost disk, while a run writes to `folder`, into a UserError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         newest = find_newest(folder / "checkpoints")
-        kept = f"The last checkpoint is whole: {newest}" if newest else "There is no checkpoint yet"
+        left = f"The last checkpoint is whole: {newest}" if newest else "There is no checkpoint yet"
         raise UserError(
-            f"--output-dir {folder}: could not be written ({error}). {kept}. Free "
+            f"--output-dir {folder}: could not be written ({error}). {left}. Free "
             "space on its disk, then go on with the same command and --resume."
         ) from None
 
 
 def _write(content: dict[str, Any], file: Path) -> None:
-    """`torch.save`, whose errors do not say that a disk is full."""
+    """Save by torch, whose errors do not say that a disk is full; raise OSError."""
     try:
         torch.save(content, file)
     except RuntimeError as error:

@@ -129,17 +129,17 @@ class Store:
     def read(self, key: str) -> dict[str, Tensor] | None:
         """Return what was written under the key, floating values in float32; None without."""
         try:
-            found = load_file(self._file(key))
+            tensors = load_file(self._file(key))
         except (OSError, SafetensorError):
             return None
-        return _in_float32(found)
+        return _in_float32(tensors)
 
     def write(self, key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keep tensors under a key; return them as `read` will.
 
         On a full disk they are not kept, and are computed again when they are asked for.
         """
-        kept = {
+        stored = {
             name: (value.to(self.dtype) if value.is_floating_point() else value).cpu().contiguous()
             for name, value in tensors.items()
         }
@@ -147,12 +147,12 @@ class Store:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(file) as temporary:
-                save_file(kept, temporary)
+                save_file(stored, temporary)
         except (OSError, SafetensorError) as error:
             if not self._is_full:
                 log.warning("note: features are no longer cached in %s (%s)", self.folder, error)
             self._is_full = True
-        return _in_float32(kept)
+        return _in_float32(stored)
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -225,48 +225,48 @@ def _cache_trunk(trunk: nn.Module, store: Store) -> None:
     compute = trunk.forward
 
     def forward(pixels: Tensor) -> list[Tensor]:
-        """(B, 3, R, R) → [(B, d, g, g)], the last block's output: all that the neck reads."""
+        """Map (B, 3, R, R) to [(B, d, g, g)], the last block's output: all that the neck reads."""
         keys = [hashlib.sha256(_bytes(image)).hexdigest() for image in pixels]
-        found = [store.read(key) for key in keys]
-        missing = [index for index, features in enumerate(found) if features is None]
+        stored = [store.read(key) for key in keys]
+        missing = [index for index, features in enumerate(stored) if features is None]
         if missing:
             with torch.no_grad():
                 computed = compute(pixels[missing])[-1]
             for index, features in zip(missing, computed, strict=True):
-                found[index] = store.write(keys[index], {"features": features})
-        return [_stack(found, "features").to(pixels.device)]
+                stored[index] = store.write(keys[index], {"features": features})
+        return [_stack(stored, "features").to(pixels.device)]
 
     trunk.forward = forward
 
 
 def _cache_text(text: nn.Module, store: Store) -> None:
-    compute, known = text.forward, dict[str, dict[str, Tensor]]()
+    compute, cached = text.forward, dict[str, dict[str, Tensor]]()
     names = ("mask", "memory", "embeds")
     batch_axis = (0, 1, 1)
 
     def forward(
         captions: Sequence[str], input_boxes: Any = None, device: Any = None
     ) -> tuple[Tensor, ...]:
-        """N captions → padding (N, L), features (L, N, d), embeddings (L, N, w)."""
+        """Map N captions to padding (N, L), features (L, N, d) and embeddings (L, N, w)."""
         for caption in dict.fromkeys(captions):
-            if caption not in known:
+            if caption not in cached:
                 key = hashlib.sha256(caption.encode()).hexdigest()
-                found = store.read(key)
-                if found is None:
+                outputs = store.read(key)
+                if outputs is None:
                     with torch.no_grad():
-                        outputs = compute([caption], input_boxes, device=device)
-                    found = store.write(key, dict(zip(names, outputs, strict=True)))
-                known[caption] = {name: value.to(device) for name, value in found.items()}
+                        computed = compute([caption], input_boxes, device=device)
+                    outputs = store.write(key, dict(zip(names, computed, strict=True)))
+                cached[caption] = {name: value.to(device) for name, value in outputs.items()}
         return tuple(
-            torch.cat([known[caption][name] for caption in captions], dim=axis)
+            torch.cat([cached[caption][name] for caption in captions], dim=axis)
             for name, axis in zip(names, batch_axis, strict=True)
         )
 
     text.forward = forward
 
 
-def _stack(found: Sequence[dict[str, Tensor] | None], name: str) -> Tensor:
-    return torch.stack([features[name] for features in found if features is not None])
+def _stack(stored: Sequence[dict[str, Tensor] | None], name: str) -> Tensor:
+    return torch.stack([features[name] for features in stored if features is not None])
 
 
 def _digest(part: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""What decides the weights of a run: it must be the same for the run to go on."""
+"""The fingerprint of a run: all that decides its weights, and must be the same to resume it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _JUDGES = ("validation data", "model.", "evaluation.", "training.precision", "tr
 
 
 def fingerprint(config: Config, splits: Splits, processes: int) -> Fingerprint:
-    """Name → value, as JSON has them; `processes` is the world size."""
+    """Return name -> value, as JSON has them; `processes` is the world size."""
     settings = flatten(config.model_dump(mode="json"))
     teacher = teacher_file(config)
     return {
@@ -62,12 +62,12 @@ def check_same(checkpoint: Path, then: Fingerprint, now: Fingerprint) -> None:
 
 
 def are_comparable(then: Fingerprint, now: Fingerprint) -> bool:
-    """Whether figures of validation mean the same in both."""
+    """Return whether figures of validation mean the same in both."""
     return not any(key.startswith(_JUDGES) for key in differences(then, now))
 
 
 def differences(then: Fingerprint, now: Fingerprint) -> list[str]:
-    """Names whose values differ, or that only one of the two has."""
+    """Return the names whose values differ, or that only one of the two has."""
     return [key for key in {**then, **now} if _say(then, key) != _say(now, key)]
 
 

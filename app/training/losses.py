@@ -90,7 +90,7 @@ class LabelLosses:
 
 
 def is_ddp(model: nn.Module) -> bool:
-    """Whether ranks run the model together."""
+    """Return whether several ranks run the model together."""
     return isinstance(model, DistributedDataParallel)
 
 

@@ -68,16 +68,16 @@ def check(config: Config, pretrained_path: Path | None) -> Sam3Image:
 
 
 def leaves_unused(config: MethodConfig) -> bool:
-    """Whether some of what is trained may take no part in a step.
+    """Return whether some trainable parameters may take no part in a step.
 
-    Of all weights some never do: upstream makes the smallest feature map and one layer of its pixel
-    decoder, and reads neither. What adapters adapt is all used, but for patterns of one's own.
+    Some of all weights never do: upstream computes the smallest feature map and one layer of its
+    pixel decoder, and reads neither. Adapters are all used, but for patterns of one's own.
     """
     return config.lora is None or bool(config.lora.targets)
 
 
 def freeze(model: Sam3Image, names: Collection[str]) -> None:
-    """Train no parameter of these components."""
+    """Freeze these components."""
     for name, part in components(model).items():
         if name in names:
             part.requires_grad_(False)
@@ -86,7 +86,7 @@ def freeze(model: Sam3Image, names: Collection[str]) -> None:
 
 
 def set_training(model: Sam3Image) -> None:
-    """Training mode, but for components that are frozen: no dropout or stochastic depth there."""
+    """Set training mode, but not in frozen components: no dropout or stochastic depth there."""
     model.train()
     for part in components(model).values():
         if not any(parameter.requires_grad for parameter in part.parameters()):

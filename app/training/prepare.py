@@ -66,7 +66,7 @@ class Request:
 
     @property
     def fits_batch(self) -> bool:
-        """Whether the batch size is still to be found: `auto`, and no number that was found."""
+        """Return whether the batch size is still to be found: `auto`, without a number."""
         given = [text for text in self.overrides if text.startswith(f"{BATCH_SIZE}=")]
         return bool(given) and set(given) == {f"{BATCH_SIZE}=auto"}
 
@@ -105,7 +105,7 @@ class Prepared:
 
     @property
     def fits_batch(self) -> bool:
-        """Whether the batch size is to be found here."""
+        """Return whether the batch size is to be found here."""
         return self.request.fits_batch and not self.elsewhere
 
     def with_batch_size(self, size: int) -> Prepared:
@@ -189,14 +189,14 @@ def _with_auto_recipe(prepared: Prepared) -> Prepared:
 def configure(request: Request) -> tuple[Config, Path | None]:
     """Return the run's configuration, and the weights that it starts from (None: random)."""
     overrides = _without_auto(request.overrides)
-    asked = _asked(overrides, request.file)
-    size = str(asked.get("model", "auto")) if request.size == "auto" else request.size
+    choices = _user_choices(overrides, request.file)
+    size = str(choices.get("model", "auto")) if request.size == "auto" else request.size
     if size not in ("auto", *model_names()):
         raise UserError(
             f"--model {size}: there is no such size; there are auto, {', '.join(model_names())}."
             f"{nearest(size, model_names())}"
         )
-    checkpoint = str(asked.get("checkpoint", "auto"))
+    checkpoint = str(choices.get("checkpoint", "auto"))
     if checkpoint in ("none", "auto"):
         size, pretrained_path = default_weights(
             size, random=checkpoint == "none", download=request.download
@@ -222,7 +222,7 @@ def configure(request: Request) -> tuple[Config, Path | None]:
             f"training.warm_start.method={warm_start}: is for random weights, and would spoil "
             f"those of {pretrained_path}; leave it out, or --checkpoint none"
         )
-    if "output_dir" not in asked:
+    if "output_dir" not in choices:
         folder = Path("outputs/eval" if request.eval_only else config.output_dir)
         config = config.model_copy(update={"output_dir": str(free_folder(folder))})
     return config, pretrained_path
@@ -233,17 +233,17 @@ def _without_auto(overrides: Sequence[str]) -> list[str]:
     return [text for text in overrides if text != f"{BATCH_SIZE}=auto"]
 
 
-def _asked(overrides: Sequence[str], file: Path | None) -> dict[str, Any]:
+def _user_choices(overrides: Sequence[str], file: Path | None) -> dict[str, Any]:
     """Return top-level keys that the user set, in the file or on the command line, which wins."""
     content = read_yaml(file) if file is not None else {}
     items = content.items() if isinstance(content, dict) else ()
-    asked = {key: value for key, value in items if isinstance(value, str)}
+    choices = {key: value for key, value in items if isinstance(value, str)}
     if isinstance(content, dict) and isinstance(size := content.get("model"), dict):
-        asked |= {"model": size["name"]} if "name" in size else {}
+        choices |= {"model": size["name"]} if "name" in size else {}
     for text in overrides:
         key, _, value = text.partition("=")
-        asked[key] = value
-    return asked
+        choices[key] = value
+    return choices
 
 
 def default_weights(size: str, *, random: bool, download: bool) -> tuple[str, Path | None]:
@@ -333,5 +333,5 @@ def open_folder(prepared: Prepared) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the first of the run; torchrun numbers them."""
+    """Return whether this process is the first of the run; torchrun numbers them."""
     return os.environ.get("RANK", "0") == "0"

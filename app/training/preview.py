@@ -40,7 +40,7 @@ def draw_first(
 
 
 def draw(item: Datapoint) -> Image.Image:
-    """What is asked of one image, and each object that answers it; above, what has no answer.
+    """Draw the prompts of one image with the objects that answer them; name those without one.
 
     Args:
         item: after the transforms: pixels (3, R, R) in -1..1, boxes (1, 4) cxcywh in 0..1.

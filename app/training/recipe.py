@@ -11,7 +11,7 @@ log = logging.getLogger("app")
 
 @dataclass(frozen=True)
 class Tier:
-    """What to begin with for so many training images at most; None for any number."""
+    """Hold the settings for up to `images` training images; None for any number."""
 
     images: int | None
     epochs: int
@@ -34,7 +34,7 @@ TIERS = (
 
 
 def auto(images: int, size: str, given: Sequence[str], *, pretrained: bool) -> list[str]:
-    """Overrides for `images` training images, of keys that the user has not set; logs its choice.
+    """Return overrides for `images` training images, of keys that are not set; log the choice.
 
     Args:
         size: of the model; the full one is adapted by LoRA unless a method is given.

@@ -1,4 +1,4 @@
-"""The run as a table on the terminal: a row an epoch, with the progress of the next one below."""
+"""The run as a table on the terminal: a row an epoch, the progress of the next one below."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AGAIN = 25  # rows between headings
 
 
 class Table:
-    """Lines for the log.
+    """Format a run as lines for the log.
 
     Args:
         epochs: of the whole run.
@@ -36,7 +36,7 @@ class Table:
         self._rows = 0
 
     def row(self, epoch: int, figures: Mapping[str, float]) -> str:
-        """The line of an epoch, 0 before training, with a heading above where one is due."""
+        """Return the line of an epoch (0: before training), below a heading where one is due."""
         ran = epoch - self.done
         left = (time.monotonic() - self._begun) / ran * (self.epochs - epoch) if ran else None
         cells = [f"{epoch}/{self.epochs}".rjust(WIDTH)]

@@ -159,12 +159,12 @@ class Trainer:
         """Stop where any rank was asked to; save where `training.save_minutes` have passed."""
         minutes = self.config.training.save_minutes
         is_due = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
-        asked = torch.tensor([self.stop.asked, is_due], dtype=torch.int32)
+        requests = torch.tensor([self.stop.asked, is_due], dtype=torch.int32)
         if self.accelerator.num_processes > 1:
-            asked = self.accelerator.reduce(asked.to(self.accelerator.device), "sum")
-        if asked[0]:
+            requests = self.accelerator.reduce(requests.to(self.accelerator.device), "sum")
+        if requests[0]:
             raise Stopped
-        if asked[1]:
+        if requests[1]:
             self.save()
 
     def end_epoch(self) -> None:

@@ -41,11 +41,11 @@ _SAYS = "pixels right {:.1%}, classes named right {:.1%}, prompted cells IoU {:.
 Floats = NDArray[np.float32]
 
 
-class Told(NamedTuple):
-    """What was right of the last batch, each 0..1."""
+class Accuracy(NamedTuple):
+    """Hold the shares of the last batch that were right, each 0..1."""
 
-    pixels: float  # share of the pixels, told whether they are covered
-    names: float  # share of the classes seen, nearer to their names than to any class not there
+    pixels: float  # share of the pixels, classified as covered or not
+    names: float  # share of the present classes nearer to their names than to absent ones
     prompts: float  # IoU of the cells that a prompt means
 
 
@@ -56,7 +56,7 @@ def warm_start(
     config: WarmStartConfig,
     seed: int,
     precision: torch.dtype = torch.float32,
-) -> Told:
+) -> Accuracy:
     """Train trunk and text encoder to classify pixels, with heads that are then dropped.
 
     A cell (patch) has two targets: the share of it that each class covers, and which of its pixels
@@ -83,15 +83,15 @@ def warm_start(
     parameters = [scale, bias, *(p for part in trained for p in part.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, fused=True)
     scheduler = LinearLR(optimizer, 1.0, 0.05, total_iters=config.steps)
-    right = Told(0.0, 0.0, 0.0)
+    right = Accuracy(0.0, 0.0, 0.0)
     with progress("warm start: step", config.steps) as advance:
         for step, batch in enumerate(batches(dataset, size, config, seed), 1):
-            pixels, shares, covered, asked = (tensor.to(device) for tensor in batch)
+            pixels, shares, covered, prompted = (tensor.to(device) for tensor in batch)
             with autocast(device, precision):
                 features = vision.trunk(pixels)[-1]
                 cells = vision.convs[ENCODED](features)
                 text = model.backbone.forward_text(names, device=device)
-                encoded = _prompted(model, text, cells, asked)
+                encoded = _prompted(model, text, cells, prompted)
             features, cells, encoded = features.float(), cells.float(), encoded.float()
             words = _embeddings(text)
             means, present, truth = _class_means(cells, shares)
@@ -99,7 +99,7 @@ def warm_start(
             nearness = torch.einsum("bdhw,kd->bkhw", F.normalize(cells, dim=1), words)
             named = F.normalize(means, dim=-1)[present] @ words.T  # (N, classes)
             marks = meant_head(encoded)[..., 0]  # (B, 2, g, g)
-            meant = shares.gather(1, asked[..., None, None].expand_as(marks))
+            meant = shares.gather(1, prompted[..., None, None].expand_as(marks))
             # Few of many classes are in a cell: summed, they weigh as much as its pixels do.
             loss = (
                 _mean_loss(scores[:, classes:], covered)
@@ -113,7 +113,7 @@ def warm_start(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
-            right = Told(
+            right = Accuracy(
                 float(((scores[:, classes:] > 0) == (covered > 0.5)).float().mean()),
                 _named_right(named, truth, present),
                 _overlap(marks > 0, meant > 0.5),
@@ -124,7 +124,7 @@ def warm_start(
 
 
 def _class_means(cells: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means of cells (B, d, g, g) over each class's shares (B, K, g, g).
+    """Return means of cells (B, d, g, g) over each class's shares (B, K, g, g).
 
     Returns:
         Means (B, K, d); which classes are present, (B, K) bool; and how much of a class's cells
@@ -138,13 +138,13 @@ def _class_means(cells: Tensor, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def _mean_loss(scores: Tensor, truth: Tensor) -> Tensor:
-    """Binary cross-entropy; 0 where there is nothing to tell."""
+    """Return the mean binary cross-entropy; 0 of empty tensors."""
     total = F.binary_cross_entropy_with_logits(scores, truth, reduction="sum")
     return total / max(scores.numel(), 1)
 
 
 def _named_right(named: Tensor, truth: Tensor, present: Tensor) -> float:
-    """Of the N present classes, how many are nearer to their names than to any that is not there.
+    """Return the share of the N present classes nearer to their names than to any absent one.
 
     Args:
         named: (N, K) nearness.
@@ -158,28 +158,32 @@ def _named_right(named: Tensor, truth: Tensor, present: Tensor) -> float:
     return float((own > named.masked_fill(~absent, -2).amax(dim=1)).float().mean())
 
 
-def _overlap(found: Tensor, truth: Tensor) -> float:
-    """IoU of all cells of a batch together."""
-    return float((found & truth).sum() / (found | truth).sum().clamp(min=1))
+def _overlap(predicted: Tensor, truth: Tensor) -> float:
+    """Return the IoU of all cells of a batch together."""
+    return float((predicted & truth).sum() / (predicted | truth).sum().clamp(min=1))
 
 
 def _embeddings(text: dict[str, Tensor]) -> Tensor:
-    """(classes, d), of length 1: of each name the mean of its tokens."""
+    """Return (classes, d) of length 1: the mean of each name's tokens."""
     tokens = text["language_features"].float()  # (L, classes, d)
     inside = (~text["language_mask"]).T[..., None]  # (L, classes, 1)
     return F.normalize((tokens * inside).sum(dim=0) / inside.sum(dim=0), dim=1)
 
 
-def _prompted(model: Sam3Image, text: dict[str, Tensor], cells: Tensor, asked: Tensor) -> Tensor:
-    """(B, K, g, g, d): cells (B, d, g, g) encoded with each of the classes asked, (B, K) int64."""
-    (batch, each), side = asked.shape, cells.shape[-1]
+def _prompted(model: Sam3Image, text: dict[str, Tensor], cells: Tensor, prompted: Tensor) -> Tensor:
+    """Return (B, K, g, g, d): cells (B, d, g, g) encoded with each of the classes `prompted`.
+
+    Args:
+        prompted: (B, K) int64.
+    """
+    (batch, each), side = prompted.shape, cells.shape[-1]
     images = torch.arange(batch, device=cells.device).repeat_interleave(each)
-    queries = SimpleNamespace(img_ids=images, text_ids=asked.flatten())
+    queries = SimpleNamespace(img_ids=images, text_ids=prompted.flatten())
     position = model.backbone.vision_backbone.position_encoding(cells).to(cells.dtype)
-    known = {**text, "backbone_fpn": [cells], "vision_pos_enc": [position]}
+    features = {**text, "backbone_fpn": [cells], "vision_pos_enc": [position]}
     no_boxes = model._get_dummy_prompt(batch * each)
-    prompt, mask, known = model._encode_prompt(known, queries, no_boxes)
-    _, encoded, _ = model._run_encoder(known, queries, prompt, mask)
+    prompt, mask, features = model._encode_prompt(features, queries, no_boxes)
+    _, encoded, _ = model._run_encoder(features, queries, prompt, mask)
     memory = encoded["encoder_hidden_states"]  # (g * g, B * K, d)
     return memory.transpose(0, 1).reshape(batch, each, side, side, -1)
 
@@ -199,11 +203,11 @@ def lay_anchors(reference_points: Tensor) -> None:
 def batches(
     dataset: Dataset, size: ModelConfig, config: WarmStartConfig, seed: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """`config.steps` batches of images, each mirrored at random, in an order that the seed decides.
+    """Yield `config.steps` batches of images, mirrored at random, in the order that the seed gives.
 
     Yields:
         Pixels (B, 3, R, R) float32 in -1..1; shares (B, classes, g, g) float32 in 0..1, of each
-        cell, and covered (B, patch², g, g) float32, 0 or 1, of each of its pixels; asked (B, 2)
+        cell, and covered (B, patch², g, g) float32, 0 or 1, of each of its pixels; prompted (B, 2)
         int64, a class that the image has and one that it lacks, as often as others have it.
     """
     order = random.Random(f"warm start/{seed}")
@@ -216,16 +220,18 @@ def batches(
     for _ in range(config.steps):
         drawn = order.choices(range(len(present)), k=config.batch_size)
         arrays = [_load(dataset, dataset.images[index], size, order) for index in drawn]
-        asked = [_asked(present[index], images_with, order) for index in drawn]
+        prompted = [_draw_prompts(present[index], images_with, order) for index in drawn]
         pixels, shares, covered = (
             torch.from_numpy(np.stack(parts)) for parts in zip(*arrays, strict=True)
         )
         whole = F.pixel_unshuffle(covered[:, None], size.vision.patch_size)
-        yield pixels, shares, whole, torch.tensor(asked)
+        yield pixels, shares, whole, torch.tensor(prompted)
 
 
-def _asked(present: set[int], images_with: Counter[int], order: random.Random) -> tuple[int, int]:
-    """A class that is present and one that is not; any, where there is none such."""
+def _draw_prompts(
+    present: set[int], images_with: Counter[int], order: random.Random
+) -> tuple[int, int]:
+    """Return a class that is present and one that is not; any, where there is none such."""
     everything = sorted(images_with) or [0]
     absent = [row for row in everything if row not in present] or everything
     lacking = order.choices(absent, [images_with[row] or 1 for row in absent])[0]
@@ -233,7 +239,7 @@ def _asked(present: set[int], images_with: Counter[int], order: random.Random) -
 
 
 def _load(dataset: Dataset, image: Image, size: ModelConfig, order: random.Random) -> list[Floats]:
-    """Pixels (3, R, R), shares (classes, g, g) and covered (R, R) of one image."""
+    """Return pixels (3, R, R), shares (classes, g, g) and covered (R, R) of one image."""
     side, cells = size.resolution, size.resolution // size.vision.patch_size
     rgb = np.asarray(open_image(image.path).resize((side, side)), np.float32)
     shares = np.zeros((len(dataset.categories), cells, cells), np.float32)

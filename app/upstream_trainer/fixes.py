@@ -19,7 +19,7 @@ def apply_trainer_fixes() -> None:
 
 
 def _schedule_of_any_length() -> None:
-    """schedulers.py:24-26 divide by zero, for a value never used, where a run is all warm-up."""
+    """Mend the schedule: schedulers.py:24-26 divide by zero where a run is all warm-up."""
     from sam3.train.optim.schedulers import InverseSquareRootParamScheduler
 
     original = InverseSquareRootParamScheduler.__call__
@@ -34,7 +34,7 @@ def _schedule_of_any_length() -> None:
 
 
 def _dummy_loss_on_any_device() -> None:
-    """sam3_loss.py:18 puts its zero on "cuda" by default."""
+    """Mend DummyLoss: sam3_loss.py:18 puts its zero on "cuda" by default."""
     import torch
     from sam3.train.loss.sam3_loss import DummyLoss
 
@@ -49,7 +49,7 @@ def _dummy_loss_on_any_device() -> None:
 
 
 def _no_environment_in_logs() -> None:
-    """trainer.py:214 logs every environment variable, tokens and cloud keys included."""
+    """Log no environment: trainer.py:214 logs every environment variable, tokens and cloud keys included."""
     from sam3.train import trainer
     from sam3.train.utils import train_utils
 
@@ -57,7 +57,7 @@ def _no_environment_in_logs() -> None:
 
 
 def _trainer_without_cuda() -> None:
-    """train_utils.py:200-206 ask CUDA for its peak memory at each step of upstream's Trainer."""
+    """Mend the memory meter: train_utils.py:200-206 ask CUDA for its peak at each step."""
     import torch
     from sam3.train.utils.train_utils import MemMeter
 

@@ -89,11 +89,11 @@ def test_a_plan_reads_no_weights(
 def test_measured(shapes: Path, least: Path, tmp_path: Path, command: Command) -> None:
     words = ["train", "--dataset-dir", shapes, "--checkpoint", least]
     words += ["--output-dir", tmp_path / "run", "--plan=measure"]
-    for method, kept in (("head", True), ("lora", False)):
+    for method, cached in (("head", True), ("lora", False)):
         done = command(*words, "--method", method)
         assert done.code == 0, done.err
         assert re.search(r"time +.* s an update", done.out)
-        assert ("from kept features" in done.out) == kept
+        assert ("from cached features" in done.out) == cached
         assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,210 @@
+"""A YAML in upstream's schema, with the user's flags in it, made to run here.
+
+Upstream finds configurations inside its package only (train.py:314), wants a cluster, CUDA and
+Meta's paths. Each function below that changes the configuration logs what it changed.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from sam3.train.utils.train_utils import register_omegaconf_resolvers
+
+from app.config.compose import (
+    check_targets,
+    load_model_config,
+    model_config,
+    nearest_key,
+    read_yaml,
+)
+from app.config.schema import ModelConfig
+from app.errors import UserError
+from app.model import weights
+from app.model.upstream import fixes
+from app.training.output_folder import free_folder
+from app.upstream_trainer.fixes import apply_trainer_fixes
+
+log = logging.getLogger("app")
+_BUILDER = "sam3.model_builder.build_sam3_image_model"
+
+# Our flags → upstream's keys; the others have a function of their own below.
+_KEYS = {
+    "training.epochs": "trainer.max_epochs",
+    "training.batch_size": "trainer.data.train.batch_size",
+    "training.num_gpus": "launcher.gpus_per_node",
+    "seed": "trainer.seed_value",
+    "model.resolution": "scratch.resolution",
+    "output_dir": "launcher.experiment_log_dir",
+}
+# Modules that upstream's YAMLs name and no release has.
+_RENAMED = {"onevision.losses.": "sam3.train.loss.", "sam3.losses.": "sam3.train.loss."}
+
+
+def prepare(file: Path, flags: dict[str, str], size: str, lr: float | None) -> DictConfig:
+    """Return the YAML with the user's flags in it, made to run here."""
+    fixes.apply_fixes()
+    apply_trainer_fixes()
+    if not OmegaConf.has_resolver("times"):
+        register_omegaconf_resolvers()
+    config = _read(file)
+    _replace_builder(config, size, flags)
+    _apply(config, flags, lr)
+    _fit_device(config)
+    _fit_launcher(config)
+    _fit_targets(config)
+    if config.trainer.skip_saving_ckpts:
+        log.info("note: skip_saving_ckpts is set to false, or the run would leave no weights")
+        config.trainer.skip_saving_ckpts = False
+    return config
+
+
+def model_size(size: str, resolution: int, segmentation: bool) -> ModelConfig:
+    changes = {"resolution": resolution, "segmentation": segmentation}
+    return model_config(load_model_config(size).model_dump() | changes, "scratch")
+
+
+def _read(file: Path) -> DictConfig:
+    content = read_yaml(file)
+    content.pop("defaults", None)  # of Hydra's composition inside upstream's package
+    config = OmegaConf.create(content)
+    assert isinstance(config, DictConfig)
+    for section in ("launcher", "scratch", "paths"):
+        config.setdefault(section, {})
+    config.trainer.setdefault("skip_saving_ckpts", False)
+    config.trainer.setdefault("mode", "train")
+    return config
+
+
+def _replace_builder(config: DictConfig, size: str, flags: dict[str, str]) -> None:
+    """Ours builds the same model at size sam3, and others, on any device, and loads strictly."""
+    node = config.trainer.model
+    wanted = flags.pop("checkpoint", None) or node.get("checkpoint_path") or "auto"
+    path = None if wanted in ("none", "auto") else wanted
+    described = weights.describe(Path(path), None if size == "auto" else size) if path else None
+    name = described.model.name if described else size
+    name = str(node.get("size", "sam3")) if name == "auto" else name
+    if wanted == "auto" and name == "sam3":
+        path = weights.published_sam3()
+    default = described.model if described else load_model_config(name)
+    if node.get("_target_") == _BUILDER or name != node.get("size"):
+        log.info("model: size %s, built by app.model.build", name)
+    if "num_queries" in config.scratch:
+        config.scratch.num_queries = default.num_queries
+    if "mask_points" in config.scratch:
+        config.scratch.mask_points = default.mask_points
+    if "model.resolution" not in flags and name != "sam3":
+        config.scratch.resolution = default.resolution
+    resolution = int(flags.get("model.resolution", config.scratch.get("resolution", 1008)))
+    segmentation = node.get("enable_segmentation", node.get("segmentation", True))
+    model_size(name, resolution, bool(segmentation))  # or it is refused here
+    config.trainer.model = {
+        "_target_": "app.upstream_trainer.run.build",
+        "size": name,
+        "resolution": resolution,
+        "segmentation": bool(segmentation),
+        "checkpoint_path": str(path) if path else None,
+    }
+
+
+def _apply(config: DictConfig, flags: dict[str, str], lr: float | None) -> None:
+    """Set what the user asked for; a key that the file does not have is refused."""
+    if lr is not None:
+        if "lr_scale" not in config.scratch:
+            raise UserError(
+                "--lr: this YAML has no scratch.lr_scale; override its own keys instead"
+            )
+        config.scratch.lr_scale = lr / 8e-4
+    accumulated = int(flags.pop("training.grad_accum", 1))
+    if "output_dir" not in flags and not config.launcher.get("experiment_log_dir"):
+        flags["output_dir"] = str(free_folder(Path("outputs/train")))
+    known = sorted(_names(OmegaConf.to_container(config, resolve=False)))
+    for key, value in flags.items():
+        if key.startswith("dataset."):
+            continue  # ours: `read_splits` checks and reads them
+        target = _KEYS.get(key, key)
+        if target not in known and target != "launcher.experiment_log_dir":
+            raise UserError(f"'{key}': this YAML has no such key.{nearest_key(key, known)}")
+        parsed = value if key == "output_dir" else yaml.safe_load(value)
+        OmegaConf.update(config, target, parsed, force_add=True)
+    if accumulated > 1:
+        _accumulate(config, accumulated)
+
+
+def _names(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return [prefix]
+    return [prefix, *(n for k, v in node.items() for n in _names(v, f"{prefix}.{k}".lstrip(".")))]
+
+
+def _accumulate(config: DictConfig, steps: int) -> None:
+    """Accumulate over the chunks of one batch, as upstream does, which another collator makes."""
+    train = config.trainer.data.train
+    train.batch_size = int(train.batch_size) * steps
+    train.collate_fn["_target_"] = "sam3.train.data.collator.collate_fn_api_with_chunking"
+    train.collate_fn.num_chunks = steps
+    config.trainer.gradient_accumulation_steps = steps
+
+
+def _fit_device(config: DictConfig) -> None:
+    """Ask for CUDA, NCCL, autocast and pinned memory only where there is a GPU."""
+    if torch.cuda.is_available():
+        return
+    log.info("note: no GPU; accelerator cpu, backend gloo, no autocast")
+    config.trainer.accelerator = "cpu"
+    OmegaConf.update(config, "trainer.distributed.backend", "gloo", force_add=True)
+    OmegaConf.update(config, "trainer.optim.amp.enabled", False, force_add=True)
+    for split in ("train", "val"):
+        if config.trainer.data.get(split) is not None:
+            config.trainer.data[split].pin_memory = False
+
+
+def _fit_launcher(config: DictConfig) -> None:
+    """Run on one machine in as many processes as were asked for: no cluster, no job array."""
+    if OmegaConf.select(config, "submitit.use_cluster"):
+        log.info("note: submitit.use_cluster is ignored; this runs here")
+    gpus = max(torch.cuda.device_count(), 1)
+    processes = int(config.launcher.get("gpus_per_node", 1))
+    if processes > gpus and torch.cuda.is_available():
+        log.info("note: launcher.gpus_per_node %d → %d, all there are", processes, gpus)
+    config.launcher.gpus_per_node = min(processes, gpus) if torch.cuda.is_available() else 1
+    limit = OmegaConf.select(config, "trainer.data.train.dataset.limit_ids")
+    if limit:
+        log.info("note: limit_ids: only %s training images are used", limit)
+
+
+def _fit_targets(config: DictConfig) -> None:
+    """Mend the names and arguments that upstream's published YAMLs get wrong, then check all."""
+    _walk(config)
+    problems = check_targets(OmegaConf.to_container(config, resolve=False), "config")
+    if problems:
+        raise UserError(problems)
+
+
+def _walk(node: Any) -> None:
+    if isinstance(node, DictConfig):
+        target = node._get_node("_target_")
+        if target is not None:
+            _mend(node, str(node["_target_"]))
+        children = [node._get_node(key) for key in node]
+    else:
+        children = [node._get_node(i) for i in range(len(node))]
+    for child in children:
+        if OmegaConf.is_config(child):
+            _walk(child)
+
+
+def _mend(node: DictConfig, target: str) -> None:
+    for wrong, right in _RENAMED.items():
+        if target.startswith(wrong):
+            node["_target_"] = right + target.removeprefix(wrong)
+    if target.endswith("PostProcessImage"):
+        if "use_original_sizes" in node:  # split in two before the release
+            both = node.pop("use_original_sizes")
+            node.use_original_sizes_box = node.use_original_sizes_mask = both
+        if not torch.cuda.is_available():  # postprocessors.py:152 asserts CUDA for masks
+            node.always_interpolate_masks_on_gpu = False
