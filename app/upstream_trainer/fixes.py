@@ -49,7 +49,7 @@ def _dummy_loss_on_any_device() -> None:
 
 
 def _no_environment_in_logs() -> None:
-    """Log no environment: trainer.py:214 logs every environment variable, tokens and cloud keys included."""
+    """Log no environment: trainer.py:214 logs every variable, tokens and cloud keys included."""
     from sam3.train import trainer
     from sam3.train.utils import train_utils
 
