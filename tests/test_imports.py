@@ -25,18 +25,9 @@ TORCH = ("torch", "torchvision", "sam3", "accelerate", "peft", "transformers")
 KNOWN: set[str] = {
     "app.datasets.commands -> app.cli.options",
     "app.planning.memory -> app.compression.distillation",
+    "app.planning.memory -> app.compression.teaching",
     "app.planning.plan -> app.compression.distillation",
-    "app.training.fingerprint -> app.compression.distillation",
-    "app.training.loop -> app.compression.distillation",
-    "app.training.run -> app.compression.distillation",
-    "app.training.run -> app.tracking.files",
-    "app.training.session -> app.tracking.files",
-    "app.training.start -> app.launch.slurm",
-    "app.training.start -> app.launch.torchrun",
-    "app.training.start -> app.planning.plan",
-    "app.training.start -> app.tracking.files",
-    "app.training.start -> app.tracking.state",
-    "app.training.start -> app.upstream_trainer.run",
+    "app.planning.plan -> app.compression.teaching",
 }
 
 
