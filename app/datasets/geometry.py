@@ -12,6 +12,8 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
+from app.datasets.rle import decompress
+
 MAX_SIDE = 32768  # pixels; pycocotools' 32-bit run lengths overflow at 65,536 squared
 MAX_OUTLINE = 2_000_000  # pixels; pycocotools allocates about 80 bytes a pixel, unchecked
 LARGEST_NUMBER = 1e12  # anything beyond is a fault in the export, not a measurement
@@ -97,32 +99,13 @@ def decode_counts(counts: object, pixels: int) -> NDArray[np.int64]:
         ValueError: they are no such runs; says why.
     """
     if isinstance(counts, str):
-        runs = _decode_string(counts)
+        runs = decompress(counts)
     elif isinstance(counts, list) and all(is_int(c) and 0 <= c <= pixels for c in counts):
         runs = np.array(counts, dtype=np.int64)
     else:
         raise ValueError("must have 'counts' that are a list of run lengths, or COCO's string")
     if (runs < 0).any() or (runs > pixels).any() or runs.sum() != pixels:
         raise ValueError(f"must have 'counts' whose runs sum to height x width = {pixels}")
-    return runs
-
-
-def _decode_string(counts: str) -> NDArray[np.int64]:
-    """COCO's string: 5 bits a character, low first, bit 5 for 'more'; from the fourth number on,
-    each is the difference to the one two before (`rleFrString`, cocoapi common/maskApi.c)."""
-    codes = np.frombuffer(counts.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) - 48
-    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        raise ValueError("must have 'counts' in COCO's string form; these are damaged or cut short")
-    ends = np.flatnonzero(codes & 32 == 0)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > 7:
-        raise ValueError("must have 'counts' of at most 7 characters a number")
-    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
-    runs = np.add.reduceat((codes & 31) << shifts, starts)
-    runs -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)  # the sign
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
     return runs
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from app.datasets import coco
 from app.datasets.coco import Annotation, Category, Dataset, Image
 from app.errors import UserError
 from app.evaluation.metrics import by_class
-from app.files import atomic_path, read_json, write_json
+from app.files import read_json, write_csv, write_json
 
 FOLDER = "predictions"
 BY_CLASS = "metrics_by_class.csv"
@@ -39,14 +38,7 @@ def write(folder: Path, record: Record) -> None:
         if earlier not in written:
             earlier.unlink()
     rows = by_class(record.truth, record.results)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with (
-        atomic_path(folder / BY_CLASS) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / BY_CLASS, list(dict.fromkeys(key for row in rows for key in row)), rows)
 
 
 def read(folder: Path) -> Record:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from app.inference.rle import Indices, Rle, decode, from_bounds
+from app.datasets.rle import Indices, Rle, decode, from_bounds
 
 Floats = NDArray[np.float32]
 # Sums of four products in another order differ by less than this share of the largest of them.

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from app.datasets.rle import Indices, covered, decode, from_bounds, iou, merge, to_bounds
 from app.inference.detections import Detections
 from app.inference.masks import bounds_of, place
-from app.inference.rle import Indices, covered, decode, from_bounds, iou, merge, to_bounds
 from app.inference.tiles import Tile
 
 SAME = 0.5  # IoU from which two detections in tiles that overlap are one object

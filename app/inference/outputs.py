@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from app.datasets.rle import Rle, area, decode
 from app.errors import UserError
 from app.files import atomic_folder, atomic_path, write_text
 from app.inference.detections import Detections
-from app.inference.rle import Rle, area, decode
 
 if TYPE_CHECKING:
     from app.inference.polygons import Polygon

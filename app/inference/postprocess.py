@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from app.datasets.rle import Indices, Rle
 from app.inference.detections import Detections
 from app.inference.masks import Floats
-from app.inference.rle import Indices, Rle
 
 THRESHOLD = 0.5  # least score, where the weights name none
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from app.config.schema import ModelConfig
+from app.datasets.rle import Rle
 from app.datasets.square import to_square
 from app.inference.detections import Detections
 from app.inference.finder import Finder, Query
@@ -35,7 +36,6 @@ from app.inference.postprocess import (
     join_passes,
     to_detections,
 )
-from app.inference.rle import Rle
 from app.model import weights
 from app.model.device import autocast, choose_device, choose_precision
 

@@ -1,57 +1,52 @@
-"""What a whole run leaves beside the files of each image: COCO results, a CSV, legends."""
+"""Files of a whole run, beside those of each image: COCO results, a CSV, legends."""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from app.files import atomic_path, write_json, write_text
+from app.datasets.rle import area
+from app.files import atomic_path, write_csv, write_json, write_text
 from app.inference.journal import Entry
-from app.inference.rle import area
 
 COLUMNS = (
     *("file_name", "instance", "prompt", "category_id", "score", "x", "y", "width", "height"),
     *("area", "image_width", "image_height", "counts"),
 )
-Numbered = Iterable[tuple[int, Entry]]  # image id, what was found; read one by one
+Numbered = Iterable[tuple[int, Entry]]  # image id and entry, read one by one
 
 
 def _write_coco(path: Path, entries: Numbered, prompts: Sequence[str]) -> None:
-    """COCO results, with each one's file name and prompt; image ids count from 1 in name order."""
+    """Write COCO results with file name and prompt; image ids count from 1 in name order."""
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         separator = "[\n"
         for image_id, entry in entries:
-            for found in entry["found"]:
-                prompt = prompts[found["category_id"] - 1]
+            for result in entry["found"]:
+                prompt = prompts[result["category_id"] - 1]
                 names = {"file_name": Path(entry["image"]).name, "prompt": prompt}
-                result = {**found, "image_id": image_id, **names}
-                file.write(separator + json.dumps(result, allow_nan=False))
+                line = {**result, "image_id": image_id, **names}
+                file.write(separator + json.dumps(line, allow_nan=False))
                 separator = ",\n"
         file.write("[]\n" if separator == "[\n" else "\n]\n")
 
 
 def _write_csv(path: Path, entries: Numbered, prompts: Sequence[str]) -> None:
-    """A row an object; `instance` is its number in its image, `counts` its mask as COCO's RLE."""
-    with (
-        atomic_path(path) as temporary,
-        temporary.open("w", encoding="utf-8", newline="") as file,
-    ):
-        rows = csv.writer(file)
-        rows.writerow(COLUMNS)
-        for _, entry in entries:
-            for instance, found in enumerate(entry["found"], start=1):
-                mask = found.get("segmentation")
-                pixels = area(mask) if mask else ""
-                category = found["category_id"]
-                rows.writerow(
-                    [
-                        *(Path(entry["image"]).name, instance, prompts[category - 1], category),
-                        *(found["score"], *found["bbox"], pixels, entry["width"], entry["height"]),
-                        mask["counts"] if mask else "",
-                    ]
-                )
+    """Write a row an object; `instance` is its number in its image, `counts` its mask's RLE."""
+    write_csv(path, COLUMNS, (row for _, entry in entries for row in _rows(entry, prompts)))
+
+
+def _rows(entry: Entry, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the values of `COLUMNS` of each object of an image."""
+    name, width, height = Path(entry["image"]).name, entry["width"], entry["height"]
+    for instance, result in enumerate(entry["found"], start=1):
+        mask, category = result.get("segmentation"), result["category_id"]
+        values = (
+            *(name, instance, prompts[category - 1], category, result["score"], *result["bbox"]),
+            *(area(mask) if mask else "", width, height, mask["counts"] if mask else ""),
+        )
+        yield dict(zip(COLUMNS, values, strict=True))
 
 
 def _write_legend(path: Path, _: Numbered, prompts: Sequence[str]) -> None:
@@ -64,7 +59,7 @@ def _write_classes(path: Path, _: Numbered, prompts: Sequence[str]) -> None:
     write_text(path, yaml.safe_dump({"names": list(prompts)}, allow_unicode=True))
 
 
-# by the kind of output that they belong to: path in the output folder, and what writes it
+# Kind of output → path in the output folder, and the function that writes it.
 TABLES: dict[str, tuple[str, Callable[[Path, Numbered, Sequence[str]], None]]] = {
     "coco": ("predictions.json", _write_coco),
     "csv": ("predictions.csv", _write_csv),

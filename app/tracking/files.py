@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import logging
 import os
 import subprocess
@@ -15,7 +14,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from app.config.schema import TrackingConfig
-from app.files import atomic_path, write_json
+from app.files import write_csv, write_json
 from app.tracking.state import mlflow_uri, read_state, without_password
 
 log = logging.getLogger("app")
@@ -33,13 +32,7 @@ class Tracker:
     def log_epoch(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Write metrics.csv, whole, with a row an epoch; send the last row to TensorBoard."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
-        with (
-            atomic_path(self.folder / "metrics.csv") as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(self.folder / "metrics.csv", columns, rows)
         for key, value in rows[-1].items():
             self._board.add_scalar(key, value, int(rows[-1]["epoch"]))
         self._board.flush()

@@ -3,11 +3,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from pycocotools import mask as coco_mask
 
@@ -19,7 +21,7 @@ from app.datasets.coco import Image as DatasetImage
 from app.datasets.formats import FORMATS, detect
 from app.datasets.formats.outlines import ellipse_mask, polygon_mask
 from app.datasets.formats.via import CSV_HEADER
-from app.datasets.formats.yolo_export import outline, write_yolo
+from app.datasets.formats.yolo_export import label_line, outline
 from app.errors import UserError
 
 WIDTH, HEIGHT = 40, 30
@@ -203,18 +205,33 @@ def test_yolo_keeps_holes_and_parts_to_the_pixel(tmp_path):
     box = Annotation(3, 7, 3, (4, 5, 6, 7), None, 42.0, False)
     crowd = Annotation(4, 7, 3, (4, 5, 6, 7), None, 42.0, True)
     dataset = Dataset((image,), (*annotations, box, crowd), (Category(3, "thing"),))
-    write_yolo(dataset, tmp_path / "yolo")
+    label(dataset, tmp_path / "yolo")
     back = whole(tmp_path / "yolo")
     assert back.class_names == ["thing"]
     assert len(back.annotations) == 3
     assert np.array_equal(pixels(back.annotations[0]), mask)
     assert np.array_equal(pixels(back.annotations[1]), noise)
     assert back.annotations[2].bbox_xywh == pytest.approx((4, 5, 6, 7), abs=1e-4)
-    with pytest.raises(UserError, match="exists; remove it first"):
-        write_yolo(dataset, tmp_path / "yolo")
-    other = Dataset((image,), (), (Category(3, "other"),))
-    with pytest.raises(UserError, match="has the classes"):
-        write_yolo(other, tmp_path / "yolo", "val")
+
+
+def label(dataset: Dataset, folder: Path, split: str = "train") -> None:
+    """Write a split as Ultralytics lays it out; crowds have no line."""
+    numbers = {category.id: index for index, category in enumerate(dataset.categories)}
+    splits = {split: f"images/{split}"}
+    if (folder / "data.yaml").is_file():
+        splits |= yaml.safe_load((folder / "data.yaml").read_text())
+    text(folder / "data.yaml", json.dumps({**splits, "names": dataset.class_names}))
+    (folder / "images" / split).mkdir(parents=True)
+    for image in dataset.images:
+        shutil.copyfile(image.path, folder / "images" / split / image.path.name)
+        lines = [
+            label_line(
+                *(numbers[a.category_id], a.segmentation, a.bbox_xywh), image.width, image.height
+            )
+            for a in dataset.annotations_by_image[image.id]
+            if not a.iscrowd
+        ]
+        text(folder / "labels" / split / f"{image.path.stem}.txt", "".join(lines))
 
 
 def encoded(mask: np.ndarray) -> dict:
@@ -231,7 +248,7 @@ def test_potholes_to_yolo_and_back(potholes, tmp_path):
     before = load_splits(potholes)
     assert before.test is not None
     for name, dataset in (("train", before.train), ("val", before.valid), ("test", before.test)):
-        write_yolo(dataset, tmp_path, name)
+        label(dataset, tmp_path, name)
     after = load_splits(tmp_path)
     assert after.test is not None
     ious = []

@@ -8,9 +8,9 @@ import torch
 from pycocotools import mask as coco_mask
 from torch.nn import functional as F
 
+from app.datasets.rle import decode
 from app.inference.masks import bool_masks, encode_clear_masks, encode_masks, place
 from app.inference.predictor import encode_as_upstream, resize_and_threshold
-from app.inference.rle import decode
 from benchmarks.inference import discs
 
 

@@ -1,7 +1,7 @@
-"""COCO's run-length encoding in numpy: prediction needs no pycocotools, evaluation keeps it.
+"""COCO's run-length encoding in numpy: what predicts needs no pycocotools.
 
-Runs go down the columns, one column after the other. `bounds` are where runs of set pixels start
-and end, in turn: (2 R,) int64, rising.
+Runs go down the columns, one column after the other. `bounds` are the places where runs of set
+pixels start and end, in turn: (2 R,) int64, rising.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ LONGEST = 7  # characters of a run, at most: 35 bits; an image has fewer than 2*
 
 
 def from_bounds(bounds: Indices, height: int, width: int) -> Rle:
+    """Encode the bounds of a mask (height, width)."""
     counts = np.diff(bounds, prepend=0, append=height * width)
     if counts[-1] == 0:
         counts = counts[:-1]
@@ -26,17 +27,17 @@ def from_bounds(bounds: Indices, height: int, width: int) -> Rle:
 
 
 def to_bounds(rle: Rle) -> Indices:
-    """Raises ValueError where the runs are not those of an image of that size."""
+    """Decode to bounds; raise ValueError where the runs do not fill an image of the RLE's size."""
     counts = decompress(rle["counts"])
     ends = np.cumsum(counts)
     height, width = rle["size"]
-    if counts.min(initial=0) < 0 or (ends[-1] if len(ends) else 0) != height * width:
+    if counts.min() < 0 or ends[-1] != height * width:
         raise ValueError(f"no RLE of {width} x {height} pixels")
     return ends[: len(ends) // 2 * 2]
 
 
 def decode(rle: Rle) -> NDArray[np.bool_]:
-    """(height, width)."""
+    """Decode to a mask (height, width); raise ValueError as `to_bounds` does."""
     height, width = rle["size"]
     lengths = np.diff(to_bounds(rle), prepend=0, append=height * width)
     pixels = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths)
@@ -44,17 +45,17 @@ def decode(rle: Rle) -> NDArray[np.bool_]:
 
 
 def area(rle: Rle) -> int:
-    """Pixels that are set."""
+    """Count the pixels that are set."""
     return covered(to_bounds(rle))
 
 
 def covered(bounds: Indices) -> int:
-    """Pixels that are set."""
+    """Count the pixels that are set."""
     return int((bounds[1::2] - bounds[::2]).sum())
 
 
 def merge(masks: Sequence[Indices], *, intersect: bool = False) -> Indices:
-    """Bounds of what any of N masks covers, or all of them do; N ≥ 1."""
+    """Return the union of N ≥ 1 masks, or their intersection; each by its bounds."""
     places = np.concatenate(masks)
     steps = np.concatenate([1 - 2 * (np.arange(len(bounds)) % 2) for bounds in masks])
     order = places.argsort(kind="stable")
@@ -65,14 +66,15 @@ def merge(masks: Sequence[Indices], *, intersect: bool = False) -> Indices:
 
 
 def iou(one: Indices, others: Sequence[Indices]) -> NDArray[np.float64]:
-    """(N,), 0..1: of one mask with each of N of the same image; 0 where both are empty."""
+    """Return the IoU (N,) of one mask with each of N of the same image; 0 where both are empty."""
     if not others or not len(one):
         return np.zeros(len(others))
-    before = np.concatenate([[0], (one[1::2] - one[::2]).cumsum()])  # covered by the first n runs
+    before = np.concatenate([[0], (one[1::2] - one[::2]).cumsum()])  # area of the first n runs
     owners = np.repeat(np.arange(len(others)), [len(bounds) // 2 for bounds in others])
     starts = np.concatenate([bounds[::2] for bounds in others])
     ends = np.concatenate([bounds[1::2] for bounds in others])
-    steps = before.repeat(2)[1:-1]  # covered up to each bound: between them it rises evenly, or not
+    # Cumulative area at each run boundary: linear inside a run, constant between runs.
+    steps = before.repeat(2)[1:-1]
     shared = np.interp(ends, one, steps) - np.interp(starts, one, steps)
     count = len(others)
     common = np.bincount(owners, shared, count)
@@ -81,7 +83,7 @@ def iou(one: Indices, others: Sequence[Indices]) -> NDArray[np.float64]:
 
 
 def compress(counts: Indices) -> str:
-    """Lengths of runs of 0, 1, 0, … → COCO's string, five bits a character."""
+    """Encode lengths of runs of 0, 1, 0, … as COCO's string, five bits a character."""
     steps = counts.astype(np.int64)
     steps[3:] -= counts[1:-2]  # COCO stores most lengths as the step from the last but one
     magnitudes = np.where(steps < 0, ~steps, steps)
@@ -95,22 +97,25 @@ def compress(counts: Indices) -> str:
 
 
 def decompress(text: str) -> Indices:
-    """COCO's string → lengths of runs of 0, 1, 0, …
+    """Decode COCO's string to lengths of runs of 0, 1, 0, …
+
+    Five bits a character, the lowest first, bit 5 for "more"; from the fourth number on each is the
+    difference to the one two before (`rleFrString`, cocoapi common/maskApi.c).
 
     Raises:
-        ValueError: characters that it does not use, a run cut short or beyond all images.
+        ValueError: characters that the string does not use, a run cut short or beyond all images.
     """
-    values = np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) - 48
+    values = np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(values & 32 == 0)
     lengths = np.diff(ends, prepend=-1)
-    whole = len(values) == (ends[-1] + 1 if len(ends) else 0)
-    if not whole or lengths.max(initial=0) > LONGEST or ((values < 0) | (values > 63)).any():
-        raise ValueError("no compressed COCO RLE")
+    whole = len(ends) > 0 and ends[-1] == len(values) - 1
+    if not whole or ((values < 0) | (values > 63)).any():
+        raise ValueError("must have 'counts' in COCO's string form; these are damaged or cut short")
+    if lengths.max(initial=0) > LONGEST:
+        raise ValueError(f"must have 'counts' of at most {LONGEST} characters a number")
     starts = ends - lengths + 1
     place = np.arange(len(values)) - np.repeat(starts, lengths)
-    steps = np.zeros(0, dtype=np.int64)
-    if len(starts):
-        steps = np.add.reduceat((values & 31) << (BITS * place), starts)
+    steps = np.add.reduceat((values & 31) << (BITS * place), starts)
     steps -= np.where(values[ends] & 16, 1 << (BITS * lengths), 0)  # the highest bit is the sign
     steps[1::2] = steps[1::2].cumsum()
     steps[2::2] = steps[2::2].cumsum()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from app.inference import rle
+from app.datasets import rle
 
 SIDES = st.integers(1, 40)
 
@@ -66,13 +66,13 @@ def test_what_masks_cover(masks) -> None:
     np.testing.assert_array_equal(rle.iou(bounds[0], bounds), np.nan_to_num(ious))  # NaN: empty
 
 
-@pytest.mark.parametrize("text", ["o", "ooooooooo0", "\n", "~", "1é", "11o"])
+@pytest.mark.parametrize("text", ["", "o", "ooooooooo0", "\n", "~", "1é", "11o"])
 def test_what_is_no_string_of_coco_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="no compressed COCO RLE"):
+    with pytest.raises(ValueError, match="must have 'counts'"):
         rle.decompress(text)
 
 
-@pytest.mark.parametrize("counts", [[3], [5], [1, -1, 4], []])
+@pytest.mark.parametrize("counts", [[3], [5], [1, -1, 4]])
 def test_runs_of_another_size_are_refused(counts: list[int]) -> None:
     mask = {"size": [2, 2], "counts": rle.compress(np.array(counts, dtype=np.int64))}
     with pytest.raises(ValueError, match="no RLE of 2 x 2 pixels"):
