@@ -27,7 +27,7 @@ from app.evaluation.validate import validate
 from app.files import read_json
 from app.inference.predictor import Predictor
 from app.model import weights
-from app.model.build import build_model, mlp_units
+from app.model.build import build_model
 from app.tracking.files import Tracker
 from app.training import run
 from app.training.output_folder import prepare_folder
@@ -116,7 +116,7 @@ def misplace(start: Path, student: Path) -> Path:
         blocks[new].load_state_dict(state, strict=False)
     units = tuple(
         (blocks[i].mlp.fc2.weight.norm(dim=0) * blocks[i].mlp.fc1.weight.norm(dim=1))
-        .topk(round(MLP * mlp_units(header.model)))
+        .topk(round(MLP * header.model.vision.mlp_units))
         .indices.sort()
         .values
         for i in everywhere

@@ -39,9 +39,9 @@ from app.files import exists_problem, write_json
 from app.inference.inputs import check_prompts, find_images, read_prompts
 from app.inference.predictor import Predictor
 from app.model import weights
-from app.model.build import build_model, count_parameters, mlp_units, padding_note
+from app.model.build import build_model, count_parameters, padding_note
 from app.model.device import choose_device, choose_precision
-from app.model.vocabulary import askable
+from app.model.vocabulary import in_vocabulary
 from app.planning.memory import count_flops
 
 log = logging.getLogger("app")
@@ -98,7 +98,7 @@ def make_goal(
     wanted: dict[str, int] = {}
     if size is not None:
         wanted = count_layers(size)
-        mlp = mlp or mlp_units(size) / mlp_units(source)
+        mlp = mlp or size.vision.mlp_units / source.vision.mlp_units
         heads = heads or size.vision.heads
         resolution = resolution or size.resolution
         if size.text.width != source.text.width:
@@ -225,7 +225,7 @@ def compact(
     splits = read_splits(config) if has_data else None
     set_seed(config.seed)
     model = build_model(still, matcher=instantiate(config.loss.matcher))
-    weights.load_into(model, source)
+    weights.load_into(model, source, merge=True)
     device = choose_device(config.training.device)
     cutting = _Cutting(model.to(device), config, None if splits is None else splits.valid)
     cutting.tell("whole", "")
@@ -238,7 +238,7 @@ def compact(
         cutting.measure_on(few, importance.cache_file(MEASURED, source, few, config))
     cutting.cut(goal, by)
     figures = cutting.figures
-    classes = askable(cutting.size.vocabulary, header.prompts) or list(goal.vocabulary)
+    classes = in_vocabulary(cutting.size.vocabulary, header.prompts) or list(goal.vocabulary)
     header = header.model_copy(
         update={
             "model": _named(cutting.size, header.model, goal),
@@ -308,7 +308,7 @@ class _Cutting:
 
     def _narrow(self, mlp: float | None, heads: int | None, by: WidthBy) -> None:
         blocks: Any = self.model.backbone.vision_backbone.trunk.blocks
-        every = mlp_units(self.size)
+        every = self.size.vision.mlp_units
         units = None if mlp is None else max(1, round(every * mlp))
         hidden: tuple[Units, ...] | None = None
         left: tuple[Units, ...] | None = None

@@ -33,6 +33,11 @@ class VisionConfig(_Strict):
     drop_path: float = Field(ge=0, lt=1)
     heads: int | None = Field(default=None, ge=1)  # that were left of num_heads; None: all
 
+    @property
+    def mlp_units(self) -> int:
+        """Return the hidden units of the MLP in each block of the trunk."""
+        return round(self.embed_dim * self.mlp_ratio)
+
     @model_validator(mode="after")
     def _check(self) -> VisionConfig:
         if self.heads is not None and self.heads > self.num_heads:

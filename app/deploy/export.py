@@ -36,13 +36,14 @@ from app.deploy.runtime.golden import sample
 from app.deploy.runtime.manifest import PRECISIONS, Manifest
 from app.deploy.runtime.onnx_backend import choose_precisions
 from app.deploy.runtime.runtime import Runtime
+from app.deploy.tokenizer import write_tokenizer
 from app.errors import UserError, nearest
 from app.evaluation.validate import validate
 from app.files import atomic_folder, hash_file, write_json
 from app.inference.inputs import check_prompts, find_images
 from app.inference.postprocess import THRESHOLD
 from app.inference.predictor import Predictor, normalise, pairs_per_pass
-from app.model import huggingface, weights
+from app.model import weights
 from app.model.vocabulary import unknown_words
 
 log = logging.getLogger("app")
@@ -206,7 +207,7 @@ def _write_graphs(source: Path, wanted: Wanted, folder: Path) -> None:
     if wanted.prompts is None:
         tokens = torch.zeros(1, length, dtype=torch.long)
         _to_onnx(TextGraph(model), {"tokens": tokens}, ("text", "text_mask"), folder / "text.onnx")
-        huggingface.write_tokenizer(folder / "tokenizer.json")
+        write_tokenizer(folder / "tokenizer.json")
 
 
 def _to_onnx(

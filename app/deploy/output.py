@@ -8,7 +8,7 @@ from pathlib import Path
 from app.deploy.runtime.manifest import FILE, FORMAT
 from app.errors import UserError
 from app.files import exists_problem
-from app.model import huggingface
+from app.model.transformers.config import CONFIG
 
 
 def check_output(folder: Path, source: Path, *, overwrite: bool) -> None:
@@ -30,7 +30,7 @@ def check_output(folder: Path, source: Path, *, overwrite: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    config = _read(folder / huggingface.CONFIG).get("architectures")
+    config = _read(folder / CONFIG).get("architectures")
     return config == ["Sam3Model"] or _read(folder / FILE).get("format") == FORMAT
 
 

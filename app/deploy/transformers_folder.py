@@ -20,12 +20,15 @@ from app.config.schema import ModelConfig
 from app.config.shapes import Thing
 from app.datasets.synthetic.drawing import draw_image
 from app.deploy.output import check_output
+from app.deploy.tokenizer import make_tokenizer
 from app.errors import UserError
 from app.evaluation.model_card import SHOWN_PROMPTS, licence
 from app.files import atomic_folder, atomic_path, write_json, write_text
 from app.inference.postprocess import THRESHOLD
 from app.inference.predictor import Predictor, query_scores
-from app.model import huggingface, weights
+from app.model import weights
+from app.model.transformers.config import CONFIG, TOKENS, to_config
+from app.model.transformers.state import to_transformers
 
 log = logging.getLogger("app")
 CARD = "README.md"
@@ -55,13 +58,13 @@ def export(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
     """
     check_output(folder, weights.find_file(path), overwrite=overwrite)
     header = weights.describe(path)
-    config = huggingface.to_config(header.model)
+    config = to_config(header.model)
     with atomic_folder(folder) as temporary:
         model, header = weights.load(path, merge=True)
-        write_json(temporary / huggingface.CONFIG, config)
+        write_json(temporary / CONFIG, config)
         with atomic_path(temporary / weights.FILE) as file:  # save_file's own none but us may read
             save_file(
-                huggingface.to_transformers(weights.to_state(model)),
+                to_transformers(weights.to_state(model)),
                 file,
                 metadata={"format": "pt", **weights.to_metadata(header)},
             )
@@ -94,7 +97,7 @@ def write_processor(folder: Path, config: ModelConfig) -> Any:
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    processor = Sam3Processor(image_processor=pixels, tokenizer=huggingface.make_tokenizer())
+    processor = Sam3Processor(image_processor=pixels, tokenizer=make_tokenizer())
     processor.save_pretrained(folder)
     return processor
 
@@ -181,9 +184,9 @@ def _read_otherwise(prompts: Sequence[str], ours: Any, theirs: Any) -> dict[str,
     """
 
     def same(prompt: str, spelling: str) -> bool:
-        tokens = ours([prompt], context_length=huggingface.TOKENS)[0].tolist()
+        tokens = ours([prompt], context_length=TOKENS)[0].tolist()
         other = theirs(spelling)["input_ids"]
-        return other + [0] * (huggingface.TOKENS - len(other)) == tokens
+        return other + [0] * (TOKENS - len(other)) == tokens
 
     cleaned = {prompt: ours.clean_fn(prompt) for prompt in prompts if not same(prompt, prompt)}
     return {prompt: text if same(prompt, text) else None for prompt, text in cleaned.items()}
@@ -202,7 +205,7 @@ def _card(header: weights.Header, respelt: dict[str, str | None]) -> str:
         prompts += f" and {more} more"
     spellings = [
         f"- “{prompt}”: "
-        + (f"ask for “{text}”" if text else f"longer than {huggingface.TOKENS} tokens, cut it")
+        + (f"ask for “{text}”" if text else f"longer than {TOKENS} tokens, cut it")
         for prompt, text in respelt.items()
     ]
     threshold = THRESHOLD if header.threshold is None else header.threshold

@@ -24,7 +24,7 @@ from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model
 from app.model.device import choose_device, choose_precision
-from app.model.vocabulary import askable
+from app.model.vocabulary import in_vocabulary
 
 log = logging.getLogger("app")
 
@@ -101,7 +101,7 @@ def score_dataset(
             dataset,
             max_detections=config.evaluation.max_detections,
             threshold=config.prediction.threshold,
-            nouns=askable(predictor.config.vocabulary, nouns),
+            nouns=in_vocabulary(predictor.config.vocabulary, nouns),
             batch_size=batch_size,
             ranks=ranks,
             on_images=on_images,

@@ -95,11 +95,6 @@ def count_parameters(model: Sam3Image, *, trainable: bool = False) -> dict[str, 
     }
 
 
-def mlp_units(config: ModelConfig) -> int:
-    """Hidden units of the MLP in each block of the trunk."""
-    return round(config.vision.embed_dim * config.vision.mlp_ratio)
-
-
 def padding_note(config: ModelConfig) -> str | None:
     """What padding costs where windows do not tile the image; None where they do."""
     vision = config.vision
@@ -130,8 +125,8 @@ def _vision(config: ModelConfig) -> Sam3DualViTDetNeck:
         embed_dim=vision.embed_dim,
         depth=vision.depth,
         num_heads=vision.num_heads,
-        mlp_ratio=(mlp_units(config) + 0.5)
-        / vision.embed_dim,  # upstream cuts off, and may lose one
+        # upstream rounds down what it makes of this, and may lose a unit
+        mlp_ratio=(vision.mlp_units + 0.5) / vision.embed_dim,
         norm_layer="LayerNorm",
         drop_path_rate=vision.drop_path,
         qkv_bias=True,

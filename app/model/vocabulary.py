@@ -26,6 +26,6 @@ def unknown_words(vocabulary: Collection[str] | None, words: Collection[str]) ->
     ]
 
 
-def askable(vocabulary: Collection[str] | None, words: Sequence[str]) -> list[str]:
+def in_vocabulary(vocabulary: Collection[str] | None, words: Sequence[str]) -> list[str]:
     """Those of the words that a model with this vocabulary can be asked for."""
     return [word for word in words if not unknown_words(vocabulary, [word])]

@@ -24,8 +24,10 @@ from app.config.compose import load_model_config, model_config, model_names
 from app.config.schema import ModelConfig
 from app.errors import UserError
 from app.files import atomic_path, exists_problem, hash_file
-from app.model import adapters, huggingface
+from app.model import adapters
 from app.model.build import build_model
+from app.model.transformers.config import read_config
+from app.model.transformers.state import from_transformers, is_layout, is_transformers
 from app.model.upstream.pin import COMMIT
 
 FILE = "model.safetensors"
@@ -132,8 +134,8 @@ def describe(path: Path, size: str | None = None, resolution: int | None = None)
     header = read_header(file)
     if header is None and file.name == adapters.FILE:
         header = describe(find_base(file.parent))
-    elif header is None and huggingface.is_transformers(file):
-        header = Header(model=huggingface.read_config(file.parent))
+    elif header is None and is_transformers(file):
+        header = Header(model=read_config(file.parent))
     header = header or Header(model=_identify(file, _read_state(file), size))
     if size is not None and header.model.name != size:
         raise UserError(
@@ -146,7 +148,7 @@ def describe(path: Path, size: str | None = None, resolution: int | None = None)
     return header
 
 
-def load_into(model: Sam3Image, path: Path, *, merge: bool = True, mapped: bool = False) -> None:
+def load_into(model: Sam3Image, path: Path, *, merge: bool, mapped: bool = False) -> None:
     """Load a checkpoint of any layout into a model that is already built, strictly.
 
     Args:
@@ -247,7 +249,7 @@ def published_sam3() -> Path:
     except Exception as error:  # the hub raises many kinds: gated, offline, missing token, limits
         raise UserError(
             f"SAM 3's weights ({HUB[0]}) could not be had: {type(error).__name__}. They are under "
-            "the SAM License and gated: ask for access at huggingface.co/facebook/sam3, then set "
+            "the SAM License and gated: ask for access at co/facebook/sam3, then set "
             "HF_TOKEN; or give --checkpoint FILE; or --checkpoint none for random weights; or "
             "--model nano."
         ) from None
@@ -259,8 +261,8 @@ def _read_state(file: Path) -> dict[str, Tensor]:
     if any(key.startswith(_PREFIX) for key in state):
         state = {k: v for k, v in state.items() if not k.startswith(_TRACKER)}
         state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
-    elif huggingface.is_layout(state):
-        state = huggingface.from_transformers(state)
+    elif is_layout(state):
+        state = from_transformers(state)
     return {key: value for key, value in state.items() if not key.endswith(COMPUTED)}
 
 

@@ -22,7 +22,7 @@ from app.datasets.coco import Dataset
 from app.datasets.prompts import nouns_beside
 from app.datasets.queries import PromptChoice, QueryDataset, collate
 from app.errors import UserError
-from app.model.vocabulary import askable
+from app.model.vocabulary import in_vocabulary
 from app.training.collective import raise_on_all_ranks
 
 CUDA_WORKERS = 4  # processes that load images beside a GPU; a CPU's cores are busy with the model
@@ -37,7 +37,7 @@ def query_dataset(config: Config, dataset: Dataset) -> QueryDataset:
         negatives=settings.negatives,
         foreign=settings.foreign,
         near_misses=tuple(settings.near_misses),
-        nouns=tuple(askable(config.model.vocabulary, nouns_beside(names))),
+        nouns=tuple(in_vocabulary(config.model.vocabulary, nouns_beside(names))),
     )
     transforms = [instantiate(node) for node in config.transforms.train]
     return QueryDataset(dataset, transforms, seed=config.seed, choice=choice, views=settings.views)

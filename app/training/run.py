@@ -203,14 +203,14 @@ def load_model(
         start = checkpoint
     if start is not None:
         start = weights.find_file(start)
-        weights.load_into(model, start)
+        weights.load_into(model, start, merge=True)
     elif config.training.warm_start.method == "pixels":
         warm = config.training.warm_start
         warm_start(model.to(device), config.model, splits.train, warm, config.seed, precision)
     base = weights.base_reference(start) if adapts and start is not None else None
     method.prepare(model, config.method, pretrained=pretrained_path is not None, base=base)
     if checkpoint is not None and checkpoint_adapts:
-        weights.load_into(model, checkpoint)
+        weights.load_into(model, checkpoint, merge=False)
     return model
 
 

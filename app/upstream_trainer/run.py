@@ -89,7 +89,7 @@ def build(size: str, resolution: int, segmentation: bool, checkpoint_path: str |
     recomputing = config.model_copy(update={"activation_checkpointing": True})  # as upstream does
     model = build_model(recomputing, matcher=matcher)
     if checkpoint_path is not None:
-        weights.load_into(model, Path(checkpoint_path))
+        weights.load_into(model, Path(checkpoint_path), merge=True)
     return model
 
 
@@ -166,7 +166,7 @@ def _export(folder: Path, config: ModelConfig, splits: Splits) -> None:
     if not checkpoint.is_file():
         return
     model = build_model(config)
-    weights.load_into(model, checkpoint)
+    weights.load_into(model, checkpoint, merge=True)
     header = weights.Header(
         model=config, prompts=splits.train.class_names, data_hash=splits.train.content_hash()
     )

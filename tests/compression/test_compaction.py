@@ -19,7 +19,7 @@ from app.datasets.build import load_splits
 from app.errors import UserError
 from app.inference.inputs import find_images
 from app.model import weights
-from app.model.build import build_model, mlp_units
+from app.model.build import build_model
 from tests.conftest import TINY, Command
 
 
@@ -159,7 +159,7 @@ def test_weights_are_cut_down_step_by_step(
     header = weights.read_header(folder)
     assert header is not None
     vision = header.model.vision
-    assert (vision.depth, vision.global_blocks, mlp_units(header.model), vision.heads) == (
+    assert (vision.depth, vision.global_blocks, header.model.vision.mlp_units, vision.heads) == (
         2,
         [0, 1],
         256,
@@ -231,5 +231,5 @@ def test_a_projection_is_made_and_loaded(tiny_run: Path, tmp_path: Path, command
     done = command("compact", start, *words)
     assert done.code == 0, done.err
     model, header = weights.load(tmp_path / "svd")
-    assert mlp_units(header.model) == 128
+    assert header.model.vision.mlp_units == 128
     assert model.backbone.vision_backbone.trunk.blocks[0].mlp.fc1.weight.shape == (128, 128)

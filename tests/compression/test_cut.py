@@ -24,7 +24,7 @@ from app.config.schema import ModelConfig
 from app.errors import UserError
 from app.inference.predictor import Predictor
 from app.model import weights
-from app.model.build import build_model, count_parameters, mlp_units
+from app.model.build import build_model, count_parameters
 from app.model.bundled import NANO
 
 # 192 units and less are summed in one go by the math library, in whatever order they stand; beyond
@@ -66,7 +66,7 @@ def test_a_narrower_model_equals_the_whole_with_the_same_units_masked_to_the_bit
     model = _model()
     cut = Cut(hidden=_some(96, 192), heads=_some(2, 4))
     smaller, size = cut_model(model, SMALL, cut)
-    assert (mlp_units(size), size.vision.heads, size.vision.depth) == (96, 2, 4)
+    assert (size.vision.mlp_units, size.vision.heads, size.vision.depth) == (96, 2, 4)
     _mask(model, cut)
     whole, left = _answers(model, SMALL), _answers(smaller.eval(), size)
     for key, value in whole.items():
@@ -131,7 +131,7 @@ def test_sam3_cut_by_dart_is_small() -> None:
     assert len(DART) == 16
     assert not {*DART} & protected_blocks(source)
     kept = tuple(index for index in range(32) if index not in DART)
-    units = tuple(torch.arange(mlp_units(small)) for _ in kept)
+    units = tuple(torch.arange(small.vision.mlp_units) for _ in kept)
     cut = Cut(kept, decoder_layers=(0, 1, 2, 5), queries=tuple(range(100)), hidden=units)
     left = cut_config(source, cut)
     assert left.model_copy(update={"name": "small", "resolution": 672}) == small

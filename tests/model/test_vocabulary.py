@@ -11,7 +11,7 @@ from app.errors import UserError
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.bundled import NANO
-from app.model.vocabulary import askable, unknown_words
+from app.model.vocabulary import in_vocabulary, unknown_words
 from tests.conftest import REPOSITORY
 
 PROMPTS = ["circle", "red thing", "blue cross"]
@@ -80,8 +80,8 @@ def test_classes_of_a_dataset_must_be_stored(stored, command, shapes, tmp_path) 
 
 def test_any_word_can_be_asked_where_nothing_is_stored() -> None:
     assert unknown_words(None, ["dog"]) == []
-    assert askable(None, ["dog"]) == ["dog"]
-    assert askable(["cat", "visual"], ["dog", "cat"]) == ["cat"]
+    assert in_vocabulary(None, ["dog"]) == ["dog"]
+    assert in_vocabulary(["cat", "visual"], ["dog", "cat"]) == ["cat"]
 
 
 def test_a_model_with_stored_prompts_trains_on(shapes, command, tmp_path) -> None:

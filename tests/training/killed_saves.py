@@ -60,7 +60,7 @@ def main() -> None:
     def load() -> RunState:
         newest = checkpoints.find_newest(folder / "run")
         assert newest is not None
-        weights.load_into(model, newest)
+        weights.load_into(model, newest, merge=False)
         state = checkpoints.restore(newest, updates.step, 0)
         assert newest.name == f"update-{state.updates:08d}"
         assert (first == state.updates).all(), "weights and state are of two saves"

@@ -41,7 +41,7 @@ def _updates(shapes: Path, start: Path | None, *overrides: str) -> Updates:
     torch.manual_seed(0)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     if start is not None:
-        weights.load_into(model, start)
+        weights.load_into(model, start, merge=False)
     base = weights.base_reference(start) if start is not None else None
     method.prepare(model, config.method, pretrained=start is not None, base=base)
     return make_updates(config, model, data, build_accelerator(torch.device("cpu")), lr_scale=1.0)
@@ -118,7 +118,7 @@ def test_what_an_adapter_adds_is_scaled_by_two(shapes: Path, base: Path, name: s
     """By default: alpha over rank, in each layer, as it multiplies in a forward pass."""
     model = _updates(shapes, base, f"method={name}").step.model
     plain = build_model(load_config(TINY).model)
-    weights.load_into(plain, base)
+    weights.load_into(plain, base, merge=False)
     torch.manual_seed(0)
     compared = 0
     for place, layer in model.named_modules():

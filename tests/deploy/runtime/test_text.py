@@ -12,8 +12,8 @@ from sam3.model.tokenizer_ve import SimpleTokenizer
 from app.deploy.runtime.manifest import Manifest, read_manifest
 from app.deploy.runtime.runtime import Runtime
 from app.deploy.runtime.text import TOKENIZER, AnyWords, clean
+from app.deploy.tokenizer import write_tokenizer
 from app.errors import UserError
-from app.model.huggingface import write_tokenizer
 from app.model.upstream.pin import bpe_path
 from tests.deploy.tiny import TOKENS, features, write_folder, write_manifest
 

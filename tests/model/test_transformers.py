@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 from transformers import Sam3Config, Sam3Model, Sam3VideoConfig, Sam3VideoModel
 
 from app.config.compose import load_config, load_model_config
 from app.config.schema import ModelConfig
 from app.errors import UserError
 from app.files import flatten
-from app.model import huggingface, weights
+from app.model import weights
 from app.model.build import build_model
+from app.model.transformers.config import read_config, to_config
+from app.model.transformers.state import from_transformers, to_transformers
 from tests.conftest import TINY
 from tests.model.outputs import raw_outputs
 
@@ -28,7 +28,7 @@ ZEROED = ("geometry_encoder.points_", "backbone.vision_backbone.trunk.pos_embed"
 
 
 def _theirs(config: ModelConfig = CONFIG) -> Sam3Model:
-    return Sam3Model(Sam3Config.from_dict(huggingface.to_config(config)))
+    return Sam3Model(Sam3Config.from_dict(to_config(config)))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 def test_keys_and_shapes_are_those_of_sam3model(name: str) -> None:
     config = load_model_config(name)
     state = build_model(config, device="meta").state_dict()
-    ours = huggingface.to_transformers(
+    ours = to_transformers(
         {key: value for key, value in state.items() if not key.endswith(weights.COMPUTED)}
     )
     with torch.device("meta"):
@@ -61,7 +61,7 @@ def test_keys_and_shapes_are_those_of_sam3model(name: str) -> None:
 
 def test_the_published_size_is_what_transformers_takes_by_default() -> None:
     defaults = flatten(Sam3Config().to_dict())
-    ours = flatten(huggingface.to_config(load_model_config("sam3")))
+    ours = flatten(to_config(load_model_config("sam3")))
     others = {key for key, value in ours.items() if value != defaults.get(key)}
     epsilon = "vision_config.backbone_config.layer_norm_eps"
     assert others == {"architectures", "dtype", epsilon}
@@ -72,13 +72,13 @@ def test_the_published_size_is_what_transformers_takes_by_default() -> None:
 def test_a_size_is_read_back_at_its_resolution(name: str, tmp_path: Path) -> None:
     size = load_model_config(name)
     size = size.model_copy(update={"resolution": size.resolution + 2 * size.vision.patch_size})
-    Sam3Config.from_dict(huggingface.to_config(size)).save_pretrained(tmp_path)
-    assert huggingface.read_config(tmp_path) == size
+    Sam3Config.from_dict(to_config(size)).save_pretrained(tmp_path)
+    assert read_config(tmp_path) == size
 
 
 def test_the_published_folder_is_of_size_sam3(tmp_path: Path) -> None:
     Sam3VideoConfig().save_pretrained(tmp_path)
-    assert huggingface.read_config(tmp_path) == load_model_config("sam3")
+    assert read_config(tmp_path) == load_model_config("sam3")
 
 
 def test_a_folder_of_transformers_loads_and_keeps_every_tensor(folder: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_folder_of_transformers_loads_and_keeps_every_tensor(folder: Path) -> 
     assert header == weights.Header(
         model=load_model_config("nano").model_copy(update={"resolution": CONFIG.resolution})
     )
-    back = huggingface.to_transformers(weights.to_state(model))
+    back = to_transformers(weights.to_state(model))
     stored = load_file(folder / "model.safetensors")
     assert back.keys() == stored.keys()
     assert all(torch.equal(back[key], stored[key]) for key in stored)
@@ -99,7 +99,7 @@ def test_what_comes_back_as_zeros_is_read_by_no_prompt() -> None:
     torch.manual_seed(5)
     model = build_model(CONFIG).eval()
     state = weights.to_state(model)
-    back = huggingface.from_transformers(huggingface.to_transformers(state))
+    back = from_transformers(to_transformers(state))
     assert {key for key in state if not torch.equal(state[key], back[key])} == {
         key for key in state if key.startswith(ZEROED)
     }
@@ -112,7 +112,7 @@ def test_what_comes_back_as_zeros_is_read_by_no_prompt() -> None:
 
 def test_the_detector_of_a_published_layout_is_taken(tmp_path: Path) -> None:
     """facebook/sam3: `detector_model.` beside a tracker; written by transformers itself."""
-    detector = huggingface.to_config(CONFIG)
+    detector = to_config(CONFIG)
     tracker = {
         "vision_config": detector["vision_config"],
         "memory_attention_num_layers": 1,
@@ -127,7 +127,7 @@ def test_the_detector_of_a_published_layout_is_taken(tmp_path: Path) -> None:
     model, header = weights.load(tmp_path)
     assert (header.model.name, header.model.resolution) == ("nano", CONFIG.resolution)
     theirs = video.detector_model.state_dict()
-    ours = huggingface.to_transformers(weights.to_state(model))
+    ours = to_transformers(weights.to_state(model))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -218,7 +218,7 @@ def test_all_that_transformers_cannot_be_told_is_said_at_once() -> None:
     changed["vision"] |= {"heads": 2}
     changed["text"] |= {"context_length": 16}
     with pytest.raises(UserError) as caught:
-        huggingface.to_config(ModelConfig.model_validate(changed))
+        to_config(ModelConfig.model_validate(changed))
     problems = caught.value.problems
     assert [problem.partition(":")[0] for problem in problems] == [
         "vocabulary",
@@ -228,12 +228,3 @@ def test_all_that_transformers_cannot_be_told_is_said_at_once() -> None:
     ]
     assert all("Export" in problem for problem in problems)
     assert "the weights that this vocabulary was made from" in problems[0]
-
-
-def test_the_tokenizer_reads_as_upstreams_does(tmp_path: Path) -> None:
-    words = ["red circle", "  A  Dog's\tbowl ", "naïve café 42%", "狗", "visual", "x-ray (left)"]
-    huggingface.write_tokenizer(tmp_path / "tokenizer.json")
-    read = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    text: Any = build_model(CONFIG, device="meta").backbone.language_backbone
-    for word, tokens in zip(words, text.tokenizer(words, context_length=32), strict=True):
-        assert read.encode(word).ids == [token for token in tokens.tolist() if token], word
