@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from app.config.schema import PlanKind, Resume
 from app.errors import UserError
@@ -25,6 +26,9 @@ from app.training.prepare import (
 )
 from app.training.run import Teach
 from app.training.trainer import Recorder
+
+if TYPE_CHECKING:
+    from app.planning.plan import Planner
 
 log = logging.getLogger("app")
 
@@ -120,11 +124,15 @@ def train(request: Request, stop: StopRequest, *, plan: PlanKind | None = None) 
     tracking = prepared.config.tracking
     if tracking.register_as and not (tracking.mlflow or mlflow_uri(None)):
         raise UserError("--register: is of MLflow; give --mlflow as well, or MLFLOW_TRACKING_URI")
-    if prepared.fits_batch:
-        prepared = fit_batch(prepared)
-    if plan:
-        show_plan(prepared, plan)
-        return
+    if plan or prepared.fits_batch:
+        from app.planning.plan import Planner
+
+        planner = Planner(prepared)
+        if prepared.fits_batch:
+            prepared = planner.prepared = fit_batch(prepared, planner)
+        if plan:
+            show_plan(prepared, planner, plan)
+            return
     if prepared.elsewhere:
         if request.resume:
             open_keys = [*features.DECIDED, *([BATCH_SIZE] if request.fits_batch else [])]
@@ -168,9 +176,8 @@ def train_here(prepared: Prepared, stop: StopRequest) -> None:
         )
 
 
-def fit_batch(prepared: Prepared) -> Prepared:
+def fit_batch(prepared: Prepared, planner: Planner) -> Prepared:
     """Find the largest batch that fits; a resumed run keeps the one that it had."""
-    from app.planning.plan import Planner
     from app.training import checkpoints
 
     newest = None
@@ -179,7 +186,7 @@ def fit_batch(prepared: Prepared) -> Prepared:
     if newest is not None:
         size = checkpoints.read(newest)[1][BATCH_SIZE]
     else:
-        size = Planner(prepared).largest_batch()
+        size = planner.largest_batch()
         if not size:
             raise UserError(
                 "--batch-size auto: not even one image a step fits. --plan --batch-size 1 says "
@@ -189,14 +196,13 @@ def fit_batch(prepared: Prepared) -> Prepared:
     return prepared.with_batch_size(size)
 
 
-def show_plan(prepared: Prepared, kind: PlanKind) -> None:
+def show_plan(prepared: Prepared, planner: Planner, kind: PlanKind) -> None:
     """Print what the run will take; refuse it where that is not there."""
-    from app.planning.plan import Planner, measure, show, show_times
+    from app.planning.plan import measure, show, show_times
 
     if prepared.elsewhere:
         log.info("--cluster slurm: memory and disk are those of this machine, not of the job's")
-    planner = Planner(prepared)
-    plan = planner.plan()
+    plan = planner.plan(prepared.config)
     show(plan, prepared.splits)
     planner.require_fit(plan)
     if kind == "measure":

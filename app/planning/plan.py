@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -174,7 +175,7 @@ class Planner:
     def __init__(self, prepared: Prepared) -> None:
         self.prepared, self.splits = prepared, prepared.splits
         self.pretrained = prepared.pretrained_path is not None
-        self._process_bytes = psutil.Process().memory_info().rss  # before anything is planned
+        _process_bytes()
         self._models: dict[tuple[str, str], Sam3Image] = {}  # by size and method
         if prepared.meta_model is not None:
             self._models[_model_key(prepared.config)] = prepared.meta_model
@@ -274,7 +275,7 @@ class Planner:
             weights += distillation.own_bytes(teacher, model)
         step = step_bytes(config, model, self.heaviest_batch(config), precision)
         return Memory(
-            process=CUDA_CONTEXT if on_gpu else self._process_bytes,
+            process=CUDA_CONTEXT if on_gpu else _process_bytes(),
             weights=weights,
             optimizer=checkpoints.optimizer_bytes(config, model),
             step=step + (round(CUDA_SLACK * step) if on_gpu else min(step, CPU_SLACK)),
@@ -313,6 +314,12 @@ class Planner:
     def _sampler(self, config: Config) -> EpochSampler:
         processes = config.training.num_gpus * config.cluster.nodes
         return EpochSampler(len(self.splits.train.images), config.seed, 0, processes)
+
+
+@functools.cache
+def _process_bytes() -> int:
+    """Return what this process held before anything was planned."""
+    return psutil.Process().memory_info().rss
 
 
 def _model_key(config: Config) -> tuple[str, str]:
