@@ -19,7 +19,7 @@ from app.errors import UserError
 from app.files import flatten
 from app.model import huggingface, weights
 from app.model.build import build_model
-from tests.conftest import TINY
+from tests.helpers import TINY
 from tests.model.outputs import raw_outputs
 
 CONFIG = load_config(TINY).model
