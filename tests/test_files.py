@@ -23,7 +23,7 @@ from app.files import (
     short_hash,
     write_json,
 )
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:

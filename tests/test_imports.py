@@ -1,4 +1,7 @@
-"""The order of the rooms and the absence of circles, from the imports themselves."""
+"""The order of the rooms and the absence of circles, from the imports themselves.
+
+That the runtime of exported folders needs no torch is in deploy/runtime/test_imports.py.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,6 @@ ROOMS = (
     *("config", "datasets", "model", "inference", "evaluation", "training", "launch", "planning"),
     *("compression", "tracking", "upstream_trainer", "deploy", "serving", "cli", "__main__"),
 )
-RUNTIME = "app.deploy.runtime"
-TORCH = ("torch", "torchvision", "sam3", "accelerate", "peft", "transformers")
 
 # What breaks the order today. An entry that is mended must be taken out.
 KNOWN: set[str] = {
@@ -187,39 +188,3 @@ def later():
         ("app.console", False, True),
         ("app.page", True, False),
     ]
-
-
-def test_what_runs_without_torch_imports_none_of_it() -> None:
-    """All that app/deploy/runtime comes to load, packages of its modules included."""
-    loaded: set[str] = set()
-    waiting = [name for name in modules() if name.startswith(RUNTIME)]
-    by_source: dict[str, list[Import]] = {}
-    for one in imports():
-        by_source.setdefault(one.source, []).append(one)
-    while waiting:
-        name = waiting.pop()
-        if name in loaded or name not in modules():
-            continue
-        loaded.add(name)
-        waiting += [name.rpartition(".")[0]] if "." in name else []
-        if name != "app":  # which proves the pin only where upstream is installed
-            waiting += [
-                one.target for one in by_source.get(name, []) if not one.lazy and not one.typing
-            ]
-    heavy = {
-        (name, top)
-        for name in loaded
-        for node, lazy, typing in _statements(ast.parse(modules()[name].read_bytes()))
-        if not lazy and not typing
-        for top in _tops(node)
-        if top in TORCH
-    }
-    assert heavy == set()
-    assert loaded > {"app.errors", "app.deploy.runtime.runtime", "app.inference.postprocess"}
-
-
-def _tops(node: ast.Import | ast.ImportFrom) -> list[str]:
-    """Return the packages that a statement imports from."""
-    if isinstance(node, ast.Import):
-        return [alias.name.partition(".")[0] for alias in node.names]
-    return [(node.module or "").partition(".")[0]] if not node.level else []

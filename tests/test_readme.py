@@ -16,7 +16,7 @@ import pytest
 
 from app.deploy.runtime.cli import main as run_deployed
 from app.deploy.runtime.cli import make_parser
-from tests.conftest import REPOSITORY, SHARED, TINY, Command
+from tests.helpers import REPOSITORY, SHARED, TINY, Command
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))

@@ -20,7 +20,7 @@ from app.errors import UserError
 from app.inference.inputs import find_images
 from app.model import weights
 from app.model.build import build_model
-from tests.conftest import TINY, Command
+from tests.helpers import TINY, Command
 
 
 @pytest.fixture

@@ -33,8 +33,7 @@ from app.model import weights
 from app.model.build import build_model
 from app.training import features
 from app.training.batches import query_dataset
-from tests.conftest import Command
-from tests.helpers import MICRO, TINY
+from tests.helpers import MICRO, TINY, Command
 
 OTHER = [*TINY, "model.vision.embed_dim=64", "model.d_model=32", "model.num_queries=8"]
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, SHARED
 from tests.container import engine as engines
 from tests.container.engine import Engine, Unavailable
+from tests.helpers import REPOSITORY, SHARED
 
 IMAGE = "sam3-finetuning-test"
 JETSON_IMAGE = "sam3-finetuning-test-jetson"

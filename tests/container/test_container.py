@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, TINY, until
 from tests.container.conftest import CALLER, CANARY, IMAGE, KEPT_OUT, SECRETS, Caller
+from tests.helpers import REPOSITORY, TINY, until
 
 pytestmark = pytest.mark.system
 SHORT = ["--model", "nano", "evaluation.pictures=1", *TINY]

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
 from tests.container import engine as engines
 from tests.container.conftest import CALLER, CANARY, JETSON_IMAGE, Caller
 from tests.container.test_container import holding, images, owners
+from tests.helpers import REPOSITORY
 
 pytestmark = pytest.mark.system
 PHOTOGRAPHS = 3

@@ -1,4 +1,4 @@
-"""A small sound COCO dataset to spoil, and the real one where it is at hand."""
+"""A small sound COCO dataset to spoil."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-POTHOLES = Path(__file__).parents[3] / "shared" / "datasets" / "potholes"
 SQUARE = [10, 5, 20, 5, 20, 15, 10, 15]  # columns 10..19, rows 5..14 of a 40 x 30 image
 
 
@@ -69,10 +68,3 @@ def save(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return save_to
-
-
-@pytest.fixture
-def potholes() -> Path:
-    if not POTHOLES.is_dir():
-        pytest.skip(f"no real data at {POTHOLES}")
-    return POTHOLES

@@ -22,8 +22,8 @@ from app.datasets.faults import KINDS, Action, Findings, lines
 from app.datasets.geometry import clip_box, decode_counts
 from app.datasets.image_files import find_files
 from app.datasets.images import open_image
-from tests.conftest import REPOSITORY
 from tests.datasets.conftest import SQUARE, noise, sound_document
+from tests.helpers import REPOSITORY
 
 DROPPED, REFUSED = Action.DROPPED, Action.REFUSED
 

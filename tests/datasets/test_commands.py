@@ -20,9 +20,9 @@ from PIL import Image
 from app.datasets.build import decode, load_splits, survey
 from app.datasets.coco import read
 from app.datasets.faults import KINDS
-from tests.conftest import REPOSITORY
 from tests.datasets.conftest import noise, sound_document
 from tests.datasets.killed_builds import contents
+from tests.helpers import REPOSITORY
 
 PAGE = "dataset_report.html"
 

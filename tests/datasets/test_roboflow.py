@@ -18,8 +18,8 @@ from app.datasets import roboflow, sources
 from app.datasets.build import load_splits
 from app.datasets.roboflow import fetch
 from app.errors import UserError
-from tests.conftest import TINY, Command
 from tests.datasets.exports import coco_export
+from tests.helpers import TINY, Command
 
 KEY = "rfSecretKey0123456789"
 VERSION = "my-team/potholes_x/3"

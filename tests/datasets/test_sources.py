@@ -13,8 +13,8 @@ from app.datasets.archive import unzip
 from app.datasets.build import Splits, load_splits
 from app.datasets.sources import fetch
 from app.errors import UserError
-from tests.conftest import TINY, Command
 from tests.datasets.exports import IMAGES, coco_export, packed, yolo_export
+from tests.helpers import TINY, Command
 
 
 def config(**settings: object) -> DatasetConfig:

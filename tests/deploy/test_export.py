@@ -31,7 +31,7 @@ from app.errors import UserError
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.bundled import NANO
-from tests.conftest import REPOSITORY, Command, finish, once
+from tests.helpers import REPOSITORY, Command, finish, once
 
 PROMPTS = ("circle", "rectangle", "triangle")
 SCENE = REPOSITORY / "docs" / "images" / "scene.png"

@@ -14,7 +14,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 LOCK = REPOSITORY / "requirements-jetson.lock"
 JETPACKS = {"3.10": 35, "3.12": 39}  # Python of JetPack 6.2 and 7.2 → glibc 2.x

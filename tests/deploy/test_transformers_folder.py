@@ -28,7 +28,7 @@ from app.inference.predictor import Predictor
 from app.model import adapters, weights
 from app.model.build import build_model
 from app.model.bundled import NANO
-from tests.conftest import TINY, Command
+from tests.helpers import TINY, Command
 from tests.model.outputs import raw_outputs
 
 CONFIG = load_config(TINY).model

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import finish, once
+from tests.helpers import finish, once
 
 CONFIGURED = {
     "model": {"name": "nano", "mask_points": 64},

@@ -16,9 +16,9 @@ from app.evaluation import record
 from app.evaluation.compare import compare
 from app.evaluation.record import Record
 from app.model.bundled import bundled_nano
-from tests.conftest import SHARED, TINY, Command
 from tests.evaluation.examples import BOX, found, truth
 from tests.evaluation.test_metrics import NAMES, _oracle
+from tests.helpers import SHARED, TINY, Command
 
 BESIDE = (80, 60, 20, 20)
 

@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 
 from app.datasets.coco import Annotation, Category, Dataset, Image
 from app.evaluation.metrics import evaluate
-from tests.conftest import SHARED
+from tests.helpers import SHARED
 
 NAMES = ["AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100"]
 

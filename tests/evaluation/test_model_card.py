@@ -15,8 +15,8 @@ from app.evaluation import model_card
 from app.evaluation.model_card import CARD
 from app.files import hash_file, read_json
 from app.model.bundled import NANO
-from tests.conftest import Command
 from tests.evaluation.examples import BOX, truth
+from tests.helpers import Command
 
 
 def test_the_card_of_a_run(tiny_run: Path) -> None:

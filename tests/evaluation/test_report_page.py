@@ -24,8 +24,8 @@ from app.evaluation.scoring import score
 from app.files import write_json
 from app.model import weights
 from tests.browser import look, needs_chromium
-from tests.conftest import Command
 from tests.evaluation.examples import BOX, found, truth
+from tests.helpers import Command
 
 pytestmark = pytest.mark.drawings
 HOSTILE = '<script>alert("a")</script>$x_{1$ & _b'

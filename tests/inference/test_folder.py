@@ -24,7 +24,7 @@ from app.inference.outputs import PER_IMAGE
 from app.inference.settings import SAVES
 from app.inference.tables import TABLES
 from app.model import weights
-from tests.conftest import PATIENCE, PEAK, REPOSITORY, until
+from tests.helpers import PATIENCE, PEAK, REPOSITORY, until
 
 
 def _visible(folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from app.datasets.build import load_splits
 from app.datasets.images import open_image
 from app.inference import Predictor
-from tests.conftest import REPOSITORY, Command
+from tests.helpers import REPOSITORY, Command
 
 NANO = REPOSITORY / "app" / "assets" / "nano"
 SCENE = REPOSITORY / "docs" / "images" / "scene.png"

@@ -24,7 +24,7 @@ from app.inference.masks import place
 from app.inference.outputs import coco_results
 from app.model import weights
 from app.model.build import build_model
-from tests.conftest import REPOSITORY, TINY
+from tests.helpers import REPOSITORY, TINY
 
 NANO = REPOSITORY / "app" / "assets" / "nano"
 CONFIG = load_config(TINY).model

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, TINY, Command, Result, until
+from tests.helpers import REPOSITORY, TINY, Command, Result, until
 from tests.slurm import Slurm
 
 EPOCHS = 60

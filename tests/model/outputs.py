@@ -10,7 +10,7 @@ from sam3.model.sam3_image import Sam3Image
 from app.config.compose import load_config
 from app.datasets.square import to_square
 from app.inference.predictor import Predictor, normalise
-from tests.conftest import TINY
+from tests.helpers import TINY
 
 
 def raw_outputs(model: Sam3Image) -> dict[str, torch.Tensor]:

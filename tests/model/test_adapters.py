@@ -17,7 +17,7 @@ from app.inference.predictor import Predictor
 from app.model import adapters, weights
 from app.model.adapters import apply_lora, find_targets, load_lora, merge_lora, save_lora
 from app.model.build import build_model, count_parameters
-from tests.conftest import TINY, Command
+from tests.helpers import TINY, Command
 from tests.model.outputs import raw_outputs
 
 CONFIG = load_config(TINY).model

@@ -14,7 +14,7 @@ from app.errors import UserError
 from app.model.build import build_model, components, count_parameters, padding_note
 from app.model.upstream import fixes, pin
 from benchmarks.init import first_step_is_finite, query_dataset
-from tests.conftest import TINY
+from tests.helpers import TINY
 
 
 def test_size_sam3_has_the_keys_and_shapes_of_upstreams_builder(monkeypatch) -> None:

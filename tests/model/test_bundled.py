@@ -14,7 +14,7 @@ from app.inference.predictor import Predictor
 from app.model import bundled
 from app.model.bundled import bundled_nano, pack
 from app.model.weights import FILE, read_header
-from tests.conftest import Command
+from tests.helpers import Command
 
 
 @pytest.fixture

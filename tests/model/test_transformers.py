@@ -19,7 +19,7 @@ from app.model import weights
 from app.model.build import build_model
 from app.model.transformers.config import read_config, to_config
 from app.model.transformers.state import from_transformers, to_transformers
-from tests.conftest import TINY
+from tests.helpers import TINY
 from tests.model.outputs import raw_outputs
 
 CONFIG = load_config(TINY).model

@@ -21,7 +21,7 @@ from app.config.compose import load_model_config
 from app.errors import UserError
 from app.model.build import build_model
 from app.model.upstream import fixes, pin
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 
 @pytest.fixture(scope="module")

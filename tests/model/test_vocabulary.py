@@ -12,7 +12,7 @@ from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.bundled import NANO
 from app.model.vocabulary import in_vocabulary, unknown_words
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 PROMPTS = ["circle", "red thing", "blue cross"]
 

@@ -17,7 +17,7 @@ from app.errors import UserError
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model
-from tests.conftest import TINY
+from tests.helpers import TINY
 from tests.model.outputs import raw_outputs
 
 CONFIG = load_config(TINY).model

@@ -22,7 +22,7 @@ from app.training import method
 from app.training.batches import query_dataset
 from app.training.losses import LabelLosses
 from app.training.step import build_accelerator
-from tests.conftest import TINY
+from tests.helpers import TINY
 
 MIB = 1 << 20
 

@@ -19,7 +19,7 @@ from app.model.build import build_model
 from app.planning import plan as planning
 from app.planning.plan import Planner
 from app.training.prepare import Prepared, Request
-from tests.conftest import PATIENCE, PEAK, REPOSITORY, TINY, Command
+from tests.helpers import PATIENCE, PEAK, REPOSITORY, TINY, Command
 
 GB = 1e9
 

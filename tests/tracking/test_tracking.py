@@ -33,7 +33,7 @@ from app.inference import Predictor
 from app.tracking.files import followed_by_mlflow
 from app.tracking.mlflow import Sender, _requirements, _valid_name
 from app.tracking.state import State, mlflow_uri, read_state, without_password
-from tests.conftest import PATIENCE, REPOSITORY, TINY, Command, until
+from tests.helpers import PATIENCE, REPOSITORY, TINY, Command, until
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("_own_environment")]
 CANARY = "canary-4f1d9b"

@@ -16,7 +16,7 @@ from app.errors import UserError
 from app.model.build import build_model
 from app.training.batches import EpochSampler
 from app.training.step import build_accelerator
-from tests.conftest import TINY
+from tests.helpers import TINY
 from tests.training.updates import Updates, make_updates
 
 

@@ -17,7 +17,7 @@ from app.config.compose import load_config
 from app.training import method
 from app.training.checkpoints import checkpoint_bytes, run_bytes
 from app.training.step import Step
-from tests.conftest import REPOSITORY, TINY, Command, finish, once
+from tests.helpers import REPOSITORY, TINY, Command, finish, once
 
 MIB = 1 << 20
 FAST = ("--checkpoint", "none", "evaluation.pictures=0", *TINY)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from app.signals import StopRequest
-from tests.conftest import PATIENCE, REPOSITORY, TINY
+from tests.helpers import PATIENCE, REPOSITORY, TINY, until
 
 UPDATES = 6
 WAIT = 2.0  # seconds
@@ -74,11 +74,12 @@ def train(folder: Path, output: Path, batch_size: int) -> None:
     figures = trainer.validate("together")
     mean = accelerator.reduce(torch.tensor(figures["bbox/AP"]), "mean")
     waits = torch.distributed.distributed_c10d._get_default_group()._get_backend(mean.device)
+    failed = output.with_suffix(".failed")
     waited = {
         "agree": bool(mean == figures["bbox/AP"]),
         "limit": waits.options._timeout.total_seconds(),
-        "shorter": _wait(timedelta(seconds=WAIT / 2), accelerator.is_main_process),
-        "longer": _wait(timedelta(seconds=WAIT * 20), accelerator.is_main_process),
+        "shorter": _wait(timedelta(seconds=WAIT / 2), accelerator.is_main_process, failed),
+        "longer": _wait(timedelta(seconds=PATIENCE), accelerator.is_main_process),
     }
     sys.stdout.write(f"WAITED {accelerator.process_index} {json.dumps(waited)}\n")
     sys.stdout.flush()
@@ -109,14 +110,25 @@ def train(folder: Path, output: Path, batch_size: int) -> None:
         list(updates.epoch(11))
 
 
-def _wait(limit: timedelta, is_first: bool) -> str:
-    """What becomes of a group with this limit whose first process lets the others wait."""
+def _wait(limit: timedelta, is_first: bool, failed: Path | None = None) -> str:
+    """Return what becomes of a group with this limit whose first process lets the others wait.
+
+    Args:
+        failed: a file that the others make as they fail, and the first waits for; else it waits for
+            WAIT seconds.
+    """
     group = torch.distributed.new_group(timeout=limit, backend="gloo")
     try:
-        if is_first:
+        if not is_first:
+            pass
+        elif failed is None:
             time.sleep(WAIT)
+        else:
+            until(failed.exists, "the second has failed")
         torch.distributed.broadcast(torch.zeros(1), 0, group=group)
     except RuntimeError as error:
+        if failed is not None:
+            failed.touch()
         return str(error)
     return "went on"
 

@@ -17,7 +17,7 @@ from app.model.build import build_model
 from app.training import checkpoints, features
 from app.training.batches import query_dataset
 from app.training.features import Store, cache_encoders, check_space, image_bytes
-from tests.conftest import TINY, Command
+from tests.helpers import TINY, Command
 
 NANO = load_model_config("nano", TINY)
 

@@ -21,7 +21,7 @@ from app.model.build import build_model, components, count_parameters
 from app.training import method
 from app.training.batches import query_dataset
 from app.training.step import build_accelerator
-from tests.conftest import TINY, Command, Result
+from tests.helpers import TINY, Command, Result
 from tests.training.updates import Updates, make_updates
 
 

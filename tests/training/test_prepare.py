@@ -14,7 +14,7 @@ from app.model import weights
 from app.model.build import build_model
 from app.model.bundled import bundled_nano
 from app.training.prepare import Request, configure, default_weights
-from tests.conftest import Command
+from tests.helpers import Command
 
 
 def test_auto_is_nano_without_a_gpu(monkeypatch, capsys) -> None:

@@ -15,7 +15,7 @@ from app.datasets.build import load_splits
 from app.datasets.overlay import color_of
 from app.training.batches import EpochSampler, query_dataset
 from app.training.preview import draw, draw_first
-from tests.conftest import TINY, Command
+from tests.helpers import TINY, Command
 
 
 @pytest.fixture

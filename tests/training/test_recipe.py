@@ -10,7 +10,7 @@ import pytest
 
 from app.config.compose import load_config, read_yaml
 from app.training.recipe import TIERS, auto
-from tests.conftest import Command
+from tests.helpers import Command
 
 
 @pytest.mark.parametrize(

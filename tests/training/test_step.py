@@ -14,7 +14,7 @@ from app.datasets.queries import QueryDataset, collate
 from app.model.build import build_model
 from app.training.nonfinite import NotFiniteError
 from app.training.step import build_accelerator
-from tests.conftest import TINY
+from tests.helpers import TINY
 from tests.training.updates import Updates, make_updates
 
 

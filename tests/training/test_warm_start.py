@@ -23,7 +23,7 @@ from app.training.warm_start import (
     lay_anchors,
     warm_start,
 )
-from tests.conftest import TINY, Command
+from tests.helpers import TINY, Command
 
 NANO = load_model_config("nano", TINY)
 

@@ -16,7 +16,7 @@ from huggingface_hub import constants
 from app.config.compose import CONFIGS
 from app.model import weights
 from app.upstream_trainer.schema import BASE_CONFIG, is_upstream_schema
-from tests.conftest import PATIENCE, REPOSITORY, TINY
+from tests.helpers import PATIENCE, REPOSITORY, TINY
 
 SMALL = ["scratch.num_workers=0", "scratch.mask_points=64"]
 

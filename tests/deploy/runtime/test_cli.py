@@ -18,8 +18,8 @@ from app.deploy.runtime.camera import LINES, Speed
 from app.deploy.runtime.cli import main
 from app.deploy.runtime.manifest import read_manifest
 from app.inference.settings import SAVES
-from tests.conftest import PATIENCE, REPOSITORY, Result, until
 from tests.deploy.tiny import expected_score, write_folder, write_manifest
+from tests.helpers import PATIENCE, REPOSITORY, Result, until
 
 COLORS = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
 

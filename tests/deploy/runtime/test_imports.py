@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 # What a device has beside a backend: see requirements-jetson.in. These must be imported as well,
 # where an output asks for them.

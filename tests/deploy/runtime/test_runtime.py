@@ -23,7 +23,6 @@ from app.deploy.runtime.runtime import Runtime
 from app.errors import UserError
 from app.inference.predictor import Predictor
 from app.model.bundled import NANO
-from tests.conftest import REPOSITORY, once
 from tests.deploy.tiny import (
     BOXES,
     PROMPTS,
@@ -32,6 +31,7 @@ from tests.deploy.tiny import (
     write_folder,
     write_manifest,
 )
+from tests.helpers import REPOSITORY, once
 
 WORDS = ("circle", "red thing", "blue triangle", "ellipse", "dog")
 A_PASS = 2

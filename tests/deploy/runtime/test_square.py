@@ -17,7 +17,7 @@ from PIL import Image
 from app.datasets import square as in_torch
 from app.deploy.runtime.square import to_pixels, to_square
 from app.inference.predictor import normalise
-from tests.conftest import REPOSITORY
+from tests.helpers import REPOSITORY
 
 
 def _noise(width: int, height: int, seed: int = 0) -> Image.Image:
