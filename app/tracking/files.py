@@ -1,4 +1,4 @@
-"""Where figures go: metrics.csv, metrics.json and TensorBoard, always; MLflow where it is asked."""
+"""Figures of a run: in metrics.csv, metrics.json and TensorBoard always; in MLflow where asked."""
 
 from __future__ import annotations
 
@@ -19,18 +19,26 @@ from app.tracking.state import mlflow_uri, read_state, without_password
 
 log = logging.getLogger("app")
 ROOT = Path(__file__).resolve().parents[2]
-END_SECONDS = 5.0  # that a tracker may cost at the end of a run
+END_SECONDS = 5.0  # the longest that a run waits for MLflow at its end
 
 
 class Tracker:
-    """The figures of one run, in its folder."""
+    """Writes the figures of one run to its folder.
+
+    Args:
+        folder: output folder of the run.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def log_epoch(self, rows: Sequence[Mapping[str, float]]) -> None:
-        """Write metrics.csv, whole, with a row an epoch; send the last row to TensorBoard."""
+        """Write metrics.csv anew, and the last row to TensorBoard.
+
+        Args:
+            rows: one for each epoch so far, with its number as "epoch".
+        """
         columns = list(dict.fromkeys(key for row in rows for key in row))
         write_csv(self.folder / "metrics.csv", columns, rows)
         for key, value in rows[-1].items():
@@ -38,17 +46,17 @@ class Tracker:
         self._board.flush()
 
     def finish(self, figures: Mapping[str, float | str | int]) -> None:
-        """Write metrics.json and close."""
+        """Write metrics.json and close TensorBoard's file."""
         write_json(self.folder / "metrics.json", figures)
         self._board.close()
 
 
 @contextlib.contextmanager
 def followed_by_mlflow(config: TrackingConfig, folder: Path) -> Iterator[None]:
-    """While the block runs, a process of its own sends what the folder holds to MLflow.
+    """Send what the folder holds to MLflow while the block runs, by another process.
 
-    It reads the files as they are written, so a tracker that is absent, slow or dead costs the
-    run nothing but `END_SECONDS` at the end; what it has not taken, `python -m app track` sends.
+    The process reads the files as they are written. A server that is absent, slow or dead costs the
+    run no more than `END_SECONDS` at its end; `python -m app track` sends what is left.
     """
     uri = mlflow_uri(config.mlflow)
     if uri is None:
@@ -71,15 +79,15 @@ def followed_by_mlflow(config: TrackingConfig, folder: Path) -> Iterator[None]:
 
 
 def _end(sender: subprocess.Popen[bytes], folder: Path) -> None:
-    """Give the sender `END_SECONDS` for figures and files; the weights may take longer.
+    """Wait `END_SECONDS` for figures and files, and then, if those were sent, for the weights.
 
-    Those it sends only to a tracker that has just taken all else, and that answers. A sender that
-    is late is left alone: it ends by itself, and killed it might leave a store half made.
+    A sender that is late is left running: it ends by itself, and killing it might leave a store of
+    SQLite half made.
     """
     assert sender.stdin is not None
     sender.stdin.close()
-    until = time.monotonic() + END_SECONDS
-    while sender.poll() is None and time.monotonic() < until and not read_state(folder).files:
+    deadline = time.monotonic() + END_SECONDS
+    while sender.poll() is None and time.monotonic() < deadline and not read_state(folder).files:
         time.sleep(0.05)
     state = read_state(folder)
     if state.files:

@@ -1,7 +1,11 @@
-"""A run's figures, files and weights → MLflow, from what its folder holds.
+"""Send a run's figures, files and weights to MLflow, as its folder holds them.
 
-`training.tracking` starts this as a process of its own; `python -m app track` does the same by
-hand, later. mlflow.json says what has been taken, so nothing is sent twice.
+`tracking.files` starts this module as a process beside the run; `python -m app track` sends by
+hand, later. mlflow.json says what has been sent, so nothing is sent twice.
+
+It is a process and not a thread for two reasons: importing MLflow takes seconds in which a training
+process would wait for the interpreter lock, and a store of SQLite that is being made when the run
+ends must be finished, while the run must not wait for it.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ from app.tracking.state import State, mlflow_uri, read_state, without_password, 
 from app.training.metric import gain, metric_name
 
 ROOT = Path(__file__).resolve().parents[2]
-POLL_SECONDS = 2.0  # between looks at the folder
+POLL_SECONDS = 2.0  # between two looks at the folder
 RETRY_SECONDS = 30.0  # after the tracker has failed
 FILES = (
     *("report.html", "dataset_report.html", "config.yaml", "config_resolved.yaml"),
@@ -53,15 +57,80 @@ METRICS_A_REQUEST, PARAMS_A_REQUEST = 1000, 100
 NAME_LENGTH, VALUE_LENGTH, DIGEST_LENGTH = 250, 6000, 36
 
 
-class Sender:
-    """Brings what MLflow has of a run up to what its folder holds.
-
-    Each method does what is left to do, and raises whatever the tracker makes of it.
+def follow(folder: Path, uri: str, ended: TextIO) -> None:
+    """Send figures as the run writes them, and all that is left when it ends.
 
     Args:
-        folder: of the run.
-        uri: the tracker.
-        register_as: name in the registry for the weights; None: the one of the run's settings.
+        ended: can be read once the run has ended: the pipe whose other end the run holds.
+    """
+    sender = Sender(folder, uri)
+    sender.reopen()
+    monitor: SystemMetricsMonitor | None = None
+    last_sent, wait = "", 0.0
+    while not select.select([ended], [], [], wait)[0]:
+        wait = POLL_SECONDS
+        table = folder / "metrics.csv"
+        now = str(table.stat().st_mtime_ns) if table.is_file() else "none"
+        if now == last_sent:
+            continue
+        try:
+            run_id = sender.send_epochs()
+            if monitor is None:
+                monitor = SystemMetricsMonitor(run_id, resume_logging=True)
+                monitor.start()
+            last_sent = now
+        except Exception as error:
+            if sender.state.problem is None:
+                print(f"MLflow: {sender.explain(error)}", file=sys.__stderr__)
+            sender.save_state(problem=sender.explain(error))
+            wait = RETRY_SECONDS
+    if monitor is not None:
+        monitor.finish()
+    try:
+        sender.finish()
+    except Exception as error:
+        sender.save_state(problem=sender.explain(error))
+
+
+def track(folder: Path, asked: str = "auto", register_as: str | None = None) -> tuple[str, State]:
+    """Send what MLflow does not have yet of a run.
+
+    Args:
+        asked: as `tracking.mlflow` in the configuration.
+
+    Returns:
+        The address without a password, and what MLflow has of the run.
+
+    Raises:
+        UserError: no run in the folder, or MLflow took no figures; says why.
+    """
+    if not (folder / "config_resolved.yaml").is_file():
+        raise UserError(f"{folder}: no run of this project (it has no config_resolved.yaml)")
+    uri = mlflow_uri(asked)
+    if uri is None:
+        raise UserError("--mlflow=none: nowhere to send to")
+    os.environ.setdefault(RETRIES, "1")  # MLflow's own seven take minutes
+    with locked(folder):
+        sender = Sender(folder, uri, register_as)
+        try:
+            with _quiet():
+                sender.finish()
+        except Exception as error:
+            raise UserError(
+                f"MLflow at {without_password(uri)} took not all figures: {sender.explain(error)}"
+            ) from None
+    return without_password(uri), sender.state
+
+
+class Sender:
+    """Sends what MLflow does not have yet of the run in a folder.
+
+    Each method does what is left to do, and raises whatever MLflow's client raises.
+
+    Args:
+        folder: output folder of the run.
+        uri: address of the MLflow server or store.
+        register_as: name of the weights in the registry; None takes the one of the run's settings.
     """
 
     def __init__(self, folder: Path, uri: str, register_as: str | None = None) -> None:
@@ -75,63 +144,63 @@ class Sender:
         mlflow.set_tracking_uri(uri)
         self.client = MlflowClient(uri)
         self.state = read_state(folder)
-        if self.state.tracker != without_password(uri):  # another one knows nothing of the run
+        if self.state.tracker != without_password(uri):  # what was sent went to another server
             self.state = State(tracker=without_password(uri))
 
-    def keep(self, **changes: object) -> None:
-        """Note in mlflow.json what was taken."""
+    def save_state(self, **changes: object) -> None:
+        """Write to mlflow.json what was sent."""
         self.state = self.state.model_copy(update=changes)
         write_state(self.folder, self.state)
 
     def reopen(self) -> None:
-        """The run goes on: what ended it before is to be sent again."""
-        self.keep(figures=False, files=False, model=None, version=None, complete=False)
+        """Forget what was sent of an earlier end of the run, because the run goes on."""
+        self.save_state(figures=False, files=False, model=None, version=None, complete=False)
 
     def send_epochs(self) -> str:
-        """The run, its settings, and the rows of metrics.csv; returns MLflow's id of the run."""
+        """Send the settings and the rows of metrics.csv; return MLflow's id of the run."""
         run_id = self.state.run_id
-        if run_id is None or not self._is_there(run_id):
-            run_id = self._create()
+        if run_id is None or not self._reopen_run(run_id):
+            run_id = self._create_run()
         table = self.folder / "metrics.csv"
         if table.is_file():
             with table.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.DictReader(file))
             for row in rows[self.state.epochs :]:
                 self._log(run_id, {k: float(v) for k, v in row.items() if v}, int(row["epoch"]))
-                self.keep(epochs=self.state.epochs + 1)
+                self.save_state(epochs=self.state.epochs + 1)
         return run_id
 
     def finish(self) -> None:
-        """All that a run has when it ended; what fails leaves the rest to be sent all the same."""
+        """Send all of a run that has ended; where files fail, the weights are sent all the same."""
         run_id = self.send_epochs()
-        finished = self.folder / "metrics.json"
-        if not finished.is_file():  # stopped, and perhaps resumed one day
+        final = self.folder / "metrics.json"
+        if not final.is_file():  # the run was stopped, and may be resumed one day
             self.client.set_terminated(run_id, "KILLED")
-            self.keep(complete=True, problem=None)
+            self.save_state(complete=True, problem=None)
             return
-        figures = read_json(finished)
+        figures = read_json(final)
         if not self.state.figures:
             last = int(figures["epochs"])
             self._log(run_id, _best_and_baseline(figures), last)
             self.client.set_terminated(run_id, "FINISHED")
-            self.keep(figures=True)
+            self.save_state(figures=True)
         problems = []
         for step in (self._send_files, self._send_model):
             try:
                 step(run_id, figures)
             except Exception as error:  # a store of files may fail where figures do not
                 problems.append(self.explain(error))
-        self.keep(complete=not problems, problem="; ".join(problems) or None)
+        self.save_state(complete=not problems, problem="; ".join(problems) or None)
 
     def explain(self, error: Exception) -> str:
-        """What went wrong, in a line that holds no password."""
+        """Return what went wrong as a line without the password of the address."""
         if isinstance(error, ImportError) and error.name:
             return f"no files: {error.name} is not installed"
         text = " ".join(str(error).split()).replace(self.uri, without_password(self.uri))
         return f"{text or type(error).__name__}"[:300]
 
-    def _is_there(self, run_id: str) -> bool:
-        """Whether the tracker knows the run, which then goes on."""
+    def _reopen_run(self, run_id: str) -> bool:
+        """Set a run to running that had ended; return False where MLflow has no such run."""
         try:
             run = self.client.get_run(run_id)
         except MlflowException as error:
@@ -143,28 +212,36 @@ class Sender:
             self._log_settings(run_id, run.data.params)
         return True
 
-    def _create(self) -> str:
+    def _create_run(self) -> str:
+        """Create the run, and its experiment where there is none; return MLflow's id of the run."""
         experiment = self.client.get_experiment_by_name(self.experiment)
         if experiment is not None:
-            number = experiment.experiment_id
+            experiment_id = experiment.experiment_id
         else:
-            number = self.client.create_experiment(self.experiment, self._place_of_files())
-        run = self.client.create_run(number, run_name=self.folder.resolve().name)
+            location = self._artifact_location()
+            experiment_id = self.client.create_experiment(self.experiment, location)
+        run = self.client.create_run(experiment_id, run_name=self.folder.resolve().name)
         run_id: str = run.info.run_id
-        self.keep(run_id=run_id, epochs=0, figures=False, files=False, model=None, version=None)
+        self.save_state(
+            run_id=run_id, epochs=0, figures=False, files=False, model=None, version=None
+        )
         self._log_settings(run_id, {})
         self._log_data(run_id)
         return run_id
 
-    def _place_of_files(self) -> str | None:
-        """Files lie beside a store of SQLite; a server says itself where it keeps them."""
+    def _artifact_location(self) -> str | None:
+        """Return a folder beside a store of SQLite; None for a server, which has its own."""
         kind, _, path = self.uri.partition(":///")
         if kind != "sqlite":
             return None
         return (Path(path).resolve().parent / "mlflow").as_uri()
 
-    def _log_settings(self, run_id: str, known: Mapping[str, str]) -> None:
-        """The settings as parameters; MLflow changes none, so changed ones become tags."""
+    def _log_settings(self, run_id: str, logged: Mapping[str, str]) -> None:
+        """Log settings as parameters, and changed ones as tags, because MLflow changes none.
+
+        Args:
+            logged: the parameters that MLflow has already.
+        """
         environment = self.environment
         settings = _parameters(self.settings) | {
             "sam3_commit": str(environment.get("sam3_commit")),
@@ -173,17 +250,18 @@ class Sender:
             "data_sha256": self._data_hash("train"),
             "valid_sha256": self._data_hash("valid"),
         }
-        new = [Param(key, value) for key, value in settings.items() if key not in known]
+        new = [Param(key, value) for key, value in settings.items() if key not in logged]
         changed = [
             RunTag(f"resumed.{key}", value)
             for key, value in settings.items()
-            if key in known and known[key] != value
+            if key in logged and logged[key] != value
         ]
         for start in range(0, len(new), PARAMS_A_REQUEST):
             self.client.log_batch(run_id, params=new[start : start + PARAMS_A_REQUEST])
         self.client.log_batch(run_id, tags=changed[:PARAMS_A_REQUEST])
 
     def _log_data(self, run_id: str) -> None:
+        """Log each split: its source, hash and number of images."""
         data = self.settings["dataset"]
         source = data["dir"] or data["huggingface"]["name"] or data["roboflow"] or "shapes"
         inputs = [
@@ -205,6 +283,7 @@ class Sender:
     def _log(
         self, run_id: str, figures: Mapping[str, float], step: int, model: str | None = None
     ) -> None:
+        """Log figures at an epoch, and for a model where one is named."""
         now = int(1000 * time.time())
         metrics = [
             Metric(_valid_name(name), value, now, step, model_id=model)
@@ -214,6 +293,7 @@ class Sender:
             self.client.log_batch(run_id, metrics=metrics[start : start + METRICS_A_REQUEST])
 
     def _send_files(self, run_id: str, _figures: Mapping[str, Any]) -> None:
+        """Send report, settings, tables, plots and predictions, those that there are."""
         if self.state.files:
             return
         for name in FILES:
@@ -222,12 +302,12 @@ class Sender:
         for name in FOLDERS:
             if (self.folder / name).is_dir():
                 self.client.log_artifacts(run_id, str(self.folder / name), name)
-        self.keep(files=True)
+        self.save_state(files=True)
 
     def _send_model(self, run_id: str, figures: Mapping[str, Any]) -> None:
-        """The best weights as a model that `mlflow models serve` serves.
+        """Send the best weights as a model that `mlflow models serve` can serve.
 
-        Of a LoRA that is the adapter with the reference to its base, as it lies in weights/best.
+        Of LoRA those are the adapter and the reference to its base, as they lie in weights/best.
         """
         best = self.folder / "weights" / "best"
         name = metric_name(figures, self.settings["evaluation"]["metric"])
@@ -244,15 +324,15 @@ class Sender:
                 )
             best_figure = {f"best/{name}": float(figures[name])}
             self._log(run_id, best_figure, int(figures["epochs"]), info.model_id)
-            self.keep(model=info.model_id)
+            self.save_state(model=info.model_id)
         if self.register_as and self.state.version is None:
-            self.keep(version=self._register(name, float(figures[name])))
+            self.save_state(version=self._register(name, float(figures[name])))
 
     def _register(self, name: str, value: float) -> str:
-        """A version in the registry, and the champion where it is better than the one there was.
+        """Register the model; return its version, NAME/NUMBER.
 
-        Returns:
-            NAME/NUMBER.
+        It becomes the champion where there was none, or where its figure is better on the same
+        validation images.
         """
         tags = {"metric": name, "value": repr(value), "valid_sha256": self._data_hash("valid")}
         version = mlflow.register_model(f"models:/{self.state.model}", self.register_as, tags=tags)
@@ -260,13 +340,14 @@ class Sender:
             champion = self.client.get_model_version_by_alias(self.register_as, CHAMPION)
         except MlflowException:
             champion = None
-        then = champion.tags if champion is not None else {}
-        same = all(then.get(key) == tags[key] for key in ("metric", "valid_sha256"))
-        if champion is None or (same and gain(name, value, float(then["value"])) > 0):
+        theirs = champion.tags if champion is not None else {}
+        comparable = all(theirs.get(key) == tags[key] for key in ("metric", "valid_sha256"))
+        if champion is None or (comparable and gain(name, value, float(theirs["value"])) > 0):
             self.client.set_registered_model_alias(self.register_as, CHAMPION, version.version)
         return f"{self.register_as}/{version.version}"
 
     def _data_hash(self, split: str) -> str:
+        """Return the SHA-256 of a split's content; "None" where the run did not note it."""
         return str(self.environment.get("data", {}).get(split, {}).get("sha256"))
 
 
@@ -279,7 +360,7 @@ def _parameters(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _best_and_baseline(figures: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of the best weights as best/…, and those from before training."""
+    """Return the figures of the best weights as best/…, and those from before training."""
     return {
         name if name.startswith("baseline/") else f"best/{name}": float(value)
         for name, value in figures.items()
@@ -288,19 +369,19 @@ def _best_and_baseline(figures: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _valid_name(name: str) -> str:
-    """The name with nothing that MLflow refuses: a class may be called anything."""
-    kept = re.sub(r"[^/\w.\- :]", "_", name)
-    return posixpath.normpath(kept).lstrip("./")[:NAME_LENGTH]
+    """Replace what MLflow refuses in a figure's name, because a class may be called anything."""
+    allowed = re.sub(r"[^/\w.\- :]", "_", name)
+    return posixpath.normpath(allowed).lstrip("./")[:NAME_LENGTH]
 
 
 def _requirements() -> list[str]:
-    """What the lock names, without hashes."""
+    """Return the requirements of the lock, without hashes."""
     lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
     return re.findall(r"^[\w.\-\[\]]+==[^\\\n]*[^\\\s]", lock, re.MULTILINE)
 
 
 def _signature() -> ModelSignature:
-    """What app/tracking/served_model.py takes and gives."""
+    """Return the inputs of app/tracking/served_model.py."""
     inputs: list[ColSpec | TensorSpec] = [
         ColSpec(DataType.binary, "image"),
         ColSpec(Array(DataType.string), "prompts", required=False),
@@ -309,67 +390,9 @@ def _signature() -> ModelSignature:
     return ModelSignature(inputs=Schema(inputs))
 
 
-def track(folder: Path, asked: str = "auto", register_as: str | None = None) -> tuple[str, State]:
-    """Send what is left of a run; returns the tracker's address, and what it has then.
-
-    Args:
-        asked: as `tracking.mlflow`.
-
-    Raises:
-        UserError: no run in the folder, or the tracker took no figures; says why.
-    """
-    if not (folder / "config_resolved.yaml").is_file():
-        raise UserError(f"{folder}: no run of this project (it has no config_resolved.yaml)")
-    uri = mlflow_uri(asked)
-    if uri is None:
-        raise UserError("--mlflow=none: nowhere to send to")
-    os.environ.setdefault(RETRIES, "1")  # MLflow's own seven take minutes
-    with locked(folder):
-        sender = Sender(folder, uri, register_as)
-        try:
-            with _quiet():
-                sender.finish()
-        except Exception as error:
-            raise UserError(
-                f"MLflow at {without_password(uri)} took not all figures: {sender.explain(error)}"
-            ) from None
-    return without_password(uri), sender.state
-
-
-def follow(folder: Path, uri: str, ended: TextIO) -> None:
-    """Send what the folder holds as it grows, until `ended` can be read; then all that is left."""
-    sender = Sender(folder, uri)
-    sender.reopen()
-    monitor: SystemMetricsMonitor | None = None
-    seen, wait = "", 0.0
-    while not select.select([ended], [], [], wait)[0]:
-        wait = POLL_SECONDS
-        table = folder / "metrics.csv"
-        now = str(table.stat().st_mtime_ns) if table.is_file() else "none"
-        if now == seen:
-            continue
-        try:
-            run_id = sender.send_epochs()
-            if monitor is None:
-                monitor = SystemMetricsMonitor(run_id, resume_logging=True)
-                monitor.start()
-            seen = now
-        except Exception as error:
-            if sender.state.problem is None:
-                print(f"MLflow: {sender.explain(error)}", file=sys.__stderr__)
-            sender.keep(problem=sender.explain(error))
-            wait = RETRY_SECONDS
-    if monitor is not None:
-        monitor.finish()
-    try:
-        sender.finish()
-    except Exception as error:
-        sender.keep(problem=sender.explain(error))
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """MLflow tells of its progress on both streams, among a run's own lines."""
+    """Silence MLflow, which prints its progress among the lines of the run."""
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -383,7 +406,7 @@ def _quiet() -> Iterator[None]:
 
 
 def main() -> None:
-    """Follow the run in the folder that is named, until standard input ends."""
+    """Follow the run in the folder that the command line names, until standard input ends."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # the run says when it ends
     os.environ.setdefault(RETRIES, "0")  # the next try is RETRY_SECONDS later

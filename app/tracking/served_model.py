@@ -1,6 +1,7 @@
-"""The model that MLflow keeps and serves: image bytes and prompts in, what `infer.sh` finds out.
+"""The model that MLflow stores and serves: image bytes and prompts → what `infer.sh` finds.
 
-A script, not a pickle: MLflow runs it when it loads the model, and takes what `set_model` is given.
+MLflow stores this script, not a pickle. It runs the script to load the model, and takes the object
+that `set_model` is given.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from mlflow.pyfunc import PythonModel, PythonModelContext
 
 
 class Sam3(PythonModel):
-    """Weights of this project, by `app.inference.Predictor`."""
+    """Serves weights of this project by `app.inference.Predictor`."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        from app.inference import Predictor  # here: what logs a model needs no torch
+        """Load the weights."""
+        from app.inference import Predictor  # here, because the process that logs needs no torch
 
         self.predictor = Predictor.load(context.artifacts["weights"])
 
@@ -29,21 +31,21 @@ class Sam3(PythonModel):
         model_input: pd.DataFrame,
         params: Mapping[str, Any] | None = None,
     ) -> list[dict[str, Any]]:
-        """Find what is asked for in each image.
+        """Find objects in each image.
 
         Args:
-            model_input: a row an image: `image`, bytes of a JPEG or PNG (base64 in JSON); if there,
-                `prompts`, noun phrases, else the classes of the weights; `threshold`, 0..1, else
-                the weights' own.
+            model_input: one row for each image, with the columns `image`, bytes of a JPEG or PNG
+                (base64 in JSON); optionally `prompts`, noun phrases (default: the classes of the
+                weights), and `threshold`, 0..1 (default: that of the weights).
 
         Returns:
-            For each row `boxes_xyxy` in pixels, `scores`, `prompts` (a word each) and `masks`,
-            compressed COCO RLE; highest score first.
+            For each row a dict of `boxes_xyxy` in pixels, `scores`, `prompts` (one for each object)
+            and `masks`, compressed COCO RLE; highest score first.
         """
         del context, params
-        return [self._answer(row) for row in model_input.to_dict("records")]
+        return [self._predict_row(row) for row in model_input.to_dict("records")]
 
-    def _answer(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _predict_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         from app.datasets.images import open_image
 
         prompts, threshold = row.get("prompts"), row.get("threshold")
@@ -51,16 +53,16 @@ class Sam3(PythonModel):
             file.write(row["image"])
             file.flush()
             image = open_image(Path(file.name))
-        found = self.predictor.predict(
+        detections = self.predictor.predict(
             image,
             [] if prompts is None else list(prompts),
             threshold=None if threshold is None or pd.isna(threshold) else float(threshold),
         )
         return {
-            "boxes_xyxy": found.boxes_xyxy.tolist(),
-            "scores": found.scores.tolist(),
-            "prompts": [found.prompts[index] for index in found.prompt_ids],
-            "masks": found.masks,
+            "boxes_xyxy": detections.boxes_xyxy.tolist(),
+            "scores": detections.scores.tolist(),
+            "prompts": [detections.prompts[index] for index in detections.prompt_ids],
+            "masks": detections.masks,
         }
 
 

@@ -1,4 +1,4 @@
-"""Which MLflow a run sends to, and what it has of the run: mlflow.json in the run's folder."""
+"""The MLflow that a run sends to, and mlflow.json: what was sent of the run."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ STORE = Path("outputs/mlflow.db")  # below the current folder
 
 
 class State(BaseModel):
-    """Of one run at one tracker.
+    """What one MLflow server has of one run.
 
     Attributes:
-        tracker: its address, without a password.
-        run_id: MLflow's; None while it has not taken the run.
-        epochs: rows of metrics.csv that it has.
-        figures: whether it has those of the finished run too.
-        files: whether it has report, plots and predictions.
-        model: MLflow's id of the weights.
-        version: what the registry calls them, NAME/NUMBER.
-        complete: whether it has all that it was to have.
-        problem: why it has not, in a line.
+        tracker: address of the server, without a password.
+        run_id: id of the run in MLflow; None before the run was created there.
+        epochs: number of rows of metrics.csv that were sent.
+        figures: whether the figures of the finished run were sent.
+        files: whether report, plots and predictions were sent.
+        model: id of the weights in MLflow.
+        version: version of the weights in the registry, NAME/NUMBER.
+        complete: whether all was sent.
+        problem: why not, in a line.
     """
 
     tracker: str = ""
@@ -42,7 +42,7 @@ class State(BaseModel):
 
 
 def read_state(folder: Path) -> State:
-    """The folder's mlflow.json; an empty state where there is none, or none that can be read."""
+    """Return the folder's mlflow.json; an empty state where there is none, or a broken one."""
     try:
         return State.model_validate(read_json(folder / FILE))
     except (UserError, ValidationError):
@@ -50,23 +50,29 @@ def read_state(folder: Path) -> State:
 
 
 def write_state(folder: Path, state: State) -> None:
+    """Write the folder's mlflow.json."""
     write_text(folder / FILE, state.model_dump_json(indent=2) + "\n")
 
 
 def mlflow_uri(asked: str | None) -> str | None:
-    """The tracker that `tracking.mlflow` stands for; None: no tracker."""
-    here = os.environ.get("MLFLOW_TRACKING_URI")
+    """Return the address that `tracking.mlflow` stands for; None where nothing is sent.
+
+    Args:
+        asked: an address; "none"; "auto", which is $MLFLOW_TRACKING_URI or else a store below the
+            current folder; None, which is $MLFLOW_TRACKING_URI or else nothing.
+    """
+    default = os.environ.get("MLFLOW_TRACKING_URI")
     if asked == "none":
         return None
     if asked is None:
-        return here or None
+        return default or None
     if asked == "auto":
-        return here or f"sqlite:///{STORE.resolve()}"
+        return default or f"sqlite:///{STORE.resolve()}"
     return asked
 
 
 def without_password(uri: str) -> str:
-    """The address as it may be shown and kept."""
+    """Return the address as it may be shown and saved."""
     parts = urlsplit(uri)
     if "@" not in parts.netloc:
         return uri
