@@ -1,7 +1,7 @@
-"""What a training step holds in memory, counted without doing its arithmetic.
+"""The memory that a training step takes, counted without doing its arithmetic.
 
-The step runs on hollow tensors, and every allocation is counted: activations, what activation
-checkpointing makes anew, gradients.
+The step runs on fake tensors, and every allocation is counted: activations, those that activation
+checkpointing recomputes, gradients.
 """
 
 from __future__ import annotations
@@ -27,75 +27,80 @@ from app.compression.teaching import TaughtLosses
 from app.config.schema import Config, ModelConfig
 from app.inference.predictor import Predictor
 from app.model.build import build_model
-from app.planning.hollow import Hollow, Hollowing, hollow, run_hollow
+from app.planning.fake import Fake, FakeMode, OutputCache, make_fake
 from app.training import method
 from app.training.losses import LabelLosses, Losses
 
 
-def step_bytes(
-    config: Config, model: Sam3Image, batch: BatchedDatapoint, precision: torch.dtype
-) -> int:
-    """Most bytes that the forward and backward pass of `batch` hold at once beside the weights.
+class StepBytes:
+    """Counts the most bytes that steps hold at once beside their weights; equal steps once."""
 
-    Args:
-        model: on the meta device; its tensors may be hollow afterwards.
-        batch: a real one.
-    """
-    parts = (config.model, config.loss, config.distill)
-    key = (
-        precision,
-        *(part.model_dump_json() for part in parts),
-        *((tuple(p.shape), p.requires_grad) for p in model.parameters()),
-        tuple(batch.img_batch.shape),
-        *batch.find_targets[0].num_boxes.tolist(),
-    )
-    if key not in _counted:
-        _counted[key] = _count_step(config, model, batch, precision)
-    return _counted[key]
+    def __init__(self) -> None:
+        self._counted: dict[Any, int] = {}  # by all that the bytes of a step depend on
+        self._cache: OutputCache = {}
 
+    def __call__(
+        self, config: Config, model: Sam3Image, batch: BatchedDatapoint, precision: torch.dtype
+    ) -> int:
+        """Return the peak of the forward and backward pass of a batch.
 
-_counted: dict[Any, int] = {}  # by all that the bytes of a step depend on
+        Args:
+            model: on the meta device; its tensors may be fake afterwards.
+            batch: with real labels; its pixels are not read.
+            precision: float32, or bfloat16 to multiply in.
+        """
+        parts = (config.model, config.loss, config.distill)
+        key = (
+            precision,
+            *(part.model_dump_json() for part in parts),
+            *((tuple(p.shape), p.requires_grad) for p in model.parameters()),
+            tuple(batch.img_batch.shape),
+            *batch.find_targets[0].num_boxes.tolist(),
+        )
+        if key not in self._counted:
+            self._counted[key] = self._count(config, model, batch, precision)
+        return self._counted[key]
 
-
-def _count_step(
-    config: Config, model: Sam3Image, batch: BatchedDatapoint, precision: torch.dtype
-) -> int:
-    objects = batch.find_targets[0].num_boxes.tolist()
-    teacher = distillation.teacher_on_meta(config, model, precision)
-    criterion: Any = instantiate(config.loss.criterion, _convert_="all")
-    model.matcher = criterion.matcher = _AnyMatcher(objects, 1)
-    if criterion.o2m_matcher is not None:
-        criterion.o2m_matcher = _AnyMatcher(objects, criterion.o2m_matcher.topk)
-    grid = config.model.resolution // config.model.vision.patch_size
-    with Hollowing():
-        hollow(model)
-        method.set_training(model)
-        known = [model]
+    def _count(
+        self, config: Config, model: Sam3Image, batch: BatchedDatapoint, precision: torch.dtype
+    ) -> int:
+        """Run the step on fake tensors; its matchers match any queries."""
+        objects = batch.find_targets[0].num_boxes.tolist()
+        criterion: Any = instantiate(config.loss.criterion, _convert_="all")
+        model.matcher = criterion.matcher = _AnyMatcher(objects, 1)
+        if criterion.o2m_matcher is not None:
+            criterion.o2m_matcher = _AnyMatcher(objects, criterion.o2m_matcher.topk)
         losses: Losses = LabelLosses(criterion, precision)
-        if teacher is not None:
-            hollow(teacher.model)
-            known.append(teacher.model)
-            distiller = Distiller(teacher, config.distill, match=_any_match(objects))
-            losses = TaughtLosses(LabelLosses(criterion, precision), distiller)
-        called = losses.wrap(model)
-    weights = (t for part in known for t in (*part.parameters(), *part.buffers()))
-    live = LiveBytes(weights, without_contents=True)
-    settings: Any = torch.fx.experimental._config
-    every_mask = settings.patch(meta_nonzero_assume_all_nonzero=True)
-    with live, _KnownValues(len(batch.img_batch), grid), every_mask:
-        losses(called, batch, config.training.epochs)["loss"].backward()
-    model.zero_grad()  # and all else that a next step would find
-    return live.peak
+        teacher = distillation.teacher_on_meta(config, model, precision)
+        fake = FakeMode(self._cache)
+        models = [model] if teacher is None else [model, teacher.model]
+        with fake:
+            for each in models:
+                make_fake(each)
+            method.set_training(model)
+            if teacher is not None:
+                distiller = Distiller(teacher, config.distill, match=_any_match(objects))
+                losses = TaughtLosses(LabelLosses(criterion, precision), distiller)
+            called = losses.wrap(model)
+        weights = (t for each in models for t in (*each.parameters(), *each.buffers()))
+        live = LiveBytes(weights, fake=fake)
+        grid = config.model.resolution // config.model.vision.patch_size
+        settings: Any = torch.fx.experimental._config
+        every_mask = settings.patch(meta_nonzero_assume_all_nonzero=True)
+        with live, _KnownValues(len(batch.img_batch), grid), every_mask:
+            losses(called, batch, config.training.epochs)["loss"].backward()
+        model.zero_grad()  # gradients, which the next step would count as there already
+        return live.peak
 
 
 def count_flops(config: ModelConfig) -> int:
-    """Floating-point operations of one image and one prompt, multiplications and additions apart.
+    """Return the floating-point operations of one image and one prompt.
 
-    Those of matrix products and convolutions; a model of the size is made without contents.
+    Multiplications and additions count one each; only matrix products and convolutions count.
     """
     model = build_model(config, device="meta")
-    with Hollowing():
-        hollow(model)
+    with FakeMode():
+        make_fake(model)
         predictor = Predictor(model, config)
         pixels = torch.zeros(1, 3, config.resolution, config.resolution)
         grid = config.resolution // config.vision.patch_size
@@ -108,26 +113,30 @@ def count_flops(config: ModelConfig) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are made within: `now`, while they live, and at the `peak`.
+    """Counts the bytes of tensors that are made while the mode is active.
 
     Args:
-        known: tensors from before, which are not counted, nor views of them.
-        without_contents: `Hollowing` as well, as each mode costs time with every operation.
+        known: tensors from before; neither they nor views of them are counted.
+        fake: a mode to run operations in as well, because each mode costs time with every operation.
+
+    Attributes:
+        now: bytes of the tensors that are alive.
+        peak: the most bytes so far.
     """
 
-    def __init__(self, known: Iterable[Tensor], *, without_contents: bool = False) -> None:
+    def __init__(self, known: Iterable[Tensor], *, fake: FakeMode | None = None) -> None:
         super().__init__()
-        self.without_contents = without_contents
+        self.fake = fake
         self.peak = self.now = 0
         self._sizes: dict[int, int] = {}
         self._known = {_storage(tensor)._cdata for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.without_contents:
-            outputs = run_hollow(func, types, args, kwargs)
-        else:
+        if self.fake is None:
             outputs = func(*args, **kwargs)
+        else:
+            outputs = self.fake.run(func, types, args, kwargs)
         for output in [outputs] if isinstance(outputs, Tensor) else tree_leaves(outputs):
             if isinstance(output, Tensor):
                 self._count(_storage(output))
@@ -150,15 +159,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return (tensor.meta if isinstance(tensor, Hollow) else tensor).untyped_storage()
+    return (tensor.meta if isinstance(tensor, Fake) else tensor).untyped_storage()
 
 
 class _KnownValues(TorchFunctionMode):
-    """Answers where upstream reads values, which fake tensors lack, as real ones would.
+    """Answers upstream's code where it reads values, which fake tensors lack.
 
     Args:
-        images: of the batch; each is asked for (sam3_image.py:142).
-        grid: side of the feature map in cells (decoder.py:520).
+        images: number of images of the batch; prompts ask for each of them (sam3_image.py:142).
+        grid: cells along a side of the feature map (decoder.py:520).
     """
 
     def __init__(self, images: int, grid: int) -> None:
@@ -166,7 +175,7 @@ class _KnownValues(TorchFunctionMode):
         self.images = images
         self.known = {
             Tensor.__int__: grid,
-            Tensor.__bool__: True,  # upstream.py: has any object a mask?
+            Tensor.__bool__: True,  # upstream/fixes.py: has any object a mask?
             Tensor.item: 1,  # loss_fns.py:1137: prompts with an object
         }
 
@@ -178,7 +187,7 @@ class _KnownValues(TorchFunctionMode):
 
 
 def _any_match(objects: Sequence[int]) -> Callable[[Any, Any], Matches]:
-    """A match for each object, of no query in particular."""
+    """Return a matcher that matches each object of the teacher with the first query."""
 
     def match(student: dict[str, Tensor], _teacher: dict[str, Tensor]) -> Matches:
         matches = sum(min(student["pred_logits"].shape[1], n) for n in objects)
@@ -188,11 +197,11 @@ def _any_match(objects: Sequence[int]) -> Callable[[Any, Any], Matches]:
 
 
 class _AnyMatcher(nn.Module):
-    """As many matches as upstream's matchers make at most, of no query in particular.
+    """Makes as many matches as upstream's matchers make at most, all of the first query.
 
     Args:
-        objects: of each prompt.
-        most: queries that an object is matched with.
+        objects: number of objects of each prompt.
+        most: number of queries that an object is matched with.
     """
 
     def __init__(self, objects: Sequence[int], most: int) -> None:
@@ -202,7 +211,7 @@ class _AnyMatcher(nn.Module):
     def forward(
         self, outputs: dict[str, Tensor], *_: Any, repeat_batch: int = 1, **__: Any
     ) -> tuple[Tensor, ...]:
-        """Indices of batch, query and target, each (matches,) int64."""
+        """Return indices of prompt, query and target, each (matches,) int64."""
         queries = outputs["pred_logits"].shape[1]
         matches = sum(min(queries, n * self.most) for n in self.objects) * repeat_batch
         return tuple(torch.zeros(matches, dtype=torch.long) for _ in range(3))

@@ -35,7 +35,7 @@ from app.files import nearest_existing
 from app.inference.predictor import Predictor
 from app.model.build import build_model, count_parameters
 from app.model.device import choose_device, choose_precision, free_memory
-from app.planning.memory import step_bytes
+from app.planning.memory import StepBytes
 from app.training import checkpoints, features, method
 from app.training.batches import Batches, EpochSampler, query_dataset
 from app.training.losses import LabelLosses, Losses
@@ -179,6 +179,7 @@ class Planner:
         self._models: dict[tuple[str, str], Sam3Image] = {}  # by size and method
         if prepared.meta_model is not None:
             self._models[_model_key(prepared.config)] = prepared.meta_model
+        self._step_bytes = StepBytes()
         self._heaviest: dict[str, BatchedDatapoint] = {}  # by all that a batch is made of
 
     def plan(self, config: Config | None = None) -> Plan:
@@ -273,7 +274,7 @@ class Planner:
         )
         if (teacher := distillation.teacher_on_meta(config, model, precision)) is not None:
             weights += distillation.own_bytes(teacher, model)
-        step = step_bytes(config, model, self.heaviest_batch(config), precision)
+        step = self._step_bytes(config, model, self.heaviest_batch(config), precision)
         return Memory(
             process=CUDA_CONTEXT if on_gpu else _process_bytes(),
             weights=weights,

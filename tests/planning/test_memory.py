@@ -15,8 +15,8 @@ from app.datasets.build import load_splits
 from app.datasets.queries import collate
 from app.model.build import build_model
 from app.model.upstream import fixes
-from app.planning.hollow import Hollowing
-from app.planning.memory import LiveBytes, count_flops, step_bytes
+from app.planning.fake import FakeMode
+from app.planning.memory import LiveBytes, StepBytes, count_flops
 from app.training import losses as training_losses
 from app.training import method
 from app.training.batches import query_dataset
@@ -27,9 +27,9 @@ from tests.helpers import TINY
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("without_contents", [False, True])
-def test_hand_worked_bytes_of_two_layers(without_contents: bool) -> None:
-    with Hollowing() if without_contents else nullcontext():
+@pytest.mark.parametrize("fake", [False, True])
+def test_hand_worked_bytes_of_two_layers(fake: bool) -> None:
+    with FakeMode() if fake else nullcontext():
         first, last = nn.Linear(256, 1024, bias=False), nn.Linear(1024, 256, bias=False)
         x = torch.empty(1024, 256)
         live = LiveBytes([first.weight, last.weight, x])
@@ -62,7 +62,7 @@ def test_a_step_without_contents_takes_what_a_real_one_takes(
     batch = collate([data[index] for index in range(3)])
     model = build_model(config.model, device="meta")
     method.freeze(model, frozen)
-    foretold = step_bytes(config, model, batch, precision)
+    foretold = StepBytes()(config, model, batch, precision)
 
     build_accelerator(torch.device("cpu"))
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))

@@ -1,4 +1,4 @@
-"""Hollow tensors beside real ones: the same shapes, strides, types, shared memory and gradients."""
+"""Fake tensors beside real ones: the same shapes, strides, types, shared memory and gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from app.planning.hollow import Hollow, Hollowing, hollow
+from app.planning.fake import Fake, FakeMode, make_fake
 
 
 def _views(x: Tensor) -> list[Tensor]:
@@ -42,8 +42,9 @@ def _narrow(x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("work", [_views, _new, _in_place, _narrow])
 def test_the_same_as_of_real_tensors(work: Callable[[Tensor], list[Tensor]]) -> None:
     real = work(torch.randn(4, 6))
-    for _ in range(2):  # worked out, then looked up
-        with Hollowing():
+    mode = FakeMode()
+    for _ in range(2):  # computed, then taken from the cache
+        with mode:
             found = work(torch.empty(4, 6))
         described = [[(t.shape, t.stride(), t.dtype, t.device) for t in ts] for ts in (found, real)]
         assert described[0] == described[1]
@@ -52,7 +53,7 @@ def test_the_same_as_of_real_tensors(work: Callable[[Tensor], list[Tensor]]) -> 
 
 def _sharing(tensors: list[Tensor]) -> list[list[bool]]:
     """Which of them lie in the same memory."""
-    inner = [t.meta if isinstance(t, Hollow) else t for t in tensors]
+    inner = [t.meta if isinstance(t, Fake) else t for t in tensors]
     places = [t.untyped_storage()._cdata for t in inner]
     return [[a == b for b in places] for a in places]
 
@@ -64,8 +65,8 @@ def test_gradients_reach_what_asks_for_them() -> None:
 
     model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.BatchNorm1d(8), nn.Linear(8, 2)).to("meta")
     model[0].requires_grad_(False)
-    with Hollowing():
-        hollow(model)
+    with FakeMode():
+        make_fake(model)
         nn.utils.parametrize.register_parametrization(model[3], "weight", Halved())
         model(torch.empty(5, 4)).square().sum().backward()
     named: dict[str, Any] = dict(model.named_parameters())
@@ -74,21 +75,21 @@ def test_gradients_reach_what_asks_for_them() -> None:
     }
     for value in named.values():
         assert value.grad is None or value.grad.shape == value.shape
-    assert all(isinstance(value, Hollow) for value in (*named.values(), *model.buffers()))
+    assert all(isinstance(value, Fake) for value in (*named.values(), *model.buffers()))
 
 
 def test_what_is_shared_is_shared() -> None:
     first = nn.Linear(3, 3, device="meta")
     model = nn.ModuleDict({"a": first, "b": nn.Linear(3, 3, device="meta")})
     model["b"].weight = first.weight
-    hollow(model)
+    make_fake(model)
     assert model["a"].weight is model["b"].weight
 
 
 def test_real_tensors_stay_real() -> None:
     real = torch.arange(4)
-    with Hollowing():
+    with FakeMode():
         assert (real * 2).tolist() == [0, 2, 4, 6]
-        assert isinstance(real + torch.zeros(4), Hollow)
+        assert isinstance(real + torch.zeros(4), Fake)
         with pytest.raises(NotImplementedError, match="its shape changes in place"):
             torch.zeros(2, 3).t_()
