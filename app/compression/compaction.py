@@ -36,13 +36,13 @@ from app.errors import UserError
 from app.evaluation.evaluate import score_dataset as score
 from app.evaluation.scoring import THRESHOLD
 from app.files import exists_problem, write_json
+from app.inference.flops import count_flops
 from app.inference.inputs import check_prompts, find_images, read_prompts
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, count_parameters, padding_note
 from app.model.device import choose_device, choose_precision
 from app.model.vocabulary import in_vocabulary
-from app.planning.memory import count_flops
 
 log = logging.getLogger("app")
 MEASURED = sources.DATA / "importance"  # losses of models without some of their layers

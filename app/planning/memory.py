@@ -15,19 +15,14 @@ from hydra.utils import instantiate
 from sam3.model.data_misc import BatchedDatapoint
 from sam3.model.sam3_image import Sam3Image
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from app.compression import distillation
 from app.compression.distillation import Distiller, Matches
 from app.compression.teaching import TaughtLosses
-from app.config.schema import Config, ModelConfig
-from app.inference.predictor import Predictor
-from app.model.build import build_model
-from app.planning.fake import Fake, FakeMode, OutputCache, make_fake
+from app.config.schema import Config
+from app.model.fake import Fake, FakeMode, KnownValues, OutputCache, make_fake
 from app.training import method
 from app.training.losses import LabelLosses, Losses
 
@@ -87,29 +82,10 @@ class StepBytes:
         grid = config.model.resolution // config.model.vision.patch_size
         settings: Any = torch.fx.experimental._config
         every_mask = settings.patch(meta_nonzero_assume_all_nonzero=True)
-        with live, _KnownValues(len(batch.img_batch), grid), every_mask:
+        with live, KnownValues(len(batch.img_batch), grid), every_mask:
             losses(called, batch, config.training.epochs)["loss"].backward()
         model.zero_grad()  # gradients, which the next step would count as there already
         return live.peak
-
-
-def count_flops(config: ModelConfig) -> int:
-    """Return the floating-point operations of one image and one prompt.
-
-    Multiplications and additions count one each; only matrix products and convolutions count.
-    """
-    model = build_model(config, device="meta")
-    with FakeMode():
-        make_fake(model)
-        predictor = Predictor(model, config)
-        pixels = torch.zeros(1, 3, config.resolution, config.resolution)
-        grid = config.resolution // config.vision.patch_size
-        words = config.vocabulary or ["thing"]
-        counter = FlopCounterMode(display=False)
-        with torch.no_grad(), counter, _KnownValues(1, grid), sdpa_kernel(SDPBackend.MATH):
-            features = model.backbone.forward_image(pixels)
-            predictor._ground(features, words[:1], torch.zeros(0, 1, 4), torch.zeros(0).bool())
-    return counter.get_total_flops()
 
 
 class LiveBytes(TorchDispatchMode):
@@ -117,7 +93,7 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         known: tensors from before; neither they nor views of them are counted.
-        fake: a mode to run operations in as well, because each mode costs time with every operation.
+        fake: a mode to run operations in as well: each mode of its own costs time with each.
 
     Attributes:
         now: bytes of the tensors that are alive.
@@ -160,30 +136,6 @@ class LiveBytes(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> torch.UntypedStorage:
     return (tensor.meta if isinstance(tensor, Fake) else tensor).untyped_storage()
-
-
-class _KnownValues(TorchFunctionMode):
-    """Answers upstream's code where it reads values, which fake tensors lack.
-
-    Args:
-        images: number of images of the batch; prompts ask for each of them (sam3_image.py:142).
-        grid: cells along a side of the feature map (decoder.py:520).
-    """
-
-    def __init__(self, images: int, grid: int) -> None:
-        super().__init__()
-        self.images = images
-        self.known = {
-            Tensor.__int__: grid,
-            Tensor.__bool__: True,  # upstream/fixes.py: has any object a mask?
-            Tensor.item: 1,  # loss_fns.py:1137: prompts with an object
-        }
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.unique:
-            return torch.arange(self.images), args[0]
-        return self.known[func] if func in self.known else func(*args, **kwargs)
 
 
 def _any_match(objects: Sequence[int]) -> Callable[[Any, Any], Matches]:

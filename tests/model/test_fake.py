@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from app.planning.fake import Fake, FakeMode, make_fake
+from app.model.fake import Fake, FakeMode, make_fake
 
 
 def _views(x: Tensor) -> list[Tensor]:
