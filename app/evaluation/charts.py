@@ -1,4 +1,4 @@
-"""Figures → drawings, as SVG with their text as text.
+"""Draw figures as SVG, with text as text.
 
 matplotlib is imported where something is drawn: most commands draw nothing.
 """
@@ -19,7 +19,7 @@ SHOWN_CLASSES = 10  # lines that can be told apart
 
 
 def curves(rows: Sequence[Mapping[str, float]], series: Mapping[str, str], label: str) -> str:
-    """Lines over the epochs; `series` names the columns of metrics.csv that are drawn."""
+    """Draw lines over the epochs; `series`: column of metrics.csv → its name in the legend."""
 
     return _svg(lambda axes: draw_curves(axes, rows, series, label))
 
@@ -27,7 +27,7 @@ def curves(rows: Sequence[Mapping[str, float]], series: Mapping[str, str], label
 def draw_curves(
     axes: Axes, rows: Sequence[Mapping[str, float]], series: Mapping[str, str], label: str
 ) -> None:
-    """The lines of `curves`, on axes that someone else saves."""
+    """Draw the lines of `curves` on given axes."""
     from matplotlib.ticker import MaxNLocator
 
     for key, name in series.items():
@@ -41,7 +41,7 @@ def draw_curves(
 
 
 def precision_recall(precision: Mapping[str, NDArray[np.float64]]) -> str:
-    """A line a class: (101,) precision at recall 0, 0.01, … 1; the first of many classes."""
+    """Draw precision (101,) at recall 0, 0.01, … 1, a line a class; of many, the first ones."""
 
     def draw(axes: Axes) -> None:
         for name, values in list(precision.items())[:SHOWN_CLASSES]:
@@ -54,7 +54,7 @@ def precision_recall(precision: Mapping[str, NDArray[np.float64]]) -> str:
 
 
 def reliability(scores: NDArray[np.float64], hits: NDArray[np.bool_], threshold: float) -> str:
-    """How many of the detections of each score are right; on the diagonal, scores are honest."""
+    """Draw the share of right detections by their score; calibrated scores lie on the diagonal."""
 
     def draw(axes: Axes) -> None:
         bins = np.clip((scores * 10).astype(int), 0, 9)

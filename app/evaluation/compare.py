@@ -1,4 +1,4 @@
-"""Two runs on the same images: their figures, and how far chance alone could part them."""
+"""Compare two runs on the same images: their figures, and intervals of the differences."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SHOWN = {  # hotcoco's name: ours
 
 @dataclass(frozen=True)
 class Line:
-    """A figure of both runs; `interval` is that of the difference, 95 % of the resamplings."""
+    """Hold a figure of both runs; `interval` has the difference in 95 % of the resamplings."""
 
     name: str
     one: float
@@ -45,13 +45,13 @@ class Line:
 
     @property
     def is_sure(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Return whether the interval excludes 0."""
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Figures first, then a line a class."""
+    """Hold the lines of a comparison: figures first, then a line a class."""
 
     lines: tuple[Line, ...]
     images: int
@@ -59,10 +59,10 @@ class Comparison:
 
 
 def compare(one: Path, other: Path, resamplings: int = RESAMPLINGS) -> Comparison:
-    """Compare what two folders hold, of runs or evaluations on the same images.
+    """Compare two folders of runs or evaluations on the same images.
 
-    The images are drawn anew with replacement, the same ones for both (a paired bootstrap), and
-    the figures computed from each drawing.
+    The intervals are of a paired bootstrap: images are drawn with replacement, the same ones for
+    both runs, and the figures are computed from each sample.
 
     Raises:
         UserError: a folder holds no evaluation, or they were scored on different truths.
@@ -82,7 +82,7 @@ def compare(one: Path, other: Path, resamplings: int = RESAMPLINGS) -> Compariso
 
 
 def _is_same(one: Dataset, other: Dataset) -> bool:
-    """Same labels on the same images, wherever these lie."""
+    """Return whether both have the same labels on the same images, in any folder."""
 
     def content(truth: Dataset) -> tuple[object, ...]:
         names = [(category.id, category.name) for category in truth.categories]
@@ -91,8 +91,8 @@ def _is_same(one: Dataset, other: Dataset) -> bool:
     return content(one) == content(other)
 
 
-def _kinds(found: Record) -> tuple[str, ...]:
-    return iou_types(found.truth, found.results)
+def _kinds(of: Record) -> tuple[str, ...]:
+    return iou_types(of.truth, of.results)
 
 
 def _figures(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:
@@ -105,7 +105,7 @@ def _figures(one: Record, other: Record, kind: str, resamplings: int) -> list[Li
 
 
 def _classes(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:
-    """AP of each class that is there."""
+    """Return AP of each class that has objects."""
     categories = one.truth.categories
     there = {annotation.category_id for annotation in one.truth.annotations}
     lines = []
@@ -118,16 +118,16 @@ def _classes(one: Record, other: Record, kind: str, resamplings: int) -> list[Li
     return lines
 
 
-def _only(found: Record, category: Category) -> Record:
-    """The same images, and of their labels and results one class."""
-    annotations = tuple(a for a in found.truth.annotations if a.category_id == category.id)
-    truth = replace(found.truth, annotations=annotations, categories=(category,))
-    results = [result for result in found.results if result["category_id"] == category.id]
-    return replace(found, truth=truth, results=results)
+def _only(whole: Record, category: Category) -> Record:
+    """Return all images with labels and results of one class."""
+    annotations = tuple(a for a in whole.truth.annotations if a.category_id == category.id)
+    truth = replace(whole.truth, annotations=annotations, categories=(category,))
+    results = [result for result in whole.results if result["category_id"] == category.id]
+    return replace(whole, truth=truth, results=results)
 
 
 def _compared(one: Record, other: Record, kind: str, resamplings: int) -> Mapping[str, Any]:
-    first, second = (accumulate(found.truth, found.results, kind) for found in (one, other))
+    first, second = (accumulate(run.truth, run.results, kind) for run in (one, other))
     compared: Mapping[str, Any] = hotcoco.compare(first, second, n_bootstrap=resamplings)
     return compared
 
@@ -143,12 +143,13 @@ def _line(label: str, compared: Mapping[str, Any], name: str) -> Line:
 
 
 def _concepts(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:
-    """cgF1 and its factors; on classes alone, as nouns may differ from run to run."""
+    """Return cgF1 and its factors, of classes alone, because nouns may differ from run to run."""
     categories = [category.id for category in one.truth.categories]
 
     def figures(counts: Counts) -> dict[str, float]:
-        found = figures_of(counts, Presence())
-        return {f"{kind}/{n}": found[n] for n in ("cgF1", "pmF1", "IL_MCC") if n in found}
+        of_concepts = figures_of(counts, Presence())
+        names = [name for name in ("cgF1", "pmF1", "IL_MCC") if name in of_concepts]
+        return {f"{kind}/{name}": of_concepts[name] for name in names}
 
     counts = [
         [concept_counts(image, categories) for image in _images(r, kind)] for r in (one, other)
@@ -157,7 +158,7 @@ def _concepts(one: Record, other: Record, kind: str, resamplings: int) -> list[L
 
 
 def _firing(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:
-    """Detections an image of classes that it lacks."""
+    """Return the mean number of detections of classes that an image lacks."""
 
     def figures(counts: Counts) -> dict[str, float]:
         return {"off_prompt/classes": counts[0] / counts[1]}
@@ -166,14 +167,14 @@ def _firing(one: Record, other: Record, kind: str, resamplings: int) -> list[Lin
     return _lines(counts, figures, resamplings)
 
 
-def _images(found: Record, kind: str) -> tuple[Overlaps, ...]:
-    return overlaps(found.truth, found.results, kind)
+def _images(of: Record, kind: str) -> tuple[Overlaps, ...]:
+    return overlaps(of.truth, of.results, kind)
 
 
 def _lines(
     counts: Sequence[Any], figures: Callable[[Counts], dict[str, float]], resamplings: int
 ) -> list[Line]:
-    """Lines of figures that are made of counts, added over the images.
+    """Return the lines of figures that are functions of counts, summed over the images.
 
     Args:
         counts: of both runs, (images, K).

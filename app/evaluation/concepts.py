@@ -1,4 +1,4 @@
-"""Prompted segmentation as SAM 3's paper scores it: pmF1, IL_MCC, cgF1."""
+"""Score prompted segmentation as SAM 3's paper does: pmF1, IL_MCC, cgF1."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from scipy.optimize import linear_sum_assignment
 
 from app.evaluation.matching import Overlaps
 
-SCORE = 0.5  # the paper's: a detection is said from here on
+SCORE = 0.5  # the paper's threshold of detections
 IOUS = np.linspace(0.5, 0.95, 10)
 
 
 @dataclass(frozen=True)
 class Presence:
-    """(image, prompt) pairs: is the thing there, and was anything found?"""
+    """Count (image, prompt) pairs by whether the thing is there and whether anything was found."""
 
     true_positives: int = 0
     false_positives: int = 0
@@ -30,7 +30,7 @@ class Presence:
         return Presence(*(one + another for one, another in pairs))
 
     def mcc(self) -> float | None:
-        """Matthews correlation, -1..1; None where all pairs, or none, have the thing."""
+        """Return Matthews correlation, -1..1; None where all pairs, or none, have the thing."""
         tp, fp, fn, tn = vars(self).values()
         if not (tp + fn) or not (tn + fp):
             return None
@@ -41,10 +41,10 @@ class Presence:
 def concept_figures(
     images: Sequence[Overlaps], categories: Collection[int], others: Presence | None = None
 ) -> dict[str, float]:
-    """ "pmF1", "IL_MCC", "IL_F1" and "cgF1", as SAM 3's paper defines them (arXiv 2511.16719).
+    """Return "pmF1", "IL_MCC", "IL_F1" and "cgF1" of SAM 3's paper (arXiv 2511.16719).
 
-    A pair is an image and a prompt. What scores 0.5 or more is matched with the pair's objects one
-    to one, at the highest sum of IoU.
+    A pair is an image and a prompt. Detections that score 0.5 or more are matched with the objects
+    of the pair one to one, at the highest sum of IoU.
 
     - **pmF1**, positive micro F1: 2 TP / (2 TP + FP + FN), counted over all pairs whose thing is
       there, for each IoU threshold 0.50, 0.55, … 0.95; their mean.
@@ -66,31 +66,32 @@ def concept_figures(
 
 
 def concept_counts(image: Overlaps, categories: Collection[int]) -> NDArray[np.float64]:
-    """(16,) what the figures are made of; several images' are added up.
+    """Return the counts (16,) of an image that the figures are functions of; they can be summed.
 
     Of the pairs: those of `Presence`; of what is there: detections, objects, and hits at each of
     the ten IoU thresholds.
     """
-    found, objects = image.scores >= SCORE, ~image.crowds
-    present = set(image.objects[objects].tolist())
-    answered = set(image.found[found].tolist())
-    hits, said, there = np.zeros(10), 0, 0
+    counts, is_object = image.scores >= SCORE, ~image.crowds  # (D,), (G,)
+    present = set(image.objects[is_object].tolist())
+    answered = set(image.detected[counts].tolist())
+    hits, detections, objects = np.zeros(10), 0, 0
     for category in present:
-        rows = found & (image.found == category)
-        columns = objects & (image.objects == category)
+        rows = counts & (image.detected == category)
+        columns = is_object & (image.objects == category)
         hits += _hits(image.iou[np.ix_(rows, columns)])
-        said, there = said + int(rows.sum()), there + int(columns.sum())
+        detections += int(rows.sum())
+        objects += int(columns.sum())
     presence = _presence(set(categories), present, answered)
-    return np.array([*vars(presence).values(), said, there, *hits])
+    return np.array([*vars(presence).values(), detections, objects, *hits])
 
 
 def figures_of(counts: NDArray[np.float64], others: Presence) -> dict[str, float]:
-    """The figures of `concept_figures` from added counts, and those of further pairs."""
+    """Return the figures of `concept_figures` from summed counts and further pairs."""
     presence = Presence(*counts[:4].tolist()) + others
-    said, there, hits = counts[4], counts[5], counts[6:]
+    detections, objects, hits = counts[4], counts[5], counts[6:]
     figures: dict[str, float] = {}
-    if there:  # F1 = 2 TP / (detections + objects)
-        figures["pmF1"] = float(np.mean(2 * hits / (said + there)))
+    if objects:  # F1 = 2 TP / (detections + objects)
+        figures["pmF1"] = float(np.mean(2 * hits / (detections + objects)))
     if (mcc := presence.mcc()) is not None:
         tp, fp, fn, _ = vars(presence).values()
         figures |= {"IL_MCC": mcc, "IL_F1": 2 * tp / (2 * tp + fp + fn)}
@@ -109,6 +110,6 @@ def _presence(asked: set[int], present: set[int], answered: set[int]) -> Presenc
 
 
 def _hits(iou: NDArray[np.float64]) -> NDArray[np.int64]:
-    """(10,) how many of the matched pairs reach each IoU threshold."""
+    """Count the matched pairs that reach each of the ten IoU thresholds, (10,)."""
     matched = iou[linear_sum_assignment(-iou)]
     return (matched[:, None] >= IOUS).sum(axis=0)

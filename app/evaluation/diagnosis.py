@@ -1,4 +1,4 @@
-"""What went wrong in an image, by name."""
+"""Diagnose the mistakes in an image, each by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from app.evaluation.matching import MISSES, Overlaps
 
 FINDS = 0.5  # IoU from which a detection finds an object
-TOUCHES = 0.1  # IoU from which it means the object, badly
+TOUCHES = 0.1  # IoU from which a detection means an object of its class, though badly
 KINDS = {
     "missed": "objects that no detection means",
     "doubled": "more than one detection of one object",
@@ -25,10 +25,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """An image's quality, 0..1, and how often each of KINDS went wrong in it.
+    """Hold an image's quality, 0..1, and the number of mistakes of each of KINDS.
 
     Quality is panoptic quality (arXiv 1801.00868): the sum of the matched IoU, divided by
-    TP + (FP + FN) / 2; 1 where nothing is there and nothing was found.
+    TP + (FP + FN) / 2; 1 where there are neither objects nor detections.
     """
 
     image_id: int
@@ -41,39 +41,39 @@ class Diagnosis:
 
 
 def diagnose(image: Overlaps, threshold: float) -> Diagnosis:
-    """What is wrong with the detections that score above the threshold."""
+    """Diagnose the detections of an image that score above the threshold."""
     image = above(image, threshold)
     chosen = image.outcomes(FINDS)
     wrong, hits = np.flatnonzero(chosen == MISSES), np.flatnonzero(chosen >= 0)
     mistakes = Counter(_mistake(image, index) for index in wrong)
-    unfound = np.setdiff1d(np.flatnonzero(~image.crowds), chosen)
-    meant = [_is_meant(image, wrong, index) for index in unfound]
+    missed = np.setdiff1d(np.flatnonzero(~image.crowds), chosen)
+    meant = [_is_meant(image, wrong, index) for index in missed]
     mistakes["missed"] = meant.count(False)
-    total = len(hits) + (len(wrong) + len(unfound)) / 2
+    total = len(hits) + (len(wrong) + len(missed)) / 2
     quality = float(image.iou[hits, chosen[hits]].sum()) / total if total else 1.0
     return Diagnosis(image.image_id, quality, mistakes)
 
 
 def above(image: Overlaps, threshold: float) -> Overlaps:
-    """The image with the detections that score above the threshold alone."""
-    kept = image.scores > threshold
-    results = [result for result, keep in zip(image.results, kept, strict=True) if keep]
+    """Return the image with only the detections that score above the threshold."""
+    is_above = image.scores > threshold
+    results = [result for result, keep in zip(image.results, is_above, strict=True) if keep]
     return replace(
         image,
         results=results,
-        scores=image.scores[kept],
-        found=image.found[kept],
-        iou=image.iou[kept],
+        scores=image.scores[is_above],
+        detected=image.detected[is_above],
+        iou=image.iou[is_above],
     )
 
 
 def extremes(
     images: Sequence[Overlaps], threshold: float, count: int
 ) -> tuple[list[Diagnosis], list[Diagnosis]]:
-    """The worst and the best images, by quality; those without mistakes are never the worst.
+    """Return the worst and the best images by quality; an image without mistakes is never a worst.
 
-    Images with neither objects nor detections are neither. Of fewer than twice `count`, the worst
-    have the lower half, and one of an odd number.
+    Images with neither objects nor detections are left out. Of fewer than 2 x `count` images, the
+    lower half are the worst, with the middle one of an odd number.
     """
     shown = [i for i in images if i.objects.size or (i.scores > threshold).any()]
     ranked = sorted((diagnose(image, threshold) for image in shown), key=lambda d: d.quality)
@@ -87,10 +87,10 @@ def extremes(
 def confusion(
     images: Sequence[Overlaps], categories: Sequence[int], threshold: float
 ) -> NDArray[np.int64]:
-    """(C + 1, C + 1) counts: row, the class of an object; column, what it was found as.
+    """Return counts (C + 1, C + 1): rows are classes of objects, columns of their detections.
 
-    The last row counts detections of nothing, the last column objects that were not found. Of any
-    classes, the pair of the highest IoU is matched first, down to an IoU of 0.5.
+    The last row counts detections of no object, the last column objects without a detection. The
+    pair of the highest IoU is matched first, whatever its classes, down to an IoU of 0.5.
     """
     order = {category: index for index, category in enumerate(categories)}
     counts = np.zeros((len(order) + 1, len(order) + 1), dtype=np.int64)
@@ -98,7 +98,7 @@ def confusion(
         image = above(image, threshold)
         pairs = _match(image)
         crowded: NDArray[np.bool_] = np.any(image.iou[:, image.crowds] >= FINDS, axis=1)
-        for detection, category in enumerate(image.found):
+        for detection, category in enumerate(image.detected):
             if detection in pairs:
                 counts[order[image.objects[pairs[detection]]], order[category]] += 1
             elif not crowded[detection]:
@@ -109,7 +109,7 @@ def confusion(
 
 
 def _match(image: Overlaps) -> dict[int, int]:
-    """Object by detection, of any classes."""
+    """Return the object of each matched detection, whatever their classes."""
     iou = np.where(image.crowds, 0.0, image.iou)
     pairs: dict[int, int] = {}
     while iou.size and iou.max() >= FINDS:
@@ -120,7 +120,8 @@ def _match(image: Overlaps) -> dict[int, int]:
 
 
 def _mistake(image: Overlaps, index: int) -> str:
-    own: NDArray[np.bool_] = image.objects == image.found[index]
+    """Return the kind of mistake of a detection that finds no object."""
+    own: NDArray[np.bool_] = image.objects == image.detected[index]
     iou = np.where(image.crowds, 0.0, image.iou[index])
     with_own, with_others = iou[own].max(initial=0.0), iou[~own].max(initial=0.0)
     if with_own >= FINDS:
@@ -133,6 +134,6 @@ def _mistake(image: Overlaps, index: int) -> str:
 
 
 def _is_meant(image: Overlaps, wrong: NDArray[np.int64], index: int) -> bool:
-    """Whether a wrong detection stands for this object: named once, by what is wrong with it."""
-    own = image.found[wrong] == image.objects[index]
+    """Return whether a wrong detection means this object, whose mistake is then counted there."""
+    own = image.detected[wrong] == image.objects[index]
     return bool((image.iou[wrong, index] >= np.where(own, TOUCHES, FINDS)).any())

@@ -1,4 +1,4 @@
-"""Detections + truth → figures, in parity with pycocotools."""
+"""Compute COCO's figures of detections beside truth, in parity with pycocotools."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FIGURES = [
 
 
 def evaluate(truth: Dataset, results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """COCO figures of boxes, and of masks where the truth and the results have them.
+    """Return COCO's figures of boxes, and of masks where the truth and the results have them.
 
     Args:
         truth: the validation set.
@@ -37,23 +37,23 @@ def evaluate(truth: Dataset, results: Sequence[dict[str, Any]]) -> dict[str, flo
 
 
 def iou_types(truth: Dataset, results: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """What can be scored: boxes, and masks where the truth and all results have them."""
+    """Return what can be scored: boxes, and masks where the truth and all results have them."""
     has_truth = all(annotation.segmentation is not None for annotation in truth.annotations)
     has_masks = has_truth and all("segmentation" in result for result in results)
     return ("bbox", "segm") if has_masks else ("bbox",)
 
 
 def accumulate(truth: Dataset, results: Sequence[dict[str, Any]], iou_type: str) -> COCOeval:
-    """COCO's evaluation, evaluated and accumulated."""
+    """Return COCO's evaluation, evaluated and accumulated."""
     ground_truth = COCO(truth.to_json())
     # loadRes derives area from segmentation when both are there, and boxes must be scored by boxes.
     other = "bbox" if iou_type == "segm" else "segmentation"
     plain = [{k: v for k, v in r.items() if k != other} if other in r else r for r in results]
     # load_res raises IndexError on an empty list
-    found = (
+    detections = (
         ground_truth.load_res(plain) if plain else COCO(replace(truth, annotations=()).to_json())
     )
-    evaluation = COCOeval(ground_truth, found, iou_type)
+    evaluation = COCOeval(ground_truth, detections, iou_type)
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
@@ -78,7 +78,7 @@ def _evaluate(truth: Dataset, results: Sequence[dict[str, Any]], iou_type: str) 
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """Mean over what the truth defines: COCO marks the rest with -1."""
+    """Return the mean of the values that the truth defines; COCO marks the others by -1."""
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else None
 
@@ -90,7 +90,7 @@ def _nothing_found(truth: Dataset, iou_type: str) -> dict[str, float]:
 
 
 def by_class(truth: Dataset, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row a class: its name, its objects, and AP, AP50, AR_100 of boxes and of masks."""
+    """Return a row a class: its name, its objects, and AP, AP50, AR_100 of boxes and of masks."""
     objects = Counter(a.category_id for a in truth.annotations if not a.iscrowd)
     rows: dict[int, dict[str, Any]] = {
         c.id: {"class": c.name, "objects": objects[c.id]} for c in truth.categories

@@ -1,7 +1,7 @@
-"""The README.md beside a run's weights, in the form that huggingface.co reads.
+"""Write the README.md beside a run's weights, in the form that huggingface.co reads.
 
-What they are, what they can do and where that ends: model cards as Mitchell et al. propose them
-(arXiv 1810.03993).
+It tells what the weights are, what they can do and where they fail: a model card as Mitchell et
+al. propose it (arXiv 1810.03993).
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ SHOWN_PROMPTS = 60
 
 def write_card(
     config: Config,
-    start: Path | None,
+    pretrained_path: Path | None,
     splits: Splits,
     *,
     lr_scale: float,
     processes: int,
     precision: torch.dtype,
 ) -> Path:
-    """Write `weights/best/README.md` of a finished run; returns its path.
+    """Write `weights/best/README.md` of a finished run; return its path.
 
     Args:
-        start: the weights that training began with; None for random ones.
+        pretrained_path: the weights that training started from; None for random ones.
         splits: the images that it trained and validated on.
-        lr_scale: what the learning rates were multiplied by.
+        lr_scale: factor of the learning rates.
     """
     folder = Path(config.output_dir)
     best = folder / "weights" / "best"
@@ -51,7 +51,7 @@ def write_card(
     figures = read_json(folder / "metrics.json")
     by_command = folder / "environment.json"  # a run from Python has none
     environment = read_json(by_command) if by_command.is_file() else {}
-    metas = start is not None and not header.model.name.startswith("nano")
+    metas = pretrained_path is not None and not header.model.name.startswith("nano")
     data = ModelCardData(
         **licence(metas=metas),
         library_name="sam3-finetuning",
@@ -61,7 +61,7 @@ def write_card(
         eval_results=_results(figures, folder.resolve().name),
     )
     facts = {
-        "started from": _origin(start),
+        "started from": _origin(pretrained_path),
         "images": f"{len(splits.train.images)} to train on and {len(splits.valid.images)} to "
         f"validate on, from {_source(config.dataset)}",
         "training data, by content": f"`{header.data_hash}`",
@@ -96,7 +96,7 @@ def write_card(
 
 
 def licence(*, metas: bool) -> dict[str, Any]:
-    """What a card says of the licence; `metas`: of weights that began as Meta's."""
+    """Return a card's entries about the license; `metas`: the weights started as Meta's."""
     if not metas:
         return {"license": "apache-2.0"}
     return {
@@ -145,7 +145,7 @@ def _figures(figures: Mapping[str, Any]) -> str:
 
 
 def _command(environment: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
-    """What was typed, and how long it took on which machine."""
+    """Return the command of the run, and how long it took on which machine."""
     command = machine = ""
     if environment:
         command = f"```bash\n./train.sh {shlex.join(environment['command'][1:])}\n```\n\n"
@@ -154,12 +154,12 @@ def _command(environment: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     return f"{command}{figures['epochs']} epochs in {duration(figures['seconds'])}{machine}:"
 
 
-def _origin(start: Path | None) -> str:
-    """What training began with; of a path the end alone, which says nothing of the machine."""
-    if start is None:
+def _origin(pretrained_path: Path | None) -> str:
+    """Name the weights that training started from; of a path only its last parts."""
+    if pretrained_path is None:
         return "random weights"
-    base = weights.base_reference(start)
-    if start.parent == NANO:
+    base = weights.base_reference(pretrained_path)
+    if pretrained_path.parent == NANO:
         name = "the nano that the project carries"
     elif base.reference == "/".join(weights.HUB):
         name = f"`{base.reference}` on huggingface.co"
@@ -171,7 +171,7 @@ def _origin(start: Path | None) -> str:
 
 
 def _source(dataset: DatasetConfig) -> str:
-    """Where the images came from; of a path the last name alone."""
+    """Name the source of the images; of a path only the last part."""
     hub = dataset.huggingface
     local = Path(dataset.dir or hub.name or "").expanduser().resolve()
     if dataset.dir is not None or (hub.name is not None and local.is_dir()):
@@ -186,7 +186,7 @@ def _source(dataset: DatasetConfig) -> str:
 
 
 def _settings(config: Config, lr_scale: float, processes: int) -> dict[str, object]:
-    """What of the configuration decides the weights, by names for a reader."""
+    """Return the parts of the configuration that decide the weights, by readable names."""
     training, optim = config.training, config.optim
     rates = {"detector": optim.lr, "vision": optim.lr_vision, "text": optim.lr_text}
     return {
@@ -201,7 +201,7 @@ def _settings(config: Config, lr_scale: float, processes: int) -> dict[str, obje
 
 
 def _transforms(steps: Sequence[Node]) -> str:
-    """Each step by its name, with the numbers that it was given."""
+    """List the steps by their names, with their numbers."""
     names = []
     for step in steps:
         given = [f"{k} {v}" for k, v in step.items() if not isinstance(v, (str, Mapping))]
@@ -211,7 +211,7 @@ def _transforms(steps: Sequence[Node]) -> str:
 
 
 def _losses(criterion: Node) -> str:
-    """Upstream's names of them, and their weights."""
+    """List upstream's names of the losses, and their weights."""
     parts = [*criterion.get("loss_fns_find", []), criterion.get("loss_fn_semantic_seg") or {}]
     return ", ".join(f"{k} {v}" for part in parts for k, v in part.get("weight_dict", {}).items())
 

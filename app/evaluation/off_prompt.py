@@ -1,4 +1,4 @@
-"""Firing on prompts for what is not there: a model tuned on few classes may answer any word."""
+"""Count firing on prompts for absent things: a model tuned on few classes may answer any word."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from app.evaluation.matching import Overlaps
 
 @dataclass(frozen=True)
 class Firing:
-    """A detection on a noun that names nothing in its image."""
+    """Hold a detection on a noun that names nothing in its image."""
 
     image_id: int
     prompt: str
@@ -25,19 +25,19 @@ class Firing:
 
 @dataclass(frozen=True)
 class OffPrompts:
-    """The nouns that every image was asked for, and what was found on them."""
+    """Hold the nouns that every image was asked for, and the detections on them."""
 
     nouns: tuple[str, ...] = ()
     firings: tuple[Firing, ...] = ()
 
     def presence(self, images: int) -> Presence:
-        """The (image, noun) pairs, as the paper's image-level figures count them."""
+        """Count the (image, noun) pairs for the image-level figures of SAM 3's paper."""
         fired = len({(f.image_id, f.prompt) for f in self.firings if f.score >= SCORE})
         return Presence(false_positives=fired, true_negatives=images * len(self.nouns) - fired)
 
 
 def choose_nouns(dataset: Dataset, count: int, seed: int) -> list[str]:
-    """`count` common nouns that share no word with any class: the same ones for a whole run."""
+    """Choose `count` common nouns that share no word with any class; a seed has always the same."""
     names = [name for c in dataset.categories for name in (c.name, *c.synonyms)]
     nouns = nouns_beside(names)
     return random.Random(seed).sample(nouns, min(count, len(nouns)))
@@ -46,7 +46,7 @@ def choose_nouns(dataset: Dataset, count: int, seed: int) -> list[str]:
 def off_prompt_figures(
     images: Sequence[Overlaps], off_prompts: OffPrompts, threshold: float
 ) -> dict[str, float]:
-    """False positives an image, above the threshold, on prompts for what is not in it.
+    """Return the mean false positives an image, above the threshold, on prompts for absent things.
 
     Returns:
         "off_prompt/classes": on classes that the image lacks; "off_prompt/nouns": on nouns, where
@@ -63,5 +63,5 @@ def off_prompt_figures(
 
 
 def firing_of(image: Overlaps, threshold: float) -> int:
-    """Detections above the threshold of classes that the image lacks."""
-    return int(((image.scores > threshold) & ~np.isin(image.found, image.objects)).sum())
+    """Count detections above the threshold of classes that the image lacks."""
+    return int(((image.scores > threshold) & ~np.isin(image.detected, image.objects)).sum())

@@ -1,4 +1,4 @@
-"""What an evaluation leaves in its folder, written and read again."""
+"""Write the results of an evaluation into its folder, and read them again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TRUTH = "_truth.json"
 
 @dataclass(frozen=True)
 class Record:
-    """The results of a split, and the truth that they were scored against."""
+    """Hold the results of a split, and the truth that they were scored against."""
 
     split: str
     truth: Dataset
@@ -27,9 +27,9 @@ class Record:
 
 
 def write(folder: Path, record: Record) -> None:
-    """`predictions/<split>.json`, `predictions/<split>_truth.json`, `metrics_by_class.csv`.
+    """Write `predictions/<split>.json`, `predictions/<split>_truth.json`, `metrics_by_class.csv`.
 
-    They take the place of an earlier record, of whatever split.
+    They replace an earlier record, of whatever split.
     """
     results, truth = written = _files(folder, record.split)
     write_json(results, record.results)
@@ -42,10 +42,10 @@ def write(folder: Path, record: Record) -> None:
 
 
 def read(folder: Path) -> Record:
-    """The record of a run or an evaluation.
+    """Read the record of a run or an evaluation.
 
     Raises:
-        UserError: the folder holds none; says what makes one.
+        UserError: the folder holds none.
     """
     splits = _splits(folder)
     if not splits:
@@ -61,19 +61,19 @@ def read(folder: Path) -> Record:
 
 
 def _files(folder: Path, split: str) -> tuple[Path, Path]:
-    """Results and truth."""
+    """Return the paths of results and truth."""
     return folder / FOLDER / f"{split}.json", folder / FOLDER / f"{split}{_TRUTH}"
 
 
 def _splits(folder: Path) -> list[str]:
-    """What the folder holds results and truth of: one, but where a writer was killed."""
+    """Return the splits with results and truth: one, or more where a writer was killed."""
     truths = sorted((folder / FOLDER).glob(f"*{_TRUTH}"))
     splits = [file.name.removesuffix(_TRUTH) for file in truths]
     return [split for split in splits if _files(folder, split)[0].is_file()]
 
 
 def _dataset(document: dict[str, Any]) -> Dataset:
-    """What `coco.write` wrote, whether or not the images are still there."""
+    """Read what `coco.write` wrote, without looking for the images."""
     return Dataset(
         tuple(
             Image(entry["id"], Path(entry["file_name"]), entry["width"], entry["height"])

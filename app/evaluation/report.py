@@ -1,4 +1,4 @@
-"""Figures → pictures: curves of a run, and predictions beside their truth."""
+"""Draw the curves of a run, and predictions beside their truth."""
 
 from __future__ import annotations
 
@@ -58,14 +58,17 @@ def draw_comparisons(
     files: list[Path] = []
     for image in dataset.images[:count]:
         pixels = open_image(image.path)
-        found = [r for r in results if r["image_id"] == image.id and r["score"] > threshold]
+        detections = [r for r in results if r["image_id"] == image.id and r["score"] > threshold]
         truth = [
             {"category_id": a.category_id, "bbox": a.bbox_xywh, "segmentation": a.segmentation}
             for a in dataset.annotations_by_image[image.id]
         ]
         pair = (
             titled(_draw(pixels, truth, dataset), f"truth: {len(truth)}"),
-            titled(_draw(pixels, found, dataset), f"predicted over {threshold:g}: {len(found)}"),
+            titled(
+                _draw(pixels, detections, dataset),
+                f"predicted over {threshold:g}: {len(detections)}",
+            ),
         )
         sheet = Image.new("RGB", (2 * pair[0].width + 8, pair[0].height), "white")
         sheet.paste(pair[0], (0, 0))

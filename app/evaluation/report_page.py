@@ -1,4 +1,4 @@
-"""The folder of a run or an evaluation → report.html, one page that needs nothing beside it."""
+"""Write report.html of a run or an evaluation: one page that needs no other file."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ ONCE = {
 
 @dataclass(frozen=True)
 class Scored:
-    """A record, its figures, and the threshold from which its detections are shown."""
+    """Hold a record, its figures, and the threshold above which its detections are shown."""
 
     record: Record
     figures: Mapping[str, Any]
@@ -72,19 +72,19 @@ class Scored:
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` from what the folder holds; raises UserError where that is nothing."""
+    """Write `report.html` of a folder; raise UserError where the folder holds no evaluation."""
     file = folder / REPORT
     write_text(file, render(folder))
     return file
 
 
 def render(folder: Path) -> str:
-    """The page of a run or of an evaluation; whatever comes from outside is escaped."""
+    """Return the page of a run or of an evaluation; text from outside is escaped."""
     scored = _read(folder)
     rows = _rows(folder / "metrics.csv")
     settings = _settings(folder)
     parts = [
-        _what(scored, settings),
+        _summary(scored, settings),
         "<h2>Figures</h2>",
         _headline(scored.figures),
         *([f'<h2>Training</h2><div class="row">{_curves(rows)}</div>'] if rows else []),
@@ -103,20 +103,20 @@ def render(folder: Path) -> str:
 
 
 def _read(folder: Path) -> Scored:
-    found = record.read(folder)
+    evaluation = record.read(folder)
     figures = read_json(folder / "metrics.json")
-    iou_type = iou_types(found.truth, found.results)[-1]
+    iou_type = iou_types(evaluation.truth, evaluation.results)[-1]
     return Scored(
-        record=found,
+        record=evaluation,
         figures=figures,
-        images=overlaps(found.truth, found.results, iou_type),
+        images=overlaps(evaluation.truth, evaluation.results, iou_type),
         iou_type=iou_type,
         threshold=figures.get("calibration/threshold", 0.5),
     )
 
 
 def _rows(file: Path) -> list[dict[str, float]]:
-    """The rows of metrics.csv; none for an evaluation."""
+    """Read the rows of metrics.csv; none for an evaluation."""
     if not file.is_file():
         return []
     with file.open(encoding="utf-8", newline="") as lines:
@@ -124,25 +124,25 @@ def _rows(file: Path) -> list[dict[str, float]]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """The run's configuration; empty for results from elsewhere."""
+    """Read the run's configuration; empty for results of another tool."""
     file = folder / SETTINGS
     return dict(read_yaml(file)) if file.is_file() else {}
 
 
-def _what(scored: Scored, settings: Mapping[str, Any]) -> str:
+def _summary(scored: Scored, settings: Mapping[str, Any]) -> str:
     truth = scored.record.truth
-    said = (
+    sentence = (
         f"{len(truth.images)} images of the split “{scored.record.split}”, "
         f"{len(truth.annotations)} objects of {len(truth.categories)} classes."
     )
     if settings:
         model = settings["model"]
-        said = f"SAM 3, size {model['name']}, {model['resolution']} px. {said}"
-    return f"<p>{text(said)}</p>"
+        sentence = f"SAM 3, size {model['name']}, {model['resolution']} px. {sentence}"
+    return f"<p>{text(sentence)}</p>"
 
 
 def _headline(figures: Mapping[str, Any]) -> str:
-    """The untouched model, the best weights, the last ones: those of them that there are."""
+    """Tabulate the figures of the untouched model, the best weights and the last epoch."""
     columns = {"baseline/": "before training", "": "best weights", "last/": "last epoch"}
     there = {p: n for p, n in columns.items() if f"{p}bbox/AP" in figures}
     if list(there) == [""]:
@@ -185,7 +185,7 @@ def _curves(rows: Sequence[Mapping[str, float]]) -> str:
 
 
 def _parts(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-    """The losses by part, scaled: their sizes say nothing beside each other."""
+    """Return each part of the loss divided by its maximum, because their scales differ."""
     highest = {key: max((row.get(key, 0.0) for row in rows), default=0.0) for key in PARTS}
     return [
         {
@@ -197,7 +197,7 @@ def _parts(rows: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
 
 
 def _classes(scored: Scored) -> str:
-    """A row a class, with the untouched model's AP beside it where there is one."""
+    """Tabulate the classes, with the untouched model's AP where there is one."""
     rows = by_class(scored.record.truth, scored.record.results)
     columns = [key for key in dict.fromkeys(k for row in rows for k in row) if "/" in key]
     before = [f"{t}/AP" for t in ("segm", "bbox") if f"baseline/{t}/AP" in scored.figures][:1]
@@ -216,7 +216,7 @@ def _classes(scored: Scored) -> str:
 
 
 def _precision(scored: Scored) -> str:
-    """Precision by recall, and how honest the scores are."""
+    """Draw precision by recall, and how well the scores are calibrated."""
     truth, results = scored.record.truth, scored.record.results
     if not results:
         return "<p>Nothing was found.</p>"
@@ -246,7 +246,7 @@ def _precision(scored: Scored) -> str:
 
 
 def _confusion(scored: Scored) -> str:
-    """What objects were found as; of many classes, those most confused."""
+    """Tabulate the classes of objects by those of their detections; of many, the most confused."""
     categories = scored.record.truth.categories
     counts = confusion(scored.images, [c.id for c in categories], scored.threshold)
     wrong = counts.sum(axis=0) + counts.sum(axis=1) - 2 * counts.diagonal()
@@ -258,12 +258,12 @@ def _confusion(scored: Scored) -> str:
         for row, label in zip(chosen, [*names, "<i>nothing</i>"], strict=True)
     ]
     cut = " The classes that are confused most." if len(shown) < len(categories) else ""
-    said = (
+    heading = (
         f"<h3>Confusion</h3><p>Above the threshold {scored.threshold:.3f}, at "
         f"{KIND[scored.iou_type]} IoU 0.5: rows are objects, columns what they were found as.{cut}"
         "</p>"
     )
-    return said + table(["", *names, "<i>not found</i>"], rows)
+    return heading + table(["", *names, "<i>not found</i>"], rows)
 
 
 def _shaded(count: int, right: bool) -> str:
@@ -275,9 +275,9 @@ def _shaded(count: int, right: bool) -> str:
 def _pictures(scored: Scored) -> list[str]:
     worst, best = extremes(scored.images, scored.threshold, EXTREMES)
     kinds = "".join(f"<li>{kind}: {meaning}</li>" for kind, meaning in KINDS.items())
-    said = f"<details><summary>what the words mean</summary><ul>{kinds}</ul></details>"
+    legend = f"<details><summary>what the words mean</summary><ul>{kinds}</ul></details>"
     return [
-        f"<h2>The worst images</h2>{said}",
+        f"<h2>The worst images</h2>{legend}",
         *(_pair(diagnosis, scored) for diagnosis in worst),
         *(["<h2>The best images</h2>"] if best else []),
         *(_pair(diagnosis, scored) for diagnosis in best),
@@ -285,26 +285,26 @@ def _pictures(scored: Scored) -> list[str]:
 
 
 def _pair(diagnosis: Diagnosis, scored: Scored) -> str:
-    """Truth beside prediction; words alone where the image is not at hand."""
+    """Draw truth beside prediction; only a caption where the image cannot be read."""
     truth = scored.record.truth
     image = next(image for image in truth.images if image.id == diagnosis.image_id)
-    said = f"{image.path.name}: {diagnosis} (quality {diagnosis.quality:.2f})"
-    found, scores = _predictions(scored, image)
+    caption = f"{image.path.name}: {diagnosis} (quality {diagnosis.quality:.2f})"
+    detections, scores = _predictions(scored, image)
     objects = truth.annotations_by_image[image.id]
     try:
         left = draw_sample(image, objects, truth)
-        right = draw_sample(image, found, truth, scores)
+        right = draw_sample(image, detections, truth, scores)
     except UserError:
-        return f"<p>{text(said)}</p>"
+        return f"<p>{text(caption)}</p>"
     return (
-        f'<p>{text(said)}</p><div class="row">{picture(left, f"truth: {len(objects)}")}'
-        f"{picture(right, f'predicted: {len(found)}')}</div>"
+        f'<p>{text(caption)}</p><div class="row">{picture(left, f"truth: {len(objects)}")}'
+        f"{picture(right, f'predicted: {len(detections)}')}</div>"
     )
 
 
 def _predictions(scored: Scored, image: Image) -> tuple[list[Annotation], dict[int, float]]:
-    """Detections above the threshold as annotations, and the score of each by its id."""
-    found = [
+    """Return detections above the threshold as annotations, and the score of each by its id."""
+    results = [
         result
         for result in scored.record.results
         if result["image_id"] == image.id and result["score"] > scored.threshold
@@ -319,13 +319,13 @@ def _predictions(scored: Scored, image: Image) -> tuple[list[Annotation], dict[i
             area=0.0,
             iscrowd=False,
         )
-        for index, result in enumerate(found)
+        for index, result in enumerate(results)
     ]
-    return annotations, {index: result["score"] for index, result in enumerate(found)}
+    return annotations, {index: result["score"] for index, result in enumerate(results)}
 
 
 def _commands(folder: Path, scored: Scored) -> str:
-    """What can be run next, as it must be typed."""
+    """List the commands that can be run next."""
     commands = [f"python -m app report {_quoted(folder)}"]
     weights = folder / "weights" / "best"
     if weights.exists():
@@ -347,7 +347,7 @@ def _quoted(words: Path | str) -> str:
 
 
 def _data(folder: Path) -> str:
-    """The dataset's own page, which a run leaves beside this one."""
+    """Link the page of the dataset, which a run writes beside this one."""
     if not (folder / DATASET_REPORT).is_file():
         return ""
     return f'<p><a href="{DATASET_REPORT}">The dataset: its classes, sizes and samples</a></p>'

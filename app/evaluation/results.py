@@ -1,4 +1,4 @@
-"""Truth and COCO results from elsewhere: read, and checked whole."""
+"""Read truth and COCO results from any tool, and check them as a whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOWN = 10  # problems
 
 
 def read_truth(file: Path) -> Dataset:
-    """A COCO JSON with objects to find; its images need not be there.
+    """Read a COCO JSON with objects to find; its images need not be there.
 
     Raises:
         UserError: with every problem of the file.
@@ -28,9 +28,9 @@ def read_truth(file: Path) -> Dataset:
 
 
 def read_results(file: Path, truth: Dataset) -> list[dict[str, Any]]:
-    """COCO results with box and, where they have any, compressed masks.
+    """Read COCO results, with boxes and, where they have any, compressed masks.
 
-    A box that is missing is its mask's. Of `truth`, ids and sizes of the images are needed.
+    A missing box is taken from the mask. Of `truth`, ids and sizes of the images are needed.
 
     Raises:
         UserError: with the first problems, and how many there are.

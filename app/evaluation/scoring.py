@@ -1,4 +1,4 @@
-"""All figures of one set of results: AP, prompted segmentation, off-prompt firing, calibration."""
+"""Compute all figures of results: AP, prompted segmentation, off-prompt firing, calibration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def score(
     threshold: float,
     off_prompts: OffPrompts = NO_OFF_PROMPTS,
 ) -> dict[str, float]:
-    """The figures of `metrics.evaluate`, and beside them, of masks and of boxes:
+    """Return the figures of `metrics.evaluate`, and beside them, of masks and of boxes:
 
     "segm/cgF1", "segm/pmF1", "segm/IL_MCC", … (`concepts`), and once, of masks where there are any:
     "off_prompt/firing", … above `threshold` (`off_prompt`), and "calibration/threshold", "…/F1",
@@ -32,8 +32,8 @@ def score(
     Args:
         truth: the images, each asked for every class.
         results: COCO results.
-        threshold: 0..1, from which a detection on what is not there counts as firing.
-        off_prompts: what was found on nouns that no image shows.
+        threshold: 0..1, above which a detection on an absent thing counts as firing.
+        off_prompts: detections on nouns that no image shows.
     """
     figures = evaluate(truth, results)
     categories = [category.id for category in truth.categories]

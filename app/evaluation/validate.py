@@ -24,7 +24,7 @@ from app.signals import Stopped
 
 @dataclass(frozen=True)
 class Validation:
-    """The figures of a validation, and the detections that they were computed from.
+    """Hold the figures of a validation, and the detections that they were computed from.
 
     Attributes:
         figures: of `evaluation.scoring.score`; the same on every rank.
@@ -39,7 +39,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes that share a validation; by default this one alone.
+    """Describe the processes that share a validation; by default this one alone.
 
     Attributes:
         rank: of this process, from 0.
@@ -58,7 +58,7 @@ ALONE = Ranks()
 
 @dataclass(frozen=True)
 class Answers:
-    """What one rank contributes to a round.
+    """Hold the contribution of one rank to a round.
 
     Attributes:
         failure: the error that ended the batch; None where it was answered.
@@ -84,7 +84,7 @@ def validate(
 
     Args:
         max_detections: an image, over all classes.
-        threshold: 0..1, above which a detection on what is not there is counted.
+        threshold: 0..1, above which a detection on an absent thing is counted.
         nouns: things that no image shows; they take no detection's place among the classes.
         batch_size: images that are answered together. On a CPU 1 is as fast as more, and matrix
             products of other shapes round otherwise there: only 1 gives the bits of `predict`.

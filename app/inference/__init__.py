@@ -1,4 +1,4 @@
-"""`Predictor.load(path).predict(image, ["pothole"])`: what `infer.sh` does, from Python."""
+"""Prediction from Python: `Predictor.load(path).predict(image, ["pothole"])`, as in `infer.sh`."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ __all__ = ["Detections", "Predictor"]
 
 
 def __getattr__(name: str) -> Any:
-    """`Predictor` when it is asked for: the rest of the room needs no torch."""
+    """Import `Predictor` only when it is used, because the rest of the package needs no torch."""
     if name == "Predictor":
         from app.inference.predictor import Predictor
 

@@ -1,4 +1,4 @@
-"""A few images on disk → their files, by any finder; needs no torch."""
+"""Predict on a few images on disk and write their files, by any finder; needs no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from app.inference.settings import Settings
 
 @dataclass(frozen=True)
 class Job:
-    """An image to predict on, and the name of its files."""
+    """Hold the path of an image to predict on, and the name of its files."""
 
     image: Path
     name: str
@@ -29,7 +29,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a batch: an entry for each image that is done, and a problem for each other."""
+    """Hold the entries of the images of a batch that are done, and the problems of the others."""
 
     entries: tuple[Entry, ...]
     failed: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What was found in one image."""
+"""The detections of one image."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from app.inference.masks import bool_masks
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, highest score first.
+    """Hold the detections of one image, the highest score first.
 
     Attributes:
         boxes_xyxy: (N, 4) float32, pixels of the image, within it.
         scores: (N,) float32, 0..1.
         prompt_ids: (N,) int64, index into `prompts`.
-        prompts: what was asked for.
+        prompts: noun phrases that the image was asked for.
         masks: N compressed COCO RLEs of the image's size; None from a model without a mask head.
         width, height: of the image, pixels.
     """
@@ -35,19 +35,19 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def select(self, kept: Sequence[int] | np.ndarray) -> Detections:
-        """Some of them, by index, in the order given."""
-        indices = np.asarray(kept, dtype=np.int64)
+    def select(self, indices: Sequence[int] | np.ndarray) -> Detections:
+        """Return some of the detections, by index, in the order given."""
+        order = np.asarray(indices, dtype=np.int64)
         return replace(
             self,
-            boxes_xyxy=self.boxes_xyxy[indices],
-            scores=self.scores[indices],
-            prompt_ids=self.prompt_ids[indices],
-            masks=None if self.masks is None else [self.masks[index] for index in indices],
+            boxes_xyxy=self.boxes_xyxy[order],
+            scores=self.scores[order],
+            prompt_ids=self.prompt_ids[order],
+            masks=None if self.masks is None else [self.masks[index] for index in order],
         )
 
     def bool_masks(self) -> np.ndarray:
-        """The masks as (N, height, width) bool; raises ValueError where there are none."""
+        """Return the masks as (N, height, width) bool; raise ValueError without a mask head."""
         if self.masks is None:
             raise ValueError("these weights have no mask head: there are boxes only")
         return bool_masks(self.masks, self.height, self.width)

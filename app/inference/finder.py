@@ -1,4 +1,4 @@
-"""The interface of all that finds things in images, and what does not depend on how it computes.
+"""The interface of all that finds things in images, with its checks, tiles and suppression.
 
 Needs no torch and runs on Python 3.10, as the runtime of an exported folder does.
 """
@@ -20,7 +20,7 @@ from app.inference.tiles import make_tiles
 
 @dataclass(frozen=True)
 class Query:
-    """What is asked of an image that is seen as a whole; checked.
+    """Hold the checked request for images that are seen as a whole.
 
     Attributes:
         prompts: P noun phrases, at least one.

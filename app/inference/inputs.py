@@ -1,4 +1,4 @@
-"""What the user points at: images, prompts and boxes."""
+"""Images, prompts and boxes, as the user names them: read and checked."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Box = tuple[float, float, float, float]  # x, y, w, h in pixels
 
 
 def find_images(source: str) -> list[Path]:
-    """The images that a file, a folder, a glob or a list stands for, in the order of their names.
+    """Return the images of a file, a folder, a glob or a list, in the order of their names.
 
-    A list is a `.txt` with a path a line, relative to the current folder or to its own; its order
-    is kept.
+    A list is a `.txt` with a path a line, relative to the current folder or to that of the list;
+    the images come in its order.
 
     Raises:
         UserError: an address, no images, or a list that names what is not there.
@@ -35,37 +35,38 @@ def find_images(source: str) -> list[Path]:
     if path.is_file():
         return _listed(path) if path.suffix.lower() == LIST else [path]
     if path.is_dir():
-        found = [p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS]
+        images = [p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS]
     else:
         if "://" in source:
             raise UserError(
                 f"--input {source}: addresses are not fetched; download the image first"
             )
         matches = (Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207
-        found = [p for p in matches if p.suffix.lower() in EXTENSIONS]
-    if not found:
+        images = [p for p in matches if p.suffix.lower() in EXTENSIONS]
+    if not images:
         what = "no images in this folder" if path.is_dir() else "no such file, folder or glob"
         raise UserError(f"--input {source}: {what} (images end in {', '.join(EXTENSIONS)})")
-    return sorted(found)
+    return sorted(images)
 
 
 def _listed(file: Path) -> list[Path]:
+    """Return the images of a list, each once; raise UserError that names those that are absent."""
     names = [line.strip() for line in _read_text(f"--input {file}", file).splitlines()]
     places = {name: (Path(name), file.parent / name) for name in names if name}
-    found = {name: next((p for p in paths if p.is_file()), None) for name, paths in places.items()}
-    missing = [name for name, path in found.items() if path is None]
+    files = {name: next((p for p in paths if p.is_file()), None) for name, paths in places.items()}
+    missing = [name for name, path in files.items() if path is None]
     if missing:
         problems = [f"--input {file}: {name}: no such file" for name in missing[:SHOWN]]
         if len(missing) > SHOWN:
             problems.append(f"and {len(missing) - SHOWN} more that are not there")
         raise UserError(problems)
-    if not found:
+    if not files:
         raise UserError(f"--input {file}: an empty list; give the path of an image a line")
-    return list(dict.fromkeys(path for path in found.values() if path is not None))
+    return list(dict.fromkeys(path for path in files.values() if path is not None))
 
 
 def parse_box(text: str, flag: str = "--box") -> Box:
-    """`x,y,w,h` in pixels; raises UserError."""
+    """Read `x,y,w,h` in pixels; raise UserError where it is none."""
     try:
         x, y, w, h = (float(side) for side in text.split(","))
     except ValueError:
@@ -76,13 +77,13 @@ def parse_box(text: str, flag: str = "--box") -> Box:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The prompts of a file: one a line in a `.txt`, else YAML or JSON.
+    """Return the prompts of a file: one a line in a `.txt`, else YAML or JSON.
 
-    That is a list of prompts, or what training takes: `class: prompt`, or `class: [prompt, …]`, of
-    which the first is asked for.
+    YAML or JSON holds a list of prompts, or the mapping that training takes: `class: prompt`, or
+    `class: [prompt, …]`, of which the first is used.
 
     Raises:
-        UserError: it cannot be read, or is neither.
+        UserError: the file cannot be read, or holds neither.
     """
     text = _read_text(f"--prompts {file}", file)
     if file.suffix.lower() == LIST:
@@ -112,7 +113,11 @@ def _read_text(place: str, file: Path) -> str:
 def check_prompts(
     prompts: Sequence[str], boxes_xywh: Sequence[Sequence[float]] = ()
 ) -> tuple[str, ...]:
-    """Prompts without outer blanks; the visual prompt where there are boxes only."""
+    """Return the prompts with single blanks; the visual prompt where there are boxes only.
+
+    Raises:
+        UserError: a prompt has no letter or digit, or there are neither prompts nor boxes.
+    """
     stripped = tuple(" ".join(prompt.split()) for prompt in prompts)
     if any(not any(c.isalnum() for c in prompt) for prompt in stripped):
         raise UserError(
@@ -126,10 +131,13 @@ def check_prompts(
 def normalised_boxes(
     boxes_xywh: Sequence[Sequence[float]], image: Image.Image
 ) -> NDArray[np.float32]:
-    """(N, 4) cxcywh, 0..1, clipped to the image.
+    """Return boxes as (N, 4) cxcywh, 0..1, clipped to the image.
+
+    Args:
+        boxes_xywh: pixels.
 
     Raises:
-        UserError: a box that covers nothing of it.
+        UserError: a box covers nothing of the image.
     """
     boxes = np.array([list(box) for box in boxes_xywh], dtype=np.float32).reshape(-1, 4)
     size = np.array([image.width, image.height] * 2, dtype=np.float32)
@@ -147,9 +155,10 @@ def normalised_boxes(
 
 
 def output_names(images: Sequence[Path]) -> list[str]:
-    """What the files of each image are called: its stem, or its name where two share a stem.
+    """Return a name for the files of each image: its stem, or its name where two share a stem.
 
-    Where two share that as well, a hash of the path follows: it stays when others are added.
+    Where two share the name as well, a hash of the path follows, because a number would change
+    when images are added.
     """
     stems = Counter(path.stem for path in images)
     names = [path.stem if stems[path.stem] == 1 else path.name for path in images]

@@ -1,4 +1,4 @@
-"""What is done so far, image by image, on disk: a run that was stopped goes on from there."""
+"""A journal on disk of the images that are done, from which a stopped run goes on."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Entry = dict[str, Any]  # of one image; see `batch.predict_images`
 
 @dataclass
 class Contents:
-    """What a journal says.
+    """Hold the content of a journal.
 
     Attributes:
-        settings: what its results depend on; None where there is no journal.
-        lines: image that is done → where its line begins, bytes.
-        files: what its runs set out to write, done or not; relative to the output folder.
+        settings: those that its results depend on; None where there is no journal.
+        lines: image that is done → offset of its line, bytes.
+        files: those that its runs set out to write, done or not; relative to the output folder.
         end: of the last whole line, bytes; a kill may cut one short.
     """
 
@@ -34,7 +34,7 @@ class Contents:
 
 
 def read_contents(folder: Path) -> Contents:
-    """What the journal of an output folder says; nothing where there is none."""
+    """Read the journal of an output folder; empty where there is none."""
     contents = Contents()
     if not (folder / FILE).is_file():
         return contents
@@ -57,18 +57,19 @@ def read_contents(folder: Path) -> Contents:
 
 
 class Journal:
-    """What is done so far, on disk; a context manager.
+    """Keep a journal, as a context manager that closes the file.
 
-    A line for the settings, one for the files that a run sets out to write, one for each image
-    that is done. What was found is not kept in memory. A line that a kill cut short is dropped.
+    The file has a line for the settings, one for the files that a run sets out to write, and one
+    for each image that is done. Detections are not held in memory. A line that a kill cut short is
+    dropped.
 
     Args:
-        folder: where the results go; made where it is not there.
-        settings: what the results depend on, as JSON takes it.
-        overwrite: begin anew whatever is there.
+        folder: of the results; made where it is missing.
+        settings: those that the results depend on, as JSON takes them.
+        overwrite: drop an earlier journal.
 
     Raises:
-        UserError: other settings have been used here, or another run is at work.
+        UserError: the journal is of other settings, or another run has locked it.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -104,18 +105,18 @@ class Journal:
         return len(self._contents.lines)
 
     def begin(self, files: Iterable[str]) -> None:
-        """Note files before they are written: a run that was stopped knows them as its own."""
+        """Note files before they are written, so that a later run may overwrite them."""
         new = [file for file in files if file not in self._contents.files]
         if new:
             self._write({"files": new})
             self._contents.files.update(new)
 
     def add(self, entry: Entry) -> None:
-        """Note that an image is done; its files are written."""
+        """Note that an image is done: its files are written."""
         self._contents.lines[entry["image"]] = self._write(entry)
 
     def read(self, image: Path) -> Entry | None:
-        """What was found in an image; None where it is not done, or has changed since."""
+        """Return the entry of an image; None where it is not done, or has changed since."""
         start = self._contents.lines.get(str(image))
         if start is None:
             return None
@@ -137,13 +138,13 @@ class Journal:
 
 
 def file_state(path: Path) -> list[int]:
-    """Changes when the file does: its bytes, and when it was written."""
+    """Return size in bytes and time of the last change, which tell whether a file has changed."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns]
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """`threshold was 0.5, now 0.3`; an empty string where nothing differs."""
+    """Return "threshold was 0.5, now 0.3"; an empty string where nothing differs."""
     after = json.loads(json.dumps(dict(now)))  # tuples become lists, as in the file
     return "; ".join(
         f"{key} was {before.get(key)}, now {after.get(key)}"

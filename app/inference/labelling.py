@@ -1,4 +1,4 @@
-"""Images without labels → a dataset whose labels are what weights find in them."""
+"""Label images by the detections of weights: a dataset to correct and train on."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def label(
     max_detections: int = 100,
     device: str = "auto",
 ) -> list[str]:
-    """Write `folder/train`, COCO JSON and images; returns what is wrong with images left out.
+    """Write `folder/train`, COCO JSON and images; return the problems of images left out.
 
     Args:
         source: file, folder, glob or list of images.
-        checkpoint: weights that find.
+        checkpoint: weights file or folder.
         prompts: the classes; without any, those of the weights.
-        threshold: 0..1, least score of what becomes a label; None takes the weights' own.
+        threshold: 0..1, least score of a label; None takes the weights' own.
 
     Raises:
         UserError: no images, no classes, nothing found, or a folder that is there already.
@@ -60,10 +60,10 @@ def label(
                 continue
             image = Image(len(images) + 1, path.resolve(), pixels.width, pixels.height)
             images.append(image)
-            found = predictor.predict(
+            detections = predictor.predict(
                 pixels, names, threshold=threshold, max_detections=max_detections
             )
-            annotations += _annotations(found, image.id, len(annotations) + 1)
+            annotations += _annotations(detections, image.id, len(annotations) + 1)
             advance(done, f"{len(annotations)} objects")
     if not annotations:
         raise UserError(
@@ -80,12 +80,13 @@ def label(
     return bad
 
 
-def _annotations(found: Detections, image_id: int, first: int) -> list[Annotation]:
+def _annotations(detections: Detections, image_id: int, first: int) -> list[Annotation]:
+    """Return detections that cover something as annotations, whose ids count from `first`."""
     annotations: list[Annotation] = []
-    for index in range(len(found)):
-        left, top, right, bottom = (float(side) for side in found.boxes_xyxy[index])
+    for index in range(len(detections)):
+        left, top, right, bottom = (float(side) for side in detections.boxes_xyxy[index])
         width, height = right - left, bottom - top
-        mask = None if found.masks is None else found.masks[index]
+        mask = None if detections.masks is None else detections.masks[index]
         area = width * height if mask is None else float(coco_mask.area(mask))
         if not (width > 0 and height > 0 and area > 0):
             continue
@@ -93,7 +94,7 @@ def _annotations(found: Detections, image_id: int, first: int) -> list[Annotatio
             Annotation(
                 id=first + len(annotations),
                 image_id=image_id,
-                category_id=int(found.prompt_ids[index]) + 1,
+                category_id=int(detections.prompt_ids[index]) + 1,
                 bbox_xywh=(left, top, width, height),
                 segmentation=mask,
                 area=area,

@@ -1,4 +1,4 @@
-"""Mask logits → run-length encoded masks: enlarged only where a mask can be, encoded in place."""
+"""Encode mask logits as RLE; they are enlarged only where the mask can be."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROUNDING = 1e-6
 
 
 class Axis(NamedTuple):
-    """Two source pixels that each target pixel lies between, and the share of the second."""
+    """Hold the two source pixels that each target pixel lies between, and the second's share."""
 
     low: Indices
     high: Indices

@@ -1,4 +1,4 @@
-"""One object, found more than once: by several prompts, or in several tiles."""
+"""Merge detections of one object that several prompts found, or several tiles."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from app.inference.detections import Detections
 from app.inference.masks import bounds_of, place
 from app.inference.tiles import Tile
 
-SAME = 0.5  # IoU from which two detections in tiles that overlap are one object
-EDGE = 2.0  # pixels; a detection that ends so near its tile's edge may go on beyond it
+SAME = 0.5  # IoU from which two detections in overlapping tiles are one object
+EDGE = 2.0  # pixels; a detection that ends so near its tile's edge may continue beyond it
 Part = tuple[Indices, NDArray[np.float32], Tile]  # bounds of its pixels, box_xyxy, where it is seen
 
 
 def suppress(detections: Detections, limit: float) -> Detections:
-    """Without those whose mask (or box, where there is none) is another's of a higher score.
+    """Drop each detection whose mask (or box, without masks) is that of a higher score.
 
     Args:
         limit: IoU above which two are one, whatever their prompts.
     """
     regions = _regions(detections)
-    kept: list[int] = []
+    chosen: list[int] = []
     for index, region in enumerate(regions):
-        if not (iou(region, [regions[other] for other in kept]) > limit).any():
-            kept.append(index)
-    return detections.select(kept)
+        if not (iou(region, [regions[other] for other in chosen]) > limit).any():
+            chosen.append(index)
+    return detections.select(chosen)
 
 
 def merge_tiles(
-    tiles: Sequence[Tile], found: Sequence[Detections], width: int, height: int
+    tiles: Sequence[Tile], parts: Sequence[Detections], width: int, height: int
 ) -> Detections:
-    """What was found in each tile → what is in the image, each object once.
+    """Merge the detections of the tiles of an image, each object once.
 
     Two detections of a prompt are one object where their masks agree in what both tiles see of
-    them, or where one is cut off by its tile's edge and lies in the other. Of one object the masks
-    are joined and the score is the highest.
+    them, or where one is cut off by its tile's edge and lies in the other. The merged object has
+    the union of the masks and the highest score.
 
     Args:
+        parts: of each tile, in pixels of the tile.
         width, height: of the image, pixels.
     """
-    moved = [_move(part, tile, width, height) for tile, part in zip(tiles, found, strict=True)]
+    moved = [_move(part, tile, width, height) for tile, part in zip(tiles, parts, strict=True)]
     everything = _concatenate(moved)
     owners = np.repeat(np.arange(len(tiles)), [len(part) for part in moved])
     groups = _groups(everything, [tiles[owner] for owner in owners])
@@ -52,7 +53,7 @@ def merge_tiles(
 
 
 def _regions(detections: Detections) -> list[Indices]:
-    """Bounds of the masks; where there are none, of the pixels with their centres in the boxes."""
+    """Return the bounds of the masks; without masks, of the pixels with centers in the boxes."""
     if detections.masks is not None:
         return [to_bounds(mask) for mask in detections.masks]
     sides = np.ceil(detections.boxes_xyxy - 0.5).astype(np.int64)
@@ -65,6 +66,7 @@ def _rectangle(left: int, top: int, right: int, bottom: int, height: int) -> Ind
 
 
 def _move(part: Detections, tile: Tile, width: int, height: int) -> Detections:
+    """Return detections in pixels of a tile as those in pixels of its image."""
     masks = None
     if part.masks is not None:
         masks = [place(decode(mask), tile.left, tile.top, height, width) for mask in part.masks]
@@ -73,7 +75,7 @@ def _move(part: Detections, tile: Tile, width: int, height: int) -> Detections:
 
 
 def _concatenate(parts: Sequence[Detections]) -> Detections:
-    """Detections of one image and one list of prompts as one."""
+    """Concatenate detections of one image and one list of prompts."""
     first = parts[0]
     return Detections(
         boxes_xyxy=np.concatenate([part.boxes_xyxy for part in parts]),
@@ -87,7 +89,7 @@ def _concatenate(parts: Sequence[Detections]) -> Detections:
 
 
 def _groups(detections: Detections, tiles: Sequence[Tile]) -> list[list[int]]:
-    """Indices of the detections that are one object; `tiles` is the tile of each."""
+    """Group the indices of detections of one object; `tiles` has the tile of each detection."""
     regions = _regions(detections)
     boxes = detections.boxes_xyxy
     group = np.arange(len(detections))
@@ -105,7 +107,7 @@ def _groups(detections: Detections, tiles: Sequence[Tile]) -> list[list[int]]:
 
 
 def _are_one(one: Part, other: Part, size: tuple[int, int]) -> bool:
-    """Whether two parts of an image of this size, width and height, are of one object."""
+    """Return whether two parts are of one object, in an image of this width and height."""
     width, height = size
     shared = one[2].shared(other[2])
     if shared is None:
@@ -121,7 +123,7 @@ def _are_one(one: Part, other: Part, size: tuple[int, int]) -> bool:
 
 
 def _join(same: Detections) -> Detections:
-    """Detections of one object as one: all they cover, with the highest score."""
+    """Merge detections of one object: the union of their masks, with the highest score."""
     boxes = np.concatenate([same.boxes_xyxy[:, :2].min(0), same.boxes_xyxy[:, 2:].max(0)])
     best = same.select([int(same.scores.argmax())])
     masks = same.masks

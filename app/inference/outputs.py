@@ -1,4 +1,4 @@
-"""Detections → files that people and programs read; each kind by its name, in `PER_IMAGE`."""
+"""Write the files of an image's detections, by kind of output: `PER_IMAGE`."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from app.inference.detections import Detections
 if TYPE_CHECKING:
     from app.inference.polygons import Polygon
 
-# What draws and traces needs OpenCV and more: it is imported where it is asked for, so that a
-# device that asks for nothing of the kind needs none.
+# Drawing and tracing need OpenCV and more. They are imported where they are used, so that a device
+# that saves nothing of the kind does not need them.
 MAX_ID = 65_535  # of 16 bits
 
 
 @dataclass(frozen=True)
 class Output:
-    """A kind of output that each image has for itself.
+    """Describe a kind of output with a file or folder for each image.
 
     Attributes:
-        path: in the output folder; {} is the image's name. One without a suffix is a folder.
-        write: makes it.
+        path: in the output folder; {} is the image's name. A path without a suffix is a folder.
+        write: writes the file or folder.
     """
 
     path: str
@@ -42,14 +42,14 @@ class Output:
 def write_images(
     folder: Path, name: str, image: Image.Image, detections: Detections, save: Sequence[str]
 ) -> None:
-    """What an image has for itself, of the kinds in `save`."""
+    """Write the outputs of one image, of the kinds in `save`."""
     for kind in save:
         if kind in PER_IMAGE:
             PER_IMAGE[kind].write(folder / PER_IMAGE[kind].path.format(name), image, detections)
 
 
 def draw_detections(image: Image.Image, detections: Detections) -> Image.Image:
-    """Overlay of mask, box, prompt and score on a copy of the image."""
+    """Draw mask, box, prompt and score on a copy of the image."""
     from app.datasets.overlay import color_of, draw_objects
 
     labels = [
@@ -63,7 +63,7 @@ def draw_detections(image: Image.Image, detections: Detections) -> Image.Image:
 def coco_results(
     detections: Detections, image_id: int, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """COCO results of one image.
+    """Return the COCO results of one image.
 
     Args:
         category_ids: the category of each prompt, in the order of `detections.prompts`.
@@ -92,7 +92,7 @@ def _write_overlay(path: Path, image: Image.Image, detections: Detections) -> No
 
 
 def _write_yolo(path: Path, _: Image.Image, detections: Detections) -> None:
-    """Labels as Ultralytics trains on them; classes count from 0 in the order of the prompts."""
+    """Write labels as Ultralytics trains on them; classes count from 0, as the prompts do."""
     from app.datasets.formats.yolo_export import label_line
 
     size = detections.width, detections.height
@@ -104,16 +104,17 @@ def _write_yolo(path: Path, _: Image.Image, detections: Detections) -> None:
 
 
 def _write_instances(path: Path, _: Image.Image, detections: Detections) -> None:
-    """16 bits: 1 is the highest score, which lies on top, 0 is nothing."""
+    """Write 16 bits a pixel: 0 is nothing, 1 the highest score, which lies on top."""
     _save(path, _painted("instances", detections, np.arange(1, len(detections) + 1)))
 
 
 def _write_semantic(path: Path, _: Image.Image, detections: Detections) -> None:
-    """16 bits: the prompt's number from 1 on, as in legend.json; the highest score on top."""
+    """Write 16 bits a pixel: the prompt's number in legend.json, the highest score on top."""
     _save(path, _painted("semantic", detections, detections.prompt_ids + 1))
 
 
 def _painted(kind: str, detections: Detections, ids: NDArray[np.int64]) -> Image.Image:
+    """Return a picture of 16 bits a pixel that holds `ids` (N,) where the N masks are."""
     if ids.max(initial=0) > MAX_ID:
         raise UserError(
             f"--save {kind}: {ids.max()} of them do not fit the 16 bits of a PNG ({MAX_ID}); "
@@ -126,8 +127,10 @@ def _painted(kind: str, detections: Detections, ids: NDArray[np.int64]) -> Image
 
 
 def _write_cutouts(folder: Path, image: Image.Image, detections: Detections) -> None:
-    """A PNG for each object, as large as its mask, which is the alpha; the name says where it was:
-    number_prompt_x_y."""
+    """Write a PNG of each object, as large as its mask, which is the alpha channel.
+
+    The name tells the place of its upper left corner: number_prompt_x_y.
+    """
     pixels = np.array(image)
     with atomic_folder(folder) as temporary:
         for index, mask in enumerate(_masks("cutouts", detections)):
@@ -144,7 +147,7 @@ def _write_cutouts(folder: Path, image: Image.Image, detections: Detections) -> 
 
 
 def _write_geojson(path: Path, _: Image.Image, detections: Detections) -> None:
-    """Features in pixels of the image, y downwards; what no mask covers has the box instead."""
+    """Write features in pixels of the image, y downwards; a box where there is no mask."""
     features = [
         {
             "type": "Feature",
@@ -173,19 +176,20 @@ def _outlines(detections: Detections, index: int) -> list[Polygon] | list[list[l
 
 
 def _mask(detections: Detections, index: int) -> Rle | None:
-    """None where there is no mask, or one that covers no pixel."""
+    """Return a detection's mask; None where there is none, or it covers no pixel."""
     mask = detections.masks[index] if detections.masks is not None else None
     return mask if mask is not None and area(mask) else None
 
 
 def _masks(kind: str, detections: Detections) -> list[Rle]:
+    """Return all masks; raise UserError without a mask head."""
     if detections.masks is None:
         raise UserError(f"--save {kind}: these weights have no mask head; save coco, csv or yolo")
     return detections.masks
 
 
 def _slug(prompt: str) -> str:
-    """A prompt as part of a file's name, in any file system."""
+    """Return a prompt as part of a file's name, in any file system."""
     return re.sub(r"\W+", "-", prompt).strip("-")[:40]
 
 

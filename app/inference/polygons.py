@@ -1,4 +1,4 @@
-"""Masks → polygons with holes, along the edges of their pixels."""
+"""Trace masks as polygons with holes, along the edges of their pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Polygon = list[Ring]  # the outer ring, then its holes
 
 
 def polygons(mask: Rle) -> list[Polygon]:
-    """One polygon for each part of a mask whose pixels share sides; filled, they are the mask.
+    """Return a polygon for each part of a mask whose pixels share sides; filled, they are the mask.
 
     Rings may touch at a corner and never cross, so each polygon is valid as OGC and RFC 7946 have
     it: the outer ring has a positive area with y taken upwards, holes have a negative one.
@@ -24,16 +24,16 @@ def polygons(mask: Rle) -> list[Polygon]:
     if not crop.size:
         return []
     count, labels, stats, _ = cv2.connectedComponentsWithStats(crop, connectivity=4)
-    found = []
+    parts = []
     for label in range(1, count):
         left, top, w, h = (int(side) for side in stats[label, :4])
         part = (labels[top : top + h, left : left + w] == label).astype(np.uint8)
-        found.append(_polygon(part, x + left, y + top))
-    return found
+        parts.append(_polygon(part, x + left, y + top))
+    return parts
 
 
 def _polygon(part: NDArray[np.uint8], left: int, top: int) -> Polygon:
-    """The rings of a mask that is of one piece, moved by (left, top).
+    """Return the rings of a mask that is of one piece, moved by (left, top).
 
     On the mask at twice its size, a left half-pixel has an even and a right one an odd number, so
     that (number + 1) // 2 is the edge that it touches; for rows alike.
@@ -48,7 +48,7 @@ def _polygon(part: NDArray[np.uint8], left: int, top: int) -> Polygon:
 
 
 def _closed(ring: NDArray[np.int64], *, outer: bool) -> Ring:
-    """Corners only, in the direction that RFC 7946 asks for."""
+    """Return the corners of a closed ring, in the direction that RFC 7946 asks for."""
     ring = ring[(ring != np.roll(ring, 1, axis=0)).any(axis=1)]
     before, after = ring - np.roll(ring, 1, axis=0), np.roll(ring, -1, axis=0) - ring
     ring = ring[before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]]

@@ -1,4 +1,4 @@
-"""Raw outputs → detections, in numpy: one way for torch, ONNX Runtime and TensorRT."""
+"""Turn raw outputs into detections, in numpy, for torch, ONNX Runtime and TensorRT alike."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ THRESHOLD = 0.5  # least score, where the weights name none
 
 @dataclass(frozen=True)
 class Candidates:
-    """The queries of one image with the highest scores, the highest first.
+    """Hold the queries of one image with the highest scores, the highest first.
 
     Attributes:
         scores: (N,) float32, 0..1.

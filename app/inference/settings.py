@@ -1,4 +1,4 @@
-"""What a prediction depends on beside its images, checked whole."""
+"""The settings that a prediction depends on, checked as a whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RANDOM = "none"  # the checkpoint of random weights
 
 @dataclass(frozen=True)
 class Settings:
-    """What is looked for, with which weights, and what is kept of it.
+    """Hold prompts, weights, limits and outputs of a prediction.
 
     Attributes:
         checkpoint: weights file or folder, or none for random ones.
@@ -59,7 +59,7 @@ class Settings:
         return {name: getattr(self, name) for name in names}
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for results to stand side by side."""
+        """Return the settings that must be equal for results to share an output folder."""
         settings = asdict(self)
         del settings["device"]
         if self.checkpoint != RANDOM:
@@ -70,13 +70,13 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Known:
-    """What a model says of itself.
+class Defaults:
+    """Hold the settings that a model brings with it.
 
     Attributes:
-        prompts: asked for where none are named.
-        vocabulary: what it can be asked for; None: anything.
-        threshold: 0..1, that it was calibrated to; None: it was not.
+        prompts: its classes, asked for where a user names none.
+        vocabulary: the only prompts that it takes; None: any.
+        threshold: 0..1, which it was calibrated to; None: it was not calibrated.
     """
 
     prompts: Sequence[str] = ()
@@ -91,13 +91,13 @@ def make_settings(
     boxes: Sequence[str],
     negative_boxes: Sequence[str],
     save: Sequence[str],
-    known: Known | None = None,
+    defaults: Defaults | None = None,
 ) -> Settings:
-    """The settings with what the command line gave as text; without prompts, the weights' own.
+    """Complete the settings by flags that are text; without prompts, by the weights' own.
 
     Args:
         save: kinds of output, several in one where commas part them.
-        known: of the model; None: what the checkpoint says.
+        defaults: of the model; None: those in the checkpoint.
 
     Raises:
         UserError: every problem at once.
@@ -125,20 +125,20 @@ def make_settings(
     if settings.tile is not None and (boxes or negative_boxes):
         problems.append(BOX_IN_TILE)
     classes = not (prompts or boxes or prompts_file) and settings.checkpoint != RANDOM
-    known = known or _read_known(settings, classes=classes)
+    defaults = defaults or _read_defaults(settings, classes=classes)
     if classes:
-        prompts = list(known.prompts)
+        prompts = list(defaults.prompts)
         log.info("prompts: %s (the classes of these weights)", ", ".join(prompts) or "none")
     try:
-        check_prompts(prompts, [()] * len(boxes))  # those that could not be read are boxes as well
+        check_prompts(prompts, [()] * len(boxes))  # also those that could not be read
     except UserError as error:
         problems += error.problems
-    problems += [f"--prompt {line}" for line in unknown_words(known.vocabulary, prompts)]
+    problems += [f"--prompt {line}" for line in unknown_words(defaults.vocabulary, prompts)]
     if problems:
         raise UserError(problems)
     return replace(
         settings,
-        threshold=_threshold(settings, known),
+        threshold=_threshold(settings, defaults),
         prompts=tuple(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts)),
         boxes=tuple(parsed["--box"]),
         negative_boxes=tuple(parsed["--negative-box"]),
@@ -146,33 +146,33 @@ def make_settings(
     )
 
 
-def _read_known(settings: Settings, *, classes: bool) -> Known:
-    """What the checkpoint's header says.
+def _read_defaults(settings: Settings, *, classes: bool) -> Defaults:
+    """Read the defaults of a checkpoint from its header.
 
     Args:
-        classes: whether they are needed: a checkpoint without a header is read for them.
+        classes: whether prompts are needed; a checkpoint without a header is read whole for them.
     """
     if settings.checkpoint == RANDOM:
-        return Known()
-    from app.model import weights  # here: what needs no checkpoint needs no torch
+        return Defaults()
+    from app.model import weights  # here, because an exported folder needs no torch
 
     path = Path(settings.checkpoint)
     prompts = weights.describe(path, settings.size).prompts if classes else ()
     header = weights.read_header(path)
     if header is None:
-        return Known(prompts)
-    return Known(prompts, header.model.vocabulary, header.threshold)
+        return Defaults(prompts)
+    return Defaults(prompts, header.model.vocabulary, header.threshold)
 
 
-def _threshold(settings: Settings, known: Known) -> float:
-    """The one given, or the one that the weights were calibrated to, or the usual; says which."""
+def _threshold(settings: Settings, defaults: Defaults) -> float:
+    """Return the threshold that was given, else the calibrated one, else 0.5; log which."""
     if settings.threshold is not None:
         return settings.threshold
-    if known.threshold is None:
+    if defaults.threshold is None:
         log.info("threshold: %g (--threshold decides by hand)", THRESHOLD)
         return THRESHOLD
     log.info(
         "threshold: %.3f, the best on the validation images (--threshold decides by hand)",
-        known.threshold,
+        defaults.threshold,
     )
-    return known.threshold
+    return defaults.threshold

@@ -1,4 +1,4 @@
-"""A large image as tiles that overlap, so that small things are seen at the model's own scale."""
+"""Cut a large image into overlapping tiles, which show small things at the model's scale."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Tile:
-    """A part of an image; pixels."""
+    """Hold a part of an image; pixels."""
 
     left: int
     top: int
@@ -24,7 +24,7 @@ class Tile:
         return self.left, self.top, self.left + self.width, self.top + self.height
 
     def shared(self, other: Tile) -> Tile | None:
-        """What both see; None where that is nothing."""
+        """Return the part that both tiles see; None where there is none."""
         left, top = max(self.left, other.left), max(self.top, other.top)
         right = min(self.left + self.width, other.left + other.width)
         bottom = min(self.top + self.height, other.top + other.height)
@@ -33,8 +33,13 @@ class Tile:
         return Tile(left, top, right - left, bottom - top)
 
     def cuts(self, box_xyxy: Sequence[float], width: int, height: int, margin: float) -> bool:
-        """Whether a box reaches an edge of the tile, to `margin` pixels, that is none of the
-        image's (width, height)."""
+        """Return whether a box reaches an edge of the tile that is not an edge of the image.
+
+        Args:
+            box_xyxy: pixels of the image.
+            width, height: of the image, pixels.
+            margin: pixels from the edge that count as reaching it.
+        """
         left, top, right, bottom = self.box_xyxy
         reached = np.array(
             [
@@ -48,7 +53,7 @@ class Tile:
 
 
 def make_tiles(width: int, height: int, side: int, overlap: float) -> list[Tile]:
-    """Tiles that cover an image, row by row, as evenly as can be.
+    """Return tiles that cover an image, row by row, spaced as evenly as can be.
 
     Args:
         side: of a tile, pixels; a tile ends where the image does.

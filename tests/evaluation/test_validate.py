@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import gather_object
-from app.training.loop import build_accelerator
 
 from app.datasets.build import load_splits
 from app.datasets.coco import Dataset

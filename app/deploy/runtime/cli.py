@@ -23,7 +23,7 @@ from app.files import hash_file
 from app.inference.batch import Work, predict_images
 from app.inference.folder import predict_folder
 from app.inference.postprocess import THRESHOLD
-from app.inference.settings import SAVES, Known, Settings, make_settings
+from app.inference.settings import SAVES, Defaults, Settings, make_settings
 
 log = logging.getLogger("app")
 FAILED = 3  # exit code: some inputs failed, the rest are done
@@ -134,7 +134,7 @@ def _settings(options: argparse.Namespace, runtime: Runtime) -> Settings:
         device=runtime.backend.name,
         precision=runtime.backend.precision,
     )
-    known = Known(
+    defaults = Defaults(
         manifest.classes,
         manifest.prompts,
         None if manifest.threshold == THRESHOLD else manifest.threshold,
@@ -145,7 +145,7 @@ def _settings(options: argparse.Namespace, runtime: Runtime) -> Settings:
         boxes=(),
         negative_boxes=(),
         save=options.save,
-        known=known,
+        defaults=defaults,
     )
 
 
