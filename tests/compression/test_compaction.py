@@ -34,6 +34,15 @@ def model(config: Config) -> Any:
     return build_model(config.model, matcher=instantiate(config.loss.matcher))
 
 
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of weights of nano's shapes, as if trained on the shapes."""
+    size = load_config(TINY).model
+    header = weights.Header(model=size, prompts=["circle", "rectangle", "triangle"])
+    torch.manual_seed(0)
+    return weights.save(build_model(size), tmp_path_factory.mktemp("nano"), header).parent
+
+
 def _measure(
     config: Config, model: Any, shapes: Path, *, labelled: bool, cache: Path | None = None
 ) -> Measure:
@@ -146,9 +155,9 @@ def test_blocks_by_hand() -> None:
 
 
 def test_weights_are_cut_down_step_by_step(
-    shapes: Path, tiny_run: Path, tmp_path: Path, command: Command
+    shapes: Path, nano: Path, tmp_path: Path, command: Command
 ) -> None:
-    start, folder = tiny_run / "weights" / "best", tmp_path / "small"
+    start, folder = nano, tmp_path / "small"
     words = ("compact", start, "--output-dir", folder, "--dataset-dir", shapes)
     done = command(
         *words,
@@ -211,13 +220,13 @@ def test_goals_that_cannot_be(
     words: tuple[str, ...],
     said: str,
     shapes: Path,
-    tiny_run: Path,
+    nano: Path,
     tmp_path: Path,
     command: Command,
 ) -> None:
     images = load_splits(shapes).train.images[0].path
     words = tuple(str(images) if word == "." else word for word in words)
-    start = tiny_run / "weights" / "best"
+    start = nano
     done = command("compact", start, "--output-dir", tmp_path / "out", *words)
     assert done.code == 2
     assert said in done.err
@@ -225,8 +234,8 @@ def test_goals_that_cannot_be(
     assert not (tmp_path / "out" / weights.FILE).exists()
 
 
-def test_a_projection_is_made_and_loaded(tiny_run: Path, tmp_path: Path, command: Command) -> None:
-    start = tiny_run / "weights" / "best"
+def test_a_projection_is_made_and_loaded(nano: Path, tmp_path: Path, command: Command) -> None:
+    start = nano
     words = ("--output-dir", tmp_path / "svd", "--mlp", "0.25", "--width", "svd")
     done = command("compact", start, *words)
     assert done.code == 0, done.err

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.helpers import MICRO, TINY, Command, Result
 
@@ -35,3 +37,14 @@ def train(command: Command, shapes: Path, tmp_path: Path) -> Train:
         return command(*train_words(shapes, tmp_path / folder, start), *words)
 
     return run
+
+
+@pytest.fixture
+def nan_weights(tiny_run: Path, tmp_path: Path) -> Path:
+    """Trained weights with NaN in the bias of one linear layer, dot_prod_scoring.hs_proj."""
+    whole = tiny_run / "weights" / "best" / "model.safetensors"
+    state = load_file(whole)
+    state["dot_prod_scoring.hs_proj.bias"].fill_(float("nan"))
+    with safe_open(whole, "pt") as opened:
+        save_file(state, tmp_path / "nan.safetensors", metadata=opened.metadata())
+    return tmp_path / "nan.safetensors"

@@ -54,8 +54,8 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("update-*"))
 
 
-def test_the_size_that_is_foretold(tiny_run: Path) -> None:
-    checkpoint = _checkpoints(tiny_run)[-1]
+def test_the_size_that_is_foretold(whole_run: Path) -> None:
+    checkpoint = _checkpoints(whole_run)[-1]
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
     config, average = load_config(TINY), load_config([*TINY, "training.ema=0.9"])
     model = method.on_meta(config, pretrained=False)
