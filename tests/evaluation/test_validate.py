@@ -24,6 +24,7 @@ from app.evaluation.validate import ALONE, Ranks, Validation, validate
 from app.inference import Predictor
 from app.inference.outputs import coco_results
 from app.signals import Stopped
+from app.training.step import build_accelerator
 from tests.helpers import PATIENCE, REPOSITORY
 
 IMAGES = 7  # two ranks with batches of two: the last round has one image, and none for rank 1
