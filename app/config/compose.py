@@ -92,7 +92,7 @@ def model_names() -> list[str]:
 
 
 def recipe_file(name: str) -> Path:
-    """`configs/recipe/<name>.yaml`; raises UserError where there is none."""
+    """Return `configs/recipe/<name>.yaml`; raise UserError where there is none."""
     recipes = sorted(path.stem for path in (CONFIGS / "recipe").glob("*.yaml"))
     if name not in recipes:
         raise UserError(
@@ -117,7 +117,7 @@ def read_yaml(file: Path) -> Any:
 
 
 def check_targets(node: Any, where: str) -> list[str]:
-    """Problems of every `_target_` in `node`: unknown, not allowed, given keys it never reads."""
+    """Report every `_target_` in `node` that is unknown or not allowed, and keys it never reads."""
     if isinstance(node, list):
         return [p for i, item in enumerate(node) for p in check_targets(item, f"{where}[{i}]")]
     if not isinstance(node, Mapping):
@@ -246,7 +246,7 @@ def _override(composed: DictConfig, text: str) -> None:
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str:
-    """Like `nearest`, but a bare leaf (`epochs`) finds its full key (`training.epochs`) first."""
+    """Suggest like `nearest`, but for a bare leaf (`epochs`) its full key (`training.epochs`)."""
     leaf = key.rpartition(".")[2]
     by_leaf = {name.rpartition(".")[2]: name for name in reversed(known)}
     matches = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.75)
@@ -254,7 +254,7 @@ def nearest_key(key: str, known: Sequence[str]) -> str:
 
 
 def _is_text(key: str) -> bool:
-    """Whether the schema wants text: a folder may be called 2024, or [a]."""
+    """Return whether the schema wants text: a folder may be called 2024, or [a]."""
     schema: Any = Config
     for name in key.split("."):
         field = getattr(schema, "model_fields", {}).get(name)

@@ -211,7 +211,7 @@ class LoraPartsConfig(_Strict):
 
 
 class LoraConfig(_Strict):
-    """What is adapted, and by how much; peft's own of that name is made from it."""
+    """The modules that LoRA adapts, and by how much; peft's own LoraConfig is made from it."""
 
     rank: int = Field(ge=1)
     alpha: int = Field(ge=1)

@@ -23,14 +23,14 @@ _KEY = "dataset.shapes"
 
 
 class Thing(NamedTuple):
-    """What to draw: a kind, in a named color or in any."""
+    """A shape to draw: a kind, in a named color or in any."""
 
     kind: str
     color: str | None
 
 
 class ShapesConfig(BaseModel):
-    """What to draw, and what to call it. The schema lists every problem, each with its remedy.
+    """The shapes to draw, and their names. The schema lists every problem, each with its remedy.
 
     Attributes:
         train, valid: images.

@@ -61,7 +61,7 @@ def _open_zip(archive: Path) -> zipfile.ZipFile:
 
 
 def _zip_problems(members: list[zipfile.ZipInfo], max_bytes: int, free: int) -> list[str]:
-    """All that speaks against unpacking, told from the directory alone.
+    """Return all that speaks against unpacking, as the zip's directory tells it.
 
     Args:
         free: bytes on the disk.
@@ -83,7 +83,7 @@ def _zip_problems(members: list[zipfile.ZipInfo], max_bytes: int, free: int) -> 
 
 
 def _name_fault(name: str) -> str | None:
-    """What is wrong with a member's name; None where it stays inside the folder, on any system."""
+    """Return what is wrong with a member's name; None where it stays inside on any system."""
     if "\0" in name:
         return "has NUL in its name"
     if "\\" in name:
@@ -96,7 +96,7 @@ def _name_fault(name: str) -> str | None:
 
 
 def _member_fault(member: zipfile.ZipInfo) -> str | None:
-    """What is wrong with a member beside its name; None where it is a plain file or a folder."""
+    """Return what else is wrong with a member; None where it is a plain file or a folder."""
     kind = stat.S_IFMT(member.external_attr >> 16)
     if kind == stat.S_IFLNK:
         return "is a link: pack the file itself"
@@ -115,7 +115,7 @@ def _member_fault(member: zipfile.ZipInfo) -> str | None:
 
 
 def _collisions(members: list[zipfile.ZipInfo]) -> list[str]:
-    """Members that would be written over each other, or into a file."""
+    """Report members that would be written over each other, or into a file."""
     files = Counter(PurePosixPath(m.filename) for m in members if not m.is_dir())
     folders = {PurePosixPath(m.filename) for m in members if m.is_dir()}
     folders |= {parent for path in files for parent in path.parents}
@@ -126,7 +126,7 @@ def _collisions(members: list[zipfile.ZipInfo]) -> list[str]:
 
 
 def _overlaps(members: list[zipfile.ZipInfo]) -> list[str]:
-    """Members that share bytes of the zip: how a small one unpacks to petabytes.
+    """Report members that share bytes of the zip, by which a small one unpacks to petabytes.
 
     Python 3.11.8, 3.12.2 and later look at this as well.
     """

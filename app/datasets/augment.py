@@ -67,7 +67,7 @@ class Augment:
         return datapoint
 
     def _draw(self, width: int, height: int) -> tuple[Matrix, tuple[int, int]]:
-        """A window of the image at the image's own sampling, and the way into it."""
+        """Draw a random window; return the matrix into it, and its width and height in pixels."""
         low, high = self.scale
         zoom = math.exp(random.uniform(math.log(low), math.log(high)))
         window = max(round(width / zoom), 1), max(round(height / zoom), 1)
@@ -95,7 +95,11 @@ def _warp(
     interpolation: int,
     ground: tuple[int, ...],
 ) -> NDArray[np.uint8]:
-    """OpenCV counts from pixels' centers, boxes from their corners: half a pixel either side."""
+    """Warp an image or a mask, (H, W) or (H, W, 3), into the window.
+
+    OpenCV counts from the centers of pixels and boxes from their corners, so that the matrix is
+    shifted by half a pixel on either side.
+    """
     shifted = matrix.copy()
     shifted[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5
     warped = cv2.warpAffine(pixels, shifted, window, flags=interpolation, borderValue=ground)
@@ -103,7 +107,7 @@ def _warp(
 
 
 def _move(thing: Object, matrix: Matrix, window: tuple[int, int], min_visible: float) -> None:
-    """Box and mask of one object into the window; area 0, which drops it, where too little is left.
+    """Move one object's box and mask into the window; area 0 drops it where too little is left.
 
     The box is the mask's; without a mask, the one around the turned box.
     """
@@ -123,7 +127,7 @@ def _move(thing: Object, matrix: Matrix, window: tuple[int, int], min_visible: f
 
 
 def _box_of(mask: NDArray[np.uint8]) -> Tensor:
-    """(4,) xyxy, pixels; zeros where the mask is empty."""
+    """Return the mask's box, (4,) float32 xyxy in pixels; zeros where the mask is empty."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     if not len(columns):
         return torch.zeros(4)

@@ -44,14 +44,14 @@ class Splits:
     notes: tuple[str, ...]
 
     def map(self, change: Callable[[Dataset], Dataset]) -> Splits:
-        """The splits with each dataset changed alike."""
+        """Return the splits with each dataset changed alike."""
         test = None if self.test is None else change(self.test)
         return Splits(change(self.train), change(self.valid), test, self.notes)
 
 
 @dataclass(frozen=True)
 class Survey:
-    """A dataset as it was found: what is sound in each split that is given, and every fault."""
+    """A dataset as it lies there: what is sound in each split that is given, and every fault."""
 
     splits: dict[str, Dataset]  # train, valid, test; each with its own categories
     faults: tuple[Fault, ...]
@@ -60,8 +60,8 @@ class Survey:
 
     def require_sound(self, max_drop: float) -> None:
         """Raise UserError, with every problem, where mending would be guessing or drop too much."""
-        if said := problems(self.faults, self.tally, max_drop):
-            raise UserError(said)
+        if faults := problems(self.faults, self.tally, max_drop):
+            raise UserError(faults)
 
 
 def load_splits(
@@ -93,10 +93,10 @@ def load_splits(
         UserError: with every problem of every split, or with what was looked for and not found.
     """
     _check_arguments(valid_fraction, test_fraction, limit)
-    found = survey(folder, format)
-    found.require_sound(max_drop)
+    surveyed = survey(folder, format)
+    surveyed.require_sound(max_drop)
     splits = make_splits(
-        found, valid_fraction=valid_fraction, test_fraction=test_fraction, seed=seed
+        surveyed, valid_fraction=valid_fraction, test_fraction=test_fraction, seed=seed
     )
     if limit is not None and limit < len(splits.train.images):
         total = len(splits.train.images)
@@ -109,7 +109,7 @@ def load_splits(
             "annotations; raise limit, lower valid_fraction, or take another seed"
         )
     advice = [fault.remedy for fault in advise(splits, folder)]
-    return replace(splits, notes=(*splits.notes, *notes(found.faults), *advice))
+    return replace(splits, notes=(*splits.notes, *notes(surveyed.faults), *advice))
 
 
 def survey(folder: Path, format: str = "auto") -> Survey:
@@ -118,7 +118,7 @@ def survey(folder: Path, format: str = "auto") -> Survey:
     Raises:
         UserError: there is no dataset, or no saying where its splits are.
     """
-    sources, said = _find_sources(folder, format)
+    sources, notes = _find_sources(folder, format)
     readings = {split: _read(source) for split, source in sources.items()}
     faults = [fault for reading in readings.values() for fault in reading.faults]
     for split, reading in readings.items():
@@ -128,27 +128,29 @@ def survey(folder: Path, format: str = "auto") -> Survey:
         {split: reading.dataset for split, reading in readings.items()},
         tuple(faults),
         sum((reading.tally for reading in readings.values()), Tally()),
-        tuple(said),
+        tuple(notes),
     )
 
 
-def decode(found: Survey, folder: Path, on_image: Callable[[int], None]) -> Survey:
-    """The survey without the images that only a full decode shows to be unusable.
+def decode(surveyed: Survey, folder: Path, on_image: Callable[[int], None]) -> Survey:
+    """Return the survey without the images that only a full decode shows to be unusable.
 
     Args:
         folder: the dataset's.
         on_image: is told how many are decoded.
     """
-    unusable, findings = find_unusable(found.splits, folder, on_image)
-    splits, tally = {}, found.tally
-    for split, dataset in found.splits.items():
-        kept = {image.id for image in dataset.images} - unusable[split]
-        splits[split] = part = dataset.subset(kept)
+    unusable, findings = find_unusable(surveyed.splits, folder, on_image)
+    splits, tally = {}, surveyed.tally
+    for split, dataset in surveyed.splits.items():
+        usable = {image.id for image in dataset.images} - unusable[split]
+        splits[split] = part = dataset.subset(usable)
         images = len(part.images) - len(dataset.images)
         tally += Tally(0, 0, images, len(part.annotations) - len(dataset.annotations))
-        if dataset.images and not kept:
+        if dataset.images and not usable:
             findings.add("empty", split, [], "has no image left to use; replace them")
-    return replace(found, splits=splits, tally=tally, faults=(*found.faults, *findings.faults))
+    return replace(
+        surveyed, splits=splits, tally=tally, faults=(*surveyed.faults, *findings.faults)
+    )
 
 
 def _read(source: Source) -> Reading:
@@ -160,47 +162,49 @@ def _read(source: Source) -> Reading:
 
 
 def _emptiness(split: str, reading: Reading, where: Path) -> list[Fault]:
-    found = Findings(str(where))
+    findings = Findings(str(where))
     if not reading.dataset.images:
         remedy = "lists no images; add some, or remove this split"
-        found.add("empty", "'images'", list(reading.dataset.images), remedy)
+        findings.add("empty", "'images'", list(reading.dataset.images), remedy)
     elif split == "train" and not reading.tally.annotations:
-        found.add("empty", "'annotations'", [], "has no annotations; label the images first")
-    return found.faults
+        findings.add("empty", "'annotations'", [], "has no annotations; label the images first")
+    return findings.faults
 
 
 def make_splits(
-    found: Survey,
+    surveyed: Survey,
     *,
     valid_fraction: float = 0.15,
     test_fraction: float = 0.15,
     seed: int = 0,
 ) -> Splits:
-    """The splits that are given; what is missing of them is made from the training images.
+    """Return the given splits, and make the missing ones from the training images.
 
     Args:
         valid_fraction, test_fraction, seed: as `load_splits` has them.
     """
-    splits = _share_categories(found.splits)
+    splits = _share_categories(surveyed.splits)
     train, valid, test = (splits.get(name) for name in ("train", "valid", "test"))
     assert train is not None, "every source has a training split"
     if valid is not None:
-        return Splits(train, valid, test, found.notes)
+        return Splits(train, valid, test, surveyed.notes)
     fractions = {"valid": valid_fraction} | ({} if test else {"test": test_fraction})
-    parts, said = _set_aside(train, fractions, seed)
-    return Splits(parts["train"], parts["valid"], test or parts.get("test"), (*found.notes, *said))
+    parts, made = _set_aside(train, fractions, seed)
+    return Splits(
+        parts["train"], parts["valid"], test or parts.get("test"), (*surveyed.notes, *made)
+    )
 
 
 def advise(splits: Splits, folder: Path) -> list[Fault]:
-    """What makes a sound dataset train to something else than its user wants."""
-    found = Findings(str(folder))
+    """Return warnings of what makes a sound dataset train to something else than its user wants."""
+    findings = Findings(str(folder))
     for title, dataset in (("validation", splits.valid), ("test", splits.test)):
         if dataset is not None and (
             missing := sorted(_labelled(dataset) - _labelled(splits.train))
         ):
             classes = ", ".join(f"'{name}'" for name in missing)
             remedy = f"{title} has objects of {classes}, which no training image has"
-            found.add("untrained class", title, missing, remedy)
+            findings.add("untrained class", title, missing, remedy)
     train = splits.train
     if len(train.categories) == 1 and all(train.annotations_by_image.values()):
         name = train.class_names[0]
@@ -210,21 +214,21 @@ def advise(splits: Splits, folder: Path) -> list[Fault]:
             f"looks like a '{name}' in dataset.near_misses, or add images without one (listed, "
             "with no annotations)"
         )
-        found.add("no negatives", "categories", name, remedy)
-    return found.faults
+        findings.add("no negatives", "categories", name, remedy)
+    return findings.faults
 
 
 def many_classes(train: Dataset, most: int) -> list[Fault]:
-    """The plan where there are more classes than the `most` prompts an image and step."""
-    found, classes = Findings("dataset"), len(train.categories)
+    """Warn where there are more classes than the `most` prompts an image and step."""
+    findings, classes = Findings("dataset"), len(train.categories)
     if classes > most:
         remedy = (
             f"an image trains {most} prompts a step, its own classes first, then absent ones by "
             "chance, so that memory does not grow with the classes; where memory allows, raise "
             f"dataset.max_prompts={most} towards {classes}"
         )
-        found.add("many classes", "the number of classes", classes, remedy)
-    return found.faults
+        findings.add("many classes", "the number of classes", classes, remedy)
+    return findings.faults
 
 
 def shapes_dataset(cache: Path, *, seed: int = 0, **settings: Any) -> Path:
@@ -262,7 +266,7 @@ def _check_arguments(valid_fraction: float, test_fraction: float, limit: int | N
 
 
 def _find_sources(folder: Path, key: str) -> tuple[dict[str, Source], list[str]]:
-    """Each split that is there, `train` always; and a note where the format is not plain COCO."""
+    """Return each split that is there, `train` always, and a note where the format is not COCO."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the one that holds the dataset")
     format = choose(folder, key)
@@ -303,7 +307,7 @@ def _renumber(dataset: Dataset, ids: dict[str, int], categories: tuple[Category,
 def _set_aside(
     train: Dataset, fractions: Mapping[str, float], seed: int
 ) -> tuple[dict[str, Dataset], list[str]]:
-    """Training set, the sets made from it, and what to tell the user."""
+    """Return the training set, the sets made from it, and notes for the user."""
     total = len(train.images)
     if total == 1:
         note = "no validation split, and one training image: it is validated on as well"
@@ -311,24 +315,27 @@ def _set_aside(
         return only, [f"{note}, so the figures say nothing about new images"]
     chosen, alike = _assign(train, _sizes(total, fractions), seed)
     datasets = {split: train.subset(ids) for split, ids in chosen.items() if ids}
-    said = []
+    notes = []
     for split, fraction in fractions.items():
         title, purpose = TITLES[split]
         if split in datasets:
             count = f"{len(chosen[split])} of {total} training images"
             share = f"({fraction * 100:g} %, seed {seed}) set aside for {purpose}"
-            said.append(f"no {title} split: {count} {share}")
+            notes.append(f"no {title} split: {count} {share}")
         elif fraction:
-            said.append(f"no {title} split: {total} images are too few to set any aside")
+            notes.append(f"no {title} split: {total} images are too few to set any aside")
     if alike:
-        said.append("the images are too much alike to keep near-duplicates out of validation")
-    return datasets, said
+        notes.append("the images are too much alike to keep near-duplicates out of validation")
+    return datasets, notes
 
 
 def _assign(
     train: Dataset, sizes: Mapping[str, int], seed: int
 ) -> tuple[dict[str, set[int]], bool]:
-    """Ids of each split's images, by no order of theirs; whether near-duplicates are parted."""
+    """Return the ids of each split's images, and whether near-duplicates had to be parted.
+
+    The choice does not depend on the order of the images.
+    """
     images = sorted(train.images, key=lambda image: (image.path.name, image.id))
     classes = [
         frozenset(a.category_id for a in train.annotations_by_image[image.id]) for image in images
@@ -346,14 +353,14 @@ def _assign(
 
 
 def _sizes(total: int, fractions: Mapping[str, float]) -> dict[str, int]:
-    """Images of each split: at least one to train on and one to validate on."""
+    """Return the images of each split: at least one to train on and one to validate on."""
     valid = min(max(1, round(total * fractions["valid"])), total - 1)
     test = min(round(total * fractions.get("test", 0)), total - valid - 1)
     return {"train": total - valid - test, "valid": valid, "test": test}
 
 
 def _choose(dataset: Dataset, size: int, seed: int) -> set[int]:
-    """Ids of images, chosen at random but not by their order in the JSON."""
+    """Choose ids of images at random, whatever their order in the JSON."""
     return set(random.Random(seed).sample(sorted(image.id for image in dataset.images), size))
 
 

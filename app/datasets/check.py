@@ -25,7 +25,7 @@ Entry = tuple[str, dict[str, Any]]  # place in the file, JSON object
 
 
 class Doubled(dict[str, Any]):
-    """A JSON object that has a key twice; `json.loads` would keep the last and say nothing."""
+    """A JSON object that has a key twice, of which `json.loads` would silently keep the last."""
 
     twice: tuple[str, ...] = ()
 
@@ -40,7 +40,7 @@ class Sound:
 
 
 def keep_doubled(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The `object_pairs_hook` that lets `check` see keys that are there twice."""
+    """Make an object from its pairs, as `object_pairs_hook`, so that `check` sees repeated keys."""
     plain = dict(pairs)
     if len(plain) == len(pairs):
         return plain
@@ -49,120 +49,120 @@ def keep_doubled(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return doubled
 
 
-def check(document: object, found: Findings) -> Sound:
+def check(document: object, findings: Findings) -> Sound:
     """Report every fault of a parsed COCO JSON, and keep what has none.
 
     An annotation of an image that is reported is left out without a word of its own.
     """
     if not isinstance(document, dict):
-        found.add("root", "the file", document, "must be a COCO JSON object; export it again")
+        findings.add("root", "the file", document, "must be a COCO JSON object; export it again")
         return Sound()
-    _check_keys("the file", document, found)
+    _check_keys("the file", document, findings)
     for key in ("images", "annotations", "categories"):
         if not isinstance(document.get(key), list):
-            found.add("root", f"'{key}'", document.get(key), "must be a list, as COCO has it")
-    images = _check_images(document, found)
-    categories = _check_categories(document, found)
-    annotations = _check_annotations(document, images, found)
+            findings.add("root", f"'{key}'", document.get(key), "must be a list, as COCO has it")
+    images = _check_images(document, findings)
+    categories = _check_categories(document, findings)
+    annotations = _check_annotations(document, images, findings)
     return Sound(images, annotations, categories)
 
 
 def listed(document: object, key: str) -> list[Any]:
-    """What a document has under `images`, `annotations` or `categories`; sound or not."""
+    """Return the document's `images`, `annotations` or `categories`, sound or not."""
     values = document.get(key) if isinstance(document, dict) else None
     return values if isinstance(values, list) else []
 
 
-def _check_keys(place: str, value: object, found: Findings) -> None:
+def _check_keys(place: str, value: object, findings: Findings) -> None:
     if isinstance(value, Doubled):
         for key in value.twice:
             remedy = "is there twice, and which of them holds is not known; delete one"
-            found.add("duplicate key", f"{place}: '{key}'", value[key], remedy)
+            findings.add("duplicate key", f"{place}: '{key}'", value[key], remedy)
 
 
-def _objects(document: dict[str, Any], key: str, found: Findings) -> Iterator[Entry]:
+def _objects(document: dict[str, Any], key: str, findings: Findings) -> Iterator[Entry]:
     for index, entry in enumerate(listed(document, key)):
         if isinstance(entry, dict):
-            _check_keys(f"{key}[{index}]", entry, found)
+            _check_keys(f"{key}[{index}]", entry, findings)
             yield f"{key}[{index}]", entry
         else:
-            found.add("entry", f"{key}[{index}]", entry, "must be a JSON object")
+            findings.add("entry", f"{key}[{index}]", entry, "must be a JSON object")
 
 
 class _Ids:
-    """The ids of one list; each must be a whole number of its own."""
+    """The ids of one list, each of which must be a whole number of its own."""
 
-    def __init__(self, kind: str, found: Findings) -> None:
+    def __init__(self, kind: str, findings: Findings) -> None:
         self.kind = kind
-        self.found = found
+        self.findings = findings
         self.places: dict[int, str] = {}
 
     def check(self, place: str, identity: object) -> bool:
         if not is_id(identity):
-            self.found.add(self.kind, f"{place}.id", identity, "must be a whole number")
+            self.findings.add(self.kind, f"{place}.id", identity, "must be a whole number")
         elif identity in self.places:
             remedy = f"is taken by {self.places[identity]}; renumber one"
-            self.found.add(self.kind, f"{place}.id", identity, remedy)
+            self.findings.add(self.kind, f"{place}.id", identity, remedy)
         else:
             self.places[identity] = place
             return True
         return False
 
 
-def _check_images(document: dict[str, Any], found: Findings) -> list[Entry]:
-    ids, sound = _Ids("image id", found), []
-    for place, image in _objects(document, "images", found):
-        before = len(found.faults)
+def _check_images(document: dict[str, Any], findings: Findings) -> list[Entry]:
+    ids, sound = _Ids("image id", findings), []
+    for place, image in _objects(document, "images", findings):
+        before = len(findings.faults)
         ids.check(place, image.get("id"))
         for key in ("width", "height"):
             if not is_side(image.get(key)):
                 remedy = f"must be a whole number of pixels, 1 to {MAX_SIDE}"
-                found.add("image size", f"{place}.{key}", image.get(key), remedy)
+                findings.add("image size", f"{place}.{key}", image.get(key), remedy)
         if fault := name_fault(image.get("file_name")):
-            found.add("file name", f"{place}.file_name", image.get("file_name"), fault)
-        if len(found.faults) == before:
+            findings.add("file name", f"{place}.file_name", image.get("file_name"), fault)
+        if len(findings.faults) == before:
             sound.append((place, image))
     return sound
 
 
-def _check_categories(document: dict[str, Any], found: Findings) -> list[Entry]:
-    """Those that name a class; a placeholder may share its name with one."""
+def _check_categories(document: dict[str, Any], findings: Findings) -> list[Entry]:
+    """Return the entries that name a class; a placeholder may share its name with one."""
     placeholders = placeholder_ids(document)
-    ids, sound, seen = _Ids("category id", found), [], dict[str, str]()
-    for place, category in _objects(document, "categories", found):
+    ids, sound, places = _Ids("category id", findings), [], dict[str, str]()
+    for place, category in _objects(document, "categories", findings):
         identity, name = category.get("id"), category.get("name")
         unique = ids.check(place, identity)
         if unique and identity in placeholders:
             remedy = "names no class, and no annotation uses it"
-            found.add("placeholder", f"{place}.name", name, remedy)
-        elif _check_name(f"{place}.name", name, seen, found) and unique:
+            findings.add("placeholder", f"{place}.name", name, remedy)
+        elif _check_name(f"{place}.name", name, places, findings) and unique:
             sound.append((place, category))
     if document.get("categories") == [] and listed(document, "annotations"):
-        found.add("empty", "'categories'", [], "must name the classes of the annotations")
+        findings.add("empty", "'categories'", [], "must name the classes of the annotations")
     return sound
 
 
-def _check_name(place: str, name: object, seen: dict[str, str], found: Findings) -> bool:
+def _check_name(place: str, name: object, places: dict[str, str], findings: Findings) -> bool:
     if not isinstance(name, str) or not name.strip() or not is_unicode(name):
-        found.add("category name", place, name, "must be the class's name, as text")
+        findings.add("category name", place, name, "must be the class's name, as text")
         return False
     if len(name.strip()) > MAX_NAME:
         remedy = f"has {len(name.strip())} characters: must be a name of at most {MAX_NAME}"
-        found.add("category name", place, name, remedy)
+        findings.add("category name", place, name, remedy)
         return False
     plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-    if plain in seen:
-        remedy = f"is also the name of {seen[plain]}, but for case or space; merge or rename one"
-        found.add("alike names", place, name, remedy)
+    if plain in places:
+        remedy = f"is also the name of {places[plain]}, but for case or space; merge or rename one"
+        findings.add("alike names", place, name, remedy)
         return False
     if name != name.strip():
-        found.add("space in name", place, name, f"is read as {name.strip()!r}")
-    seen[plain] = place.removesuffix(".name")
+        findings.add("space in name", place, name, f"is read as {name.strip()!r}")
+    places[plain] = place.removesuffix(".name")
     return True
 
 
 def placeholder_ids(document: dict[str, Any]) -> set[int]:
-    """Ids of categories that name no class: unused, and id 0 or the supercategory of others.
+    """Return ids of categories that name no class: unused, and id 0 or others' supercategory.
 
     Roboflow writes one such category into its exports; it must not become a prompt.
     """
@@ -186,30 +186,30 @@ def placeholder_ids(document: dict[str, Any]) -> set[int]:
 
 
 def _check_annotations(
-    document: dict[str, Any], images: Sequence[Entry], found: Findings
+    document: dict[str, Any], images: Sequence[Entry], findings: Findings
 ) -> list[Entry]:
     sizes = {image["id"]: (image["width"], image["height"]) for _, image in images}
-    known = {key: _known_ids(document, key) for key in ("images", "categories")}
-    ids, sound = _Ids("annotation id", found), []
-    for place, annotation in _objects(document, "annotations", found):
+    listed_ids = {key: _known_ids(document, key) for key in ("images", "categories")}
+    ids, sound = _Ids("annotation id", findings), []
+    for place, annotation in _objects(document, "annotations", findings):
         ids.check(place, annotation.get("id"))
-        before = len(found.faults)
+        before = len(findings.faults)
         image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
-        if not is_id(image_id) or image_id not in known["images"]:
+        if not is_id(image_id) or image_id not in listed_ids["images"]:
             remedy = "is the id of no image in 'images'"
-            found.add("image reference", f"{place}.image_id", image_id, remedy)
-        named = is_id(category_id) and category_id in known["categories"]
-        if known["categories"] and not named:  # where there are none, that is said once
+            findings.add("image reference", f"{place}.image_id", image_id, remedy)
+        named = is_id(category_id) and category_id in listed_ids["categories"]
+        if listed_ids["categories"] and not named:  # where there are none, that is said once
             remedy = "is the id of no category in 'categories'"
-            found.add("category reference", f"{place}.category_id", category_id, remedy)
+            findings.add("category reference", f"{place}.category_id", category_id, remedy)
         if annotation.get("iscrowd") not in (None, 0, 1):
-            found.add("iscrowd", f"{place}.iscrowd", annotation["iscrowd"], "must be 0 or 1")
+            findings.add("iscrowd", f"{place}.iscrowd", annotation["iscrowd"], "must be 0 or 1")
         size = sizes.get(image_id) if is_id(image_id) else None
         if size is not None:
-            _check_geometry(place, annotation, *size, found)
-        if named and size is not None and len(found.faults) == before:
+            _check_geometry(place, annotation, *size, findings)
+        if named and size is not None and len(findings.faults) == before:
             sound.append((place, annotation))
-            _note_missing(place, annotation, found)
+            _note_missing(place, annotation, findings)
     return sound
 
 
@@ -219,34 +219,34 @@ def _known_ids(document: dict[str, Any], key: str) -> set[int]:
 
 
 def _check_geometry(
-    place: str, annotation: dict[str, Any], width: int, height: int, found: Findings
+    place: str, annotation: dict[str, Any], width: int, height: int, findings: Findings
 ) -> None:
     box, segmentation = annotation.get("bbox"), annotation.get("segmentation")
     if is_absent(box) and is_absent(segmentation):
         remedy = "must be given where there is no segmentation"
-        found.add("no geometry", f"{place}.bbox", box, remedy)
+        findings.add("no geometry", f"{place}.bbox", box, remedy)
     if not is_absent(box) and (fault := box_fault(box, width, height)):
-        found.add(fault[0], f"{place}.bbox", box, fault[1])
-    _check_keys(f"{place}.segmentation", segmentation, found)
+        findings.add(fault[0], f"{place}.bbox", box, fault[1])
+    _check_keys(f"{place}.segmentation", segmentation, findings)
     if not is_absent(segmentation) and (fault := mask_fault(segmentation, width, height)):
-        found.add(fault[0], f"{place}.segmentation", segmentation, fault[1])
+        findings.add(fault[0], f"{place}.segmentation", segmentation, fault[1])
 
 
-def _note_missing(place: str, annotation: dict[str, Any], found: Findings) -> None:
+def _note_missing(place: str, annotation: dict[str, Any], findings: Findings) -> None:
     """Report what the reader fills in."""
     if annotation.get("iscrowd") is None:
-        found.add("no iscrowd", f"{place}.iscrowd", None, "is taken for 0")
+        findings.add("no iscrowd", f"{place}.iscrowd", None, "is taken for 0")
     if is_absent(annotation.get("bbox")):
-        found.add("no bbox", f"{place}.bbox", None, "is the box around the mask")
+        findings.add("no bbox", f"{place}.bbox", None, "is the box around the mask")
     if not is_area(area := annotation.get("area")):
-        found.add("no area", f"{place}.area", area, "is counted from the mask, or the box")
+        findings.add("no area", f"{place}.area", area, "is counted from the mask, or the box")
 
 
 def is_area(area: object) -> TypeGuard[float]:
-    """Square pixels, 0 or more."""
+    """Return whether it is a number of square pixels, 0 or more."""
     return is_number(area) and area >= 0
 
 
 def is_id(value: object) -> TypeGuard[int]:
-    """Whether an id fits the 64 bits that tensors hold; JSON's true and false are no ids."""
+    """Return whether an id fits the 64 bits that tensors hold; JSON's true and false are no ids."""
     return is_int(value) and abs(value) < 2**63

@@ -73,7 +73,7 @@ class Dataset:
 
     @cached_property
     def annotations_by_image(self) -> dict[int, list[Annotation]]:
-        """Annotations by image id; an image without objects has an empty list."""
+        """Return the annotations by image id; an image without objects has an empty list."""
         grouped: dict[int, list[Annotation]] = {image.id: [] for image in self.images}
         for annotation in self.annotations:
             grouped[annotation.image_id].append(annotation)
@@ -84,14 +84,16 @@ class Dataset:
         return [category.name for category in self.categories]
 
     def subset(self, image_ids: Iterable[int]) -> Dataset:
-        """These images and their annotations; all categories."""
-        kept = set(image_ids)
-        images = tuple(image for image in self.images if image.id in kept)
-        annotations = tuple(a for a in self.annotations if a.image_id in kept)
+        """Return the dataset of these images and their annotations, with all categories."""
+        wanted = set(image_ids)
+        images = tuple(image for image in self.images if image.id in wanted)
+        annotations = tuple(a for a in self.annotations if a.image_id in wanted)
         return Dataset(images, annotations, self.categories)
 
     def content_hash(self) -> str:
-        """Hex SHA-256 of the labels and of each image's name and bytes: wherever it lies.
+        """Return the hex SHA-256 of the labels and of each image's name and number of bytes.
+
+        The folder of the images is left out, so that a moved dataset has the same hash.
 
         Sizes stand for the image's contents: hashing each pixel would cost a read of the whole set.
         """
@@ -102,7 +104,7 @@ class Dataset:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """Strict COCO: absolute file names; `segmentation` is RLE, or [] for boxes only."""
+        """Return strict COCO: absolute file names; `segmentation` is RLE, or [] for boxes only."""
         return {
             "images": [
                 {"id": i.id, "file_name": str(i.path), "width": i.width, "height": i.height}
@@ -143,9 +145,9 @@ class Reading:
     tally: Tally
 
     def sound(self, max_drop: float = MAX_DROP) -> Dataset:
-        """The dataset; raises UserError with every problem where it must not be used."""
-        if said := problems(self.faults, self.tally, max_drop):
-            raise UserError(said)
+        """Return the dataset; raise UserError with every problem where it must not be used."""
+        if faults := problems(self.faults, self.tally, max_drop):
+            raise UserError(faults)
         return self.dataset
 
 
@@ -165,18 +167,18 @@ def read(json_path: Path, image_roots: Sequence[Path], max_drop: float = MAX_DRO
 
 
 def examine(json_path: Path, image_roots: Sequence[Path] | None) -> Reading:
-    """Like `read`, but the faults come back with what is sound instead of being raised.
+    """Read like `read`, but return the faults with what is sound instead of raising them.
 
     Polygons and uncompressed RLE become compressed RLE. Without roots the images need not be
     there: their paths are as the JSON names them, from its own folder.
     """
-    found = Findings(str(json_path))
-    document = _parse(json_path, found)
+    findings = Findings(str(json_path))
+    document = _parse(json_path, findings)
     if document is None:
-        return Reading(Dataset((), (), ()), tuple(found.faults), Tally())
-    sound = check(document, found)
+        return Reading(Dataset((), (), ()), tuple(findings.faults), Tally())
+    sound = check(document, findings)
     if image_roots is not None:
-        files = find_files(sound.images, image_roots, found)
+        files = find_files(sound.images, image_roots, findings)
     else:
         files = {entry["id"]: json_path.parent / entry["file_name"] for _, entry in sound.images}
     images = tuple(
@@ -193,30 +195,30 @@ def examine(json_path: Path, image_roots: Sequence[Path] | None) -> Reading:
         for place, entry in sound.annotations
         if entry["image_id"] in files and entry["category_id"] in usable
     ]
-    annotations = _read_annotations(entries, images, found)
+    annotations = _read_annotations(entries, images, findings)
     dataset = Dataset(images, annotations, categories)
     total, labelled = (len(listed(document, key)) for key in ("images", "annotations"))
     tally = Tally(total, labelled, len(images), len(annotations))
-    return Reading(dataset, tuple(found.faults), tally)
+    return Reading(dataset, tuple(findings.faults), tally)
 
 
-def _parse(json_path: Path, found: Findings) -> Any:
-    """The document; None, reported, where it is no JSON."""
+def _parse(json_path: Path, findings: Findings) -> Any:
+    """Return the parsed document; None, and report it, where the file is no JSON."""
     try:
         document = read_json(json_path, keep_doubled)
     except UserError as error:
-        found.add_error("JSON", error)
+        findings.add_error("JSON", error)
         return None
     if document is None:
-        found.add("root", "the file", None, "must be a COCO JSON object; export it again")
+        findings.add("root", "the file", None, "must be a COCO JSON object; export it again")
     with json_path.open("rb") as file:
         if file.read(3) == codecs.BOM_UTF8:
-            found.add("BOM", "the file's start", "a byte order mark", "is passed over")
+            findings.add("BOM", "the file's start", "a byte order mark", "is passed over")
     return document
 
 
 def _read_annotations(
-    entries: Sequence[Entry], images: Sequence[Image], found: Findings
+    entries: Sequence[Entry], images: Sequence[Image], findings: Findings
 ) -> tuple[Annotation, ...]:
     sizes = {image.id: (image.width, image.height) for image in images}
     plain = [
@@ -230,19 +232,19 @@ def _read_annotations(
         annotation = _read_annotation(entry, id, *sizes[entry["image_id"]])
         if annotation.segmentation is not None and not coco_mask.area(annotation.segmentation):
             remedy = "covers no pixel; delete it"
-            found.add("zero area", f"{place}.segmentation", entry["segmentation"], remedy)
+            findings.add("zero area", f"{place}.segmentation", entry["segmentation"], remedy)
         elif _is_corners(annotation, box := entry.get("bbox"), suspects):
             remedy = "is two corners, as it seems: COCO's boxes are x, y, width, height"
-            found.add("xyxy", f"{place}.bbox", box, remedy)
+            findings.add("xyxy", f"{place}.bbox", box, remedy)
         else:
             if box and corners.leaves(box, sizes[annotation.image_id]):
-                found.add("bbox clipped", f"{place}.bbox", box, "is cut off at the image's edge")
+                findings.add("bbox clipped", f"{place}.bbox", box, "is cut off at the image's edge")
             annotations.append(annotation)
     return tuple(annotations)
 
 
 def _is_corners(annotation: Annotation, box: Any, suspects: bool) -> bool:
-    """The mask tells where there is one; else what all boxes of the file tell together."""
+    """Return whether a box is two corners, by its mask or else by all boxes of the file."""
     if is_absent(box):
         return False
     if annotation.segmentation is None:
@@ -251,7 +253,7 @@ def _is_corners(annotation: Annotation, box: Any, suspects: bool) -> bool:
 
 
 def _free_ids(entries: Sequence[Entry]) -> list[int]:
-    """An id for each annotation: its own where it is a whole number that none before it has.
+    """Return an id for each annotation: its own, if it is a whole number that none before it has.
 
     pycocotools takes a match with annotation 0 for no match (cocoeval.py, `dtm`), and Roboflow
     counts from 0: a perfect detection of that object would score AP 0. So no id is below 1.
@@ -287,7 +289,7 @@ def _read_annotation(entry: dict[str, Any], id: int, width: int, height: int) ->
 
 
 def compress(segmentation: Any, width: int, height: int) -> dict[str, Any] | None:
-    """Checked polygons or RLE as one compressed RLE; None where there is no segmentation."""
+    """Return checked polygons or RLE as one compressed RLE; None where there is no segmentation."""
     if is_absent(segmentation):
         return None
     if isinstance(segmentation, dict):
@@ -300,7 +302,7 @@ def compress(segmentation: Any, width: int, height: int) -> dict[str, Any] | Non
 
 
 def _join_empty_runs(runs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The same mask without empty runs past the first, at which pycocotools' merge stops short."""
+    """Return the same mask without empty runs, at which pycocotools' merge stops short."""
     ends = np.cumsum(runs)
     foreground = np.arange(len(runs)) % 2
     ends, foreground = ends[runs > 0], foreground[runs > 0]

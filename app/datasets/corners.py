@@ -9,13 +9,13 @@ SLACK = 1.0  # pixels; exports round
 
 
 def is_corners_of(box: Box, mask_xywh: Box) -> bool:
-    """Whether a box is its mask's box when read as corners, and far from it as x y width height."""
+    """Return whether a box is its mask's when read as corners, and far from it as xywh."""
     x1, y1, x2, y2 = box
     return _overlap((x1, y1, x2 - x1, y2 - y1), mask_xywh) > 0.9 and _overlap(box, mask_xywh) < 0.8
 
 
 def are_corners(boxes: Sequence[tuple[Box, tuple[int, int]]]) -> bool:
-    """Whether boxes without masks, each with its image's width and height, are corners.
+    """Return whether boxes without masks, each with its image's width and height, are corners.
 
     All of them are inside their images as corners, and at least a quarter leaves them as
     x y width height. Of true corners anywhere in an image, three in four do.
@@ -26,7 +26,7 @@ def are_corners(boxes: Sequence[tuple[Box, tuple[int, int]]]) -> bool:
 
 
 def leaves(box: Box, size: tuple[int, int]) -> bool:
-    """Whether an xywh box leaves its image by more than rounding does."""
+    """Return whether an xywh box leaves its image by more than rounding does."""
     x, y, w, h = box
     return min(x, y) < -SLACK or x + w > size[0] + SLACK or y + h > size[1] + SLACK
 

@@ -41,18 +41,18 @@ def render(
     title: str,
     splits: Mapping[str, Dataset],
     faults: Sequence[Fault] | None,
-    said: Sequence[str] = (),
+    notes: Sequence[str] = (),
 ) -> str:
-    """The page, whole in itself; whatever the dataset says is escaped.
+    """Return the page, whole in itself, with all text of the dataset escaped.
 
     Args:
         title: the dataset's name or folder.
         splits: what is sound of each split.
         faults: all that were found; None where the notes say what was.
-        said: notes to the user, such as how splits were made.
+        notes: for the user, such as how splits were made.
     """
     parts = [
-        "".join(f"<p>{text(note)}</p>" for note in said),
+        "".join(f"<p>{text(note)}</p>" for note in notes),
         _summary(splits),
         *([] if faults is None else ["<h2>Faults</h2>", _faults(faults)]),
         "<h2>Objects by class and split</h2>",
@@ -70,7 +70,7 @@ def render(
 def _summary(splits: Mapping[str, Dataset]) -> str:
     rows = []
     for split, dataset in splits.items():
-        empty = sum(not found for found in dataset.annotations_by_image.values())
+        empty = sum(not objects for objects in dataset.annotations_by_image.values())
         masks = sum(annotation.segmentation is not None for annotation in dataset.annotations)
         crowds = sum(annotation.iscrowd for annotation in dataset.annotations)
         counts = (len(dataset.images), empty, len(dataset.annotations), masks, crowds)
@@ -93,7 +93,7 @@ def _faults(faults: Sequence[Fault]) -> str:
 
 
 def by_kind(faults: Iterable[Fault]) -> list[tuple[str, list[Fault]]]:
-    """Faults by kind: refused ones first, then dropped, mended, and warnings."""
+    """Group faults by kind: refused ones first, then dropped, mended, and warnings."""
     grouped: dict[str, list[Fault]] = {}
     for fault in faults:
         grouped.setdefault(fault.kind, []).append(fault)
@@ -144,7 +144,9 @@ def _object_sizes(splits: Mapping[str, Dataset]) -> dict[str, int]:
 
 def _objects_an_image(splits: Mapping[str, Dataset]) -> dict[str, int]:
     numbers = (
-        len(found) for dataset in splits.values() for found in dataset.annotations_by_image.values()
+        len(objects)
+        for dataset in splits.values()
+        for objects in dataset.annotations_by_image.values()
     )
     return _binned(numbers, OBJECTS, "{} to {}", whole=True)
 
@@ -152,7 +154,7 @@ def _objects_an_image(splits: Mapping[str, Dataset]) -> dict[str, int]:
 def _binned(
     values: Iterable[float], ends: Sequence[int], between: str, whole: bool = False
 ) -> dict[str, int]:
-    """How many values lie from each of `ends` to below the next; before and after them as well."""
+    """Count the values from each of `ends` to below the next, and those before and after them."""
     counts = Counter(bisect_right(ends, value) for value in values)
     lows, last = (0, *ends), len(ends)
     names = {}
@@ -172,7 +174,7 @@ def _image_sizes(splits: Mapping[str, Dataset]) -> dict[str, int]:
 
 
 def _bars(title: str, counts: Mapping[str, int]) -> str:
-    """Bars as an inline SVG, one a row."""
+    """Return bars as an inline SVG, one a row."""
     most, rows = max(counts.values(), default=0) or 1, ""
     for row, (name, number) in enumerate(counts.items()):
         y, length = 20 * row, 170 * number / most
@@ -186,7 +188,7 @@ def _bars(title: str, counts: Mapping[str, int]) -> str:
 
 
 def _samples(split: str, dataset: Dataset) -> str:
-    """Images spread over the split, those with objects first."""
+    """Choose images spread over the split, those with objects first."""
     labelled = [i for i in dataset.images if dataset.annotations_by_image[i.id]]
     images = labelled or list(dataset.images)
     count = min(SAMPLES.get(split, 4), len(images))
@@ -211,7 +213,7 @@ def draw_sample(
     dataset: Dataset,
     scores: Mapping[int, float] | None = None,
 ) -> PILImage.Image:
-    """A thumbnail with masks, boxes and class names; the smaller objects on top.
+    """Draw a thumbnail with masks, boxes and class names, the smaller objects on top.
 
     Args:
         scores: by annotation id, said after the name, where the annotations are predictions.

@@ -15,7 +15,7 @@ from app.datasets.images import ImageError, open_image
 def find_unusable(
     splits: Mapping[str, Dataset], folder: Path, on_image: Callable[[int], None]
 ) -> tuple[dict[str, set[int]], Findings]:
-    """Ids of each split's images that are to be left out, and why.
+    """Find each split's images that are to be left out; return their ids, and the faults.
 
     An image that is in another split as well is left out of the training images: the figures of
     the others would be too good. Memory does not grow with the images' size or number.
@@ -24,7 +24,7 @@ def find_unusable(
         folder: the dataset's; images are named relative to it.
         on_image: is told how many are done.
     """
-    found = Findings(str(folder))
+    findings = Findings(str(folder))
     unusable: dict[str, set[int]] = {split: set() for split in splits}
     owners: dict[bytes, tuple[str, str]] = {}  # of these pixels: split and place
     # training images last, so that those of the other splits are known
@@ -35,22 +35,22 @@ def find_unusable(
         place = _place(image.path, folder)
         if isinstance(digest, ImageError):
             remedy = "cannot be decoded whole; replace the file, or leave it out of the labels"
-            found.add(digest.kind, place, digest.reason, remedy)
+            findings.add(digest.kind, place, digest.reason, remedy)
             unusable[split].add(image.id)
             continue
         owner, first = owners.setdefault(digest, (split, place))
         if owner != split:
             remedy = f"has the pixels of {first}; keep it in one split"
-            found.add("in two splits", place, image.path.name, remedy)
+            findings.add("in two splits", place, image.path.name, remedy)
             unusable[split].add(image.id)
         elif first != place:
             remedy = f"has the pixels of {first}; list each image once"
-            found.add("image twice", place, image.path.name, remedy)
-    return unusable, found
+            findings.add("image twice", place, image.path.name, remedy)
+    return unusable, findings
 
 
 def decoding_problems(paths: Sequence[Path]) -> dict[Path, str]:
-    """What keeps images from being decoded whole, by path; sound ones are not in it."""
+    """Return what keeps images from being decoded whole, by path; sound ones are not in it."""
     problems = in_threads(_damage, paths, lambda _: None)
     return {path: text for path, text in zip(paths, problems, strict=True) if text}
 
@@ -64,7 +64,7 @@ def _damage(path: Path) -> str | None:
 
 
 def _digest(path: Path) -> bytes | ImageError:
-    """Of the upright RGB pixels and their shape: the same in another format or folder."""
+    """Hash the upright RGB pixels and their shape: the same in another format or folder."""
     try:
         image = open_image(path)
     except ImageError as error:

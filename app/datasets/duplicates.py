@@ -28,7 +28,7 @@ Look = tuple[int, NDArray[np.int16]]  # 64-bit dHash; (GRID, GRID, 3) mean colou
 
 
 def group(paths: Sequence[Path], on_image: Callable[[int], None] = lambda _: None) -> list[int]:
-    """A number for each image, shared by those that show the same.
+    """Return a number for each image, shared by those that show the same.
 
     That is: near-duplicates by a difference hash (N. Krawetz, "Kind of Like That", 2013) and by
     their colours, and versions of one image that Roboflow made.
@@ -52,7 +52,10 @@ def group(paths: Sequence[Path], on_image: Callable[[int], None] = lambda _: Non
 def in_threads(
     work: Callable[[Path], T], paths: Sequence[Path], on_image: Callable[[int], None]
 ) -> Iterator[T]:
-    """`work` of each path, in order, a thread a core: Pillow decodes without Python's lock."""
+    """Return `work` of each path, in order, by a thread a core.
+
+    Threads help because Pillow decodes without holding Python's lock.
+    """
     waiting, done = iter(paths), 0
     with ThreadPoolExecutor() as pool:
         while batch := list(islice(waiting, BATCH)):
@@ -63,7 +66,7 @@ def in_threads(
 
 
 def _look(path: Path) -> Look | None:
-    """None for an image that cannot be decoded: it is alone, and the loader reports it."""
+    """Return what tells images alike; None for one that cannot be decoded, which stays alone."""
     try:
         image = open_small(path, 9 * GRID)
     except UserError:

@@ -1,4 +1,7 @@
-"""What can be wrong with a dataset, and what becomes of it: the one table, and the one verdict."""
+"""Every kind of fault of a dataset with its consequence, and whether a dataset may be used.
+
+`python -m app.datasets.faults > docs/faults.md` renews the page of that table.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,31 @@ from app.errors import UserError
 
 SHOWN_PER_KIND = 20
 MAX_DROP = 0.01  # of the images, and of the annotations
+PAGE = """\
+# What can be wrong with a dataset
+
+`python -m app data check DIR` reports every fault below, all at once, with its place and remedy, on
+the terminal and in `dataset_report.html`. `python -m app data build` and `./train.sh` go by the
+same table:
+
+- **refused**: mending it would be guessing. Nothing is written or trained.
+- **dropped**: the image or the annotation is left out and counted. More than {max_drop:.0f} % of
+  either is refused, unless `--max-drop 0.05` (in training `dataset.max_drop=0.05`) allows it.
+- **mended**: nothing is guessed; the number of them is reported.
+- **warning**: the dataset is used as it is.
+
+`data check` ends with 0 where the dataset can be trained on as it is, and with 2 where not.
+Training reads only the headers of images: what takes a full decode to find is found by `check` and
+`build`.
+
+| kind | what becomes of it | how |
+|---|---|---|
+{rows}
+"""
 
 
 class Action(StrEnum):
-    """What becomes of a fault, in training and in `data build` alike."""
+    """The consequence of a fault, in training and in `data build` alike."""
 
     REFUSED = "refused"  # mending it would be guessing
     DROPPED = "dropped"  # its image or annotation is left out, and counted against the cap
@@ -25,7 +49,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault: its name, what becomes of it, and how."""
+    """A kind of fault: its name, its consequence, and how that comes about."""
 
     name: str
     action: Action
@@ -117,7 +141,7 @@ class Fault:
 
     @property
     def action(self) -> Action:
-        """A reader's own kinds, which the table lacks, are refused."""
+        """Return the consequence; kinds of a single format, which the table lacks, are refused."""
         return KINDS[self.kind].action if self.kind in KINDS else Action.REFUSED
 
     def __str__(self) -> str:
@@ -126,7 +150,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Message(Fault):
-    """A fault that is already said in full by the UserError that told of it."""
+    """A fault that is described in full by the UserError that it comes from."""
 
     def __str__(self) -> str:
         return self.remedy
@@ -137,7 +161,7 @@ def messages(kind: str, where: str, error: UserError) -> list[Fault]:
 
 
 class Findings:
-    """Collects the faults of one file or folder."""
+    """A collection of the faults of one file or folder."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -155,7 +179,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Tally:
-    """How many images and annotations a dataset lists, and how many of them are kept."""
+    """The number of images and annotations that a dataset lists, and of those that are used."""
 
     images: int = 0
     annotations: int = 0
@@ -171,7 +195,7 @@ class Tally:
         )
 
     def over(self, max_drop: float) -> list[str]:
-        """What is wrong where more than that share of either is left out."""
+        """Report images, and annotations, of which more than that share is left out."""
         pairs = {
             "images": (self.images - self.kept_images, self.images),
             "annotations": (self.annotations - self.kept_annotations, self.annotations),
@@ -186,7 +210,7 @@ class Tally:
 
 
 def problems(faults: Sequence[Fault], tally: Tally, max_drop: float) -> list[str]:
-    """Why a dataset is refused, all at once; empty where it is not."""
+    """Return why a dataset is refused, all at once; empty where it is not."""
     refused = [fault for fault in faults if fault.action is Action.REFUSED]
     dropped = [fault for fault in faults if fault.action is Action.DROPPED]
     if refused:  # the tally lacks what is refused as well, and says nothing of the drops alone
@@ -196,7 +220,7 @@ def problems(faults: Sequence[Fault], tally: Tally, max_drop: float) -> list[str
 
 
 def lines(faults: Iterable[Fault]) -> list[str]:
-    """A line a fault: at most SHOWN_PER_KIND a kind and file, then a count of the rest."""
+    """Return a line a fault: at most SHOWN_PER_KIND a kind and file, then a count of the rest."""
     grouped: dict[tuple[str, str], list[Fault]] = {}
     for fault in faults:
         grouped.setdefault((fault.where, fault.kind), []).append(fault)
@@ -209,7 +233,7 @@ def lines(faults: Iterable[Fault]) -> list[str]:
 
 
 def counts_of(faults: Iterable[Fault]) -> dict[str, dict[str, int]]:
-    """How many of each kind were mended, and how many were left out."""
+    """Count how many of each kind were mended, and how many were left out."""
     counts = Counter((fault.action, fault.kind) for fault in faults)
     return {
         str(action): {kind: n for (its, kind), n in counts.items() if its is action}
@@ -218,7 +242,7 @@ def counts_of(faults: Iterable[Fault]) -> dict[str, dict[str, int]]:
 
 
 def notes(faults: Iterable[Fault]) -> list[str]:
-    """The same for the user of a dataset."""
+    """Return a note for the user of what was mended, and of what was left out."""
     return [
         f"{action}: {', '.join(f'{n} x {kind}' for kind, n in kinds.items())} "
         "(python -m app data check says which)"
@@ -228,9 +252,19 @@ def notes(faults: Iterable[Fault]) -> list[str]:
 
 
 def _show(value: object) -> str:
-    """The value on one line, cut short; control characters escaped."""
+    """Return the value on one line, cut short, with control characters escaped."""
     return "missing" if value is None else _short.repr(value)
 
 
 _short = reprlib.Repr()
 _short.maxstring = 80
+
+
+def page() -> str:
+    """Return `docs/faults.md`: every kind of fault, its consequence, and how that comes about."""
+    rows = [f"| {kind.name} | {kind.action} | {kind.outcome} |" for kind in KINDS.values()]
+    return PAGE.format(max_drop=MAX_DROP * 100, rows="\n".join(rows))
+
+
+if __name__ == "__main__":
+    print(page(), end="")

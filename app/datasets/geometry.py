@@ -22,7 +22,7 @@ Problem = tuple[str, str]  # kind of fault, and its remedy
 
 
 def box_fault(box: object, width: int, height: int) -> Problem | None:
-    """What is wrong with an xywh box (pixels); None where it is sound, once clipped."""
+    """Return what is wrong with an xywh box (pixels); None where it is sound, once clipped."""
     if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         return "bbox", "must be four finite numbers [x, y, width, height] in pixels"
     if box[2] <= 0 or box[3] <= 0:
@@ -36,7 +36,7 @@ def box_fault(box: object, width: int, height: int) -> Problem | None:
 
 
 def clip_box(box: Sequence[float], width: int, height: int) -> tuple[float, float, float, float]:
-    """The part of an xywh box (pixels) inside the image; width or height <= 0 where none is."""
+    """Clip an xywh box (pixels) to the image; width or height <= 0 where nothing is left."""
     x, w = _clip_span(box[0], box[2], width)
     y, h = _clip_span(box[1], box[3], height)
     return x, y, w, h
@@ -50,7 +50,7 @@ def _clip_span(start: float, length: float, limit: int) -> tuple[float, float]:
 
 
 def mask_fault(segmentation: object, width: int, height: int) -> Problem | None:
-    """What is wrong with a COCO segmentation; None where pycocotools can be trusted with it."""
+    """Return what is wrong with a COCO segmentation; None where pycocotools can read it safely."""
     if isinstance(segmentation, dict):
         fault = rle_fault(segmentation, width, height)
         return ("RLE", fault) if fault else None
@@ -62,7 +62,7 @@ def mask_fault(segmentation: object, width: int, height: int) -> Problem | None:
 
 
 def polygon_fault(polygon: object, width: int, height: int) -> str | None:
-    """What is wrong with a flat polygon [x1, y1, x2, …] (pixels); None where it is sound."""
+    """Return what is wrong with a flat polygon [x1, y1, x2, …] (pixels); None where it is sound."""
     if not isinstance(polygon, list) or not all(map(is_number, polygon)):
         return "must be a list of polygons, each a flat list of finite numbers [x1, y1, x2, …]"
     if len(polygon) < 6 or len(polygon) % 2:
@@ -89,7 +89,7 @@ def rle_fault(rle: dict[str, Any], width: int, height: int) -> str | None:
 
 
 def decode_counts(counts: object, pixels: int) -> NDArray[np.int64]:
-    """Run lengths, background first, of an uncompressed (list) or compressed (string) COCO RLE.
+    """Decode run lengths, background first, of an uncompressed (list) or compressed (string) RLE.
 
     Args:
         counts: the RLE's `counts`, from any source.
@@ -110,7 +110,7 @@ def decode_counts(counts: object, pixels: int) -> NDArray[np.int64]:
 
 
 def is_absent(value: object) -> bool:
-    """Whether a bbox or a segmentation is left out, in either way that exports do it."""
+    """Return whether a bbox or a segmentation is left out, in either way that exports do it."""
     return value is None or value == []
 
 
@@ -123,5 +123,5 @@ def is_int(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Finite and of a sane size: NaN fails every comparison."""
+    """Return whether it is finite and of a sane size; NaN fails every comparison."""
     return (isinstance(value, float) or is_int(value)) and abs(value) < LARGEST_NUMBER

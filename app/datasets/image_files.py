@@ -15,9 +15,9 @@ MIN_SIDE = 10  # pixels; in less there is nothing to see
 
 
 def find_files(
-    entries: Iterable[tuple[str, dict[str, Any]]], roots: Sequence[Path], found: Findings
+    entries: Iterable[tuple[str, dict[str, Any]]], roots: Sequence[Path], findings: Findings
 ) -> dict[int, Path]:
-    """Absolute path by image id; what cannot be used is reported. Headers alone are read.
+    """Return absolute paths by image id; report what cannot be used. Only headers are read.
 
     Args:
         entries: place in the JSON, and sound entry of `images`.
@@ -29,38 +29,38 @@ def find_files(
         path = find_image(name, roots)
         if path is None:
             folders = ", ".join(f"{root} and {root / 'images'}" for root in roots)
-            found.add("image missing", place, name, f"no such file in {folders}")
+            findings.add("image missing", place, name, f"no such file in {folders}")
         elif not any(path.is_relative_to(root.resolve()) for root in roots):
             remedy = f"is a link that leads out of the dataset, to {path}; copy the file there"
-            found.add("link", place, name, remedy)
+            findings.add("link", place, name, remedy)
         elif path in owners:
             remedy = f"is the same file as {owners[path]}; list each image once"
-            found.add("listed twice", place, name, remedy)
-        elif header := usable_header(path, place, name, found):
+            findings.add("listed twice", place, name, remedy)
+        elif header := usable_header(path, place, name, findings):
             if fault := _other_size(header, (image["width"], image["height"])):
-                found.add("other size", place, name, fault)
+                findings.add("other size", place, name, fault)
             else:
                 files[image["id"]], owners[path] = path, f"{place}"
     return files
 
 
-def usable_header(path: Path, place: str, name: str, found: Findings) -> Header | None:
-    """The header of an image to train on; None, reported, where it is none."""
+def usable_header(path: Path, place: str, name: str, findings: Findings) -> Header | None:
+    """Return the header of an image to train on; None, and report it, where it is none."""
     try:
         header = read_header(path)
     except ImageError as error:
         remedy = f"cannot be opened as an image ({error.reason}); replace {path}"
-        found.add(error.kind, place, name, remedy)
+        findings.add(error.kind, place, name, remedy)
         return None
     if min(header.size) < MIN_SIDE:
         remedy = f"has {header.size[0]} x {header.size[1]} pixels: must have {MIN_SIDE} a side"
-        found.add("image tiny", place, name, remedy)
+        findings.add("image tiny", place, name, remedy)
         return None
     if max(header.size) > MAX_SIDE:
-        found.add("image enormous", place, name, f"must have at most {MAX_SIDE} pixels a side")
+        findings.add("image enormous", place, name, f"must have at most {MAX_SIDE} pixels a side")
         return None
     for kind in header.mends:
-        found.add(kind, place, name, "is read as upright RGB of 8 bits")
+        findings.add(kind, place, name, "is read as upright RGB of 8 bits")
     return header
 
 
@@ -75,7 +75,7 @@ def _other_size(header: Header, size: tuple[int, int]) -> str | None:
 
 
 def find_image(name: str, roots: Sequence[Path]) -> Path | None:
-    """The first file under the roots: as written, under images/, or there by its last name."""
+    """Find the first file under the roots: as written, under images/, or there by its last name."""
     for root in roots:
         for candidate in (root / name, root / "images" / name, root / "images" / Path(name).name):
             try:
@@ -87,7 +87,7 @@ def find_image(name: str, roots: Sequence[Path]) -> Path | None:
 
 
 def name_fault(name: object) -> str | None:
-    """What is wrong with a file's name in a dataset; None where it is a path inside it."""
+    """Return what is wrong with a file's name; None where it is a path inside the dataset."""
     if not isinstance(name, str) or not name.strip() or not is_unicode(name):
         return "must be the image's path, as text"
     if "\0" in name or name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[\\/]", name):
@@ -98,5 +98,5 @@ def name_fault(name: object) -> str | None:
 
 
 def is_unicode(text: str) -> bool:
-    """False for half a surrogate pair, which JSON can hold and no file or tokenizer can."""
+    """Return False for half a surrogate pair, which JSON can hold and no file or tokenizer can."""
     return not re.search("[\ud800-\udfff]", text)

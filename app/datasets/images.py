@@ -74,7 +74,7 @@ def open_image(path: Path) -> Image.Image:
 
 
 def open_small(path: Path, side: int) -> Image.Image:
-    """Like `open_image`, but JPEG may be decoded at a fraction of its size, not below `side`."""
+    """Decode like `open_image`, but JPEG possibly at a fraction of its size, not below `side`."""
     try:
         with _open(path) as image:
             image.draft("RGB", (side, side))
@@ -104,7 +104,7 @@ def _conversions(image: Image.Image) -> tuple[str, ...]:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Pillow clips 16 bits at 255, which leaves a white image: scaled here (its issue 3011)."""
+    """Convert to RGB; scale 16 bits, because Pillow clips them at 255 (its issue 3011)."""
     if image.mode.startswith("I"):
         levels = np.asarray(image).clip(0, 65535) / 257
         image = Image.fromarray(levels.round().astype(np.uint8))
@@ -112,7 +112,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _explain(path: Path, error: Exception) -> ImageError:
-    """What the file is instead of an image; the decoder's own words where it is broken."""
+    """Return what the file is instead of an image, or the decoder's message where it is broken."""
     if isinstance(error, FileNotFoundError):
         return ImageError("image missing", path, "no such image")
     if isinstance(error, Image.DecompressionBombError):

@@ -16,7 +16,7 @@ Color = tuple[int, int, int]
 
 
 def color_of(index: int) -> Color:
-    """A colour for a class or prompt: hues a golden angle apart, so that neighbours differ."""
+    """Return a color for a class or prompt: hues a golden angle apart, so that neighbors differ."""
     red, green, blue = colorsys.hsv_to_rgb((0.58 + index * 0.381966) % 1, 0.85, 1.0)
     return round(red * 255), round(green * 255), round(blue * 255)
 
@@ -50,7 +50,7 @@ def draw_objects(
 
 
 def titled(picture: Image.Image, title: str) -> Image.Image:
-    """The picture under a white band with words in it."""
+    """Return the picture under a white band with a title in it."""
     band = max(14, picture.width // 40)
     sheet = Image.new("RGB", (picture.width, picture.height + band + 10), "white")
     sheet.paste(picture, (0, band + 10))
@@ -74,7 +74,7 @@ def _draw_label(
     color: Color,
     font: Any,
 ) -> None:
-    """Text on a patch of colour above the corner, moved where it would leave the image."""
+    """Write text on a patch of color above the corner, moved where it would leave the image."""
     left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
     width, height = right - left + 6, bottom - top + 6
     x = min(max(at[0], 0), max(size[0] - width, 0))

@@ -38,19 +38,19 @@ NOUNS = (
 
 
 def nouns_beside(classes: Iterable[str]) -> list[str]:
-    """The nouns that share no word with any class: prompts that no image of theirs answers."""
+    """Return the nouns that share no word with any class: prompts that no image answers."""
     words = {word for name in classes for word in _words(name)}
     return [noun for noun in NOUNS if not words & _words(noun)]
 
 
 def _words(name: str) -> set[str]:
-    """Lower-case words, without a plural's s."""
+    """Return the lower-case words, without a plural's s."""
     spaced = "".join(c if c.isalnum() else " " for c in name.casefold())
     return {word.removesuffix("s") for word in spaced.split()}
 
 
 def name_classes(dataset: Dataset, prompts: Mapping[str, tuple[str, ...]]) -> Dataset:
-    """The dataset with each class called by its prompt, the first, and the others its synonyms.
+    """Return the dataset with each class named by its first prompt; the others are its synonyms.
 
     Args:
         prompts: of some of the classes, as `read_prompts` gives them.
@@ -65,7 +65,7 @@ def name_classes(dataset: Dataset, prompts: Mapping[str, tuple[str, ...]]) -> Da
 
 
 def read_prompts(file: Path, categories: Iterable[Category]) -> dict[str, tuple[str, ...]]:
-    """The file's prompts by class: YAML or JSON, `class: prompt` or `class: [prompt, synonym, …]`.
+    """Read prompts by class from YAML or JSON: `class: prompt` or `class: [prompt, synonym, …]`.
 
     Raises:
         UserError: every class that is not there, prompt that is no text, prompt for two classes.
@@ -97,7 +97,7 @@ def read_prompts(file: Path, categories: Iterable[Category]) -> dict[str, tuple[
 
 
 def _clean(value: Any) -> tuple[str, ...]:
-    """Prompts without outer blanks, each once; none where one of them is no text of words."""
+    """Return prompts without outer blanks, each once; none where one is no text of words."""
     words = value if isinstance(value, list) else [value]
     if not all(isinstance(word, str) and any(c.isalnum() for c in word) for word in words):
         return ()
@@ -105,7 +105,7 @@ def _clean(value: Any) -> tuple[str, ...]:
 
 
 def _shared(file: Path, prompts: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """One prompt for two classes: the model would be told both that it is there and that not."""
+    """Report prompts of two classes: each would be trained as present and as absent at once."""
     owners: dict[str, list[str]] = {}
     for name, words in prompts.items():
         for word in words:

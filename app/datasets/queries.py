@@ -31,7 +31,7 @@ NO_CLASS = -1  # category id of a prompt that asks for something else
 
 @dataclass(frozen=True)
 class PromptChoice:
-    """Which prompts an image is asked in a step.
+    """The choice of prompts that an image is asked in a step.
 
     Attributes:
         most: prompts an image: bounds the memory, whatever the number of classes.
@@ -50,7 +50,7 @@ class PromptChoice:
 
 
 class QueryDataset(TorchDataset):
-    """One item an image: upstream's `Datapoint`, with a query for each prompt.
+    """A dataset with one item an image: upstream's `Datapoint`, with a query for each prompt.
 
     Every class is a prompt; those that the image lacks are its negatives. Beyond `choice.most`,
     present classes come first, and which of them is drawn anew each time. The same seed, epoch and
@@ -86,7 +86,7 @@ class QueryDataset(TorchDataset):
         return len(self.dataset.images)
 
     def __getitem__(self, key: tuple[int, int] | int) -> Datapoint:
-        """Item `(epoch, index)`, or `index` of epoch 0.
+        """Return item `(epoch, index)`, or `index` of epoch 0.
 
         Raises:
             UserError: its image cannot be decoded; never another image in its place, as upstream
@@ -136,7 +136,7 @@ class QueryDataset(TorchDataset):
         return Datapoint(find_queries=queries, images=[pixels])
 
     def _prompts(self, annotations: Sequence[Annotation]) -> list[tuple[int, str]]:
-        """Category id (NO_CLASS for none) and words of each prompt."""
+        """Return the category id (NO_CLASS for none) and words of each prompt."""
         classes = self._classes
         present = sorted({annotation.category_id for annotation in annotations})
         absent = [category_id for category_id in classes if category_id not in present]
@@ -151,7 +151,7 @@ class QueryDataset(TorchDataset):
         return asked + rest[: self.choice.most - len(asked)]
 
     def _lacking(self, absent: Sequence[int]) -> list[tuple[int, str]]:
-        """Up to `choice.negatives` prompts for what the image lacks, each once."""
+        """Draw up to `choice.negatives` prompts for what the image lacks, each once."""
         drawn: list[tuple[int, str]] = []
         for _ in range(self.choice.negatives):
             classes = [id for id in absent if (id, self._classes[id].name) not in drawn]
@@ -230,7 +230,7 @@ class ToSquare:
 
 
 def resize_sizes(resolution: int, smallest: float) -> list[int]:
-    """Sizes in pixels from `smallest` x resolution to resolution, 32 apart from the top down.
+    """Return sizes in pixels from `smallest` x resolution to resolution, 32 apart from the top.
 
     For `configs/upstream/`: upstream's own transforms take a list.
     """
@@ -238,7 +238,7 @@ def resize_sizes(resolution: int, smallest: float) -> list[int]:
 
 
 def collate(batch: list[Datapoint]) -> BatchedDatapoint:
-    """Upstream's batch: img_batch (B, 3, R, R) float32 in -1..1, one find stage of all prompts."""
+    """Make upstream's batch: img_batch (B, 3, R, R) float32 in -1..1, one stage of all prompts."""
     batched = collate_fn_api(batch, dict_key="all", with_seg_masks=True)["all"]
     target = batched.find_targets[0]
     if target.segments is not None and target.segments.ndim != 3:  # no object in the batch

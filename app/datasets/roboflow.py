@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 def fetch(version: str, data: Path) -> Path:
-    """The folder under `data` that holds the export; downloaded where it is not there yet.
+    """Return the folder under `data` that holds the export; download it if it is missing.
 
     Args:
         version: WORKSPACE/PROJECT/VERSION, as in the address of the version's page.
@@ -104,7 +104,7 @@ def _explained(version: str, data: Path) -> Iterator[None]:
 
 
 def _export_link(version: str) -> str:
-    """Where the export can be downloaded, once Roboflow has made it."""
+    """Return the link to the export, once Roboflow has made it."""
     headers = {"Authorization": f"Bearer {_read_key()}"}
     with httpx.Client(base_url=_api_url(), headers=headers, timeout=SILENCE_SECONDS) as client:
         about = _ask_until(client, version, lambda a: not _part(a, "version", "generating"))
@@ -116,12 +116,12 @@ def _export_link(version: str) -> str:
 
 
 def _has_export(answer: Any) -> bool:
-    """Until it has one, it tells the progress."""
+    """Return whether the answer links an export; until then, it tells the progress."""
     return "export" in answer or _part(answer, "progress") is None
 
 
 def _part(answer: Any, *keys: str) -> Any:
-    """`answer[key][key]…`; raises UserError where there is no such part."""
+    """Return `answer[key][key]…`; raise UserError where there is no such part."""
     for key in keys:
         if not isinstance(answer, dict) or key not in answer:
             raise UserError(f"Roboflow's answer has no '{'.'.join(keys)}'; run again later")
@@ -144,7 +144,7 @@ def _read_key() -> str:
 
 
 def _api_url() -> httpx.URL:
-    """Roboflow's, or that of a test's server."""
+    """Return Roboflow's address, or that of a test's server."""
     url = httpx.URL(os.environ.get("ROBOFLOW_API_URL") or API_URL)
     if not _is_safe(url, url):
         raise UserError("ROBOFLOW_API_URL must begin with https://; unset it for Roboflow itself")
@@ -152,13 +152,13 @@ def _api_url() -> httpx.URL:
 
 
 def _is_safe(url: httpx.URL, api: httpx.URL) -> bool:
-    """Whether the way there is encrypted, or never leaves this machine, as the API's."""
+    """Return whether the link is encrypted, or never leaves this machine, as the API's."""
     local = url.host in LOOPBACK and api.host in LOOPBACK
     return url.scheme == "https" or (url.scheme == "http" and local)
 
 
 def _ask_until(client: httpx.Client, path: str, is_ready: Callable[[Any], bool]) -> dict[str, Any]:
-    """The API's answer once it is ready."""
+    """Return the API's answer once it is ready."""
     start = time.monotonic()
     while not is_ready(answer := _ask(client, path)):
         log.info("Roboflow is making the export (%d s)", time.monotonic() - start)

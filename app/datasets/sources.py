@@ -26,7 +26,7 @@ DATA = (HOME if os.access(HOME, os.W_OK) else Path.cwd()) / "data"
 
 
 def fetch(config: DatasetConfig, seed: int, data: Path = DATA) -> Path:
-    """The folder of the dataset that `config` names, fetched or drawn under `data` where needed.
+    """Return the folder of the dataset that `config` names; fetch or draw it if it is missing.
 
     Raises:
         UserError: it is not to be had; says why and what to do.
@@ -39,7 +39,7 @@ def fetch(config: DatasetConfig, seed: int, data: Path = DATA) -> Path:
 
 @contextlib.contextmanager
 def _locked(data: Path) -> Iterator[None]:
-    """One at a time: the processes of one run all fetch, and all but the first find it there."""
+    """Let one process fetch at a time: all others of a run then find the data there."""
     data.mkdir(parents=True, exist_ok=True)
     (data / ".lock").touch()
     with locked(data / ".lock"):
@@ -58,7 +58,7 @@ def _fetch(config: DatasetConfig, seed: int, data: Path) -> Path:
 
 
 def _unpacked(archive: Path, data: Path) -> Path:
-    """The folder that holds the dataset of a zip; unpacked where its contents are not there yet."""
+    """Return the folder that holds a zip's dataset; unpack it if it is not there."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", archive.stem)[:80]
     folder = data / f"zip-{name}-{hash_file(archive)[:12]}"
     if not folder.is_dir():
@@ -68,7 +68,7 @@ def _unpacked(archive: Path, data: Path) -> Path:
 
 
 def _innermost(folder: Path) -> Path:
-    """Down to where there is more than one folder: many zips hold one folder with all in it."""
+    """Descend to where there is more than one folder: many zips hold one folder with all in it."""
     entries = [path for path in folder.iterdir() if not path.name.startswith((".", "__MACOSX"))]
     splits = [name for names in FOLDERS.values() for name in names]
     if len(entries) == 1 and entries[0].is_dir() and entries[0].name not in splits:
@@ -77,6 +77,6 @@ def _innermost(folder: Path) -> Path:
 
 
 def _shapes_name(shapes: ShapesConfig, seed: int) -> str:
-    """Short and safe as a folder's name; others for other settings."""
+    """Return a short name, safe for a folder, that differs for other settings."""
     settings = json.dumps({**shapes.model_dump(), "seed": seed}, sort_keys=True)
     return short_hash(settings, 12)

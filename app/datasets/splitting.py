@@ -12,7 +12,7 @@ Labels = frozenset[Hashable]
 def stratify(
     labels: Sequence[Labels], groups: Sequence[int], sizes: Mapping[str, int], seed: int
 ) -> list[str]:
-    """The split of each image, so that each class is shared out as the images are.
+    """Return the split of each image, so that each class is shared out as the images are.
 
     Iterative stratification (Sechidis et al., "On the Stratification of Multi-Label Data", 2011):
     the rarest class first, each image to the split that lacks most of it. The sizes are kept but
@@ -49,7 +49,7 @@ def stratify(
 
 
 def _units(groups: Sequence[int], seed: int) -> list[list[int]]:
-    """Images that stay together, the most of them first; else by chance."""
+    """Return the images that stay together, the largest groups first; else by chance."""
     members: dict[int, list[int]] = {}
     for index, number in enumerate(groups):
         members.setdefault(number, []).append(index)
@@ -61,7 +61,7 @@ def _units(groups: Sequence[int], seed: int) -> list[list[int]]:
 def _wanted(
     counts: Sequence[Counter[Hashable]], sizes: Mapping[str, int]
 ) -> dict[Hashable, dict[str, float]]:
-    """How many images of each class each split should have."""
+    """Return how many images of each class each split should have."""
     totals = Counter[Hashable]()
     for count in counts:
         totals.update(count)

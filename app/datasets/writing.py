@@ -20,7 +20,7 @@ BUILDER = "built by python -m app data build"
 
 
 def is_built(folder: Path) -> bool:
-    """Whether `write_splits` wrote this folder."""
+    """Return whether `write_splits` wrote this folder."""
     try:
         document = read_json(folder / "train" / JSON_NAMES[0])
     except UserError:
@@ -71,7 +71,7 @@ def write_split(
 
 
 def _targets(images: Sequence[Image], folder: Path) -> dict[Path, Path]:
-    """A file for each image: its own name, or with its id before it where two share one."""
+    """Return a file for each image: its own name, or with its id before it where two share one."""
     names = [
         f"{image.path.stem}.png" if read_header(image.path).mends else image.path.name
         for image in images

@@ -94,7 +94,7 @@ def apply_lora(model: Sam3Image, config: LoraConfig, base: Base | None = None) -
 
 
 def find_targets(model: Sam3Image, config: LoraConfig) -> list[str]:
-    """Names of the modules to adapt: linear layers and packed attentions.
+    """Return the names of the modules to adapt: linear layers and packed attentions.
 
     Raises:
         UserError: each pattern of `config.targets` that matches none; says near names.
@@ -110,9 +110,9 @@ def find_targets(model: Sam3Image, config: LoraConfig) -> list[str]:
     matched = {name for pattern in patterns for name in fnmatch.filter(known, pattern)}
     problems = []
     for pattern in config.targets:
-        found = fnmatch.filter(known, pattern)
-        matched.update(found)
-        if not found:
+        matches = fnmatch.filter(known, pattern)
+        matched.update(matches)
+        if not matches:
             problems.append(
                 f"method.lora.targets: '{pattern}' matches no linear layer or attention."
                 f"{_near_names(pattern, known)}"
@@ -174,8 +174,8 @@ def load_lora(model: Sam3Image, folder: Path) -> None:
         raise UserError(f"{folder / FILE}: cannot be read, or cut short ({error})") from None
     expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     shapes = {_PREFIX + key: value.shape for key, value in expected.items()}
-    found = {key: value.shape for key, value in state.items()}
-    if wrong := sorted(key for key, _ in shapes.items() ^ found.items()):
+    shapes_read = {key: value.shape for key, value in state.items()}
+    if wrong := sorted(key for key, _ in shapes.items() ^ shapes_read.items()):
         raise UserError(f"{folder / FILE}: does not fit the model: {wrong[0]}, of {len(wrong)}")
     peft.set_peft_model_state_dict(model, state)
 
@@ -193,7 +193,7 @@ def merge_lora(model: Sam3Image) -> None:
 
 
 def read_base(folder: Path) -> Base:
-    """Which weights an adapter belongs to."""
+    """Read which weights an adapter belongs to."""
     settings = _read_settings(folder)
     reference, revision = settings.base_model_name_or_path, settings.revision or ""
     if not reference or not revision.startswith(_HASH):
@@ -218,7 +218,10 @@ def _read_settings(folder: Path) -> peft.LoraConfig:
 
 
 def _can_adapt(module: nn.Module) -> bool:
-    """Output projections of packed attention are none: their weights are read, not called."""
+    """Return whether LoRA can adapt a module.
+
+    Output projections of packed attention are left out, because their weights are read, not called.
+    """
     plain = isinstance(module, nn.Linear) and not isinstance(
         module, nn.modules.linear.NonDynamicallyQuantizableLinear
     )
@@ -230,7 +233,7 @@ def _is_packed(module: nn.Module) -> bool:
 
 
 def _near_names(pattern: str, known: Sequence[str]) -> str:
-    """` Near: 'a', 'b'.`: of names as patterns, and as far to the left as the pattern goes."""
+    """Return ` Near: 'a', 'b'.`: names as patterns, as far to the left as the pattern goes."""
     names = {re.sub(r"\b\d+\b", "*", name) for name in known}
     if pattern.startswith("*"):
         depth = pattern.count(".")

@@ -72,7 +72,7 @@ def _is_recomputed(config: ModelConfig, component: str) -> bool:
 
 
 def components(model: Sam3Image) -> dict[str, nn.Module]:
-    """Parts of the model by name: vision, text, detector, geometry, masks (where it has), scoring.
+    """Return the model's parts by name: vision, text, detector, geometry, masks (if any), scoring.
 
     Each parameter is in one of them.
     """
@@ -88,7 +88,7 @@ def components(model: Sam3Image) -> dict[str, nn.Module]:
 
 
 def count_parameters(model: Sam3Image, *, trainable: bool = False) -> dict[str, int]:
-    """Parameters of each component, and total; of the trainable ones where only they are meant."""
+    """Count the parameters, or the trainable ones alone, of each component, and the total."""
     return {
         name: sum(p.numel() for p in part.parameters() if p.requires_grad or not trainable)
         for name, part in {**components(model), "total": model}.items()
@@ -96,7 +96,7 @@ def count_parameters(model: Sam3Image, *, trainable: bool = False) -> dict[str, 
 
 
 def padding_note(config: ModelConfig) -> str | None:
-    """What padding costs where windows do not tile the image; None where they do."""
+    """Return a note of what padding costs where windows do not tile the image; else None."""
     vision = config.vision
     side, window = config.resolution // vision.patch_size, vision.window_size
     padded = -(-side // window) * window
@@ -156,7 +156,7 @@ def _vision(config: ModelConfig) -> Sam3DualViTDetNeck:
 
 
 def _leave_heads(trunk: ViT, heads: int) -> None:
-    """Attention of fewer heads, each as wide as before, so that their rotary tables stay."""
+    """Replace attention by fewer heads, as wide as before so that their rotary tables stay."""
     for block in trunk.blocks:
         attention = block.attn
         width, dim = heads * attention.head_dim, attention.qkv.in_features

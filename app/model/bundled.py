@@ -16,7 +16,7 @@ NANO = Path(__file__).resolve().parents[1] / "assets" / "nano"
 
 
 def bundled_nano() -> Path | None:
-    """The folder of nano's weights; None where this copy of the project has none.
+    """Return the folder of nano's weights; None where this copy of the project has none.
 
     Raises:
         UserError: they are not those that were packed.

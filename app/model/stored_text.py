@@ -14,7 +14,7 @@ from app.model.vocabulary import VISUAL_PROMPT, unknown_words
 
 
 class StoredText(nn.Module):
-    """Answers for K prompts what the text encoder said, and for no others.
+    """The text encoder's stored output for K prompts; it answers no others.
 
     Args:
         prompts: in the order of the features; what boxes without words need is beside them.
@@ -36,7 +36,7 @@ class StoredText(nn.Module):
     def forward(
         self, captions: Sequence[str], input_boxes: Any = None, device: Any = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """N captions → padding (N, L), features (L, N, d), and once more in the embeddings' place.
+        """Return padding (N, L), features (L, N, d), and these again in the embeddings' place.
 
         Raises:
             UserError: prompts that are not stored; lists those that are.
@@ -50,7 +50,7 @@ class StoredText(nn.Module):
 
 
 def store(model: Sam3Image, prompts: Sequence[str], context_length: int) -> StoredText:
-    """What the model's text encoder says of the prompts."""
+    """Run the model's text encoder on the prompts and store its output."""
     text: Any = model.backbone.language_backbone
     device = next(model.parameters()).device
     stored = StoredText(prompts, context_length, text.resizer.out_features).to(device)

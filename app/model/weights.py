@@ -43,7 +43,7 @@ COMPUTED = ".freqs_cis"
 
 
 class Header(BaseModel):
-    """What the weights are: carried as JSON in the safetensors metadata.
+    """The facts about weights: JSON in the metadata of their safetensors file.
 
     `threshold` is the score that maximised F1 on the validation images; None where nothing was
     found on them, or from weights made before it was kept.
@@ -73,12 +73,12 @@ def save(model: Sam3Image, folder: Path, header: Header) -> Path:
 
 
 def to_metadata(header: Header) -> dict[str, str]:
-    """How a safetensors file carries the header."""
+    """Return the header as a safetensors file carries it."""
     return {_HEADER: header.model_dump_json()}
 
 
 def to_state(model: Sam3Image) -> dict[str, Tensor]:
-    """What is saved of a model: all but what is computed."""
+    """Return the state dict to save: all of the model's but what is computed."""
     return {
         key: value.detach().contiguous().cpu()
         for key, value in model.state_dict().items()
@@ -125,7 +125,7 @@ def merge(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
 
 
 def describe(path: Path, size: str | None = None, resolution: int | None = None) -> Header:
-    """What a checkpoint is: its header, or the size that its keys and shapes, or its config fit.
+    """Return a checkpoint's header, or one of the size that its keys and shapes, or its config fit.
 
     Args:
         size, resolution: as of `load`.
@@ -171,14 +171,14 @@ def load_into(model: Sam3Image, path: Path, *, merge: bool, mapped: bool = False
 
 
 def base_reference(file: Path) -> adapters.Base:
-    """How an adapter names the weights that it is trained on."""
+    """Return how an adapter names the weights that it is trained on."""
     published = file == cached_sam3()
     reference = "/".join(HUB) if published else str(file.resolve())
     return adapters.Base(reference, hash_file(file))
 
 
 def find_base(folder: Path) -> Path:
-    """The weights file that the adapter in `folder` belongs to, proved by its hash.
+    """Return the weights file that the adapter in `folder` belongs to, proved by its hash.
 
     Looked for where the environment variable SAM3_BASE says, where it was when the adapter was
     trained (from the adapter's folder, if that is not absolute), or on the hub.
@@ -203,7 +203,7 @@ def find_base(folder: Path) -> Path:
 
 
 def find_file(path: Path) -> Path:
-    """The weights file that a file or folder stands for."""
+    """Return the weights file that a file or folder stands for."""
     names = (FILE, adapters.FILE, "checkpoint.pt")
     candidates = [path] if path.is_file() else [path / name for name in names]
     for candidate in candidates:
@@ -222,7 +222,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def read_header(path: Path) -> Header | None:
-    """The header of our weights; None for a checkpoint from elsewhere."""
+    """Read the header of our weights; None for a checkpoint from elsewhere."""
     file = find_file(path)
     if file.suffix != ".safetensors":
         return None
@@ -237,13 +237,13 @@ def read_header(path: Path) -> Header | None:
 
 
 def cached_sam3() -> Path | None:
-    """Meta's weights, where the Hugging Face cache has them."""
-    found = try_to_load_from_cache(*HUB)
-    return Path(found) if isinstance(found, str) else None
+    """Return Meta's weights, if the Hugging Face cache has them."""
+    file = try_to_load_from_cache(*HUB)
+    return Path(file) if isinstance(file, str) else None
 
 
 def published_sam3() -> Path:
-    """Meta's weights, from the cache or the hub; raises UserError that says how to get them."""
+    """Return Meta's weights, cached or from the hub; raise UserError that says how to get them."""
     try:
         return cached_sam3() or Path(hf_hub_download(*HUB))
     except Exception as error:  # the hub raises many kinds: gated, offline, missing token, limits
@@ -256,7 +256,7 @@ def published_sam3() -> Path:
 
 
 def _read_state(file: Path) -> dict[str, Tensor]:
-    """Bare keys → tensors, whatever the layout."""
+    """Read bare keys → tensors, whatever the layout."""
     state = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
     if any(key.startswith(_PREFIX) for key in state):
         state = {k: v for k, v in state.items() if not k.startswith(_TRACKER)}
@@ -314,7 +314,7 @@ def _differences(model: Sam3Image, state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _identify(file: Path, state: Mapping[str, Tensor], size: str | None) -> ModelConfig:
-    """The size whose keys and shapes are those of the file; its mask head may be left out."""
+    """Return the size whose keys and shapes are the file's; its mask head may be left out."""
     has_masks = any(key.startswith("segmentation_head.") for key in state)
     nearest: tuple[int, str, list[str]] | None = None
     for name in [size] if size else model_names():

@@ -67,7 +67,7 @@ def test_a_blob_id_is_what_git_says(tmp_path: Path) -> None:
 
 
 def test_importing_prints_no_warning() -> None:
-    code = "import app, app.model.build, app.training.loop, app.inference.predictor"
+    code = "import app, app.model.build, app.training.step, app.inference.predictor"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,

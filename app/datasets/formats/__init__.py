@@ -39,19 +39,18 @@ class Format:
 
 
 def detect(folder: Path) -> Format | None:
-    """The format of the dataset in `folder`, told from its files; None where it is none of ours."""
+    """Return the format of the dataset in `folder`, told from its files; None where it is none."""
     return next((format for format in FORMATS if format.recognises(folder)), None)
 
 
 def choose(folder: Path, key: str) -> Format:
-    """The format of that key, or for `auto` the one that the files tell.
+    """Return the format of that key, or for `auto` the one that the files tell.
 
     Raises:
         UserError: no such key, or no dataset of that format in `folder`: says what was looked for.
     """
-    known = {format.key: format for format in FORMATS}
-    if key != "auto" and key not in known:
-        choices = ["auto", *known]
+    choices = ["auto", *(format.key for format in FORMATS)]
+    if key not in choices:
         raise UserError(f"format '{key}': there are {', '.join(choices)}.{nearest(key, choices)}")
     formats = [format for format in FORMATS if key in ("auto", format.key)]
     for format in formats:
@@ -67,7 +66,7 @@ def _nothing_found(folder: Path, formats: Sequence[Format]) -> str:
     there = sorted(path.name for path in folder.iterdir())
     listed = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
     looked_for = "; ".join(f"{format.name} ({format.layout})" for format in formats)
-    other = f". It looks like {found.key}" if (found := detect(folder)) else ""
+    other = f". It looks like {detected.key}" if (detected := detect(folder)) else ""
     return (
         f"{folder}: no dataset found, in it or in its folders train, valid, val and test. "
         f"Looked for {looked_for}. There is: {listed or 'nothing'}{other}"
@@ -95,7 +94,7 @@ def _by_folder(
     recognises: Callable[[Path], bool],
     read: Callable[[Path, Path], Reading],
 ) -> Format:
-    """A format in which each split has a folder of its own, or the dataset is one such folder.
+    """Make a format in which each split has a folder, or the dataset is one such folder.
 
     Args:
         read: of a split's folder and the dataset's, which its images must not leave.

@@ -19,7 +19,7 @@ SUBSETS = {
 
 
 def is_coco(folder: Path) -> bool:
-    """Whether a COCO JSON, by its name or by what it holds, is in the folder or in a split's."""
+    """Return whether a COCO JSON, by name or by content, is in the folder or in a split's."""
     names = [name for split in FOLDERS.values() for name in split]
     folders = (folder, *(folder / name for name in names))
     return bool(_subset_jsons(folder)) or any(map(_holds_coco, folders))
@@ -37,15 +37,15 @@ def _holds_coco(folder: Path) -> bool:
 
 
 def find_jsons(folder: Path) -> dict[str, Path]:
-    """The JSON of each split that is there, `train` always; empty where there is none at all.
+    """Return the JSON of each split that is there, `train` always; empty where there is none.
 
     Raises:
         UserError: a split's folder has no JSON, or several; two files are of one split.
     """
     folders = split_folders(folder)
     jsons = {split: _find_json(path) for split, path in folders.items()}
-    found = {split: path for split, path in jsons.items() if path is not None}
-    if not found:
+    present = {split: path for split, path in jsons.items() if path is not None}
+    if not present:
         if subsets := _subset_jsons(folder):
             return _by_split(folder, subsets)
         own = _find_json(folder)
@@ -54,7 +54,7 @@ def find_jsons(folder: Path) -> dict[str, Path]:
         f"{folders[split]}: no COCO JSON ({' or '.join(JSON_NAMES)}) is in it; "
         "add it or remove the folder"
         for split in folders
-        if split not in found
+        if split not in present
     ]
     if "train" not in folders:
         problems.append(
@@ -63,7 +63,7 @@ def find_jsons(folder: Path) -> dict[str, Path]:
         )
     if problems:
         raise UserError(problems)
-    return found
+    return present
 
 
 def _find_json(folder: Path) -> Path | None:
@@ -84,10 +84,10 @@ def _subset_jsons(folder: Path) -> list[Path]:
 
 
 def _by_split(folder: Path, jsons: Sequence[Path]) -> dict[str, Path]:
-    """Each file's split by the file's name; one file alone is to train on, whatever its name."""
+    """Return each file's split by the file's name; a single file is to train on."""
     if len(jsons) == 1:
         return {"train": jsons[0]}
-    found: dict[str, Path] = {}
+    by_split: dict[str, Path] = {}
     problems = []
     for path in jsons:
         split = SUBSETS.get(re.sub(r"\d+$", "", _subset(path)).lower())
@@ -95,15 +95,15 @@ def _by_split(folder: Path, jsons: Sequence[Path]) -> dict[str, Path]:
             problems.append(
                 f"{path}: must be instances_ and one of {', '.join(SUBSETS)}; rename it"
             )
-        elif split in found:
-            problems.append(f"{path}: is for {split}, as {found[split].name} is; keep one")
+        elif split in by_split:
+            problems.append(f"{path}: is for {split}, as {by_split[split].name} is; keep one")
         else:
-            found[split] = path
-    if not problems and "train" not in found:
+            by_split[split] = path
+    if not problems and "train" not in by_split:
         problems.append(f"{folder}/annotations: no instances_train.json to train on; add it")
     if problems:
         raise UserError(problems)
-    return found
+    return by_split
 
 
 def _subset(path: Path) -> str:
@@ -111,6 +111,6 @@ def _subset(path: Path) -> str:
 
 
 def image_roots(folder: Path, path: Path) -> list[Path]:
-    """Where images are looked for: the subset's folder, beside the JSON, the dataset's folder."""
+    """Return the folders with images: the subset's, the JSON's, the dataset's."""
     subset = [folder / "images" / _subset(path), folder / _subset(path)]
     return list(dict.fromkeys([*(root for root in subset if root.is_dir()), path.parent, folder]))

@@ -28,7 +28,7 @@ class Draft:
 
     def __init__(self, root: Path, class_names: Sequence[str] = ()) -> None:
         self.root = root.resolve()
-        self.found = Findings(str(root))
+        self.findings = Findings(str(root))
         self._class_names = list(class_names)
         self._images: dict[Path, Image] = {}
         self._objects: list[tuple[str, Annotation]] = []
@@ -36,50 +36,50 @@ class Draft:
         self._left_out = 0
 
     def place(self, path: Path) -> str:
-        """The file as problems name it: relative to the dataset's folder."""
+        """Return the file as problems name it: relative to the dataset's folder."""
         return str(path.relative_to(self.root) if path.is_relative_to(self.root) else path)
 
     def contains(self, path: Path, place: str) -> bool:
-        """Whether the file is there and in the dataset's folder; reported where not."""
+        """Return whether the file is there and in the dataset's folder; report it where not."""
         try:
             target = path.resolve()
             there = target.is_file()
         except (OSError, ValueError, RuntimeError):  # too long, NUL, a loop of links
             there = False
         if not there:
-            self.found.add("file", place, str(path), "no such file; add it, or mend its name")
+            self.findings.add("file", place, str(path), "no such file; add it, or mend its name")
         elif not target.is_relative_to(self.root):
             remedy = "leads out of the dataset's folder; copy the file into it"
-            self.found.add("file", place, str(path), remedy)
+            self.findings.add("file", place, str(path), remedy)
             return False
         return there
 
     def read_text(self, path: Path) -> str | None:
-        """A UTF-8 text file of the dataset; None, reported, where it cannot be read."""
+        """Read a UTF-8 text file; return None, and report it, where it cannot be read."""
         if not self.contains(path, self.place(path)):
             return None
         try:
             return path.read_bytes().decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            self.found.add("text", self.place(path), str(error), "must be UTF-8 text")
+            self.findings.add("text", self.place(path), str(error), "must be UTF-8 text")
             return None
 
     def read_object(self, path: Path) -> dict[str, Any] | None:
-        """A JSON object of the dataset; None, reported, where it cannot be read."""
+        """Read a JSON object; return None, and report it, where it cannot be read."""
         if not self.contains(path, self.place(path)):
             return None
         try:
             document = read_json(path)
         except UserError as error:
-            self.found.add_error("JSON", error)
+            self.findings.add_error("JSON", error)
             return None
         if not isinstance(document, dict):
-            self.found.add("JSON", self.place(path), document, "must be a JSON object")
+            self.findings.add("JSON", self.place(path), document, "must be a JSON object")
             return None
         return document
 
     def add_image(self, path: Path, place: str) -> Image | None:
-        """The image, its header read; None, reported, where it cannot be used.
+        """Add an image, its header read; return None, and report it, where it cannot be used.
 
         Args:
             place: what names the image, for the problem.
@@ -90,9 +90,9 @@ class Draft:
         path = path.resolve()
         if path in self._images:
             remedy = "is named twice; list each image once"
-            self.found.add("listed twice", place, path.name, remedy)
+            self.findings.add("listed twice", place, path.name, remedy)
             return None
-        header = usable_header(path, place, path.name, self.found)
+        header = usable_header(path, place, path.name, self.findings)
         if header is None:
             return None
         image = self._images[path] = Image(len(self._images) + 1, path, *header.size)
@@ -106,19 +106,19 @@ class Draft:
         actual = (image.width, image.height)
         if any(said and said != side for said, side in zip(size, actual, strict=True)):
             remedy = f"must be the image's {actual[0]} x {actual[1]} pixels; label it anew"
-            self.found.add("size", place, size, remedy)
+            self.findings.add("size", place, size, remedy)
 
     def add_box(self, image: Image, name: str, box_xywh: list[Any], place: str) -> None:
-        """An object with a box alone: x, y, width, height in pixels; cut off at the image."""
+        """Add an object with a box alone: x, y, width, height in pixels, cut off at the image."""
         if fault := box_fault(box_xywh, image.width, image.height):
-            self.found.add(fault[0], place, box_xywh, fault[1])
+            self.findings.add(fault[0], place, box_xywh, fault[1])
             self._left_out += 1
             return
         x, y, w, h = clip_box(box_xywh, image.width, image.height)
         self._add(image, name, (x, y, w, h), None, w * h, place)
 
     def add_mask(self, image: Image, name: str, mask: Rle, place: str) -> None:
-        """An object with a mask; its box is the mask's."""
+        """Add an object with a mask, whose box is the mask's."""
         x, y, w, h = coco_mask.toBbox(mask).tolist()
         self._add(image, name, (x, y, w, h), mask, float(coco_mask.area(mask)), place)
 
@@ -132,7 +132,7 @@ class Draft:
         place: str,
     ) -> None:
         if not isinstance(name, str) or not name.strip():
-            self.found.add("class", place, name, "must have the class's name, as text")
+            self.findings.add("class", place, name, "must have the class's name, as text")
             return
         annotation = Annotation(
             len(self._objects) + 1, image.id, 0, bbox_xywh, mask, area, iscrowd=False
@@ -140,7 +140,7 @@ class Draft:
         self._objects.append((name.strip(), annotation))
 
     def finish(self) -> Reading:
-        """All that was read, and all that was reported."""
+        """Return all that was read, and all that was reported."""
         names = self._class_names or sorted({name for name, _ in self._objects})
         ids = {name: id for id, name in enumerate(names, start=1)}
         annotations = tuple(
@@ -151,11 +151,11 @@ class Draft:
         dataset = Dataset(tuple(self._images.values()), annotations, categories)
         total = (len(self._named), len(annotations) + self._left_out)
         tally = Tally(*total, len(dataset.images), len(annotations))
-        return Reading(dataset, tuple(self.found.faults), tally)
+        return Reading(dataset, tuple(self.findings.faults), tally)
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files under a folder, at any depth, by name; hidden ones are passed over."""
+    """List the image files under a folder, at any depth, by name, without hidden ones."""
     paths = folder.rglob("*") if folder.is_dir() else ()
     return sorted(
         path

@@ -16,7 +16,7 @@ Point = tuple[float, float]
 
 
 def is_labelme(folder: Path) -> bool:
-    """Whether the first JSON in the folder is LabelMe's."""
+    """Return whether the first JSON in the folder is LabelMe's."""
     first = min(folder.glob("*.json"), default=None)
     try:
         document = read_json(first) if first else None
@@ -45,10 +45,12 @@ def read(folder: Path, root: Path) -> Reading:
 def _read_document(draft: Draft, path: Path, document: dict[str, Any]) -> None:
     place, name, shapes = draft.place(path), document.get("imagePath"), document.get("shapes")
     if not isinstance(name, str) or not name:
-        draft.found.add("image", f"{place}: imagePath", name, "must name the image")
+        draft.findings.add("image", f"{place}: imagePath", name, "must name the image")
         return
     if not isinstance(shapes, list):
-        draft.found.add("shapes", f"{place}: shapes", shapes, "must be a list, as LabelMe has it")
+        draft.findings.add(
+            "shapes", f"{place}: shapes", shapes, "must be a list, as LabelMe has it"
+        )
         return
     # LabelMe on Windows writes backslashes
     image = draft.add_image(path.parent / name.replace("\\", "/"), f"{place}: imagePath")
@@ -63,13 +65,13 @@ def _read_document(draft: Draft, path: Path, document: dict[str, Any]) -> None:
 def _group(
     draft: Draft, shapes: list[Any], place: str
 ) -> list[tuple[str, list[tuple[str, dict[str, Any]]]]]:
-    """Label, and each part with its place, of every object."""
+    """Return the label, and each part with its place, of every object."""
     objects: dict[tuple[Any, ...], list[tuple[str, dict[str, Any]]]] = {}
     for index, shape in enumerate(shapes):
         spot = f"{place}: shapes[{index}]"
         label = shape.get("label") if isinstance(shape, dict) else None
         if not isinstance(label, str) or not label.strip():
-            draft.found.add("label", f"{spot}.label", label, "must be the class's name, as text")
+            draft.findings.add("label", f"{spot}.label", label, "must be the class's name, as text")
             continue
         group = shape.get("group_id")
         key = (label, "alone", index) if group is None else (label, "group", repr(group))
@@ -91,7 +93,7 @@ def _add_object(
             else:
                 masks.append(_mask(shape.get("shape_type", "polygon"), points, image))
         except ValueError as fault:
-            draft.found.add("shape", spot, shape.get("points"), str(fault))
+            draft.findings.add("shape", spot, shape.get("points"), str(fault))
             return
     if boxes_only:
         (left, top), (right, bottom) = _rectangle(corners)
@@ -101,7 +103,7 @@ def _add_object(
 
 
 def _points(points: object) -> list[Point]:
-    """Pairs of x and y, pixels; raises ValueError where they are none."""
+    """Return pairs of x and y in pixels; raise ValueError where they are none."""
     if not isinstance(points, list) or not all(
         isinstance(point, list) and len(point) == 2 and all(map(_is_finite, point))
         for point in points
@@ -115,7 +117,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _rectangle(points: list[Point]) -> list[Point]:
-    """Upper left and lower right corner around two or more corners."""
+    """Return the upper left and lower right corner around two or more corners."""
     if len(points) < 2:
         raise ValueError("must have two corners; delete or redraw it")
     xs, ys = zip(*points, strict=True)

@@ -41,7 +41,7 @@ def read(folder: Path, root: Path, class_name: str = DEFAULT_CLASS) -> Reading:
     for path in images_in(folder.resolve() / "images"):
         if path.stem in stems:
             remedy = f"has the name of {stems[path.stem].name}, and so its masks; rename one"
-            draft.found.add("image", draft.place(path), path.name, remedy)
+            draft.findings.add("image", draft.place(path), path.name, remedy)
         stems[path.stem] = path
         image = draft.add_image(path, draft.place(path))
         for mask in masks.get(path.stem, []) if image else []:
@@ -50,7 +50,7 @@ def read(folder: Path, root: Path, class_name: str = DEFAULT_CLASS) -> Reading:
     for stem in sorted(masks.keys() - stems.keys()):
         for mask in masks[stem]:
             remedy = f"has no image {stem}.* in images/; add it or remove the mask"
-            draft.found.add("mask", draft.place(mask), mask.name, remedy)
+            draft.findings.add("mask", draft.place(mask), mask.name, remedy)
     return draft.finish()
 
 
@@ -61,14 +61,14 @@ def _read_mask(draft: Draft, image: Image | None, path: Path, name: str) -> None
     try:
         numbers = read_numbers(path, image.width, image.height)
     except ValueError as fault:
-        draft.found.add("mask", place, path.name, str(fault))
+        draft.findings.add("mask", place, path.name, str(fault))
         return
     for number in np.unique(numbers[numbers != 0]):
         draft.add_mask(image, name, encode(numbers == number), f"{place} object {number}")
 
 
 def read_numbers(path: Path, width: int, height: int) -> NDArray[np.integer]:
-    """The (height, width) object numbers of a one-channel PNG; palette indices, not colours.
+    """Read the (height, width) object numbers of a one-channel PNG: palette indices, not colors.
 
     Raises:
         ValueError: not a readable PNG, of another size, or of colours; says what to do.

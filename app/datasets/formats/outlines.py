@@ -20,7 +20,7 @@ Rle = dict[str, Any]
 
 
 def polygon_mask(polygon: object, width: int, height: int) -> Rle:
-    """The mask of a flat list [x1, y1, x2, …], filled even-odd; what leaves the image is cut off.
+    """Fill a flat list [x1, y1, x2, …] even-odd; return its mask, cut off at the image.
 
     Raises:
         ValueError: it is no such list, or covers no pixel; says why.
@@ -40,7 +40,7 @@ def ellipse_mask(
     height: int,
     angle: object = 0.0,
 ) -> Rle:
-    """The mask of the pixels whose centres lie in an ellipse.
+    """Return the mask of the pixels whose centers lie in an ellipse.
 
     Args:
         center, radii: x and y, pixels.
@@ -65,7 +65,7 @@ def ellipse_mask(
 
 
 def encode(mask: NDArray[np.bool_]) -> Rle:
-    """The RLE of a (height, width) mask; raises ValueError where it covers no pixel."""
+    """Return the RLE of a (height, width) mask; raise ValueError where it covers no pixel."""
     return _covering(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
@@ -88,7 +88,7 @@ def _finite(value: object) -> float:
 
 
 def _clip(points: NDArray[np.float64], width: int, height: int) -> NDArray[np.float64]:
-    """The part of a polygon (points, xy) inside the image (Sutherland and Hodgman, 1974)."""
+    """Cut a polygon (points, xy) off at the image (Sutherland and Hodgman, 1974)."""
     for axis, limit, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
         depth = sign * (points[:, axis] - limit)  # >= 0 inside
         if (depth >= 0).all():

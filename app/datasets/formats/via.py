@@ -55,7 +55,7 @@ def read(folder: Path, root: Path) -> Reading:
 
 
 def _find(folder: Path) -> Path | None:
-    """The folder's first VIA file: by its usual name, else by what the first few hold."""
+    """Find the folder's first VIA file: by its usual name, else by the content of the first few."""
     usual = folder / "via_region_data.json"
     candidates = [usual] if usual.is_file() else sorted(folder.glob("*.json"))[:3]
     tables = (path for path in sorted(folder.glob("*.csv"))[:3] if _has_header(path))
@@ -83,13 +83,13 @@ def _holds_regions(path: Path) -> bool:
 
 
 def _metadata(document: dict[str, Any]) -> dict[str, Any]:
-    """The images' entries: a project has them under a key of their own."""
+    """Return the images' entries, which a project has under a key of their own."""
     entries = document.get("_via_img_metadata", document)
     return entries if isinstance(entries, dict) else {}
 
 
 def _read_csv(draft: Draft, path: Path) -> dict[str, Any]:
-    """The images' entries, as in the JSON, from a table with a row for each region.
+    """Return the images' entries, as in the JSON, from a table with a row for each region.
 
     An image without regions has one row, with empty attributes.
     """
@@ -101,13 +101,15 @@ def _read_csv(draft: Draft, path: Path) -> dict[str, Any]:
                 _add_row(draft, metadata, row, f"{draft.place(path)} line {rows.line_num}")
     except csv.Error as error:
         remedy = "must be CSV as VIA writes it; export JSON instead"
-        draft.found.add("CSV", f"{draft.place(path)} line {rows.line_num}", str(error), remedy)
+        draft.findings.add("CSV", f"{draft.place(path)} line {rows.line_num}", str(error), remedy)
     return metadata
 
 
 def _add_row(draft: Draft, metadata: dict[str, Any], row: list[str], place: str) -> None:
     if len(row) != len(CSV_HEADER):
-        draft.found.add("CSV", place, row, f"must have the {len(CSV_HEADER)} columns of its header")
+        draft.findings.add(
+            "CSV", place, row, f"must have the {len(CSV_HEADER)} columns of its header"
+        )
         return
     name, *_, shape, attributes = row
     regions = metadata.setdefault(name, {"filename": name, "regions": []})["regions"]
@@ -118,7 +120,7 @@ def _add_row(draft: Draft, metadata: dict[str, Any], row: list[str], place: str)
         }
     except (ValueError, RecursionError):
         remedy = "must be JSON in the last two columns; export it again"
-        draft.found.add("CSV", place, [shape, attributes], remedy)
+        draft.findings.add("CSV", place, [shape, attributes], remedy)
         return
     if region["shape_attributes"]:
         regions.append(region)
@@ -127,12 +129,12 @@ def _add_row(draft: Draft, metadata: dict[str, Any], row: list[str], place: str)
 def _entries(
     draft: Draft, metadata: dict[str, Any]
 ) -> Iterator[tuple[dict[str, Any], list[Region]]]:
-    """Each image's entry and its regions, which VIA 1 has in a dict and VIA 2 in a list."""
+    """Return each image's entry and its regions, a dict in VIA 1 and a list in VIA 2."""
     for key, entry in metadata.items():
         regions = entry.get("regions") if isinstance(entry, dict) else None
         listed = list(regions.values()) if isinstance(regions, dict) else regions
         if not isinstance(listed, list):
-            draft.found.add("entry", f"'{key}'", entry, "must have a filename and regions")
+            draft.findings.add("entry", f"'{key}'", entry, "must have a filename and regions")
             continue
         sound = []
         for index, region in enumerate(listed):
@@ -140,7 +142,7 @@ def _entries(
             if isinstance(region, dict) and isinstance(region.get("shape_attributes"), dict):
                 sound.append((place, region))
             else:
-                draft.found.add("region", place, region, "must have shape_attributes")
+                draft.findings.add("region", place, region, "must have shape_attributes")
         yield entry, sound
 
 
@@ -150,22 +152,22 @@ def _attributes(region: dict[str, Any]) -> dict[str, Any]:
 
 
 def _class_attribute(draft: Draft, regions: list[Region]) -> str | None:
-    """The name of the only region attribute; None where there is none."""
+    """Return the name of the only region attribute; None where there is none."""
     names = sorted({name for _, region in regions for name in _attributes(region)})
     if len(names) > 1:
         remedy = "must be one attribute, that says the class; delete the others in VIA"
-        draft.found.add("attribute", "region_attributes", ", ".join(names), remedy)
+        draft.findings.add("attribute", "region_attributes", ", ".join(names), remedy)
     return names[0] if names else None
 
 
 def _add_image(draft: Draft, entry: dict[str, Any], folder: Path) -> Image | None:
     name = entry.get("filename")
     if fault := name_fault(name):
-        draft.found.add("image", "filename", name, fault)
+        draft.findings.add("image", "filename", name, fault)
         return None
     path = find_image(str(name), [folder])
     if path is None:
-        draft.found.add("image", "filename", name, f"no such file in {folder} or its images/")
+        draft.findings.add("image", "filename", name, f"no such file in {folder} or its images/")
         return None
     return draft.add_image(path, str(name))
 
@@ -178,7 +180,7 @@ def _add_region(
     name = DEFAULT_CLASS if attribute is None else _class(_attributes(region).get(attribute))
     if name is None:
         value = _attributes(region).get(attribute or "")
-        draft.found.add("class", f"{place}.{attribute}", value, "must be one class's name")
+        draft.findings.add("class", f"{place}.{attribute}", value, "must be one class's name")
     elif shape.get("name") == "rect":
         box = [shape.get(key) for key in ("x", "y", "width", "height")]
         draft.add_box(image, name, box, place)
@@ -186,11 +188,11 @@ def _add_region(
         try:
             draft.add_mask(image, name, _mask(shape, image.width, image.height), place)
         except ValueError as fault:
-            draft.found.add("shape", place, shape, str(fault))
+            draft.findings.add("shape", place, shape, str(fault))
 
 
 def _class(value: object) -> str | None:
-    """A text, or the only one ticked of several boxes."""
+    """Return a class given as text, or as the only box of several that is ticked."""
     if isinstance(value, dict):
         ticked = [name for name, on in value.items() if on]
         value = ticked[0] if len(ticked) == 1 else None

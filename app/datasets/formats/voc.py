@@ -18,7 +18,7 @@ VOID = 255  # the border around objects in VOC's masks, which belongs to none
 
 
 def is_voc(folder: Path) -> bool:
-    """Whether there are XML files of VOC's kind in Annotations/, or beside the images."""
+    """Return whether there are XML files of VOC's kind in Annotations/, or beside the images."""
     first = min(_annotations(folder).glob("*.xml"), default=None)
     try:
         return first is not None and b"<annotation" in first.read_bytes()[:4096]
@@ -42,7 +42,7 @@ def read(folder: Path, root: Path) -> Reading:
             try:
                 _read_xml(draft, folder, path)
             except ValueError as fault:
-                draft.found.add("XML", draft.place(path), path.name, str(fault))
+                draft.findings.add("XML", draft.place(path), path.name, str(fault))
     return draft.finish()
 
 
@@ -74,7 +74,7 @@ def _read_xml(draft: Draft, folder: Path, path: Path) -> None:
     annotation, place = parse_xml(path.read_bytes()), draft.place(path)
     name = (annotation.findtext("filename") or "").strip()
     if not name or Path(name.replace("\\", "/")).name != name:
-        draft.found.add("image", f"{place}: filename", name, "must be a file's name, no path")
+        draft.findings.add("image", f"{place}: filename", name, "must be a file's name, no path")
         return
     places = [folder / "JPEGImages" / name, path.parent / name, folder / "images" / name]
     at = next((candidate for candidate in places if candidate.is_file()), places[0])
@@ -87,19 +87,19 @@ def _read_xml(draft: Draft, folder: Path, path: Path) -> None:
 
 
 def _whole(text: str | None) -> int:
-    """A side in pixels; 0, which is passed over, where it is none."""
+    """Return a side in pixels; 0, which is passed over, where it is none."""
     return int(text) if text and text.strip().isdecimal() else 0
 
 
 def _instances(draft: Draft, folder: Path, image: Image, at: Path) -> NDArray[np.integer] | None:
-    """The (height, width) object numbers of an image; None where it has no such PNG."""
+    """Return the (height, width) object numbers of an image; None where it has no such PNG."""
     path = folder / "SegmentationObject" / f"{at.stem}.png"
     if not path.is_file() or not draft.contains(path, draft.place(path)):
         return None
     try:
         numbers = read_numbers(path, image.width, image.height)
     except ValueError as fault:
-        draft.found.add("mask", draft.place(path), path.name, str(fault))
+        draft.findings.add("mask", draft.place(path), path.name, str(fault))
         return None
     return np.where(numbers == VOID, 0, numbers)
 
@@ -112,7 +112,7 @@ def _read_objects(
 ) -> None:
     if numbers is not None and numbers.max() > len(objects):
         remedy = f"must be at most {len(objects)}, as many as its XML has objects"
-        draft.found.add("mask", f"{image.path.stem}.png's number", int(numbers.max()), remedy)
+        draft.findings.add("mask", f"{image.path.stem}.png's number", int(numbers.max()), remedy)
         return
     for index, element in enumerate(objects):
         place = f"{image.path.stem}.xml: object[{index}]"
@@ -122,13 +122,13 @@ def _read_objects(
             draft.add_box(image, name, list(box), place)
         elif not _crosses(mask, box):
             remedy = f"must be around number {index + 1} of its PNG in SegmentationObject/"
-            draft.found.add("mask", f"{place}.bndbox", box, remedy)
+            draft.findings.add("mask", f"{place}.bndbox", box, remedy)
         else:
             draft.add_mask(image, name, encode(mask), place)
 
 
 def _box_xywh(element: ElementTree.Element) -> tuple[float, float, float, float]:
-    """The box in pixels; NaN, which is refused later, for what is no number."""
+    """Return the box in pixels, with NaN, which is refused later, for what is no number."""
     left, top, right, bottom = (
         _number(element.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")
     )
@@ -143,7 +143,7 @@ def _number(text: str | None) -> float:
 
 
 def _crosses(mask: NDArray[np.bool_], box_xywh: tuple[float, float, float, float]) -> bool:
-    """Whether a mask has a pixel in the box."""
+    """Return whether a mask has a pixel in the box."""
     x, y, w, h = box_xywh
     rows, columns = np.nonzero(mask)
     inside = (columns + 1 > x) & (columns < x + w) & (rows + 1 > y) & (rows < y + h)

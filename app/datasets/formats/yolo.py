@@ -42,23 +42,23 @@ def read_config(folder: Path) -> Config:
     """
     path = _config_path(folder)
     assert path is not None, "called for a folder that is_yolo"
-    found = Findings(str(path))
+    findings = Findings(str(path))
     document = _as_roboflow_means(_load_yaml(path), folder)
-    names = _class_names(document.get("names"), found)
+    names = _class_names(document.get("names"), findings)
     splits = {}
     for split, keys in SPLIT_KEYS.items():
         key = next((key for key in keys if document.get(key)), None)
         if key is not None:
-            splits[split] = _locate_all(document, key, folder.resolve(), found)
+            splits[split] = _locate_all(document, key, folder.resolve(), findings)
     if "train" not in splits:
-        found.add("split", "'train'", None, "must be the folder of the training images")
-    if problems := found.lines():
+        findings.add("split", "'train'", None, "must be the folder of the training images")
+    if problems := findings.lines():
         raise UserError(problems)
     return Config(path, names, splits)
 
 
 def read(config: Config, split: str) -> Reading:
-    """The images of a split and their labels; class 0 becomes category 1, and so on.
+    """Read the images of a split and their labels; class 0 becomes category 1, and so on.
 
     A line of five numbers is a box, a longer one a polygon, whose holes and parts may be joined by
     bridges of no width.
@@ -103,28 +103,30 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
-def _class_names(names: object, found: Findings) -> tuple[str, ...]:
-    """The names by class number, from a list or a dict of numbers 0, 1, …"""
+def _class_names(names: object, findings: Findings) -> tuple[str, ...]:
+    """Return the names by class number, from a list or a dict of numbers 0, 1, …"""
     if isinstance(names, dict):
         if list(names) and sorted(names, key=str) == sorted(range(len(names)), key=str):
             names = [names[number] for number in range(len(names))]
         else:
-            found.add("names", "'names'", names, "must number the classes 0, 1, … without a gap")
+            findings.add("names", "'names'", names, "must number the classes 0, 1, … without a gap")
             return ()
     if not isinstance(names, list) or not names:
-        found.add("names", "'names'", names, "must list the classes' names, in their order")
+        findings.add("names", "'names'", names, "must list the classes' names, in their order")
         return ()
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
             remedy = "must be the class's name, as text; put it in quotes"
-            found.add("names", f"names[{number}]", name, remedy)
+            findings.add("names", f"names[{number}]", name, remedy)
         elif name in names[:number]:
-            found.add("names", f"names[{number}]", name, "is another class's name too; rename one")
+            findings.add(
+                "names", f"names[{number}]", name, "is another class's name too; rename one"
+            )
     return tuple(str(name).strip() for name in names)
 
 
 def _as_roboflow_means(document: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The same, with the splits of Roboflow's export where they are, and without those it lacks.
+    """Return the config with the splits of Roboflow's export where they are, without missing ones.
 
     They lie in train/, valid/ and test/ beside data.yaml, which names all three, there or not;
     Roboflow's Python package writes paths of its machine into it (roboflow-python#125).
@@ -142,7 +144,7 @@ def _as_roboflow_means(document: dict[str, Any], folder: Path) -> dict[str, Any]
 
 
 def _locate_all(
-    document: dict[str, Any], key: str, root: Path, found: Findings
+    document: dict[str, Any], key: str, root: Path, findings: Findings
 ) -> tuple[Path, ...]:
     entries = document[key] if isinstance(document[key], list) else [document[key]]
     base, paths = document.get("path"), []
@@ -150,14 +152,14 @@ def _locate_all(
         path = _locate(str(entry), str(base or "."), root)
         if path is None:
             remedy = f"must be a folder or a .txt list of images in the dataset's folder {root}"
-            found.add("split", f"'{key}'", entry, remedy)
+            findings.add("split", f"'{key}'", entry, remedy)
         else:
             paths.append(path)
     return tuple(paths)
 
 
 def _locate(entry: str, base: str, root: Path) -> Path | None:
-    """The path inside the dataset that an entry means; None where there is none.
+    """Return the path inside the dataset that an entry means; None where there is none.
 
     `path` is often a folder of the machine that exported it, and Roboflow writes '../train/images'
     for what lies beside data.yaml: Ultralytics forgives the latter too.
@@ -184,14 +186,14 @@ def _images_of(source: Path, draft: Draft) -> list[Path]:
         path = _locate(name, str(source.parent), draft.root)
         if path is None:
             remedy = "must be an image in the dataset's folder"
-            draft.found.add("list", f"{draft.place(source)} line {number}", name, remedy)
+            draft.findings.add("list", f"{draft.place(source)} line {number}", name, remedy)
         else:
             paths.append(path)
     return paths
 
 
 def _label_path(image: Path, root: Path) -> Path:
-    """The twin under labels/ of an image under images/ (the last such folder), else beside it."""
+    """Return the twin under labels/ of an image under (the last) images/, else its neighbor."""
     parts = list(image.relative_to(root).parts)
     for index in range(len(parts) - 2, -1, -1):
         if parts[index] == "images":
@@ -216,11 +218,11 @@ def _read_labels(draft: Draft, image: Image, path: Path, names: tuple[str, ...])
                 mask = polygon_mask(polygon, image.width, image.height)
                 draft.add_mask(image, names[class_number], mask, place)
         except ValueError as fault:
-            draft.found.add("label", place, line.strip(), str(fault))
+            draft.findings.add("label", place, line.strip(), str(fault))
 
 
 def _parse(line: str, classes: int) -> tuple[int, list[float]]:
-    """Class number and coordinates (0..1) of a line; raises ValueError that says what is wrong."""
+    """Parse a line's class number and coordinates (0..1); raise ValueError with the fault."""
     try:
         first, *numbers = (float(word) for word in line.split())
     except ValueError:
@@ -238,6 +240,6 @@ def _parse(line: str, classes: int) -> tuple[int, list[float]]:
 
 
 def _box_xywh(cxcywh: list[float], width: int, height: int) -> list[float]:
-    """A box of centre and size (0..1) as corner and size in pixels."""
+    """Convert a box of center and size (0..1) to corner and size in pixels."""
     cx, cy, w, h = cxcywh
     return [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]

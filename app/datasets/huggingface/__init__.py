@@ -24,7 +24,7 @@ MARK = Path("train", "_annotations.coco.json")
 
 
 def fetch(config: HuggingFaceConfig, data: Path) -> Path:
-    """The folder under `data` that holds the dataset as COCO; fetched where it is not there.
+    """Return the folder under `data` that holds the dataset as COCO; fetch it if it is missing.
 
     Args:
         config: `name` is OWNER/NAME[@REVISION], or an existing folder in the same layout.
@@ -73,7 +73,7 @@ def _make(
 
 
 def _info(config: HuggingFaceConfig, repository: Repository) -> dict[str, Any]:
-    """The `info` of the COCO JSON: what was asked for, and the revision that it came to."""
+    """Return the `info` of the COCO JSON: what was asked for, and the revision that it came to."""
     asked = config.model_dump(include={"name", "config", "split", "columns"})
     return {"source": "huggingface", "version": VERSION, "revision": repository.commit, **asked}
 
@@ -86,14 +86,14 @@ def _folder_name(config: HuggingFaceConfig, repository: Repository) -> str:
 
 
 def _safe(text: str) -> str:
-    """As it is where it can be part of a folder's name."""
+    """Return the text itself where it can be part of a folder's name, else a hash of it."""
     plain = text.replace("-", "").replace("_", "").isalnum() and text.isascii()
     return text if plain else short_hash(text, 8)
 
 
 def _copy_fetched_earlier(config: HuggingFaceConfig, home: Path, error: Unreachable) -> Path:
-    """The newest copy of the same choices; raises `error` where there is none."""
-    found = []
+    """Return the newest copy of the same choices; raise `error` where there is none."""
+    copies = []
     for path in home.glob(f"*/{MARK}"):
         try:
             info = read_json(path)["info"]
@@ -101,9 +101,9 @@ def _copy_fetched_earlier(config: HuggingFaceConfig, home: Path, error: Unreacha
             continue
         repository = Repository(config.name or "", str(info.get("revision")), {}, None)
         if json.dumps(info) == json.dumps(_info(config, repository)):
-            found.append(path)
-    if not found:
+            copies.append(path)
+    if not copies:
         raise error
-    folder = max(found, key=lambda path: path.stat().st_mtime).parents[1]
+    folder = max(copies, key=lambda path: path.stat().st_mtime).parents[1]
     log.warning("%s Taking the copy that was fetched earlier: %s", error, folder)
     return folder

@@ -18,7 +18,7 @@ Floats = NDArray[np.float64]
 
 
 def to_xywh(boxes: Floats, sizes: Floats, convention: str) -> Floats:
-    """Boxes in pixels: x, y of the top left corner, width, height.
+    """Convert boxes to pixels: x, y of the top left corner, width, height.
 
     Args:
         boxes: (N, 4), in `convention`.
@@ -35,7 +35,7 @@ def to_xywh(boxes: Floats, sizes: Floats, convention: str) -> Floats:
 
 
 def decide(boxes: Floats, sizes: Floats, field: str) -> tuple[str, str]:
-    """The convention that (N, 4) boxes follow, and the evidence for it, to be printed.
+    """Return the convention that (N, 4) boxes follow, and the evidence for it, to be printed.
 
     One that the field's name says is taken where the boxes fit it.
 
@@ -48,14 +48,14 @@ def decide(boxes: Floats, sizes: Floats, field: str) -> tuple[str, str]:
     shown = [f"{share:.0%} fit {name}" for name, share in fits.items()]
     evidence = f"of {len(boxes)} boxes " + ", ".join([f"{within:.0%} are within 0..1", *shown])
     good = [name for name, share in fits.items() if share >= FITS]
-    said = [name for name in good if name.removesuffix("n") in field.lower().split("_")]
-    if len(said or good) != 1:
+    named = [name for name in good if name.removesuffix("n") in field.lower().split("_")]
+    if len(named or good) != 1:
         raise ValueError(evidence)
-    return (said or good)[0], evidence
+    return (named or good)[0], evidence
 
 
 def _fitting(boxes: Floats, sizes: Floats, convention: str) -> float:
-    """Share of the boxes that have an area and lie in their image."""
+    """Return the share of the boxes that have an area and lie in their image."""
     xywh = to_xywh(boxes, sizes, convention)
     first, second = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
     inside = (first >= -SLACK * sizes) & (second <= (1 + SLACK) * sizes) & (second > first)

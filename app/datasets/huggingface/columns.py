@@ -32,7 +32,7 @@ Features = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns hold.
+    """The columns of a dataset by what they hold.
 
     Attributes:
         objects: column of structs; None where lists of the row itself are the objects' fields.
@@ -55,13 +55,13 @@ class Columns:
     undecided: str | None = None
 
     def describe(self) -> str:
-        """As --columns takes it, where nothing is undecided."""
+        """Return the columns as --columns takes them, where nothing is undecided."""
         pairs = {field.name: getattr(self, field.name) for field in fields(self)}
         return ",".join(f"{key}={value}" for key, value in pairs.items() if value)
 
 
 def parse(text: str | None) -> dict[str, str]:
-    """What --columns says: its keys and values.
+    """Parse the keys and values of --columns.
 
     Raises:
         UserError: it is not KEY=VALUE,KEY=VALUE, or has a key or convention that nothing reads.
@@ -83,7 +83,7 @@ def parse(text: str | None) -> dict[str, str]:
 
 
 def guess(features: Features, choice: Mapping[str, str], where: str) -> Columns:
-    """The columns as `choice` names them, and the others by their types and names.
+    """Return the columns as `choice` names them, and the others by their types and names.
 
     Raises:
         UserError: a column named is not there, or it cannot be told; lists the columns.
@@ -93,11 +93,11 @@ def guess(features: Features, choice: Mapping[str, str], where: str) -> Columns:
     by_hand = {key: choice[key] for key in MAPS if key in choice}
     if by_hand:
         return Columns(image, **by_hand)
-    objects, found = _objects(features, choice, where)
+    objects, fields = _objects(features, choice, where)
     maps = {} if "objects" in choice else _maps(features, image)
-    if "segmentation" in found or (found and not maps):
-        return Columns(image, objects, **found)
-    if found:
+    if "segmentation" in fields or (fields and not maps):
+        return Columns(image, objects, **fields)
+    if fields:
         raise _untold("whether the boxes or the maps are the labels", features, where)
     if not maps:
         raise _untold("which column holds the labels", features, where)
@@ -105,14 +105,14 @@ def guess(features: Features, choice: Mapping[str, str], where: str) -> Columns:
 
 
 def item_type(feature: Any) -> Any:
-    """What a list's type says of its items; None for a type that is no list."""
+    """Return the type of a list's items; None for a type that is no list."""
     if isinstance(feature, list):
         return feature[0]
     return getattr(feature, "feature", None)
 
 
 def item_fields(feature: Any) -> dict[str, Any]:
-    """The fields of each object: of a list of structs, or of a struct of lists; else empty."""
+    """Return each object's fields: of a list of structs, or of a struct of lists; else none."""
     if isinstance(item := item_type(feature), dict):
         return item
     if not isinstance(feature, dict):
@@ -122,20 +122,20 @@ def item_fields(feature: Any) -> dict[str, Any]:
 
 
 def object_fields(features: Features, objects: str | None) -> dict[str, Any]:
-    """The types of the fields that an object can have, by name."""
+    """Return the types of the fields that an object can have, by name."""
     return item_fields(dict(features) if objects is None else features[objects])
 
 
 def _check_choice(features: Features, choice: Mapping[str, str], where: str) -> None:
-    known = {key: list(features) for key in ("image", "objects", *MAPS)}
+    choices = {key: list(features) for key in ("image", "objects", *MAPS)}
     if choice.get("objects", next(iter(features))) in features:
         columns = [choice["objects"]] if "objects" in choice else [None, *features]
         fields = [name for column in columns for name in object_fields(features, column)]
-        known |= dict.fromkeys(FIELDS, fields)
+        choices |= dict.fromkeys(FIELDS, fields)
     problems = [
         f"{where}: --columns {key}={choice[key]}: there is no such column."
         f"{nearest(choice[key], names)} There are {_list(features)}"
-        for key, names in known.items()
+        for key, names in choices.items()
         if key in choice and choice[key] not in names
     ]
     if problems:
@@ -162,29 +162,29 @@ def is_image(feature: Any) -> bool:
 def _objects(
     features: Features, choice: Mapping[str, str], where: str
 ) -> tuple[str | None, dict[str, str]]:
-    """The column of objects, None for the row itself; and the fields found, which may be none."""
+    """Return the column of objects, None for the row itself, and its fields, which may be none."""
     candidates = [choice["objects"]] if "objects" in choice else [None, *features]
-    found = {}
+    by_column = {}
     for column in candidates:
-        named = _fields(object_fields(features, column), choice)
-        if "bbox" in named or "segmentation" in named:
-            found[column] = named
-    if len(found) > 1:
+        fields = _fields(object_fields(features, column), choice)
+        if "bbox" in fields or "segmentation" in fields:
+            by_column[column] = fields
+    if len(by_column) > 1:
         raise _untold("which column holds the objects", features, where)
-    if "objects" in choice and not found:
+    if "objects" in choice and not by_column:
         raise _untold(f"where '{choice['objects']}' has boxes or shapes", features, where)
-    return next(iter(found.items()), (None, {}))
+    return next(iter(by_column.items()), (None, {}))
 
 
 def _fields(types: Mapping[str, Any], choice: Mapping[str, str]) -> dict[str, str]:
-    """The name of each field that is known by hand or by name, and can be what it is called."""
+    """Return the name of each field that is known by hand or by name, and has a fit type."""
     holds: dict[str, Callable[[Any], int]] = {
         "bbox": lambda kind: int(item_type(kind) is not None),
         "category": _names_a_class,
         "segmentation": _is_a_shape,
         "iscrowd": _names_a_class,
     }
-    found = {}
+    fields = {}
     for role in FIELDS:
         names = [
             name
@@ -193,14 +193,14 @@ def _fields(types: Mapping[str, Any], choice: Mapping[str, str]) -> dict[str, st
         ]
         names.sort(key=lambda name: -holds[role](types[name]))
         if choice.get(role) in types:
-            found[role] = choice[role]
+            fields[role] = choice[role]
         elif names:
-            found[role] = names[0]
-    return found
+            fields[role] = names[0]
+    return fields
 
 
 def _names_a_class(kind: Any) -> int:
-    """How well a value of that type does: a name better than a number; 0 for what can be none."""
+    """Rate a type as a class: a name is better than a number; 0 for what can be none."""
     if type(kind).__name__ == "ClassLabel":
         return 3
     dtype = getattr(kind, "dtype", "") if type(kind).__name__ == "Value" else ""
@@ -210,7 +210,7 @@ def _names_a_class(kind: Any) -> int:
 
 
 def _is_a_shape(kind: Any) -> int:
-    """How well a value of that type does: text may be JSON."""
+    """Rate a type as a shape; text may be JSON."""
     if type(kind).__name__ == "Value":
         return int("string" in kind.dtype)
     return 0 if type(kind).__name__ == "ClassLabel" else 2
@@ -224,7 +224,7 @@ def _maps(features: Features, image: str) -> dict[str, str]:
     }
     if len(names) == 1 and not any(by_name.values()):
         return {"undecided": names[0]}
-    return {kind: found[0] for kind, found in by_name.items() if len(found) == 1}
+    return {kind: fitting[0] for kind, fitting in by_name.items() if len(fitting) == 1}
 
 
 def _untold(what: str, features: Features, where: str) -> UserError:

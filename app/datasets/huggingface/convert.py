@@ -39,8 +39,8 @@ def convert(
     for part in parts:
         part.write(splits[part.name], where)
     _tell_faults(parts, where)
-    known, used = reading.names.listed(), {o["name"] for part in parts for o in part.objects}
-    names = [*known, *sorted(used - set(known))]
+    listed, used = reading.names.listed(), {o["name"] for part in parts for o in part.objects}
+    names = [*listed, *sorted(used - set(listed))]
     for part in parts:
         write_json(part.folder / "_annotations.coco.json", {"info": info, **part.document(names)})
     counts = ", ".join(f"{p.name} {len(p.images)} images, {len(p.objects)} objects" for p in parts)
@@ -50,8 +50,8 @@ def convert(
 class _Split:
     """One split being written: images go to their files, labels are held."""
 
-    def __init__(self, name: str, folder: Path, reading: Reading, found: Findings) -> None:
-        self.name, self.folder, self.found = name, folder, found
+    def __init__(self, name: str, folder: Path, reading: Reading, findings: Findings) -> None:
+        self.name, self.folder, self.findings = name, folder, findings
         self.images: list[dict[str, Any]] = []
         self.objects: list[dict[str, Any]] = []
         self._reading = reading
@@ -63,7 +63,7 @@ class _Split:
                 self._add(row, index)
             except ValueError as fault:
                 place = f"{self.name} row {index}, image"
-                self.found.add("image", place, self._reading.columns.image, str(fault))
+                self.findings.add("image", place, self._reading.columns.image, str(fault))
             if (index + 1) % SPOKEN == 0:
                 log.info("%s: %s: %d images", where, self.name, index + 1)
 
@@ -81,13 +81,13 @@ class _Split:
         )
 
         def report(what: str, value: object, fault: str) -> None:
-            self.found.add("object", f"{self.name} row {index}, {what}", value, fault)
+            self.findings.add("object", f"{self.name} row {index}, {what}", value, fault)
 
         for labelled in read_row(row, self._reading, width, height, report):
             self.objects.append(_entry(labelled, len(self.objects) + 1, identity))
 
     def document(self, names: list[str]) -> dict[str, Any]:
-        """The COCO JSON, with these classes."""
+        """Return the COCO JSON, with these classes."""
         ids = {name: id for id, name in enumerate(names, start=1)}
         annotations = []
         for entry in self.objects:
@@ -115,7 +115,7 @@ def _entry(labelled: Labelled, id: int, image_id: int) -> dict[str, Any]:
 
 
 def _save(picture: PILImage.Image, data: bytes, path: Path) -> None:
-    """The bytes as they came where they are JPEG or PNG, else a PNG of the same pixels."""
+    """Save the bytes as they came where they are JPEG or PNG, else a PNG of the same pixels."""
     if picture.format in KEPT:
         path.write_bytes(data)
     else:
@@ -123,8 +123,8 @@ def _save(picture: PILImage.Image, data: bytes, path: Path) -> None:
 
 
 def _tell_faults(parts: list[_Split], where: str) -> None:
-    lines = [line for part in parts for line in part.found.lines()]
-    kinds = [fault.kind for part in parts for fault in part.found.faults]
+    lines = [line for part in parts for line in part.findings.lines()]
+    kinds = [fault.kind for part in parts for fault in part.findings.faults]
     faults = {kind: kinds.count(kind) for kind in ("image", "object")}
     sound = {
         "image": sum(len(part.images) for part in parts),

@@ -30,7 +30,7 @@ MOST_NUMBERS = 1000  # of a map, remembered
 
 @dataclass
 class Evidence:
-    """What was seen of what is open.
+    """Samples of what the columns leave undecided.
 
     Attributes:
         boxes, sizes: four numbers each; width and height of their image, pixels.
@@ -60,43 +60,47 @@ def gather(
     return evidence
 
 
-def _look(row: dict[str, Any], columns: Columns, seen: Evidence, roots: tuple[str, ...]) -> None:
+def _look(
+    row: dict[str, Any], columns: Columns, evidence: Evidence, roots: tuple[str, ...]
+) -> None:
     if columns.undecided:
         data = read_bytes(row[columns.undecided], roots)
-        seen.lossy |= open_picture(data).format == "JPEG"
-        if len(seen.numbers) < MOST_NUMBERS:
-            seen.numbers |= set(np.unique(read_map(data)).tolist())
+        evidence.lossy |= open_picture(data).format == "JPEG"
+        if len(evidence.numbers) < MOST_NUMBERS:
+            evidence.numbers |= set(np.unique(read_map(data)).tolist())
     if not (objects := objects_of(row, columns)):
         return
     size = upright_size(open_picture(read_bytes(row[columns.image], roots)))
-    for found in objects:
-        shape = found.get("segmentation")
+    for fields in objects:
+        shape = fields.get("segmentation")
         if isinstance(shape, list | str) and shape:
             if not is_pixels(shape, *size):
-                seen.reach = max([seen.reach, *(abs(n) for p in polygons(shape) for n in p)])
-        elif not shape and found.get("bbox") is not None:
-            box = np.asarray(found["bbox"], dtype=np.float64)
+                evidence.reach = max(
+                    [evidence.reach, *(abs(n) for p in polygons(shape) for n in p)]
+                )
+        elif not shape and fields.get("bbox") is not None:
+            box = np.asarray(fields["bbox"], dtype=np.float64)
             if box.shape == (4,) and np.isfinite(box).all():
-                seen.boxes.append(box.tolist())
-                seen.sizes.append(size)
+                evidence.boxes.append(box.tolist())
+                evidence.sizes.append(size)
 
 
 def settle(
     columns: Columns,
     choice: Mapping[str, str],
-    seen: Evidence,
+    evidence: Evidence,
     names: Names,
     roots: tuple[str, ...],
     where: str,
 ) -> Reading:
-    """Decide what is open: by hand where `choice` says it, else by the evidence.
+    """Decide what is open: by `choice` where it says so, else by the evidence.
 
     Raises:
         UserError: the evidence does not tell; says what was seen, and how to say it by hand.
     """
     reasons = []
     if columns.undecided:
-        columns, reason = _settle_map(columns, seen, names, where)
+        columns, reason = _settle_map(columns, evidence, names, where)
         reasons.append(reason)
     if (columns.mask or (columns.instances and not columns.semantic)) and names.single is None:
         raise UserError(f"{where}: nothing names the class of its objects. {ONE_CLASS}")
@@ -106,36 +110,38 @@ def settle(
             "them: --columns 'names=1:cat;2:dog'"
         )
     boxes = choice.get("boxes")
-    if seen.boxes and boxes is None:
-        boxes, reason = _settle_boxes(columns, seen, where)
+    if evidence.boxes and boxes is None:
+        boxes, reason = _settle_boxes(columns, evidence, where)
         reasons.append(reason)
-    shares = 0 < seen.reach <= 1.01
+    shares = 0 < evidence.reach <= 1.01
     if shares:
         reasons.append("polygons are read as shares of width and height: none goes beyond 1")
     return Reading(columns, names, boxes, shares, tuple(reasons), roots)
 
 
-def _settle_boxes(columns: Columns, seen: Evidence, where: str) -> tuple[str, str]:
-    boxes, sizes = np.array(seen.boxes), np.array(seen.sizes, dtype=np.float64)
+def _settle_boxes(columns: Columns, evidence: Evidence, where: str) -> tuple[str, str]:
+    boxes, sizes = np.array(evidence.boxes), np.array(evidence.sizes, dtype=np.float64)
     try:
-        convention, evidence = decide(boxes, sizes, columns.bbox or "")
+        convention, reason = decide(boxes, sizes, columns.bbox or "")
     except ValueError as error:
         raise UserError(
             f"{where}: cannot tell what the four numbers of '{columns.bbox}' are: {error}. Say it "
             f"by hand: --columns boxes=xywh, or xyxy, cxcywh; xywhn, xyxyn, cxcywhn for shares of "
             "the image's size"
         ) from None
-    return convention, f"boxes are read as {convention}: {evidence}"
+    return convention, f"boxes are read as {convention}: {reason}"
 
 
-def _settle_map(columns: Columns, seen: Evidence, names: Names, where: str) -> tuple[Columns, str]:
-    """What the map is: of classes where its numbers have names, of one class where it has two."""
-    column, numbers = columns.undecided, sorted(seen.numbers)
+def _settle_map(
+    columns: Columns, evidence: Evidence, names: Names, where: str
+) -> tuple[Columns, str]:
+    """Decide what the map holds: classes if its numbers have names, one class if it has two."""
+    column, numbers = columns.undecided, sorted(evidence.numbers)
     shown = ", ".join(map(str, numbers[:10])) + (", …" if len(numbers) > 10 else "")
     objects = [number for number in numbers if not names.is_background(number)]
     if names.by_id and objects and all(number in names.by_id for number in objects):
         chosen, reason = "semantic", f"'{column}' is read as classes: its numbers have names"
-    elif seen.lossy or (numbers[:1] == [0] and len(numbers) <= 2):
+    elif evidence.lossy or (numbers[:1] == [0] and len(numbers) <= 2):
         chosen, reason = "mask", f"'{column}' is read as a mask of one class: it holds {shown}"
     else:
         raise UserError(

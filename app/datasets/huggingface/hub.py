@@ -44,12 +44,12 @@ class Repository:
 
     @property
     def root(self) -> str:
-        """What every address of its files starts with."""
+        """Return the start of every address of its files."""
         return str(self.folder) if self.folder else f"hf://datasets/{self.name}@{self.commit}"
 
 
 def resolve(name: str) -> Repository:
-    """The repository OWNER/NAME[@REVISION], or the folder `name`, at its commit of now.
+    """Return the repository OWNER/NAME[@REVISION], or the folder `name`, at its current commit.
 
     Raises:
         Unreachable: there is no connection, or HF_HUB_OFFLINE forbids it.
@@ -77,12 +77,12 @@ def _local(folder: Path) -> Repository:
 
 
 def _remote(name: str, revision: str | None) -> Repository:
-    found = _ask(name, revision)
+    answer = _ask(name, revision)
     script = f"{name.rpartition('/')[2]}.py"
     if revision == CONVERSION:
-        return Repository(*found, None, converted=True)
-    if script not in found[2]:
-        return Repository(*found, None)
+        return Repository(*answer, None, converted=True)
+    if script not in answer[2]:
+        return Repository(*answer, None)
     if revision not in (None, "main"):
         raise UserError(
             f"{name}@{revision}: is read by a script, {script}, which is never run, and only the "
@@ -122,12 +122,19 @@ def explained(name: str, revision: str | None = None) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
 
     # OSError holds the hub's own errors; RuntimeError is how `datasets` refuses a script.
-    known = (OSError, ValueError, RuntimeError, httpx.HTTPError, DatasetsError, pa.ArrowException)
+    expected = (
+        OSError,
+        ValueError,
+        RuntimeError,
+        httpx.HTTPError,
+        DatasetsError,
+        pa.ArrowException,
+    )
     try:
         yield
     except UserError:
         raise
-    except known as error:
+    except expected as error:
         raise _explain(error, name, revision) from None
 
 
@@ -198,7 +205,7 @@ def _refused(response: object, name: str) -> str:
 
 
 def _hide(text: str) -> str:
-    """No library names the token in what it raises; should one, it stays untold."""
+    """Return the text without the token, should a library ever put it into an error."""
     from huggingface_hub import get_token
 
     token = get_token()
@@ -206,7 +213,7 @@ def _hide(text: str) -> str:
 
 
 def quiet() -> None:
-    """Neither telemetry nor download counts; progress bars on a terminal alone."""
+    """Turn off telemetry and download counts, and progress bars beside a terminal."""
     import datasets
     import huggingface_hub.utils as hub_utils
     from huggingface_hub import constants

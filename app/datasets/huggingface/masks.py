@@ -24,7 +24,7 @@ Numbers = NDArray[np.int64]  # (height, width)
 
 
 def read_bytes(value: Any, roots: tuple[str, ...]) -> bytes:
-    """An encoded image: held in the row, or in a file under one of `roots` and nowhere else.
+    """Read an encoded image: held in the row, or in a file under one of `roots` and nowhere else.
 
     Raises:
         ValueError: there is none, or its address leads out of the dataset.
@@ -46,7 +46,7 @@ def read_bytes(value: Any, roots: tuple[str, ...]) -> bytes:
 
 
 def open_picture(data: bytes) -> PILImage.Image:
-    """Decoded whole; raises ValueError where it is no image, cut short or too large."""
+    """Decode an image whole; raise ValueError where it is none, cut short or too large."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
@@ -58,13 +58,13 @@ def open_picture(data: bytes) -> PILImage.Image:
 
 
 def upright_size(picture: PILImage.Image) -> tuple[int, int]:
-    """Width and height in pixels, turned by the EXIF orientation, as labels are."""
+    """Return width and height in pixels, turned by the EXIF orientation, as labels are."""
     turned = picture.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     return picture.size[::-1] if turned else picture.size
 
 
 def read_map(data: bytes) -> NDArray[np.int64]:
-    """(height, width, channels): 1 channel of palette indices or greys, else the colours."""
+    """Read (height, width, channels): 1 channel of palette indices or grays, else the colors."""
     picture = open_picture(data)
     if picture.mode not in ONE_CHANNEL:
         pixels = np.asarray(picture.convert("RGB")).astype(np.int64)
@@ -76,7 +76,7 @@ def read_map(data: bytes) -> NDArray[np.int64]:
 def shape_mask(
     value: Any, width: int, height: int, *, shares: bool, roots: tuple[str, ...]
 ) -> Rle | None:
-    """The mask of one object; None where it has none.
+    """Return the mask of one object; None where it has none.
 
     Args:
         value: polygons (flat lists, lists of pairs, or {"x", "y"}), an RLE, an image, or rows of
@@ -102,7 +102,7 @@ def shape_mask(
 
 
 def polygons(value: Any) -> list[list[float]]:
-    """Flat lists [x1, y1, x2, …], one a part, from any nesting of them.
+    """Return flat lists [x1, y1, x2, …], one a part, from any nesting of them.
 
     Raises:
         ValueError: it is nothing of the kind.
@@ -136,12 +136,12 @@ def _parse_json(text: str) -> Any:
 
 
 def is_pixels(value: Any, width: int, height: int) -> bool:
-    """Whether nested lists are the rows of a mask."""
+    """Return whether nested lists are the rows of a mask."""
     return len(value) == height and all(isinstance(r, list) and len(r) == width for r in value)
 
 
 def _polygons_mask(parts: list[list[float]], width: int, height: int, shares: bool) -> Rle:
-    """Parts that cover no pixel are passed over, as long as one does."""
+    """Return the union of the parts, passing over those that cover no pixel if one does."""
     if shares:
         size = (width, height)
         parts = [[n * size[i % 2] for i, n in enumerate(part)] for part in parts]
@@ -167,7 +167,7 @@ def _binary_mask(pixels: NDArray[Any], width: int, height: int) -> Rle:
 
 
 def foreground(pixels: NDArray[Any]) -> NDArray[np.bool_]:
-    """Where a mask of two values, such as 0 and 1 or 0 and 255, is not 0.
+    """Return where a mask of two values, such as 0 and 1 or 0 and 255, is not 0.
 
     Above half of the range: a lossy file has values near to both.
     """
@@ -184,14 +184,14 @@ def _sized(pixels: NDArray[Any], width: int, height: int) -> NDArray[Any]:
 
 
 def components(mask: NDArray[np.bool_]) -> Iterator[Rle]:
-    """The mask of each group of pixels that touch, at corners too."""
+    """Yield the mask of each group of pixels that touch, at corners too."""
     count, numbers = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
     for number in range(1, count):
         yield encode(numbers == number)
 
 
 def map_channel(pixels: Numbers, channel: int, width: int, height: int) -> Numbers:
-    """(height, width) numbers of a map.
+    """Return the (height, width) numbers of a map.
 
     Args:
         channel: which to take where class and object share an image, as in ADE20K: 0 the class in

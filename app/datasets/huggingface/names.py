@@ -22,7 +22,7 @@ class Names:
     single: str | None = None
 
     def of(self, value: object) -> str:
-        """The name of a class; raises ValueError, saying why, where it has none."""
+        """Return the name of a class; raise ValueError, saying why, where it has none."""
         if self.single is not None:
             return self.single
         if isinstance(value, str) and value.strip() and not _is_number(value):
@@ -35,13 +35,13 @@ class Names:
         return name
 
     def is_background(self, number: int) -> bool:
-        """Whether pixels of that number in a map are no object."""
+        """Return whether pixels of that number in a map are no object."""
         if number in self.by_id:
             return self.by_id[number].strip("_ ").lower() in BACKGROUND
         return number in NO_OBJECT
 
     def listed(self) -> list[str]:
-        """All that are known beforehand, in their order."""
+        """Return all names that are known beforehand, in their order."""
         if self.single is not None:
             return [self.single]
         named = [name for id, name in sorted(self.by_id.items()) if not self.is_background(id)]
@@ -51,7 +51,7 @@ class Names:
 def class_names(
     features: Features, columns: Columns, choice: Mapping[str, str], id2label: Any, where: str
 ) -> Names:
-    """The names given by hand, else by the column's type, else by id2label.json.
+    """Return the names given by hand, else by the column's type, else by id2label.json.
 
     Raises:
         UserError: the classes are numbers and nothing names them, or nothing tells a class at all.
@@ -93,7 +93,7 @@ def _parse(text: str) -> dict[int, str]:
 
 
 def _from_json(content: Any) -> dict[int, str]:
-    """id2label.json, as models on the same host have it: {"0": "name"}; or a list of names."""
+    """Read id2label.json, as models on the same host have it: {"0": "name"}; or a list of names."""
     if isinstance(content, list):
         content = {str(number): name for number, name in enumerate(content)}
     if not isinstance(content, dict):

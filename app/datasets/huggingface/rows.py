@@ -29,7 +29,7 @@ Report = Callable[[str, object, str], None]  # what it is, its value, what is wr
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read the rows: nothing is open any more.
+    """How to read the rows, with everything decided.
 
     Attributes:
         boxes: their convention; None where no object needs one.
@@ -57,7 +57,7 @@ class Labelled:
 
     @property
     def area(self) -> float:
-        """Square pixels: the mask's, else the box's."""
+        """Return the square pixels: the mask's, else the box's."""
         if self.mask is not None:
             return float(coco_mask.area(self.mask))
         return self.bbox_xywh[2] * self.bbox_xywh[3]
@@ -66,7 +66,7 @@ class Labelled:
 def read_row(
     row: dict[str, Any], reading: Reading, width: int, height: int, report: Report
 ) -> list[Labelled]:
-    """The objects of a row whose image has that size; those that are faulty are reported."""
+    """Return the objects of a row whose image has that size; report those that are faulty."""
     columns = reading.columns
     if columns.instances or columns.semantic or columns.mask:
         return _read_maps(row, reading, width, height, report)
@@ -80,7 +80,7 @@ def read_row(
 
 
 def objects_of(row: dict[str, Any], columns: Columns) -> list[dict[str, Any]]:
-    """The fields of each object by what they are (bbox, category, …); none where labels are maps.
+    """Return the fields of each object by role (bbox, category, …); none where labels are maps.
 
     Handles both a list of structs and a struct of lists.
     """
@@ -145,7 +145,7 @@ def _read_maps(
 
 
 def _instances(numbers: Numbers, classes: Numbers | None, names: Names) -> Iterator[Labelled]:
-    """An object for each number but 0; its class is the most frequent of its pixels."""
+    """Return an object for each number but 0; its class is the most frequent of its pixels."""
     for number in np.unique(numbers[numbers != 0]):
         mask = numbers == number
         kind = None if classes is None else int(np.bincount(classes[mask]).argmax())
@@ -154,7 +154,7 @@ def _instances(numbers: Numbers, classes: Numbers | None, names: Names) -> Itera
 
 
 def _classes(numbers: Numbers, names: Names, report: Report) -> Iterator[Labelled]:
-    """An object for each group of pixels of one class that touch."""
+    """Return an object for each group of pixels of one class that touch."""
     for number in np.unique(numbers).tolist():
         if names.is_background(number):
             continue

@@ -115,7 +115,7 @@ def _converted_configs(repository: Repository) -> list[str]:
 
 
 def _converted_files(repository: Repository, config: str) -> dict[str, list[str]]:
-    """The files of each split; of a set that is too large the host converts the first part."""
+    """Return the files of each split; of a large set the host converts the first part."""
     files: dict[str, list[str]] = {}
     for name in _parquet(repository):
         folder, split, _ = name.split("/")
@@ -145,13 +145,13 @@ def _streams(repository: Repository, builder: Any, streaming: bool | str) -> boo
 
 
 def _data_files(repository: Repository, builder: Any) -> list[str]:
-    """Their paths in the repository."""
+    """Return the paths of the data files in the repository."""
     addresses = [str(file) for files in builder.config.data_files.values() for file in files]
     return [address.split("::")[-1].removeprefix(f"{repository.root}/") for address in addresses]
 
 
 def _download(repository: Repository, builder: Any, cache: Path) -> Repository:
-    """The same repository in a folder of `cache`, with the files that `builder` reads."""
+    """Return the same repository in a folder of `cache`, with the files that `builder` reads."""
     from huggingface_hub import snapshot_download
 
     files = _data_files(repository, builder)
@@ -178,7 +178,7 @@ def _read_id2label(repository: Repository) -> Any:
 
 
 def choose_splits(names: list[str], asked: str | None, where: str) -> dict[str, str]:
-    """The split to take for each of train, valid and test, by its own name.
+    """Return the split to take for each of train, valid and test, by its own name.
 
     Raises:
         UserError: the split that was asked for is not there, or none is to train on.

@@ -55,7 +55,7 @@ Color = NDArray[np.int64]  # (3,) RGB, 0..255
 
 
 class Frame(NamedTuple):
-    """What shapes must fit: pixels, radius as shares of the shorter side, turn in degrees."""
+    """The limits of shapes: pixels, radius as shares of the shorter side, turn in degrees."""
 
     width: int
     height: int
@@ -83,7 +83,7 @@ class Shape:
     ratio: float
 
     def stamp(self) -> Stamp:
-        """The pixels whose centers the shape covers; it must lie inside the image."""
+        """Return the pixels whose centers the shape covers; it must lie inside the image."""
         rows = slice(math.floor(self.y - self.radius), math.ceil(self.y + self.radius) + 1)
         columns = slice(math.floor(self.x - self.radius), math.ceil(self.x + self.radius) + 1)
         x = np.arange(columns.start, columns.stop)[None, :] - self.x
@@ -104,7 +104,7 @@ def draw_image(
     turn: float,
     random: np.random.Generator,
 ) -> tuple[Pixels, list[Mask]]:
-    """One image, and the visible pixels of each thing; later ones lie over earlier ones.
+    """Draw one image; return it with the visible pixels of each thing, later ones on top.
 
     Args:
         things: at most 254.
@@ -130,7 +130,7 @@ def draw_image(
 def _place(
     things: Sequence[Thing], frame: Frame, random: np.random.Generator
 ) -> tuple[list[Stamp], NDArray[np.uint8]] | None:
-    """Stamps in drawing order, and for each pixel (height, width) 1 + the index of the topmost.
+    """Return stamps in drawing order, and for each pixel (height, width) 1 + the topmost's index.
 
     None where a thing found no room. Column-major, as COCO's RLE counts.
     """
@@ -161,7 +161,7 @@ def _place(
 
 
 def _random_shape(kind: str, frame: Frame, random: np.random.Generator) -> Shape:
-    """A shape of random size, place, turn and ratio, wholly inside the image."""
+    """Draw a shape of random size, place, turn and ratio, wholly inside the image."""
     low, high = (max(share * min(frame.width, frame.height), MIN_RADIUS) for share in frame.radius)
     radius = random.uniform(low, high)
     x = random.uniform(radius + 1, frame.width - 2 - radius)
@@ -201,12 +201,12 @@ def _hexagon(along: Floats, across: Floats, radius: float, _: float) -> Mask:
 
 
 def _star(along: Floats, across: Floats, radius: float, _: float) -> Mask:
-    """A pentagram: inside all five lines is its core, beyond one of them a point of the star."""
+    """Cover a pentagram: inside all five lines is its core, beyond one of them a point."""
     return _edges_beyond(along, across, 5, radius * math.cos(math.pi * 2 / 5)) <= 1
 
 
 def _blob(along: Floats, across: Floats, radius: float, seed: float) -> Mask:
-    """An outline through random points around the center, the farthest at `radius`."""
+    """Cover an outline through random points around the center, the farthest at `radius`."""
     random = np.random.default_rng(int(seed * 2**32))
     count = random.integers(BLOB_POINTS[0], BLOB_POINTS[1] + 1)
     angles = (np.arange(count) + random.uniform(0, 0.8, count)) * 2 * math.pi / count - math.pi
@@ -219,7 +219,7 @@ def _blob(along: Floats, across: Floats, radius: float, seed: float) -> Mask:
 def _edges_beyond(
     along: Floats, across: Floats, count: int, distance: float
 ) -> NDArray[np.integer]:
-    """Beyond how many of `count` lines, evenly turned at `distance` pixels from the center."""
+    """Count the lines that a point is beyond: `count`, evenly turned at `distance` pixels."""
     angles = [2 * math.pi * index / count for index in range(count)]
     beyond = [along * math.cos(a) + across * math.sin(a) > distance for a in angles]
     return np.sum(beyond, axis=0)
@@ -239,7 +239,7 @@ INSIDE: dict[str, Callable[[Floats, Floats, float, float], Mask]] = {
 
 
 def _shape_colors(things: Sequence[Thing], random: np.random.Generator) -> list[Color]:
-    """A color each, no two the same: near the named one, or any with CONTRAST to the others."""
+    """Choose a color each, no two the same: near the named one, or with CONTRAST to the others."""
     colors: list[Color] = []
     for thing in things:
         while True:
@@ -254,14 +254,14 @@ def _shape_colors(things: Sequence[Thing], random: np.random.Generator) -> list[
 
 
 def _distance(color: Color, others: Sequence[Color]) -> int:
-    """Levels to the nearest of `others`, in the channel where they differ most; 256 for none."""
+    """Return the levels to the nearest of `others`, in the channel that differs most, or 256."""
     return min((int(abs(color - other).max()) for other in others), default=256)
 
 
 def _background(
     style: str, width: int, height: int, others: Sequence[Color], random: np.random.Generator
 ) -> Pixels:
-    """Around a color with CONTRAST to `others`, or with the most that a few tries find."""
+    """Paint around a color with CONTRAST to `others`, or with the most that a few tries reach."""
     candidates = random.integers(0, 256, (CANDIDATES, 3))
     distances = [_distance(color, others) for color in candidates]
     enough = [i for i, d in enumerate(distances) if d >= CONTRAST + SPREAD[style]]
@@ -278,7 +278,7 @@ def _background(
 def _gradient(
     width: int, height: int, color: Color, spread: int, random: np.random.Generator
 ) -> Pixels:
-    """From one end of `color` ± spread to the other, in a random direction."""
+    """Paint from one end of `color` ± spread to the other, in a random direction."""
     turn = random.uniform(0, 2 * math.pi)
     change = random.uniform(-1, 1, 3)
     change *= spread / abs(change).max()
@@ -295,7 +295,7 @@ def _gradient(
 def _texture(
     width: int, height: int, color: Color, spread: int, random: np.random.Generator
 ) -> Pixels:
-    """A tile of random cells of `color` ± spread, repeated."""
+    """Paint a repeated tile of random cells of `color` ± spread."""
     size = (TEXTURE_CELLS, TEXTURE_CELLS, 3)
     tile = (color + random.integers(-spread, spread + 1, size)).clip(0, 255).astype(np.uint8)
     cell_height, cell_width = (int(cell) for cell in random.choice(TEXTURE_CELL, 2))

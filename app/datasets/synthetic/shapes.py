@@ -69,7 +69,7 @@ def info(config: ShapesConfig, seed: int) -> dict[str, Any]:
 
 
 def is_shapes(folder: Path) -> bool:
-    """Whether `make_shapes`, of any version, wrote this folder."""
+    """Return whether `make_shapes`, of any version, wrote this folder."""
     path = folder / "train" / "_annotations.coco.json"
     return path.is_file() and GENERATOR in path.read_text("utf-8", "replace")
 
@@ -105,7 +105,7 @@ def _file_name(image_id: int) -> str:
 
 
 def _plan(count: int, config: ShapesConfig, random: np.random.Generator) -> list[list[Thing]]:
-    """The things of each image; every class occurs where there is room."""
+    """Choose the things of each image; every class occurs where there is room."""
     drawn = config.things_by_class()
     names, most = list(drawn), config.max_shapes
     plan: list[list[Thing]] = []

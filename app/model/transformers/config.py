@@ -19,7 +19,7 @@ _FREE = ("architectures", "model_type", "dtype", "layer_norm_eps", "dropout", "f
 
 
 def to_config(config: ModelConfig) -> dict[str, Any]:
-    """A size of ours → the content of `config.json`, with all that decides what is computed.
+    """Return the content of `config.json` for a size of ours: all that decides what is computed.
 
     Raises:
         UserError: what transformers' model has no place for, all of it.
@@ -99,7 +99,7 @@ def to_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The size of ours that a folder's `config.json` describes, at its resolution.
+    """Return the size of ours that a folder's `config.json` describes, at its resolution.
 
     Raises:
         UserError: no such file, not of a SAM 3, or another architecture than any of the sizes;
@@ -144,7 +144,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def _inexpressible(config: ModelConfig) -> list[str]:
-    """What transformers' Sam3Model cannot be told, each with its remedy."""
+    """Report what transformers' Sam3Model cannot be told, each with its remedy."""
     vision, problems = config.vision, []
     if config.vocabulary is not None:
         problems.append(

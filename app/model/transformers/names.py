@@ -154,7 +154,7 @@ TO_OURS = {theirs: ours for ours, theirs in TO_THEIRS.items()}
 
 
 def rename(name: str, table: Mapping[str, str]) -> str | None:
-    """The other side's name of a module or parameter, whichever layer it is of."""
+    """Return the other side's name of a module or parameter, whichever layer it is of."""
     if name in table:
         return table[name]
     number = re.search(r"(?<=\.)\d+(?=\.|$)", name)
@@ -165,7 +165,7 @@ def rename(name: str, table: Mapping[str, str]) -> str | None:
 
 
 def rename_key(key: str, table: Mapping[str, str]) -> str | None:
-    """The other side's key of a parameter that has a name of its own, or its module's."""
+    """Return the other side's key of a parameter that has a name of its own, or its module's."""
     module, _, parameter = key.rpartition(".")
     if whole := rename(key, table):
         return whole

@@ -27,7 +27,7 @@ _PROJECTION = "backbone.language_backbone.encoder.text_projection"  # (width, 51
 
 
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of ours → `Sam3Model`'s, of the same memory where that can be.
+    """Convert a state dict of ours to `Sam3Model`'s, of the same memory where that can be.
 
     Args:
         state: whole, without what is computed.
@@ -58,7 +58,7 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`Sam3Model`'s state dict, or a published one with a tracker → ours.
+    """Convert `Sam3Model`'s state dict, or a published one with a tracker, to ours.
 
     What has no name of ours, or parts that do not go together, keep their keys: the caller compares
     keys and shapes with the model's, and names those that do not fit.
@@ -83,12 +83,12 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_layout(keys: Iterable[str]) -> bool:
-    """Whether keys are of transformers' Sam3Model or Sam3VideoModel."""
+    """Return whether keys are of transformers' Sam3Model or Sam3VideoModel."""
     return any(key.startswith(("vision_encoder.", _DETECTOR)) for key in keys)
 
 
 def is_transformers(file: Path) -> bool:
-    """Whether a weights file is of that layout; its folder then has the size in `config.json`."""
+    """Return whether a weights file has that layout; its folder has the size in `config.json`."""
     if file.suffix != ".safetensors":
         return False
     try:
@@ -105,7 +105,7 @@ def _detector(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _complete(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Ours, with zeros for what the other side has no place for, where shapes are as they ought."""
+    """Add zeros for what the other side has no place for, if the shapes are as they ought to be."""
     positions, projection = state.get(_POSITIONS), state.get(_PROJECTION)
     if positions is not None and positions.dim() == 3:
         state[_POSITIONS] = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)

@@ -1,6 +1,9 @@
 """Every fix that upstream SAM 3 needs, to train and to predict: the one place for its faults.
 
-Those that upstream's own Trainer alone needs are in `upstream_trainer/fixes.py`.
+Places are those of the pinned commit 84cc43b (`pin.py`). No commit after it can train
+(facebookresearch/sam3#509, #610), so each fix stays at least until one that can is pinned; its
+docstring says what must be mended there for the fix to go. The fixes that upstream's own Trainer
+alone needs are in `upstream_trainer/fixes.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ def building_on_meta() -> AbstractContextManager[None]:
 
     vitdet.py:746 reads the drop-path rates back with `.item()`, which meta tensors cannot answer.
     Drawing values for a tensor without contents takes a third of the time, and is left out.
+
+    Goes when upstream computes the rates without a tensor; what is not drawn is for speed alone.
     """
     import torch
     from torch import Tensor
@@ -40,7 +45,10 @@ def building_on_meta() -> AbstractContextManager[None]:
 
 @functools.cache
 def apply_fixes() -> None:
-    """Mend upstream in place, once a process. Each function below is one fix with its reason."""
+    """Mend upstream in place, once a process.
+
+    Each function below is one fix, with its reason and what would let it go.
+    """
     for fix in (
         _initialise_text_encoder,
         _position_encoding_on_any_device,
@@ -59,11 +67,13 @@ def apply_fixes() -> None:
 
 
 def _initialise_text_encoder() -> None:
-    """text_encoder_ve.py:196,218 leave two parameters as `torch.empty` made them.
+    """Initialize the parameters that text_encoder_ve.py:196,218 leave as `torch.empty` made them.
 
     A model built without a checkpoint then holds arbitrary memory: NaN at the first step, and
-    "matrix contains invalid numeric entries" from the matcher. Initialised as CLIP does
-    (openai/CLIP, model.py, initialize_parameters).
+    "matrix contains invalid numeric entries" from the matcher. The values are drawn as CLIP draws
+    them (openai/CLIP, model.py, initialize_parameters).
+
+    Goes when upstream initializes them.
     """
     from sam3.model.text_encoder_ve import TextTransformer
     from torch import nn
@@ -89,10 +99,13 @@ def _run_after(cls: type, method: str, then: Callable[[Any], None]) -> None:
 
 
 def _position_encoding_on_any_device() -> None:
-    """position_encoding.py:47 fills its cache on "cuda" when asked to precompute.
+    """Keep the cache of position encodings on the device in use.
 
-    The cache fills itself at the first forward pass. It does not follow the module to another
-    device either, so a tensor of another device is dropped.
+    position_encoding.py:47 fills the cache on "cuda" when asked to precompute. Here the cache fills
+    itself at the first forward pass. It does not follow the module to another device either, so a
+    tensor of another device is dropped.
+
+    Goes when upstream fills the cache on the input's device.
     """
     from sam3.model.position_encoding import PositionEmbeddingSine
 
@@ -114,10 +127,13 @@ def _position_encoding_on_any_device() -> None:
 
 
 def _decoder_coordinates_on_any_device() -> None:
-    """decoder.py:281 makes its coordinate cache on "cuda", and keys a second one by tensors.
+    """Keep one cache of the decoder's coordinates, of the size and device in use.
 
-    Tensors hash by identity, so that second cache never hits and grows at each step whenever the
-    resolution is not the one built for. Here one cache is kept, of the size and device in use.
+    decoder.py:281 makes its cache on "cuda", and keys a second one by tensors. Tensors hash by
+    identity, so that the second cache never hits, and grows at each step whenever the resolution is
+    not the one built for.
+
+    Goes when upstream keys its cache by sizes and device.
     """
     from sam3.model.decoder import TransformerDecoder
 
@@ -143,9 +159,12 @@ def _decoder_coordinates_on_any_device() -> None:
 
 
 def _decoder_feedforward_in_float32_on_any_device() -> None:
-    """decoder.py:74 leaves autocast for the feed-forward layers, but on "cuda" only.
+    """Run the decoder's feed-forward layers in float32 on any device.
 
-    On a CPU under autocast the layers would run in bfloat16, another model than on CUDA.
+    decoder.py:74 leaves autocast for these layers, but on "cuda" only. On a CPU under autocast they
+    would run in bfloat16, another model than on CUDA.
+
+    Goes when upstream names the tensor's device there.
     """
     import torch
     from sam3.model.decoder import TransformerDecoderLayer
@@ -160,7 +179,11 @@ def _decoder_feedforward_in_float32_on_any_device() -> None:
 
 
 def _box_prompts_without_cuda() -> None:
-    """geometry_encoders.py:659 calls `pin_memory()`, which raises where there is no driver."""
+    """Encode box prompts without `pin_memory()`, which raises where there is no CUDA driver.
+
+    It is called in geometry_encoders.py:659. Goes when upstream makes the sizes on the boxes'
+    device.
+    """
     from sam3.model.box_ops import box_cxcywh_to_xyxy
     from sam3.model.geometry_encoders import SequenceGeometryEncoder
     from torchvision.ops import roi_align
@@ -168,7 +191,7 @@ def _box_prompts_without_cuda() -> None:
     def encode_boxes(
         self: Any, boxes: Any, boxes_mask: Any, boxes_labels: Any, img_feats: Any
     ) -> tuple[Any, Any]:
-        """boxes (N, B, 4) cxcywh 0..1; labels (N, B); img_feats (B, C, H, W) → (N, B, C)."""
+        """Encode boxes (N, B, 4) cxcywh 0..1, labels (N, B), img_feats (B, C, H, W): (N, B, C)."""
         count, batch = boxes.shape[:2]
         height, width = img_feats.shape[-2:]
         scale = boxes.new_tensor([width, height, width, height])
@@ -189,12 +212,15 @@ def _box_prompts_without_cuda() -> None:
 
 
 def _activation_checkpointing_by_choice() -> None:
-    """encoder.py:440 and the decoder refuse to train without activation checkpointing.
+    """Checkpoint activations where the configuration says so, and the mask head by prompt.
 
-    A small model has the memory and wants the speed: a module whose `checkpoint_activations` is
-    False (set by `model/build.py`) is run plainly. The mask head is made anew for one prompt of an
-    image at a time, not for all of a batch at once (sam3_image.py:389): it holds maps a quarter as
-    large as the image for each, and was what a step's memory grew with.
+    encoder.py:440 and the decoder refuse to train without activation checkpointing. A small model
+    has the memory and wants the speed: a module whose `checkpoint_activations` is False (set by
+    `model/build.py`) is run plainly. The mask head is recomputed for one prompt at a time, not for
+    all of a batch at once (sam3_image.py:389), because it holds maps a quarter as large as the
+    image for each prompt: a step's memory grew with them.
+
+    Goes when upstream has a switch for each module, and checkpoints the mask head by prompt.
     """
     from sam3.model import act_ckpt_utils, decoder, encoder, geometry_encoders, sam3_image
     from sam3.model.maskformer_segmentation import UniversalSegmentationHead
@@ -219,7 +245,7 @@ def _activation_checkpointing_by_choice() -> None:
 
 
 def _one_prompt_at_a_time(head: Any, **inputs: Any) -> dict[str, Any]:
-    """The mask head's outputs for N prompts, of which each is checkpointed by itself."""
+    """Return the mask head's outputs for N prompts, with each prompt checkpointed by itself."""
     import torch
 
     if not inputs["act_ckpt_enable"]:
@@ -236,18 +262,21 @@ def _one_prompt_at_a_time(head: Any, **inputs: Any) -> dict[str, Any]:
         )
 
     count = inputs["encoder_hidden_states"].shape[1]
-    found = [head(**of_prompt(index)) for index in range(count)]
+    outputs = [head(**of_prompt(index)) for index in range(count)]
     return {
-        key: None if value is None else torch.cat([outputs[key] for outputs in found])
-        for key, value in found[0].items()
+        key: None if value is None else torch.cat([each[key] for each in outputs])
+        for key, value in outputs[0].items()
     }
 
 
 def _text_attention_on_contiguous_tokens() -> None:
-    """text_encoder_ve.py:22 makes its attention batch first, which torch turns to tokens first.
+    """Give the text encoder's attention contiguous tokens.
 
-    A frozen weight that multiplies such a view is copied for each token (`should_fold` in ATen's
-    LinearAlgebra.cpp): half a second a layer at full size, more than the rest of a step.
+    text_encoder_ve.py:22 makes the attention batch first, which torch turns to a view with tokens
+    first. A frozen weight that multiplies such a view is copied for each token (`should_fold` in
+    ATen's LinearAlgebra.cpp): half a second a layer at full size, more than the rest of a step.
+
+    Goes when torch folds such views, or upstream's attention is tokens first.
     """
     from sam3.model.text_encoder_ve import ResidualAttentionBlock
 
@@ -273,10 +302,13 @@ def _text_attention_on_contiguous_tokens() -> None:
 
 
 def _attention_on_contiguous_tokens() -> None:
-    """The same in model_misc.py:31, where no gradient is kept, as under activation checkpointing.
+    """Give model_misc.py:31's attention contiguous tokens, for the same reason.
 
-    The geometry encoder looks at a view of the image (geometry_encoders.py): at full size and with
-    three prompts, its weights came to 1.4 GB and a second for each of six products.
+    It matters where no gradient is kept, as under activation checkpointing. The geometry encoder
+    attends to a view of the image (geometry_encoders.py): at full size and with three prompts, its
+    copied weights came to 1.4 GB and a second for each of six products.
+
+    Goes with `_text_attention_on_contiguous_tokens`.
     """
     from sam3.model.model_misc import MultiheadAttentionWrapper
     from torch.nn.functional import multi_head_attention_forward
@@ -288,7 +320,7 @@ def _attention_on_contiguous_tokens() -> None:
 
         # One for each tensor: what is the same stays the same, as torch projects that at once.
         tokens = {id(x): tokens_first(x).contiguous() for x in (query, key, value)}
-        found = multi_head_attention_forward(
+        result = multi_head_attention_forward(
             query=tokens[id(query)],
             key=tokens[id(key)],
             value=tokens[id(value)],
@@ -305,13 +337,16 @@ def _attention_on_contiguous_tokens() -> None:
             training=self.training,
             **kwargs | {"need_weights": False},
         )
-        return tokens_first(found[0]), None
+        return tokens_first(result[0]), None
 
     MultiheadAttentionWrapper.forward = forward
 
 
 def _focal_loss_without_triton_on_cpu() -> None:
-    """loss_fns.py:134 takes the Triton kernel by default, which needs CUDA tensors."""
+    """Take the Triton kernel of the focal loss for CUDA tensors alone.
+
+    loss_fns.py:134 takes it by default. Goes when upstream asks `inputs.is_cuda` there.
+    """
     from sam3.train.loss import loss_fns
 
     original = loss_fns.sigmoid_focal_loss
@@ -324,7 +359,11 @@ def _focal_loss_without_triton_on_cpu() -> None:
 
 
 def _loss_normalisation_without_process_group() -> None:
-    """sam3_loss.py:71 all-reduces the number of boxes, even where there is one process."""
+    """Count the boxes of one process where there is no process group.
+
+    sam3_loss.py:71 always all-reduces the number. Goes when upstream asks whether
+    `torch.distributed` is initialized.
+    """
     import torch.distributed
     from sam3.train.loss.sam3_loss import Sam3LossWrapper
 
@@ -341,7 +380,11 @@ def _loss_normalisation_without_process_group() -> None:
 
 
 def _mask_loss_without_objects() -> None:
-    """loss_fns.py:585 asserts on the shape of masks when no object of the batch has one."""
+    """Return mask losses of 0 where no object of the batch has a mask.
+
+    loss_fns.py:585 asserts on the masks' shape then. Goes when upstream returns zeros there, with
+    the graph of the predicted masks.
+    """
     from sam3.train.loss.loss_fns import Masks
 
     original = Masks.get_loss
@@ -360,10 +403,13 @@ def _mask_loss_without_objects() -> None:
 
 
 def _adapted_attention_by_keyword() -> None:
-    """encoder.py:189, decoder.py:164 and others call attention as `query=…`.
+    """Give an adapted attention its query by place.
 
-    Around an attention that it adapts, PEFT takes the first argument by place alone (peft 0.21,
-    tuners/lora/layer.py, ParamWrapper). Mended here without importing peft, which takes 2 s.
+    encoder.py:189, decoder.py:164 and others call attention as `query=…`. Around an attention that
+    it adapts, PEFT takes the first argument by place alone (peft 0.21, tuners/lora/layer.py,
+    ParamWrapper). This is mended here without importing peft, which takes 2 s.
+
+    Goes when PEFT's ParamWrapper passes keywords on.
     """
     from sam3.model.decoder import TransformerDecoderLayer
     from sam3.model.encoder import TransformerEncoderLayer

@@ -35,7 +35,7 @@ BPE_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 
 
 def package_folder(name: str) -> Path:
-    """Folder of an installed package, found without importing it."""
+    """Return the folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"The package '{name}' is not installed. Run: {INSTALL}")
@@ -53,14 +53,16 @@ def prove_pin(folder: Path | None = None) -> None:
     folder = folder or package_folder("sam3")
     listing = Path(__file__).with_name("sam3-84cc43b.blobs").read_text(encoding="ascii")
     expected = {path: blob for blob, path in (line.split() for line in listing.splitlines())}
-    found = {f"sam3/{p.relative_to(folder).as_posix()}": p for p in folder.rglob("*.py")}
+    installed = {f"sam3/{p.relative_to(folder).as_posix()}": p for p in folder.rglob("*.py")}
     wrong = [
         f"{path} differs"
-        for path in sorted(expected.keys() & found.keys())
-        if _git_blob_id(found[path]) not in (expected[path], WHEEL_BLOBS.get(path))
+        for path in sorted(expected.keys() & installed.keys())
+        if _git_blob_id(installed[path]) not in (expected[path], WHEEL_BLOBS.get(path))
     ]
-    wrong += [f"{path} is missing" for path in sorted(expected.keys() - found.keys())]
-    wrong += [f"{path} does not belong there" for path in sorted(found.keys() - expected.keys())]
+    wrong += [f"{path} is missing" for path in sorted(expected.keys() - installed.keys())]
+    wrong += [
+        f"{path} does not belong there" for path in sorted(installed.keys() - expected.keys())
+    ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
@@ -75,7 +77,7 @@ def _git_blob_id(path: Path) -> str:
 
 
 def prepare_import() -> None:
-    """What must be set before torch and sam3 are imported; `app/__init__.py` does it.
+    """Set what torch and sam3 need before they are imported; `app/__init__.py` calls this.
 
     Upstream scripts its box functions with `torch.jit.script` (box_ops.py), whose arithmetic
     changes once it has profiled their first calls: the first step of a process, and so a resumed
@@ -90,7 +92,7 @@ def prepare_import() -> None:
 
 
 def _torchmetrics() -> types.ModuleType:
-    """The one function that loss_fns.py:9 imports a library for, which takes seconds to import.
+    """Return the one function of a library that loss_fns.py:9 imports, and that takes seconds to.
 
     Nothing is learnt from it: it is the F1 score that upstream's Trainer logs as `ce_f1`.
     """
@@ -98,7 +100,7 @@ def _torchmetrics() -> types.ModuleType:
     module.__spec__ = importlib.machinery.ModuleSpec("torchmetrics", loader=None)
 
     def f1_score(predicted: Any, target: Any, task: str) -> Any:
-        """Of scores 0..1 and labels 0 or 1, both (n,), at 0.5; 0 where there is none of either."""
+        """Return F1 of scores 0..1 and labels 0 or 1, both (n,), at 0.5; 0 if there is neither."""
         assert task == "binary"
         chosen = predicted > 0.5
         both = chosen.sum() + target.sum()
@@ -110,7 +112,7 @@ def _torchmetrics() -> types.ModuleType:
 
 @functools.cache
 def bpe_path() -> Path:
-    """Path of the CLIP vocabulary that no sam3 wheel carries, from open_clip: the same file."""
+    """Return the path of CLIP's vocabulary, which no sam3 wheel has; open_clip has that file."""
     path = package_folder("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
     if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != BPE_SHA256:
         raise UserError(f"{path} is not CLIP's vocabulary. Run: pip install open-clip-torch==3.3.0")
