@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from app.compression.compaction import REPORT, compact, make_goal
+from app.compression.compaction import REPORT, compact
 from app.compression.cut import Cut, cut_model
+from app.compression.goal import make_goal
 from app.compression.teaching import teach
 from app.config.compose import load_config, load_model_config, recipe_file
 from app.datasets.build import Splits
