@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from app.model.fake import FakeMode
 from hydra.utils import instantiate
 from torch import nn
 
@@ -15,6 +14,7 @@ from app.config.compose import load_config
 from app.datasets.build import load_splits
 from app.datasets.queries import collate
 from app.model.build import build_model
+from app.model.fake import FakeMode
 from app.model.upstream import fixes
 from app.planning.memory import LiveBytes, StepBytes
 from app.training import losses as training_losses

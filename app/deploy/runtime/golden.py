@@ -18,7 +18,7 @@ from app.errors import UserError
 FILE = "golden.npz"
 INPUTS = ("pixels", "text", "text_mask")
 SAMPLES = 4096  # of an output
-SEEN = 0.05  # boxes and masks of queries with a higher score are compared
+MIN_SCORE = 0.05  # boxes and masks of queries with a higher score are compared
 Arrays = Mapping[str, NDArray[Any]]
 
 
@@ -35,9 +35,9 @@ def _indices(size: int) -> NDArray[np.int64]:
 def golden_misses(manifest: Manifest, precision: str, golden: Arrays, outputs: Arrays) -> list[str]:
     """Return what of a device's outputs differs by more than the precision's tolerance.
 
-    Feature maps are compared by their cosine, scores by their difference. Boxes and masks are
-    compared for queries with a score above SEEN: boxes by their difference, masks by the share of
-    equal signs.
+    Feature maps are compared by their cosine, scores by their difference. Boxes and masks of
+    queries with a score above MIN_SCORE are compared: boxes by their difference, masks by the share
+    of equal signs.
 
     Args:
         golden: content of `golden.npz`.
@@ -59,10 +59,10 @@ def golden_misses(manifest: Manifest, precision: str, golden: Arrays, outputs: A
     for name in ("scores", "presence"):
         difference = np.abs(golden[name] - sample(outputs[name])).max(initial=0.0)
         misses += _beyond(f"{name}: differ by", difference, most=limits.scores)
-    twins, farthest = _twins(golden, outputs, limits, sorted_rows=manifest.top is not None)
+    matches, farthest = _match_rows(golden, outputs, limits, sorted_rows=manifest.top is not None)
     misses += _beyond("boxes: differ by", farthest, most=limits.boxes)
     if "masks" in golden:
-        equal = _equal_signs(golden["masks"], outputs["masks"], twins)
+        equal = _equal_signs(golden["masks"], outputs["masks"], matches)
         misses += _beyond("masks: equal signs", equal, least=limits.mask_iou)
     return misses
 
@@ -92,10 +92,10 @@ def cosine_of(one: NDArray[Any], other: NDArray[Any]) -> float:
     return float(one @ other) / lengths if lengths else float(not one.any() and not other.any())
 
 
-def _twins(
+def _match_rows(
     golden: Arrays, outputs: Arrays, limits: Tolerance, *, sorted_rows: bool
 ) -> tuple[dict[int, int], float]:
-    """Match the exporter's rows with a score above SEEN to the device's rows.
+    """Match the exporter's rows with a score above MIN_SCORE to the device's rows.
 
     Args:
         sorted_rows: whether the rows of a prompt are sorted by score. Rounding may then exchange
@@ -107,36 +107,36 @@ def _twins(
     """
     scores, boxes = outputs["scores"], outputs["boxes"].reshape(-1, 4)
     queries = scores.shape[1]
-    known = np.full(scores.size, np.nan)  # (K * Q,), the exporter's sampled scores
-    known[_indices(scores.size)] = golden["scores"]
-    places = _indices(boxes.size)
-    twins: dict[int, int] = {}
+    golden_scores = np.full(scores.size, np.nan)  # (K * Q,), the exporter's sampled scores
+    golden_scores[_indices(scores.size)] = golden["scores"]
+    sampled = _indices(boxes.size)  # of all coordinates, ascending
+    matches: dict[int, int] = {}
     farthest = 0.0
-    for row in np.flatnonzero(known > SEEN).tolist():
-        at = slice(*np.searchsorted(places, [4 * row, 4 * row + 4]))
-        if not len(places[at]):
+    for row in np.flatnonzero(golden_scores > MIN_SCORE).tolist():
+        at = slice(*np.searchsorted(sampled, [4 * row, 4 * row + 4]))
+        if not len(sampled[at]):  # no coordinate of this box was sampled
             continue
-        options = np.array([row])
+        candidates = np.array([row])
         if sorted_rows:
             first = row // queries * queries
-            apart = np.abs(scores.ravel()[first : first + queries] - known[row])
-            options = np.append(options, first + np.flatnonzero(apart <= limits.scores))
-        apart = np.abs(boxes[options][:, places[at] % 4] - golden["boxes"][at]).max(axis=1)
-        last = known[row // queries * queries + queries - 1]
-        may_be_out = sorted_rows and known[row] - last <= limits.scores
-        if may_be_out and apart.min() > limits.boxes:
+            difference = np.abs(scores.ravel()[first : first + queries] - golden_scores[row])
+            candidates = np.append(candidates, first + np.flatnonzero(difference <= limits.scores))
+        distance = np.abs(boxes[candidates][:, sampled[at] % 4] - golden["boxes"][at]).max(axis=1)
+        last = golden_scores[row // queries * queries + queries - 1]
+        may_be_dropped = sorted_rows and golden_scores[row] - last <= limits.scores
+        if may_be_dropped and distance.min() > limits.boxes:
             continue
-        twins[row] = int(options[apart.argmin()])
-        farthest = max(farthest, float(apart.min()))
-    return twins, farthest
+        matches[row] = int(candidates[distance.argmin()])
+        farthest = max(farthest, float(distance.min()))
+    return matches, farthest
 
 
-def _equal_signs(golden: NDArray[Any], masks: NDArray[Any], twins: Mapping[int, int]) -> float:
+def _equal_signs(golden: NDArray[Any], masks: NDArray[Any], matches: Mapping[int, int]) -> float:
     """Return the share of sampled mask logits of matched rows that have the same sign."""
     pixels = masks.shape[-2] * masks.shape[-1]
-    places = _indices(masks.size)
-    mine = np.array([twins.get(row, -1) for row in (places // pixels).tolist()])
-    if not (mine >= 0).any():
+    sampled = _indices(masks.size)
+    rows = np.array([matches.get(row, -1) for row in (sampled // pixels).tolist()])
+    if not (rows >= 0).any():
         return 1.0
-    logits = masks.reshape(-1, pixels)[mine, places % pixels]
-    return float(((logits > 0) == (golden > 0))[mine >= 0].mean())
+    logits = masks.reshape(-1, pixels)[rows, sampled % pixels]
+    return float(((logits > 0) == (golden > 0))[rows >= 0].mean())
