@@ -445,7 +445,7 @@ def compact(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Cut weights down to smaller ones, and say what each step removes, leaves and costs."""
-    from app.compression import compaction
+    from app.compression import compaction, goal
 
     sources = options.source(
         dataset_dir, hf_dataset, hf_config, hf_split, columns, roboflow, format
@@ -454,7 +454,7 @@ def compact(
     file = compaction.compact(
         checkpoint,
         output_dir,
-        lambda header: compaction.make_goal(
+        lambda header: goal.make_goal(
             header.model,
             to=to,
             blocks=blocks,
@@ -467,11 +467,11 @@ def compact(
                 "decoder_layers": decoder_layers,
                 "queries": queries,
             },
-            vocabulary=compaction.read_vocabulary(vocabulary or (), header.prompts),
+            vocabulary=goal.read_vocabulary(vocabulary or (), header.prompts),
             resolution=resolution,
         ),
         given,
-        by=compaction.check_width(width),
+        by=goal.check_width(width),
         images=images,
         measure_on=measure_on,
         has_data=any(text.startswith("dataset.") for text in given),

@@ -1,4 +1,4 @@
-"""What cutting a model down costs, with nano as the teacher; and the full size cut and taught.
+"""The cost of cutting a model down, with nano as the teacher; and the full size, cut and distilled.
 
     .venv/bin/python -m benchmarks.compact                # the table: an hour on 2 cores
     .venv/bin/python -m benchmarks.compact vocabulary     # parts, by name
@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from app.compression.compaction import REPORT, compact, make_goal
+from app.compression.compaction import REPORT, compact
 from app.compression.cut import Cut, cut_model
+from app.compression.goal import make_goal
 from app.compression.teaching import teach
 from app.config.compose import load_config, load_model_config, recipe_file
 from app.datasets.build import Splits
@@ -33,10 +34,10 @@ from app.training import run
 from app.training.output_folder import prepare_folder
 from benchmarks.nano import KNOWN_KINDS, Figure, Part, draw, main_of
 
-IMAGES = 1600  # to learn from, drawn as the recipe of nano draws them
+IMAGES = 1600  # training images, drawn as by the recipe of nano
 TRUNK_EPOCHS, FEATURE_EPOCHS, EPOCHS = 8, 2, 11  # some 10 minutes on 2 cores
 MINUTES = 20
-BLOCKS, MLP = 2, 0.5  # that stay of nano's 4 blocks and of their units
+BLOCKS, MLP = 2, 0.5  # that stay of nano's 4 blocks, and the share of their units that stays
 FULL_GB, STUDENT_GB, FULL_SPEED = 20, 8, 2
 PEAK = """import resource, subprocess, sys
 code = subprocess.run(sys.argv[1:]).returncode
@@ -46,7 +47,7 @@ sys.exit(code)
 
 
 def table(start: Path, folder: Path) -> list[Figure]:
-    """Students of half the blocks and half the MLP units, by the way they were made."""
+    """Compare students of half the blocks and half the MLP units that were made in three ways."""
     truth = draw(folder / "truth", train=300, valid=1, kinds=KNOWN_KINDS, label_by="kind").train
     learn = draw(folder / "learn", train=IMAGES, valid=10, seed=2_000_000)
     teacher = mask_ap(start, truth)
@@ -74,7 +75,7 @@ def table(start: Path, folder: Path) -> list[Figure]:
 
 
 def vocabulary(start: Path, folder: Path) -> list[Figure]:
-    """The prompts' features in the place of the text encoder."""
+    """Compare a stored vocabulary with the text encoder."""
     truth = draw(folder / "truth", train=300, valid=1, kinds=KNOWN_KINDS, label_by="kind").train
     stored = folder / "stored"
     compact(start, stored, lambda header: goal(header, vocabulary=KNOWN_KINDS), [], by="taylor")
@@ -88,6 +89,7 @@ def vocabulary(start: Path, folder: Path) -> list[Figure]:
 
 
 def goal(header: weights.Header, **wanted: Any) -> Any:
+    """Return the goal of a few flags; the others are not given."""
     none: dict[str, Any] = dict.fromkeys(
         ("to", "blocks", "remove_blocks", "mlp", "heads", "resolution")
     )
@@ -95,6 +97,7 @@ def goal(header: weights.Header, **wanted: Any) -> Any:
 
 
 def cut(start: Path, student: Path, images: Path, by: Any) -> Path:
+    """Cut weights to half the blocks and units; return the student's folder."""
     compact(
         start,
         student,
@@ -107,7 +110,7 @@ def cut(start: Path, student: Path, images: Path, by: Any) -> Path:
 
 
 def misplace(start: Path, student: Path) -> Path:
-    """Every second block, the windowed ones, in the places of those with global attention."""
+    """Save a student with windowed blocks in the places of global attention; return its folder."""
     model, header = weights.load(start)
     blocks = model.backbone.vision_backbone.trunk.blocks
     windowed, everywhere = (0, 2), (1, 3)
@@ -127,7 +130,7 @@ def misplace(start: Path, student: Path) -> Path:
 
 
 def distil(student: Path, teacher: Path, learn: Splits, folder: Path) -> tuple[Path, float]:
-    """The student's weights after it was taught, and the seconds that took."""
+    """Distil a student; return its last weights and the seconds that it took."""
     config = load_config(
         [
             f"output_dir={folder}",
@@ -149,11 +152,12 @@ def distil(student: Path, teacher: Path, learn: Splits, folder: Path) -> tuple[P
 
 
 def mask_ap(path: Path, truth: Dataset) -> float:
+    """Return the mask AP of weights on labelled images."""
     return validate(Predictor.load(path), truth, max_detections=100).figures["segm/AP"]
 
 
 def full(start: Path, folder: Path) -> list[Figure]:
-    """sam3 with random weights: cut to small, taught one step, and one forward pass of each."""
+    """Cut sam3 with random weights to small, distil a few steps, and time the trunk of each."""
     del start
     folder.mkdir(parents=True)
     sam3 = folder / "sam3"
@@ -225,7 +229,7 @@ def full(start: Path, folder: Path) -> list[Figure]:
 
 
 def command(*words: object) -> tuple[float, int]:
-    """Seconds and peak bytes of `python -m app WORDS`."""
+    """Run `python -m app WORDS`; return its seconds and its peak bytes."""
     begun = time.monotonic()
     line = [sys.executable, "-c", PEAK, sys.executable, "-m", "app", *map(str, words)]
     done = subprocess.run(line, capture_output=True, text=True)

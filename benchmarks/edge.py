@@ -4,9 +4,9 @@
     .venv/bin/python -m benchmarks.edge small sam3   # random weights; 20 minutes each
     .venv/bin/python -m benchmarks.edge hf           # full size beside transformers; 10 minutes
 
-Times are of the model's answer to one image and one prompt; of sam3, of its features alone. Their
-medians are compared, each the best of some rounds. int8 is held to its goal where the CPU
-multiplies it (VNNI, AMX). Exits 1 where a figure misses its least value.
+Times are those of one image and one prompt; of sam3 those of its features alone. Medians are
+compared, each the best of some rounds. int8 has a goal only where the CPU has instructions for it
+(VNNI, AMX). Exits 1 where a figure misses its least value.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from benchmarks.compact import PEAK, command
 from benchmarks.nano import POTHOLES, Figure, Part, draw, main_of
 
 PROMPT = "circle"
-FASTER = {"fp32": 1.3, "int8": 2.0}  # times torch
+FASTER = {"fp32": 1.3, "int8": 2.0}  # goals: times as fast as torch
 SAME_MASKS = 0.98
-TIMED = {"small": 3, "sam3": 1}  # images; of nano all
-ROUNDS = {"nano": 5, "small": 2, "sam3": 1}  # the quickest counts: other work only slows down
+TIMED = {"small": 3, "sam3": 1}  # images that are timed; of nano all
+ROUNDS = {"nano": 5, "small": 2, "sam3": 1}  # the fastest counts: other work only slows down
 NANO_MB = 200  # peak memory of the runtime's process
 EXPORT_MINUTES, EXPORT_GB = 10, 20
 COLD = f"""import sys
@@ -61,30 +61,30 @@ runtime.predict(Image.open(sys.argv[3]), ["{PROMPT}"])
 
 
 def nano(start: Path, folder: Path) -> list[Figure]:
-    """The carried weights."""
+    """Compare the bundled weights."""
     return compare(start, folder, "nano", images=20)
 
 
 def small(start: Path, folder: Path) -> list[Figure]:
-    """Random weights, 193 M parameters and the text encoder; 672 px."""
+    """Compare small with random weights: 193 M parameters and the text encoder; 672 px."""
     del start
     return compare(alone(random_weights, "small", folder), folder, "small", images=20)
 
 
 def sam3(start: Path, folder: Path) -> list[Figure]:
-    """Random weights, the trunk and its neck; 1008 px."""
+    """Compare sam3 with random weights, trunk and neck; 1008 px."""
     del start
     return compare(alone(random_weights, "sam3", folder), folder, "sam3", images=1)
 
 
 def hf(start: Path, folder: Path) -> list[Figure]:
-    """sam3, random in every parameter: transformers' own model beside ours, from one folder."""
+    """Compare sam3, random in every parameter, with transformers' model of the exported folder."""
     del start
     torch.manual_seed(0)
     config = load_model_config("sam3")
     model = build_model(config)
     with torch.no_grad():
-        for parameter in model.parameters():  # none stays zero, as the box head's last one is made
+        for parameter in model.parameters():  # of which the box head's last one is zero
             parameter.add_(torch.randn_like(parameter) * 0.02)
     weights.save(model, folder / "weights", weights.Header(model=config))
     del model
@@ -95,7 +95,7 @@ def hf(start: Path, folder: Path) -> list[Figure]:
     model, _ = weights.load(folder / "weights")
     ours = our_outputs(model, config, image, PROMPT)
     del model
-    found = differences(ours, their_outputs(folder / "hf", image, PROMPT))
+    measured = differences(ours, their_outputs(folder / "hf", image, PROMPT))
     return [
         Figure(
             "sam3: exported to transformers, minutes",
@@ -107,21 +107,23 @@ def hf(start: Path, folder: Path) -> list[Figure]:
         Figure("  its peak, GB", peak / 1e9, EXPORT_GB, EXPORT_GB, True),
         *(
             Figure(f"  {name} differ by", value, TOLERANCES[name], TOLERANCES[name], True)
-            for name, value in found.items()
+            for name, value in measured.items()
         ),
     ]
 
 
 def random_weights(size: str, folder: Path) -> Path:
+    """Save random weights of a size; return their folder."""
     config = load_model_config(size)
     header = weights.Header(model=config, prompts=[PROMPT])
     return weights.save(build_model(config), folder / "weights", header).parent
 
 
 def compare(path: Path, folder: Path, size: str, *, images: int) -> list[Figure]:
-    pictures = _pictures(folder, images, photographs=size != "nano")  # nano knows drawn ones
+    """Export weights; return differences, sizes, memory and times."""
+    pictures = _pictures(folder, images, photographs=size != "nano")  # nano learned drawn ones
     out = folder / "exported"
-    whole = size == "nano"  # masks from random weights are noise, and int8 leaves few alike
+    whole = size == "nano"  # masks of random weights are noise, of which int8 keeps few
     flags = ["--prompt", PROMPT, "--images", pictures[0].parent, "--measure-on", images]
     flags += ["--precision", "int8"] if whole else []
     seconds, peak = command("export", path, "--output", out, *flags)
@@ -131,9 +133,9 @@ def compare(path: Path, folder: Path, size: str, *, images: int) -> list[Figure]
         Figure(f"{size}: exported, minutes", seconds / 60, EXPORT_MINUTES, EXPORT_MINUTES, True),
         Figure("  its peak, GB", peak / 1e9, EXPORT_GB, EXPORT_GB, True),
     ]
-    for precision, found in manifest.parity.items():
+    for precision, measured in manifest.parity.items():
         figures += [
-            Figure(f"  {precision}: {key}", found[key]) for key in ("cosine", "scores", "boxes")
+            Figure(f"  {precision}: {key}", measured[key]) for key in ("cosine", "scores", "boxes")
         ]
     if whole:
         same = manifest.parity["int8"]["mask_iou"]
@@ -163,7 +165,7 @@ def compare(path: Path, folder: Path, size: str, *, images: int) -> list[Figure]
 
 
 def add_int8(exported: Path, pictures: list[Path]) -> float:
-    """The graphs in int8, without a comparison of masks; the cosine of their features to fp32's."""
+    """Add graphs in int8 without comparing masks; return the cosine of their features to fp32's."""
     manifest = read_manifest(exported)
     alone(_quantise, exported, pictures, manifest.resolution)
     added = {
@@ -181,30 +183,30 @@ def add_int8(exported: Path, pictures: list[Path]) -> float:
 
 def _quantise(exported: Path, pictures: list[Path], side: int) -> None:
     text, mask = Runtime.load(exported, precision="fp32").text([PROMPT])
-    words = [{"text": text, "text_mask": mask}]
+    texts = [{"text": text, "text_mask": mask}]
     pixels = (to_pixels(to_square(open_image(file), side)) for file in pictures)
-    quantise(exported, pixels, words)
+    quantise(exported, pixels, texts)
 
 
 def alone(work: Callable[..., Any], *arguments: Any) -> Any:
-    """What `work(*arguments)` returns, from a process that ends with all the memory it took."""
+    """Return `work(*arguments)`, done by a process that ends and frees all its memory."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
 
 def _features(exported: Path, precision: str, picture: Path) -> dict[str, Any]:
-    found = _encode_by(Runtime.load(exported, precision=precision))(open_image(picture))
-    return {name: found[name] for name in FPN}
+    features = _encode_by(Runtime.load(exported, precision=precision))(open_image(picture))
+    return {name: features[name] for name in FPN}
 
 
 def _pictures(folder: Path, count: int, *, photographs: bool) -> list[Path]:
-    """Photographs, where they are wanted and at hand, or drawn images; in a folder of their own."""
-    found = sorted((POTHOLES / "train" / "images").glob("*.jpg")) if photographs else []
-    if not found:
+    """Copy photographs, if wanted and there, or drawn images to a folder of their own."""
+    files = sorted((POTHOLES / "train" / "images").glob("*.jpg")) if photographs else []
+    if not files:
         draw(folder / "set", train=24, valid=1)
-        found = sorted((folder / "set" / "train" / "images").iterdir())
+        files = sorted((folder / "set" / "train" / "images").iterdir())
     (folder / "images").mkdir(parents=True)
-    return [Path(shutil.copy(picture, folder / "images")) for picture in found[:count]]
+    return [Path(shutil.copy(picture, folder / "images")) for picture in files[:count]]
 
 
 def _belongs(name: str, graphs: set[str]) -> bool:
@@ -212,7 +214,7 @@ def _belongs(name: str, graphs: set[str]) -> bool:
 
 
 def answer_times(path: Path, exported: Path, pictures: list[Path], size: str) -> dict[str, float]:
-    """Seconds an image of torch in float32 and of ONNX Runtime, in turns: the best medians."""
+    """Return the seconds of an image by torch in float32 and by ONNX Runtime: the best medians."""
     rounds = [
         {"torch": alone(_seconds_by_torch, path, pictures, size)}
         | {name: alone(_seconds_by_onnx, exported, name, pictures, size) for name in FASTER}
@@ -240,7 +242,7 @@ def _seconds_by_onnx(exported: Path, precision: str, pictures: list[Path], size:
 
 def _median(answer: Callable[[Image.Image], object], pictures: list[Path]) -> float:
     images = [open_image(picture) for picture in pictures]
-    answer(images[0])  # buffers are made
+    answer(images[0])  # the first allocates buffers
     taken = []
     for picture in images:
         begun = time.perf_counter()
@@ -259,7 +261,7 @@ def _encode_by(runtime: Runtime) -> Callable[[Image.Image], Any]:
 
 
 def start_cold(exported: Path, precision: str, image: Path) -> tuple[float, int]:
-    """Seconds from the start of a process to its first answer, and its peak bytes."""
+    """Return the seconds from the start of a process to its first answer, and its peak bytes."""
     python = [sys.executable, "-c", COLD, str(exported), precision, str(image)]
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", PEAK, *python], capture_output=True, text=True)
@@ -270,6 +272,7 @@ def start_cold(exported: Path, precision: str, image: Path) -> tuple[float, int]
 
 
 def multiplies_int8() -> bool:
+    """Return whether the CPU has instructions for products of int8."""
     flags = Path("/proc/cpuinfo")
     text = flags.read_text() if flags.is_file() else ""
     return "vnni" in text or "amx_int8" in text

@@ -1,9 +1,8 @@
-"""A large SAM 3 cut down to a smaller one: what stays keeps the weights that it had.
+"""Cut a SAM 3 down to a smaller one: what stays keeps its weights.
 
-Blocks and layers go whole. Within a block go MLP units and attention heads, so that the small
-model computes what the large one does with the same units masked. Global attention is never put
-where windows were, nor the reverse: students whose global slots got windowed weights are the known
-failure at AP 0.
+Blocks and layers are removed whole. MLP units and attention heads are removed within a block; the
+smaller model then computes what the larger one does with the same units masked. Blocks of global
+attention always stay, because a student with windowed weights in their places finds nothing (AP 0).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from app.model.weights import COMPUTED
 
 # Blocks that DART removes from SAM 3 (mkturkcan/DART, arXiv 2603.11441): half of the 32.
 DART = (5, 10, 12, 14, *range(17, 23), *range(24, 29), 30)
-# The module lists that layers go from, and the key of a size that counts each.
+# Kind of layers → the module list that holds them.
 LAYERS = {
     "blocks": "backbone.vision_backbone.trunk.blocks",
     "text_layers": "backbone.language_backbone.encoder.transformer.resblocks",
@@ -32,12 +31,12 @@ LAYERS = {
     "decoder_layers": "transformer.decoder.layers",
 }
 _QUERIES = ("transformer.decoder.query_embed.weight", "transformer.decoder.reference_points.weight")
-Units = Tensor  # (K,) int64 indices of what stays, or (K, H) float32 rows that H units project to
+Units = Tensor  # (K,) int64 indices of what stays, or (K, H) float32, a projection of H units
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What stays of a model; None: all of it.
+    """What stays of a model; None where all of it stays.
 
     Attributes:
         blocks, text_layers, encoder_layers, decoder_layers, queries: indices, ascending.
@@ -55,7 +54,7 @@ class Cut:
 
 
 def count_layers(config: ModelConfig) -> dict[str, int]:
-    """How many of each of `LAYERS`, and of queries, a size has."""
+    """Return how many of each kind of `LAYERS`, and of "queries", a size has."""
     return {
         "blocks": config.vision.depth,
         "text_layers": config.text.depth,
@@ -66,15 +65,15 @@ def count_layers(config: ModelConfig) -> dict[str, int]:
 
 
 def protected_blocks(config: ModelConfig) -> set[int]:
-    """Blocks that stay: those of global attention, and the first eighth."""
+    """Return the blocks that must stay: those of global attention, and the first eighth."""
     return {*config.vision.global_blocks, *range(config.vision.depth // 8)}
 
 
 def check_cut(config: ModelConfig, cut: Cut) -> None:
-    """Refuse a cut that would leave a model that cannot work.
+    """Refuse a cut that leaves a model that cannot work.
 
     Raises:
-        UserError: every block that must stay and would go; indices that there are not.
+        UserError: names every block that must stay, and indices that do not exist.
     """
     problems = []
     for name, count in count_layers(config).items():
@@ -101,13 +100,13 @@ def check_cut(config: ModelConfig, cut: Cut) -> None:
 
 
 def cut_config(config: ModelConfig, cut: Cut) -> ModelConfig:
-    """The size that is left."""
+    """Return the size that a cut leaves."""
     content = config.model_dump()
     vision = content["vision"]
     if cut.blocks is not None:
-        places = {old: new for new, old in enumerate(cut.blocks)}
+        new_index = {old: new for new, old in enumerate(cut.blocks)}
         vision["depth"] = len(cut.blocks)
-        vision["global_blocks"] = [places[old] for old in config.vision.global_blocks]
+        vision["global_blocks"] = [new_index[old] for old in config.vision.global_blocks]
     if cut.hidden is not None:
         vision["mlp_ratio"] = len(cut.hidden[0]) / config.vision.embed_dim
     if cut.heads is not None:
@@ -125,7 +124,7 @@ def cut_config(config: ModelConfig, cut: Cut) -> ModelConfig:
 
 
 def cut_model(model: Sam3Image, config: ModelConfig, cut: Cut) -> tuple[Sam3Image, ModelConfig]:
-    """A new, smaller model with what stays of `model`, on its device, and its size.
+    """Return a new model of what stays of `model`, on the same device, and its size.
 
     Raises:
         UserError: as `check_cut`.
@@ -148,19 +147,19 @@ def cut_model(model: Sam3Image, config: ModelConfig, cut: Cut) -> tuple[Sam3Imag
 
 
 def build_from(config: ModelConfig, state: dict[str, Tensor], device: torch.device) -> Sam3Image:
-    """A model of the size with the weights of a state; tables of positions are its own."""
+    """Return a model with the weights of `state`, and position tables computed for its size."""
     model = build_model(config).to(device)
-    own = {key: value for key, value in model.state_dict().items() if key.endswith(COMPUTED)}
-    model.load_state_dict({**state, **own}, strict=True)
+    tables = {key: value for key, value in model.state_dict().items() if key.endswith(COMPUTED)}
+    model.load_state_dict({**state, **tables}, strict=True)
     return model
 
 
 def store_vocabulary(
     model: Sam3Image, config: ModelConfig, prompts: Sequence[str]
 ) -> tuple[Sam3Image, ModelConfig]:
-    """The same model with these prompts' features in the place of its text encoder.
+    """Replace the text encoder by the features of these prompts; return the model and its size.
 
-    It answers them as before, and no others.
+    The model answers these prompts as before, and no others.
     """
     stored = store(model, prompts, config.text.context_length)
     size = config.model_copy(update={"vocabulary": list(stored.prompts)})
@@ -171,17 +170,19 @@ def store_vocabulary(
 def replace_text(
     model: Sam3Image, config: ModelConfig, target: ModelConfig
 ) -> tuple[Sam3Image, ModelConfig]:
-    """The same model with a new text encoder of the target's form, that is yet to learn."""
+    """Replace the text encoder by one of the target's size, with random weights."""
     size = config.model_copy(update={"text": target.text})
     model.backbone.language_backbone = build_model(size).backbone.language_backbone
     return model.to(next(model.parameters()).device), size
 
 
 def project_hidden(fc1: nn.Linear, units: int) -> Units:
-    """The directions in which the first layer of an MLP says most: (units, H) float32, orthonormal.
+    """Return the left singular vectors of an MLP's first layer with the largest singular values.
 
-    Its left singular vectors of the largest values. A baseline: the activation between the two
-    layers acts on units, and not on what they project to.
+    A baseline: the activation between the two layers acts on units, not on their projections.
+
+    Returns:
+        (units, H) float32, orthonormal rows.
     """
     weight = fc1.weight.detach()
     joined = torch.cat([weight, fc1.bias.detach()[:, None]], dim=1)  # (H, d + 1)
@@ -190,19 +191,21 @@ def project_hidden(fc1: nn.Linear, units: int) -> Units:
 
 
 def _keep_layers(state: dict[str, Tensor], prefix: str, kept: Sequence[int]) -> dict[str, Tensor]:
-    places = {str(old): str(new) for new, old in enumerate(kept)}
-    found = {}
+    """Return the state with these layers of a module list alone, numbered anew."""
+    new_index = {str(old): str(new) for new, old in enumerate(kept)}
+    smaller = {}
     for key, value in state.items():
         if not key.startswith(f"{prefix}."):
-            found[key] = value
+            smaller[key] = value
             continue
         index, _, rest = key.removeprefix(f"{prefix}.").partition(".")
-        if index in places:
-            found[f"{prefix}.{places[index]}.{rest}"] = value
-    return found
+        if index in new_index:
+            smaller[f"{prefix}.{new_index[index]}.{rest}"] = value
+    return smaller
 
 
 def _keep_hidden(state: dict[str, Tensor], mlp: str, units: Units) -> None:
+    """Keep these hidden units of an MLP in the state, or project to them."""
     for name in ("fc1.weight", "fc1.bias"):
         value = state[f"{mlp}.{name}"]
         state[f"{mlp}.{name}"] = units.to(value) @ value if units.ndim == 2 else value[units]
@@ -213,7 +216,7 @@ def _keep_hidden(state: dict[str, Tensor], mlp: str, units: Units) -> None:
 
 
 def _keep_heads(state: dict[str, Tensor], attention: str, heads: Units, head_dim: int) -> None:
-    """Queries, keys and values of the heads: `qkv` is (3 * heads * head_dim, d), in that order."""
+    """Keep these heads in the state; `qkv` is (3 * heads * head_dim, d): queries, keys, values."""
     for name in ("qkv.weight", "qkv.bias"):
         value = state[f"{attention}.{name}"]
         parts = value.unflatten(0, (3, -1, head_dim))[:, heads]

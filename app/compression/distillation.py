@@ -1,7 +1,8 @@
-"""A student learns to see and to answer what a teacher does, on images with or without labels.
+"""Distillation: a student learns the features and the outputs of a teacher.
 
-First what the trunk makes of an image, and the neck, which needs no prompt; then boxes, presence,
-masks and how well words and pixels agree, beside the losses of fine-tuning where there are labels.
+In the stages "trunk" and "features" it learns feature maps, which needs no prompt and no label; in
+"answers" boxes, scores, presence and masks as well, beside the losses of labels where there are
+any.
 """
 
 from __future__ import annotations
@@ -27,21 +28,22 @@ from app.model.stored_text import StoredText, store
 from app.training.teacher import teacher_file, teacher_size
 
 PARTS = ("distill_trunk", "distill_levels", "distill_text", "distill_outputs")
-TAUGHT = 0.1  # least score of a teacher's detection whose mask is taught
-SUREST_FIRST = 100.0  # what a teacher's score is worth when queries are fewer than its own
-MOST_CELLS = 32  # a side: maps of other widths than the teacher's are compared on so many
-# Of the parts of what is answered, and of their costs when students' boxes are matched.
+TAUGHT = 0.1  # least score of a teacher's detection whose mask the student learns
+SUREST_FIRST = 100.0  # weight of the teacher's score in the matching, where students lack queries
+MOST_CELLS = 32  # cells along a side on which maps of unlike widths are compared at most
+# Weights of the parts of the output loss, and of the matching cost.
 BOX, GIOU, SCORES, PRESENCE, MASKS, SEMANTIC = 5.0, 2.0, 2.0, 2.0, 5.0, 5.0
 Losses = dict[str, Tensor]
 Stage = Literal["trunk", "features", "answers"]  # each teaches what the one before does, and more
 
 
 class Matches(NamedTuple):
-    """Which of the student's queries is to say what one of the teacher's does.
+    """The student's query that learns from each of the teacher's queries.
 
     Attributes:
-        prompts, queries, theirs: indices of prompt, student's query and teacher's, (M,) int64.
-        taught: of these matches, the ones whose mask is taught, (T,) int64.
+        prompts, queries, theirs: (M,) int64, indices of the prompt, the student's query and the
+            teacher's query.
+        taught: (T,) int64, indices of the matches whose mask is taught.
     """
 
     prompts: Tensor
@@ -124,7 +126,7 @@ class WithIntermediates(nn.Module):
 
 
 class Teacher:
-    """A frozen model whose answers are taken for right.
+    """A frozen model whose features and outputs are the targets.
 
     Args:
         model: of any size, on its device.
@@ -151,79 +153,82 @@ class Teacher:
 
 
 def note(config: Config) -> str | None:
-    """What of a teacher's lessons a run leaves out."""
-    taught, epochs = config.distill, config.training.epochs
-    first = taught.trunk_epochs + taught.feature_epochs
-    if taught.teacher is None or first < epochs:
+    """Return a note where a run has no epoch for the stage "answers"."""
+    distill, epochs = config.distill, config.training.epochs
+    if distill.teacher is None or distill.trunk_epochs + distill.feature_epochs < epochs:
         return None
     return (
-        f"distill: {taught.trunk_epochs} trunk_epochs and {taught.feature_epochs} feature_epochs "
-        f"are all of the {epochs} epochs: what is seen is taught, what is answered is not"
+        f"distill: {distill.trunk_epochs} trunk_epochs and {distill.feature_epochs} feature_epochs "
+        f"are all of the {epochs} epochs: the student learns the teacher's features, not its "
+        "outputs. More --epochs teach both"
     )
 
 
 def load_teacher(
     config: Config, student: Sam3Image, device: torch.device, precision: torch.dtype
 ) -> Teacher | None:
-    """The run's teacher; None where it has none.
+    """Load the run's teacher; None where it has none.
 
-    Its encoders are kept in the precision that they are used in: half the memory in bfloat16. The
-    student's text encoder serves both where it is the same and stays so.
+    Its encoders are stored in the precision that they multiply in, because bfloat16 takes half the
+    memory. The student's text encoder serves both where it is equal to the teacher's and frozen.
     """
     file, size = teacher_file(config), teacher_size(config)
     if file is None or size is None:
         return None
     model, _ = weights.load(file, resolution=size.resolution, mapped=True)
-    if says_the_same(student, model):
+    if has_equal_text(student, model):
         _share_text(model, student)
     _use_precision(model, precision)
-    students = {id(parameter) for parameter in student.parameters()}
+    shared = {id(parameter) for parameter in student.parameters()}
     for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in students:
-            tensor.data = tensor.data.clone()  # out of the file, whatever becomes of that
+        if id(tensor) not in shared:
+            tensor.data = tensor.data.clone()  # in memory, because the mapped file may change
     return Teacher(model.to(device), size)
 
 
 def teacher_on_meta(config: Config, student: Sam3Image, precision: torch.dtype) -> Teacher | None:
-    """The same without contents, and as if its text encoder were the student's: to count."""
+    """Return the run's teacher on the meta device, to count its memory.
+
+    The student's text encoder is taken to be equal where sizes and vocabularies are.
+    """
     size = teacher_size(config)
     if size is None:
         return None
     model = build_model(size, device="meta")
-    alike = size.text == config.model.text and size.vocabulary == config.model.vocabulary
-    if alike or config.model.vocabulary is not None:
+    is_equal = size.text == config.model.text and size.vocabulary == config.model.vocabulary
+    if is_equal or config.model.vocabulary is not None:
         _share_text(model, student)
     _use_precision(model, precision)
     return Teacher(model, size)
 
 
 def own_bytes(teacher: Teacher, student: Sam3Image) -> int:
-    """Of a teacher's weights, but for those that are the student's."""
+    """Return the bytes of a teacher's weights without those that it shares with the student."""
     shared = {id(parameter) for parameter in student.parameters()}
     return sum(p.nbytes for p in teacher.model.parameters() if id(p) not in shared)
 
 
 def _share_text(model: Sam3Image, student: Sam3Image) -> None:
-    """One text encoder for both, where it learns nothing."""
+    """Give the teacher the student's text encoder, where that is frozen."""
     text = student.backbone.language_backbone
     if not any(parameter.requires_grad for parameter in text.parameters()):
         model.backbone.language_backbone = text
 
 
 def _use_precision(model: Sam3Image, precision: torch.dtype) -> None:
-    """Matrices of the trunk and neck, which autocast would convert at each step."""
+    """Convert the matrices of trunk and neck, which autocast would convert at each step."""
     for parameter in model.backbone.vision_backbone.parameters():
         if parameter.ndim > 1:
             parameter.data = parameter.data.to(precision)
 
 
-def says_the_same(student: Sam3Image, teacher: Sam3Image) -> bool:
-    """Whether the student's text encoder, or what is stored in its place, is the teacher's."""
+def has_equal_text(student: Sam3Image, teacher: Sam3Image) -> bool:
+    """Return whether the student's text encoder, or its stored text, is equal to the teacher's."""
     mine, yours = student.backbone.language_backbone, teacher.backbone.language_backbone
     if isinstance(mine, StoredText) and not isinstance(yours, StoredText):
-        said = store(teacher, mine.prompts, mine.mask.shape[1])
-        return said.memory.shape == mine.memory.shape and torch.allclose(
-            said.memory, mine.memory.to(said.memory), rtol=1e-4, atol=1e-4
+        stored = store(teacher, mine.prompts, mine.mask.shape[1])
+        return stored.memory.shape == mine.memory.shape and torch.allclose(
+            stored.memory, mine.memory.to(stored.memory), rtol=1e-4, atol=1e-4
         )
     state, theirs = mine.state_dict(), yours.state_dict()
     return state.keys() == theirs.keys() and all(
@@ -233,7 +238,7 @@ def says_the_same(student: Sam3Image, teacher: Sam3Image) -> bool:
 
 
 def last_outputs(outputs: Any) -> dict[str, Any]:
-    """Of upstream's outputs, those of the only stage."""
+    """Return upstream's outputs of an image model, which has one stage."""
     (stage,) = outputs
     return stage[-1] if isinstance(stage, list) else stage
 
@@ -242,8 +247,10 @@ class Distiller:
     """Teaches a student what the teacher makes of each batch.
 
     Args:
-        words: to read beside those of a batch; none where the text encoder does not learn.
-        match: teacher's detections → student's queries; `match_queries`, but for tests of memory.
+        teacher: of any size.
+        config: stages, and weights of the losses.
+        words: further words to encode in each step; empty where the text encoder does not learn.
+        match: outputs of the student and of the teacher → matches; None: `match_queries`.
     """
 
     def __init__(
@@ -258,7 +265,7 @@ class Distiller:
         self.match = match or match_queries
 
     def prepare(self, model: Sam3Image) -> WithIntermediates:
-        """Return the module to train: its call takes (batch, words, stage), see there."""
+        """Return the module to call in training, with (batch, words, stage)."""
         return WithIntermediates(model)
 
     def stage(self, epoch: int) -> Stage:
@@ -308,11 +315,14 @@ class Distiller:
 
 
 def distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """How far features (B, d, h, w) or (d, N) are from the teacher's: 0 equal, 1 telling nothing.
+    """Return the mean squared error of features over the variance of the teacher's.
 
-    Mean squared error over the teacher's variance. Where their widths differ, the same of how alike
-    each two cells are, which needs no learned projection ("Similarity-Preserving Knowledge
-    Distillation", arXiv 1907.09682).
+    0 where they are equal; 1 where the student predicts the mean. Where their widths differ, the
+    cosines between cells are compared instead, which needs no learned projection
+    ("Similarity-Preserving Knowledge Distillation", arXiv 1907.09682).
+
+    Args:
+        student, teacher: maps (B, d, h, w), or words (d, N).
     """
     student, teacher = student.float(), teacher.float()
     if student.ndim == 4 and student.shape[2:] != teacher.shape[2:]:
@@ -324,7 +334,7 @@ def distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _similarities(features: Tensor) -> Tensor:
-    """Cosines between cells: (B, d, h, w) → (B, c, c); (d, N) → (N, N)."""
+    """Return cosines between cells: (B, c, c) for (B, d, h, w), (N, N) for (d, N)."""
     if features.ndim == 4 and features.shape[-1] > MOST_CELLS:
         features = F.adaptive_avg_pool2d(features, MOST_CELLS)
     cells = F.normalize(features.flatten(2) if features.ndim == 4 else features, dim=-2)
@@ -333,23 +343,27 @@ def _similarities(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match_queries(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Matches:
-    """One of the student's queries for each of the teacher's, at the least cost.
+    """Match a query of the student with each of the teacher's, at the least total cost.
 
-    Where the student has fewer, the teacher's surest ones are matched.
+    Where the student has fewer queries, those of the teacher with the highest scores are matched.
+
+    Args:
+        student, teacher: `pred_boxes` (P, Q, 4) cxcywh 0..1, `pred_logits` (P, Q, 1) and
+            `presence_logit_dec` (P, 1), of P prompts; Q may differ.
     """
     mine, yours = student["pred_boxes"].float(), teacher["pred_boxes"].float()  # (P, Q, 4) cxcywh
     overlap = generalized_box_iou(box_cxcywh_to_xyxy(mine), box_cxcywh_to_xyxy(yours))
-    chance = [o["pred_logits"].float().sigmoid().squeeze(-1) for o in (student, teacher)]  # (P, Q)
-    unlike = (chance[0][:, :, None] - chance[1][:, None]).abs()
+    probabilities = [o["pred_logits"].float().sigmoid().squeeze(-1) for o in (student, teacher)]
+    unlike = (probabilities[0][:, :, None] - probabilities[1][:, None]).abs()  # (P, Q, Q')
     scores = query_scores(teacher)
     cost = BOX * torch.cdist(mine, yours, p=1) - GIOU * overlap + SCORES * unlike
     costs = (cost - SUREST_FIRST * scores[:, None]).cpu().numpy()
-    found = [
+    matched = [
         (prompt, query, their)
         for prompt, matrix in enumerate(costs)
         for query, their in zip(*linear_sum_assignment(matrix), strict=True)
     ]
-    indices = torch.tensor(found, dtype=torch.long, device=mine.device).reshape(-1, 3)
+    indices = torch.tensor(matched, dtype=torch.long, device=mine.device).reshape(-1, 3)
     prompts, queries, theirs = indices.unbind(1)
     return Matches(prompts, queries, theirs, (scores[prompts, theirs] > TAUGHT).nonzero()[:, 0])
 
@@ -357,14 +371,14 @@ def match_queries(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Mat
 def answer_losses(
     student: dict[str, Tensor], teacher: dict[str, Tensor], matches: Matches
 ) -> Losses:
-    """How far P prompts' answers are from the teacher's, part by part, each weighted.
+    """Return the losses of P prompts' outputs, part by part, each weighted.
 
-    A box and a mask count as much as the teacher is sure of them. A query without a match is to
-    score 0.
+    A box and a mask count by the teacher's score of them. The target score of a query without a
+    match is 0.
     """
     prompts, queries, theirs, taught = matches
-    sure = query_scores(teacher)[prompts, theirs]  # (M,)
-    total = sure.sum().clamp(min=1)
+    confidence = query_scores(teacher)[prompts, theirs]  # (M,)
+    total = confidence.sum().clamp(min=1)
     mine, yours = (
         outputs["pred_boxes"].float()[prompts, places]
         for outputs, places in ((student, queries), (teacher, theirs))
@@ -376,40 +390,40 @@ def answer_losses(
     target = torch.zeros_like(logits)
     target[prompts, queries] = teacher["pred_logits"].float().sigmoid()[prompts, theirs, 0]
     presence = (outputs["presence_logit_dec"].float().flatten() for outputs in (student, teacher))
-    found = {
-        "boxes": BOX * (sure * (mine - yours).abs().sum(-1)).sum() / total,
-        "giou": GIOU * (sure * (1 - overlap)).sum() / total,
+    losses = {
+        "boxes": BOX * (confidence * (mine - yours).abs().sum(-1)).sum() / total,
+        "giou": GIOU * (confidence * (1 - overlap)).sum() / total,
         "scores": SCORES * _cross_entropy(logits, target).sum() / total,
         "presence": PRESENCE * _cross_entropy(next(presence), next(presence).sigmoid()).mean(),
     }
     if "pred_masks" in student and "pred_masks" in teacher:
-        found["masks"] = MASKS * _mask_loss(
+        losses["masks"] = MASKS * _mask_loss(
             student["pred_masks"][prompts[taught], queries[taught]],
             teacher["pred_masks"][prompts[taught], theirs[taught]],
-            sure[taught],
+            confidence[taught],
         )
-        everywhere = sure.new_ones(len(logits))
-        found["semantic"] = SEMANTIC * _mask_loss(
+        everywhere = confidence.new_ones(len(logits))
+        losses["semantic"] = SEMANTIC * _mask_loss(
             student["semantic_seg"][:, 0], teacher["semantic_seg"][:, 0], everywhere
         )
-    return found
+    return losses
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Beyond that of an answer equal to the target: 0 where they agree."""
+    """Return the cross-entropy beyond the entropy of the target: 0 where they agree."""
     least = F.binary_cross_entropy(target, target, reduction="none")
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none") - least
 
 
-def _mask_loss(student: Tensor, teacher: Tensor, sure: Tensor) -> Tensor:
-    """Cross-entropy and dice of M masks' logits (M, h, w), weighted by `sure` (M,)."""
+def _mask_loss(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
+    """Return cross-entropy plus dice of M masks' logits (M, h, w), weighted by `weight` (M,)."""
     student, teacher = student.float(), teacher.float()
     if student.shape[-2:] != teacher.shape[-2:]:
         size = student.shape[-2:]
         teacher = F.interpolate(teacher[:, None], size=size, mode="bilinear", antialias=True)[:, 0]
-    target, chance = teacher.sigmoid(), student.sigmoid()
-    told = _cross_entropy(student, target).mean(dim=(1, 2))
-    both = (target * chance).sum(dim=(1, 2))
-    each = (target.square() + chance.square()).sum(dim=(1, 2))
+    target, mask = teacher.sigmoid(), student.sigmoid()
+    entropy = _cross_entropy(student, target).mean(dim=(1, 2))
+    both = (target * mask).sum(dim=(1, 2))
+    each = (target.square() + mask.square()).sum(dim=(1, 2))
     dice = 1 - (2 * both + 1) / (each + 1)
-    return (sure * (told + dice)).sum() / sure.sum().clamp(min=1)
+    return (weight * (entropy + dice)).sum() / weight.sum().clamp(min=1)

@@ -1,7 +1,7 @@
-"""What of a model matters: measured on a few images, with their labels or without.
+"""The importance of a model's parts, measured on a few images with or without labels.
 
-With labels, by the loss of fine-tuning; without, by how far the answers are from those that the
-whole model gives.
+With labels, by the loss of fine-tuning; without, by the distance of the outputs from those of the
+whole model.
 """
 
 from __future__ import annotations
@@ -43,14 +43,20 @@ WidthBy = Literal["taylor", "activation", "svd"]
 
 
 class Measure:
-    """How well a model does on a few images, the lower the better.
+    """Measures the loss of smaller models on a few images.
 
     Args:
-        config: its losses, transforms and size; neither dropout nor stochastic depth.
-        model: the whole model: what is measured is cut from it.
-        images: with annotations; without any, the whole model's own answers are the truth.
-        precision: to multiply in.
-        cache: file that keeps what was measured, for the same weights, images and settings.
+        config: losses, transforms and size, without dropout and stochastic depth.
+        model: the whole model, from which the models to measure are cut.
+        images: images with annotations, or without any: the outputs of the whole model are then
+            the targets.
+        precision: float32, or bfloat16 to multiply in.
+        cache: file of the losses that were measured before, for the same weights, images and
+            settings: see `cache_file`.
+
+    Attributes:
+        labelled: whether the images have annotations.
+        batches: one for each image.
     """
 
     def __init__(
@@ -66,13 +72,13 @@ class Measure:
         self.criterion: Any = instantiate(config.loss.criterion, _convert_="all")
         self.labelled = bool(images.annotations)
         self.batches = [self._batch(images, index) for index in range(len(images.images))]
-        self._known: dict[str, float] = {}
+        self._measured: dict[str, float] = {}
         if cache is not None and cache.is_file():
-            self._known = read_json(cache)
-        self._recorded: list[_Recorded] = []
+            self._measured = read_json(cache)
+        self._teachers: list[_Recorded] = []
         if not self.labelled:
-            with self._autocast(), torch.no_grad():
-                self._recorded = [_Recorded(model.eval(), batch) for batch in self.batches]
+            with self.autocast(), torch.no_grad():
+                self._teachers = [_Recorded(model.eval(), batch) for batch in self.batches]
 
     def _batch(self, images: Dataset, index: int) -> BatchedDatapoint:
         transforms = [instantiate(node) for node in self.config.transforms.train]
@@ -80,91 +86,102 @@ class Measure:
         data = QueryDataset(images, transforms, seed=self.config.seed, choice=choice)
         return copy_data_to_device(collate([data[index]]), self.device)
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         bf16 = self.precision == torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
     def losses(self, model: Sam3Image) -> Iterator[Tensor]:
-        """Of each image, with the graph."""
+        """Yield the loss of each image, a scalar with the graph."""
         with torch.random.fork_rng(devices=[]):
             for index, batch in enumerate(self.batches):
-                torch.manual_seed(index)  # of the points that masks are compared at
+                torch.manual_seed(index)  # for the points at which masks are compared
                 if self.labelled:
                     model.train()
                     yield LabelLosses(self.criterion, self.precision)(model, batch)["loss"]
                 else:
                     model.eval()
-                    with self._autocast():
-                        yield self._recorded[index].distance(model, batch, self.config)
+                    with self.autocast():
+                        yield self._teachers[index].distance(model, batch, self.config)
 
     def mean_loss(self, model: Sam3Image, key: str = "") -> float:
-        """Over the images; read from the cache where it holds this key."""
-        if key and key in self._known:
-            return self._known[key]
+        """Return the mean loss of the images.
+
+        Args:
+            key: of the model in the cache; "" uses no cache.
+        """
+        if key and key in self._measured:
+            return self._measured[key]
         with torch.no_grad():
-            found = float(torch.stack([*self.losses(model)]).mean())
+            loss = float(torch.stack([*self.losses(model)]).mean())
         if key:
-            self._known[key] = found
+            self._measured[key] = loss
             if self.cache is not None:
-                write_json(self.cache, self._known)
-        return found
+                write_json(self.cache, self._measured)
+        return loss
 
 
 class _Recorded(Teacher):
-    """The whole model as a teacher of one batch, whose answers were written down."""
+    """The whole model as the teacher of one batch: its outputs, computed once."""
 
     def __init__(self, model: Sam3Image, batch: BatchedDatapoint) -> None:
         outputs, self._features = forward_features(model, batch, (), "answers")
         needed = ("pred_logits", "pred_boxes", "presence_logit_dec", "pred_masks", "semantic_seg")
-        answers = last_outputs(outputs)
-        self._answers = {key: answers[key] for key in needed if key in answers}
+        last = last_outputs(outputs)
+        self._outputs = {key: last[key] for key in needed if key in last}
 
     def forward_features(self, *_: Any, **__: Any) -> tuple[dict[str, Tensor], Features]:
         """Return the recorded outputs and features."""
-        return self._answers, self._features
+        return self._outputs, self._features
 
     def distance(self, model: Sam3Image, batch: BatchedDatapoint, config: Config) -> Tensor:
-        """How far the model's answers are, weighted as in distillation."""
+        """Return the distance of a model's outputs and features, weighted as in distillation."""
         outputs, features = forward_features(model, batch, (), "answers")
         parts = Distiller(self, config.distill).losses(batch, (), "answers", outputs, features)
         return torch.stack([*parts.values()]).sum()
 
 
 def cache_file(folder: Path, weights_file: Path, images: Dataset, config: Config) -> Path:
-    """Where losses of these weights on these images, with these settings, are kept."""
+    """Return the cache of losses of these weights on these images with these settings."""
     with weights_file.open("rb") as content:
-        total = hashlib.file_digest(content, "sha256")
-    total.update(images.content_hash().encode())
-    total.update(config.model_dump_json().encode())
-    return folder / f"{total.hexdigest()[:32]}.json"
+        digest = hashlib.file_digest(content, "sha256")
+    digest.update(images.content_hash().encode())
+    digest.update(config.model_dump_json().encode())
+    return folder / f"{digest.hexdigest()[:32]}.json"
 
 
 def choose_layers(
     model: Sam3Image, size: ModelConfig, name: str, count: int, measure: Measure
 ) -> tuple[int, ...]:
-    """Which `count` of the layers stay: the one without which the loss is least goes, and again.
+    """Return the `count` layers that stay.
+
+    Greedy: again and again the layer goes without which the loss is least.
 
     Args:
         name: one of `LAYERS`.
 
     Raises:
-        UserError: more must stay than are asked for.
+        UserError: more layers must stay than `count`.
     """
-    layers = len(_module_list(model, name))
-    stay = protected_blocks(size) if name == "blocks" else set[int]()
-    if count < max(len(stay), 1):
+    layers = model.get_submodule(LAYERS[name])
+    assert isinstance(layers, nn.ModuleList)
+    protected = protected_blocks(size) if name == "blocks" else set[int]()
+    if count < max(len(protected), 1):
         raise UserError(
-            f"--{name.replace('_', '-')} {count}: at least {max(len(stay), 1)} stay"
-            + (f", those of global attention and the first: {sorted(stay)}" if stay else "")
+            f"--{name.replace('_', '-')} {count}: at least {max(len(protected), 1)} stay"
+            + (
+                f", those of global attention and the first: {sorted(protected)}"
+                if protected
+                else ""
+            )
         )
-    kept = list(range(layers))
-    trials = sum(n - len(stay) for n in range(count + 1, layers + 1))
-    sees = contextlib.nullcontext() if name == "blocks" else _seen_once(model)
-    with sees, progress(f"{name}: trial", trials) as advance:
+    kept = list(range(len(layers)))
+    trials = sum(n - len(protected) for n in range(count + 1, len(layers) + 1))
+    trunk_once = contextlib.nullcontext() if name == "blocks" else _with_cached_trunk(model)
+    with trunk_once, progress(f"{name}: trial", trials) as advance:
         done = 0
         while len(kept) > count:
             losses = {}
-            for index in sorted({*kept} - stay):
+            for index in sorted({*kept} - protected):
                 rest = [i for i in kept if i != index]
                 with only(model, name, rest):
                     losses[index] = measure.mean_loss(model, f"{name} {rest}")
@@ -176,27 +193,40 @@ def choose_layers(
     return tuple(kept)
 
 
+class _CachedTrunk(nn.Module):
+    """A trunk that computes the features of each batch once.
+
+    Args:
+        trunk: whose weights do not change meanwhile.
+    """
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self._features: dict[int, list[Tensor]] = {}  # by address: a `Measure` holds its batches
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """Return the features of pixels (B, 3, R, R): [(B, d, g, g)]."""
+        if pixels.data_ptr() not in self._features:
+            self._features[pixels.data_ptr()] = self.trunk(pixels)
+        return self._features[pixels.data_ptr()]
+
+
 @contextlib.contextmanager
-def _seen_once(model: Sam3Image) -> Iterator[None]:
-    """The trunk looks at each batch once: what is tried leaves it as it is."""
-    trunk: Any = model.backbone.vision_backbone.trunk
-    compute, known = trunk.forward, dict[int, list[Tensor]]()
-
-    def forward(pixels: Tensor) -> list[Tensor]:
-        if pixels.data_ptr() not in known:
-            known[pixels.data_ptr()] = compute(pixels)
-        return known[pixels.data_ptr()]
-
-    trunk.forward = forward
+def _with_cached_trunk(model: Sam3Image) -> Iterator[None]:
+    """Let the trunk compute each batch once, because the layers that are tried are behind it."""
+    neck: Any = model.backbone.vision_backbone
+    trunk = neck.trunk
+    neck.trunk = _CachedTrunk(trunk)
     try:
         yield
     finally:
-        del trunk.forward
+        neck.trunk = trunk
 
 
 @contextlib.contextmanager
 def only(model: Sam3Image, name: str, kept: Sequence[int]) -> Iterator[None]:
-    """Leave only these layers of one of `LAYERS` in the model, as they stand."""
+    """Leave only these layers of one of `LAYERS` in the model, within the block."""
     path, _, attribute = LAYERS[name].rpartition(".")
     parent: Any = model.get_submodule(path)
     before = dict(vars(parent))
@@ -216,35 +246,36 @@ def only(model: Sam3Image, name: str, kept: Sequence[int]) -> Iterator[None]:
 
 
 def choose_queries(model: Sam3Image, count: int, measure: Measure) -> tuple[int, ...]:
-    """The `count` queries that score highest, over all images and prompts."""
-    total: Tensor | None = None
+    """Return the `count` queries with the highest scores, summed over all images and prompts."""
     model.eval()
-    with torch.no_grad(), measure._autocast():
-        for batch in measure.batches:
-            scores = query_scores(last_outputs(model(batch))).double().sum(dim=0)  # (Q,)
-            total = scores if total is None else total + scores
-    assert total is not None
+    with torch.no_grad(), measure.autocast():
+        scores = [
+            query_scores(last_outputs(model(batch))).double().sum(dim=0)  # (Q,)
+            for batch in measure.batches
+        ]
+    total = torch.stack(scores).sum(dim=0)
     return tuple(sorted(total.topk(count).indices.tolist()))
 
 
 class Width:
-    """How much each block's MLP units and attention heads matter.
+    """The importance of each block's MLP units and attention heads.
 
     Attributes:
-        hidden: of each block, (H,) float64.
-        heads: of each block, (heads,) float64.
+        hidden: for each block (H,) float64, the importance of its H units.
+        heads: for each block (heads,) float64.
     """
 
     def __init__(self, model: Sam3Image, measure: Measure, by: WidthBy) -> None:
         """Measure.
 
         Args:
-            by: "taylor": what a unit's part in the loss is, to the first order ("Importance
-                Estimation for Neural Network Pruning", arXiv 1906.10771, its gates); else how large
-                what it says is, times the weights that listen to it.
+            by: "taylor": the squared gradient of the loss by a gate on each unit, its part in the
+                loss to the first order ("Importance Estimation for Neural Network Pruning", arXiv
+                1906.10771); "activation": the norm of a unit's outputs times that of the weights
+                that read them.
         """
         trunk: Any = model.backbone.vision_backbone.trunk
-        asking = [p for p in model.parameters() if p.requires_grad]
+        trainable = [p for p in model.parameters() if p.requires_grad]
         self._gates: list[tuple[Tensor, Tensor]] = []
         self._norms: list[tuple[Tensor, Tensor]] = []
         hooks = []
@@ -270,33 +301,41 @@ class Width:
         finally:
             for hook in hooks:
                 hook.remove()
-            for parameter in asking:
+            for parameter in trainable:
                 parameter.requires_grad_(True)
 
     def _taylor(self, model: Sam3Image, measure: Measure) -> tuple[list[Tensor], list[Tensor]]:
-        flat = list(itertools.chain.from_iterable(self._gates))
-        found = [torch.zeros_like(gate, dtype=torch.float64) for gate in flat]
+        """Return the squared gradients of all gates, summed over the images."""
+        gates = list(itertools.chain.from_iterable(self._gates))
+        totals = [torch.zeros_like(gate, dtype=torch.float64) for gate in gates]
         for loss in measure.losses(model):
-            for total, gradient in zip(found, torch.autograd.grad(loss, flat), strict=True):
+            for total, gradient in zip(totals, torch.autograd.grad(loss, gates), strict=True):
                 total += gradient.double().square()
-        return found[0::2], found[1::2]
+        return totals[0::2], totals[1::2]
 
     def _activation(self, model: Sam3Image, measure: Measure) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the norms of outputs, times those of the weights that read them."""
         with torch.no_grad():
             for _ in measure.losses(model):
-                pass
+                pass  # the hooks add up squares
         hidden, heads = [], []
         trunk: Any = model.backbone.vision_backbone.trunk
-        for block, (units, of_heads) in zip(trunk.blocks, self._norms, strict=True):
+        for block, (units, head_norms) in zip(trunk.blocks, self._norms, strict=True):
             weight = block.mlp.fc2.weight.double().square().sum(dim=0)  # (H,)
             hidden.append((units * weight).sqrt())
             proj = block.attn.proj.weight.double().square().sum(dim=0)
-            heads.append((of_heads * proj.unflatten(0, (-1, block.attn.head_dim)).mean(1)).sqrt())
+            heads.append((head_norms * proj.unflatten(0, (-1, block.attn.head_dim)).mean(1)).sqrt())
         return hidden, heads
 
 
 def _gate(gate: Tensor, norm: Tensor, repeat: int) -> Callable[[Tensor], Tensor]:
-    """Multiplies by the gate, and adds up the squares of what passes."""
+    """Return a function that multiplies by the gate, or adds up squares where it has no gradient.
+
+    Args:
+        gate: (n,), one for each unit or head.
+        norm: (n,) float64, to which the squares are added.
+        repeat: values of a head, which are neighbors.
+    """
 
     def apply(values: Tensor) -> Tensor:
         if not gate.requires_grad:
@@ -309,11 +348,5 @@ def _gate(gate: Tensor, norm: Tensor, repeat: int) -> Callable[[Tensor], Tensor]
 
 
 def most(importance: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest, ascending."""
+    """Return the indices of the `count` highest values, ascending."""
     return importance.topk(count).indices.sort().values
-
-
-def _module_list(model: Sam3Image, name: str) -> nn.ModuleList:
-    found = model.get_submodule(LAYERS[name])
-    assert isinstance(found, nn.ModuleList)
-    return found

@@ -1,7 +1,7 @@
-"""Which operators an exported graph may hold: those that TensorRT's parser takes, as they stand.
+"""The operators that an exported graph may hold: those that TensorRT's parser takes.
 
 From onnx/onnx-tensorrt, docs/operators.md: of release 10.0 (opsets 9 to 20), which 10.3 shares, and
-10.15 (opsets 9 to 24), which 10.16 shares. What differs between the two is in neither set here.
+10.15 (opsets 9 to 24), which 10.16 shares. An operator that only one of them takes is left out.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import onnx
 from app.errors import UserError
 
 OPSET = 18
-OPSETS = {"10.3": range(9, 21), "10.16": range(9, 25)}  # that a TensorRT takes
-# Supported with each of FP32, FP16 and BF16, or with integers where those are shapes and places.
+OPSETS = {"10.3": range(9, 21), "10.16": range(9, 25)}  # version of TensorRT → opsets it takes
+# Supported with FP32, FP16 and BF16 alike, or with integers where those are shapes and indices.
 ALLOWED = frozenset(
     re.findall(
         r"\w+",
@@ -36,7 +36,7 @@ DATA = {
 
 
 def check_operators(file: Path) -> None:
-    """Raises UserError where a graph holds what TensorRT does not take; names each."""
+    """Raise UserError where a graph holds anything that TensorRT does not take; name each."""
     model = onnx.load(file, load_external_data=False)
     problems = [f"{file.name}: {problem}" for problem in _problems(model, file.parent)]
     if problems:
@@ -44,6 +44,11 @@ def check_operators(file: Path) -> None:
 
 
 def _problems(model: onnx.ModelProto, folder: Path) -> Iterator[str]:
+    """Yield what TensorRT does not take.
+
+    Args:
+        folder: of the graph's external data.
+    """
     for opset in model.opset_import:
         if opset.domain not in ("", "ai.onnx"):
             yield f"operators of the domain '{opset.domain}'"
@@ -65,6 +70,7 @@ def _problems(model: onnx.ModelProto, folder: Path) -> Iterator[str]:
 
 
 def _symmetric(node: onnx.NodeProto, model: onnx.ModelProto, folder: Path) -> bool:
+    """Return whether the zero points of a quantisation are 0, as TensorRT requires."""
     if len(node.input) < 3:
         return True
     points = {part.name: part for part in model.graph.initializer}

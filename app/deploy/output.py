@@ -1,4 +1,4 @@
-"""The folder that an export goes to: never one that holds anything else."""
+"""The output folder of an export, which must not hold anything else."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from app.model.transformers.config import CONFIG
 
 
 def check_output(folder: Path, source: Path, *, overwrite: bool) -> None:
-    """Raises UserError where writing to `folder` would lose something that is not an export.
+    """Raise UserError where writing to `folder` would destroy something that is no export.
 
     Args:
-        source: the weights file that is exported.
+        source: the weights that are exported.
+        overwrite: whether an earlier export may be replaced.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -30,11 +31,13 @@ def check_output(folder: Path, source: Path, *, overwrite: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
+    """Return whether the folder holds an export of either format."""
     config = _read(folder / CONFIG).get("architectures")
     return config == ["Sam3Model"] or _read(folder / FILE).get("format") == FORMAT
 
 
 def _read(file: Path) -> dict[str, object]:
+    """Return a JSON object; empty where there is none."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError):

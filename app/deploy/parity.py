@@ -1,22 +1,37 @@
-"""How far exported graphs are from the model that they came from."""
+"""The differences between exported graphs and the model that they came from."""
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from app.datasets.coco import Dataset
+from app.datasets.square import to_square
 from app.deploy.graphs import FEATURES
+from app.deploy.precision import TYPES, narrow
+from app.deploy.runtime import manifest as manifests
 from app.deploy.runtime.golden import cosine_of
-from app.deploy.runtime.manifest import Tolerance
-from app.inference.predictor import Predictor, query_scores
+from app.deploy.runtime.manifest import Manifest, Tolerance
+from app.deploy.runtime.onnx_backend import choose_precisions
+from app.deploy.runtime.runtime import Runtime
+from app.errors import UserError
+from app.evaluation.validate import validate
+from app.files import write_json
+from app.inference.predictor import Predictor, normalise, query_scores
 
-Outputs = Mapping[str, NDArray[np.float32]]  # of a pass, named as by `model_outputs`
+log = logging.getLogger("app")
+ROUNDED = ".rounded"  # in the names of graphs that are made to measure a half, and removed
+Outputs = Mapping[str, NDArray[np.float32]]  # of a pass, by the names of `model_outputs`
 
-# What each precision is held to: some three times of what was measured on nano and small.
+# Some three times the differences that were measured on nano and small.
 TOLERANCES = {
     "fp32": Tolerance(cosine=0.99999, scores=1e-4, boxes=1e-4, mask_iou=0.999),
     "fp16": Tolerance(cosine=0.999, scores=0.02, boxes=0.01, mask_iou=0.98),
@@ -27,15 +42,15 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Difference:
-    """What a `Tolerance` limits, as measured, and on how much.
+    """The measured values of what a `Tolerance` limits.
 
     Attributes:
-        cosine: the least of all feature maps.
-        scores: the largest difference of a score, or of the presence that is in it.
-        boxes: the largest difference of a side, as a share of the image's.
+        cosine: the least cosine of all feature maps.
+        scores: the largest difference of a score or of a presence.
+        boxes: the largest difference of a box's side, as a share of the image's side.
         mask_iou: the mean IoU of a mask.
-        objects: boxes and masks that were compared.
-        images: that were looked at.
+        objects: number of boxes and masks that were compared.
+        images: number of images.
     """
 
     cosine: float = 1.0
@@ -46,6 +61,7 @@ class Difference:
     images: int = 0
 
     def join(self, other: Difference) -> Difference:
+        """Return the difference over the images of both."""
         objects = self.objects + other.objects
         iou = self.mask_iou * self.objects + other.mask_iou * other.objects
         return Difference(
@@ -58,7 +74,7 @@ class Difference:
         )
 
     def misses(self, tolerance: Tolerance) -> list[str]:
-        """`scores differ by 0.3 (at most 0.1)`, for each that is out of bounds, or no number."""
+        """Return `scores 0.3 (at most 0.1)` for each value that is out of bounds, or NaN."""
         problems = []
         for field in fields(tolerance):
             value, limit = getattr(self, field.name), getattr(tolerance, field.name)
@@ -69,11 +85,12 @@ class Difference:
         return problems
 
     def to_json(self) -> dict[str, float]:
+        """Return the values by name."""
         return asdict(self)
 
 
 def model_outputs(predictor: Predictor, image: Image.Image, prompts: Sequence[str]) -> Outputs:
-    """What the model itself answers: features, and for P prompts every query.
+    """Return the features and the outputs of the model for one image and P prompts.
 
     Returns:
         `fpn0`…`fpn2` and `position` (1, D, side, side), `scores` (P, Q), `presence` (P,), `boxes`
@@ -81,50 +98,158 @@ def model_outputs(predictor: Predictor, image: Image.Image, prompts: Sequence[st
     """
     features, answers = predictor.answers(image, prompts)
     maps = [*features["backbone_fpn"], features["vision_pos_enc"][-1]]
-    found = dict(zip(FEATURES, maps, strict=True))
-    found |= {"scores": query_scores(answers), "boxes": answers["pred_boxes"]}
-    found["presence"] = answers["presence_logit_dec"].reshape(-1).sigmoid()
+    outputs = dict(zip(FEATURES, maps, strict=True))
+    outputs |= {"scores": query_scores(answers), "boxes": answers["pred_boxes"]}
+    outputs["presence"] = answers["presence_logit_dec"].reshape(-1).sigmoid()
     if "pred_masks" in answers:
-        found["masks"] = answers["pred_masks"]
-    return {name: value.float().cpu().numpy() for name, value in found.items()}
+        outputs["masks"] = answers["pred_masks"]
+    return {name: value.float().cpu().numpy() for name, value in outputs.items()}
 
 
 def compare(
-    truth: Outputs, found: Outputs, *, top: int | None = None, above: float = 0.0
+    expected: Outputs, actual: Outputs, *, top: int | None = None, above: float = 0.0
 ) -> Difference:
-    """One image: what the model answers beside what the graphs do.
+    """Return the difference of the graphs' outputs from the model's, of one image.
 
     Args:
-        top: how many queries a prompt the graphs answer for, as of `Manifest`.
-        above: score from which the model has found something, so that its box and mask count.
+        expected: of the model.
+        actual: of the graphs.
+        top: number of queries that the graphs return for each prompt, as in `Manifest`.
+        above: boxes and masks of queries with a higher score of the model are compared.
     """
-    scores, boxes, masks = truth["scores"], truth["boxes"], truth.get("masks")
+    scores, boxes, masks = expected["scores"], expected["boxes"], expected.get("masks")
     if top is not None:
         best = np.argsort(-scores, axis=1, kind="stable")[:, :top]
         scores = np.take_along_axis(scores, best, 1)
         boxes = np.take_along_axis(boxes, best[..., None], 1)
         masks = None if masks is None else np.take_along_axis(masks, best[..., None, None], 1)
-    seen = scores > above
+    is_object = scores > above
     iou = 1.0
-    if masks is not None and seen.any():
-        iou = _mean_iou(masks[seen] > 0, found["masks"][seen] > 0)
+    if masks is not None and is_object.any():
+        iou = _mean_iou(masks[is_object] > 0, actual["masks"][is_object] > 0)
     return Difference(
-        cosine=min(cosine_of(truth[name], found[name]) for name in FEATURES),
+        cosine=min(cosine_of(expected[name], actual[name]) for name in FEATURES),
         scores=max(
-            _largest(scores, found["scores"]), _largest(truth["presence"], found["presence"])
+            _largest(scores, actual["scores"]), _largest(expected["presence"], actual["presence"])
         ),
-        boxes=_largest(boxes[seen], found["boxes"][seen]),
+        boxes=_largest(boxes[is_object], actual["boxes"][is_object]),
         mask_iou=iou,
-        objects=int(seen.sum()),
+        objects=int(is_object.sum()),
         images=1,
     )
 
 
+def graph_outputs(
+    runtime: Runtime, image: Image.Image, prompts: Sequence[str]
+) -> dict[str, NDArray[np.float32]]:
+    """Return the outputs of the graphs, by the names of `model_outputs`."""
+    pixels = normalise(to_square(image, runtime.manifest.resolution)).numpy()
+    features = runtime.backend.image(pixels)
+    return {**features, **runtime.backend.ground(features, *runtime.text(prompts))}
+
+
+def prompts_by_pass(prompts: Sequence[str], count: int) -> list[tuple[str, ...]]:
+    """Return all prompts, `count` to a pass, the last pass filled up from the first prompt on."""
+    some = prompts or ("object",)
+    return [
+        tuple(some[index % len(some)] for index in range(first, first + count))
+        for first in range(0, len(some), count)
+    ]
+
+
+def measure(
+    predictor: Predictor,
+    folder: Path,
+    manifest: Manifest,
+    pictures: Sequence[Image.Image],
+    valid: Dataset | None,
+    max_detections: int,
+) -> dict[str, Any]:
+    """Compare each precision with the model; return the differences and AP by precision.
+
+    Args:
+        folder: the graphs, with the files that the manifest describes.
+        valid: labelled images, for AP.
+
+    Raises:
+        UserError: a precision is beyond its tolerance; names each miss.
+    """
+    passes = prompts_by_pass(manifest.prompts or manifest.classes, manifest.prompts_a_pass)
+    reference = _figures(predictor, valid, max_detections)
+    parity: dict[str, Any] = {}
+    problems: list[str] = []
+    above = best = 0.0  # fp32, the first, must agree on every query; others on detections
+    for precision in manifest.tolerances:
+        runtime = load_precision(folder, manifest, precision)
+        difference = Difference()
+        for picture, prompts in zip(pictures, itertools.cycle(passes), strict=False):
+            expected = model_outputs(predictor, picture, prompts)
+            actual = graph_outputs(runtime, picture, prompts)
+            difference = difference.join(compare(expected, actual, top=manifest.top, above=above))
+            best = max(best, float(expected["scores"].max()))
+        above = manifest.threshold if best > manifest.threshold else 0.0
+        row: dict[str, Any] = difference.to_json()
+        line = (
+            f"{precision}: features' cosine {difference.cosine:.6f}, scores within "
+            f"{difference.scores:.2g}, boxes within {difference.boxes:.2g}, mask IoU "
+            f"{difference.mask_iou:.4f} of {difference.objects} objects on "
+            f"{difference.images} images"
+        )
+        for key, value in _figures(runtime, valid, max_detections).items():
+            row[key], row[f"model/{key}"] = value, reference[key]
+            line += f", {key} {value:.3f} (the model's {reference[key]:.3f})"
+        log.info("%s", line)
+        parity[precision] = row
+        misses = difference.misses(manifest.tolerances[precision])
+        problems += [f"{precision}: {miss}" for miss in misses]
+    if problems:
+        remedy = "Leave out the --precision that misses, or calibrate int8 on more of your images."
+        if not above:
+            remedy += " The model finds nothing on these; give --images that show what it knows."
+        raise UserError(
+            ["The graphs are too far from the model; nothing is left of the export:"]
+            + [f"  {problem}" for problem in problems]
+            + [f"  {remedy}"]
+        )
+    return parity
+
+
+def _figures(
+    predictor: Predictor | Runtime, valid: Dataset | None, max_detections: int
+) -> dict[str, float]:
+    """Return box and mask AP on labelled images; empty where there are none."""
+    if valid is None:
+        return {}
+    figures = validate(predictor, valid, max_detections=max_detections).figures
+    return {key: figures[key] for key in ("bbox/AP", "segm/AP") if key in figures}
+
+
+def load_precision(folder: Path, manifest: Manifest, precision: str) -> Runtime:
+    """Load the graphs of one precision as a CPU can run them: a half rounded, in float32.
+
+    Writes the rounded graphs, and a manifest that names them, to `folder`.
+    """
+    levels = choose_precisions(manifest, "fp32" if precision in TYPES else precision)
+    graphs = {graph: manifest.graphs[graph][level] for graph, level in levels.items()}
+    files = dict(manifest.files)
+    for graph in ("image", "ground") if precision in TYPES else ():
+        name = graphs[graph] = f"{graph}{ROUNDED}.onnx"
+        narrow(folder / f"{graph}.onnx", folder / name, precision, emulated=True)
+        files |= {file.name: manifests.identity(file) for file in folder.glob(f"{name}*")}
+    described = replace(
+        manifest, graphs={graph: {"fp32": name} for graph, name in graphs.items()}, files=files
+    )
+    write_json(folder / manifests.FILE, described.to_json())
+    return Runtime.load(folder, backend="onnxruntime", precision="fp32")
+
+
 def _largest(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """Return the largest absolute difference; 0 of empty arrays."""
     return float(np.abs(one - other).max(initial=0.0))
 
 
 def _mean_iou(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+    """Return the mean IoU of pairs of masks (N, h, w); 1 for a pair of empty ones."""
     both = (one & other).sum((1, 2))
     either = (one | other).sum((1, 2))
     return float(np.where(either > 0, both / np.maximum(either, 1), 1.0).mean())

@@ -1,7 +1,7 @@
-"""A graph in float32 → the same in float16, bfloat16 or int8, its types written into it.
+"""Convert a graph from float32 to float16, bfloat16 or int8, with its types written into it.
 
-Only what costs time is narrowed: matrix products and convolutions, with their weights. What lies
-between them stays in float32, so that no sum, norm or softmax leaves the range of a half.
+Only matrix products and convolutions are converted, with their weights, because they cost the time.
+All else stays in float32, so that no sum, norm or softmax overflows a half.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ NARROWED = {  # ONNX knows no convolutions in bfloat16 before opset 22, which Te
     "fp16": (*PRODUCTS, "Conv"),
     "bf16": PRODUCTS,
 }
-# Products with weights: of the trunk, its neck, and DETR's encoder, which see each pixel.
+# Products with weights: of the trunk, its neck, and DETR's encoder, which process each pixel.
 WEIGHTED = re.compile(
     r"\.mlp\.fc\d|\.attn\.(qkv|proj)\b|\.dconv_2x2\w*\.product|\.encoder\.layers\.\d+\.linear\d"
 )
-SCOPES = "pkg.torch.onnx.name_scopes"  # where torch.onnx notes which module a node comes from
-TINY = 1e-8  # least magnitude that is divided by: of what is 0 throughout
+SCOPES = "pkg.torch.onnx.name_scopes"  # metadata of torch.onnx: the module a node comes from
+EPSILON = 1e-8  # least magnitude to divide by, for tensors of zeros
 ZERO = "zero.int8"
 Arrays = Mapping[str, NDArray[Any]]
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -39,8 +39,8 @@ def narrow(source: Path, file: Path, precision: str, *, emulated: bool = False) 
 
     Args:
         precision: fp16 or bf16.
-        emulated: compute in float32 what has been rounded to the half's digits, and round what
-            comes out: what a device does, for a CPU that has no such kernels.
+        emulated: compute in float32 on inputs that are rounded to the half, and round the outputs,
+            as a device does; for CPUs, which have no such kernels.
     """
     model = ir.load(source)
     narrowing = _Narrowing(model.graph, TYPES[precision], emulated)
@@ -52,28 +52,29 @@ def narrow(source: Path, file: Path, precision: str, *, emulated: bool = False) 
 
 
 class _Narrowing:
-    """Puts the nodes of a graph into half precision, one by one.
+    """Converts the nodes of a graph to half precision, one by one.
 
     Args:
-        emulated: as of `narrow`.
+        emulated: as in `narrow`.
     """
 
     def __init__(self, graph: ir.Graph, half: ir.DataType, emulated: bool) -> None:
         self._graph, self._half, self._emulated = graph, half, emulated
-        self._known: dict[ir.Value, ir.Value] = {}  # a value → it in half precision
+        self._halves: dict[ir.Value, ir.Value] = {}  # a value → the same in half precision
 
     def narrow(self, node: ir.Node) -> None:
+        """Convert one node: its inputs to the half, its output back to float32."""
         for index, value in enumerate(node.inputs):
             if value is None or value.dtype != ir.DataType.FLOAT:
                 continue
-            if value not in self._known:  # made once, where it is first read
+            if value not in self._halves:  # converted once, before the first node that reads it
                 constant = value.const_value is not None
-                self._known[value] = self._round(value) if constant else self._cast(value, node)
-            node.replace_input_with(index, self._known[value])
+                self._halves[value] = self._round(value) if constant else self._cast(value, node)
+            node.replace_input_with(index, self._halves[value])
         self._cast_back(node)
 
     def _round(self, value: ir.Value) -> ir.Value:
-        """A weight in half precision."""
+        """Return a weight in half precision."""
         assert value.const_value is not None
         array = value.const_value.numpy().astype(self._half.numpy())
         if self._emulated:
@@ -81,6 +82,7 @@ class _Narrowing:
         return _constant(self._graph, f"{value.name}.half", array)
 
     def _cast(self, value: ir.Value, reader: ir.Node) -> ir.Value:
+        """Cast a value before the node that reads it."""
         for kind in (self._half, ir.DataType.FLOAT) if self._emulated else (self._half,):
             cast = _cast(value, kind)
             self._graph.insert_before(reader, cast)
@@ -88,7 +90,7 @@ class _Narrowing:
         return value
 
     def _cast_back(self, node: ir.Node) -> None:
-        """What comes out in float32 again, for all that read it."""
+        """Cast the output of a node back to float32, for all nodes that read it."""
         result = last = node.outputs[0]
         users = list(result.uses())
         for kind in (self._half, ir.DataType.FLOAT) if self._emulated else (ir.DataType.FLOAT,):
@@ -97,13 +99,13 @@ class _Narrowing:
             node, last = cast, cast.outputs[0]
         if not self._emulated:
             result.dtype = self._half
-        _read_instead(self._graph, result, last, users)
+        _replace_uses(self._graph, result, last, users)
 
 
-def _read_instead(
+def _replace_uses(
     graph: ir.Graph, value: ir.Value, last: ir.Value, users: Iterable[tuple[ir.Node, int]]
 ) -> None:
-    """Let all users of a value read another, which is the graph's output in its place as well."""
+    """Replace a value by another for its users, and among the outputs of the graph."""
     for user, index in users:
         user.replace_input_with(index, last)
     for index, output in enumerate(graph.outputs):
@@ -113,6 +115,7 @@ def _read_instead(
 
 
 def _cast(value: ir.Value, kind: ir.DataType) -> ir.Node:
+    """Return a node that casts a value."""
     node = ir.node("Cast", [value], attributes={"to": kind})
     node.outputs[0].dtype = kind
     node.outputs[0].shape = value.shape
@@ -120,26 +123,27 @@ def _cast(value: ir.Value, kind: ir.DataType) -> ir.Node:
 
 
 def _drop_unused(graph: ir.Graph) -> None:
+    """Remove constants that no node reads."""
     outputs = set(graph.outputs)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and value not in outputs:
             del graph.initializers[name]
 
 
-def quantise(folder: Path, images: Iterable[NDArray[np.float32]], words: Sequence[Arrays]) -> None:
+def quantise(folder: Path, images: Iterable[NDArray[np.float32]], texts: Sequence[Arrays]) -> None:
     """Write `image.int8.onnx` and `ground.int8.onnx` beside the graphs in float32.
 
     The trunk's MLPs and projections, its neck, the MLPs of DETR's encoder and the convolutions of
-    masks are in int8, by explicit Q/DQ pairs; a graph that has none of these is not written.
-    Weights are symmetric, one scale for each unit; activations symmetric, one scale for each
-    tensor, so wide that what the images showed is not cut: as TensorRT takes them.
+    masks are quantised by explicit Q/DQ pairs; a graph that has none of these is not written.
+    As TensorRT requires, all is symmetric: weights with a scale for each unit, activations with a
+    scale for each tensor, which covers the largest magnitude on the images.
 
     Args:
         images: `pixels` of the user's own images, (1, 3, R, R).
-        words: `text` and `text_mask` as the ground graph takes them, for one image after another,
-            and from the first again.
+        texts: `text` and `text_mask`, inputs of the ground graph, for one image after another, and
+            from the first again.
     """
-    for name, largest in _largest(folder, images, words).items():
+    for name, largest in _largest(folder, images, texts).items():
         model = ir.load(folder / f"{name}.onnx")
         quantising = _Quantising(model.graph, largest)
         for node in _quantised(model.graph):
@@ -149,7 +153,7 @@ def quantise(folder: Path, images: Iterable[NDArray[np.float32]], words: Sequenc
 
 
 def _quantised(graph: ir.Graph) -> list[ir.Node]:
-    """What takes most of the time, but for the convolution of the pixels, which are finer."""
+    """Return the nodes to quantise: all that cost time but the convolution of the pixels."""
     pixels = graph.inputs[0]
     return [
         node
@@ -160,9 +164,9 @@ def _quantised(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _rounded(node: ir.Node) -> list[ir.Value]:
-    """What is rounded of a node beside its weight: its input, and a convolution's output.
+    """Return the values to round beside a node's weight: its input, and a convolution's output.
 
-    ONNX Runtime multiplies a convolution in int8 only where its output is rounded as well.
+    ONNX Runtime computes a convolution in int8 only where its output is rounded as well.
     """
     read = node.inputs[0]
     assert read is not None
@@ -170,24 +174,24 @@ def _rounded(node: ir.Node) -> list[ir.Value]:
 
 
 def _largest(
-    folder: Path, images: Iterable[NDArray[np.float32]], words: Sequence[Arrays]
+    folder: Path, images: Iterable[NDArray[np.float32]], texts: Sequence[Arrays]
 ) -> dict[str, dict[str, float]]:
-    """Of each graph: what is rounded in it → its largest magnitude.
+    """Return graph → value to round → its largest magnitude on the images.
 
-    Each is reduced where it is made, so that none is kept: the quantiser of ONNX Runtime takes
-    20 GB for `small` at 672 px, as it reduces all at the end.
+    Each value is reduced within the graph, because ONNX Runtime's own quantiser keeps all of them
+    to the end and takes 20 GB for `small` at 672 px.
     """
     image, ground = (_Reducing(folder / f"{name}.onnx") for name in ("image", "ground"))
-    for pixels, asked in zip(images, itertools.cycle(words), strict=False):
+    for pixels, text in zip(images, itertools.cycle(texts), strict=False):
         features = image.run({"pixels": pixels})
         if ground.largest:
-            ground.run({**features, **asked})
+            ground.run({**features, **text})
     graphs = {"image": image.largest, "ground": ground.largest}
     return {name: largest for name, largest in graphs.items() if largest}
 
 
 class _Reducing:
-    """A graph that tells beside its outputs how large those values become that are rounded.
+    """A graph with further outputs: the largest magnitude of each value to round.
 
     Attributes:
         largest: value → its largest magnitude in all runs so far.
@@ -202,7 +206,7 @@ class _Reducing:
                 if value.name not in self.largest:
                     self._reduce(model.graph, node, value)
         reducing = source.with_name(f"{source.stem}.reducing.onnx")
-        ir.save(model, reducing)  # beside the data of the source, which it reads
+        ir.save(model, reducing)  # in the same folder, because it reads the data of the source
         try:
             self._session = onnxruntime.InferenceSession(
                 str(reducing), providers=["CPUExecutionProvider"]
@@ -211,6 +215,7 @@ class _Reducing:
             reducing.unlink()
 
     def _reduce(self, graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
+        """Add the largest magnitude of a value to the outputs."""
         magnitude = ir.node("Abs", [value])
         most = ir.node("ReduceMax", magnitude.outputs, attributes={"keepdims": 0})
         most.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
@@ -220,20 +225,20 @@ class _Reducing:
         self.largest[str(value.name)] = 0.0
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[Any]]:
-        """Output of the source → array."""
-        known = {value.name for value in self._session.get_inputs()}
-        found = self._session.run(None, {k: v for k, v in inputs.items() if k in known})
+        """Run the graph; return the outputs of the source by name."""
+        names = {value.name for value in self._session.get_inputs()}
+        outputs = self._session.run(None, {k: v for k, v in inputs.items() if k in names})
         count = len(self._outputs)
-        for name, most in zip(self.largest, found[count:], strict=True):
+        for name, most in zip(self.largest, outputs[count:], strict=True):
             self.largest[name] = float(np.maximum(self.largest[name], most))  # nan stays
-        return dict(zip(self._outputs, found[:count], strict=True))
+        return dict(zip(self._outputs, outputs[:count], strict=True))
 
 
 class _Quantising:
-    """Puts the nodes of a graph into int8, one by one.
+    """Quantises the nodes of a graph to int8, one by one.
 
     Args:
-        largest: what is rounded → its largest magnitude.
+        largest: value to round → its largest magnitude.
     """
 
     def __init__(self, graph: ir.Graph, largest: Mapping[str, float]) -> None:
@@ -259,15 +264,15 @@ class _Quantising:
             self._graph.insert_after(node, pair)
             last = pair[-1].outputs[0]
             self._rounded.add(last)
-            _read_instead(self._graph, result, last, users)
+            _replace_uses(self._graph, result, last, users)
 
     def _pair(self, value: ir.Value) -> list[ir.Node]:
-        """What rounds a value to int8 and back, for one who reads it.
+        """Return the nodes that round a value to int8 and back, for one node that reads it.
 
-        ONNX Runtime joins pairs of one value and one scale, and then multiplies in float32: the
-        scales of several differ in their last digit.
+        The scales of several pairs of one value differ in their last digit, because ONNX Runtime
+        joins equal pairs and then multiplies in float32.
         """
-        scale = np.float32(max(self._largest[str(value.name)], TINY) / 127)
+        scale = np.float32(max(self._largest[str(value.name)], EPSILON) / 127)
         for _ in range(self._pairs[value]):
             scale = np.nextafter(scale, np.float32(np.inf))
         name = f"{value.name}.scale.{self._pairs[value]}"
@@ -279,11 +284,11 @@ class _Quantising:
         return [quantised, restored]
 
     def _round_weight(self, reader: ir.Node, weight: ir.Value, *, axis: int) -> ir.Value:
-        """A weight in int8, one scale for each unit that comes out: each index of `axis`."""
+        """Return a weight in int8 with one scale for each output unit, the indices of `axis`."""
         assert weight.const_value is not None
         values = weight.const_value.numpy()
         others = tuple(index for index in range(values.ndim) if index != axis)
-        largest = np.abs(values).max(axis=others, keepdims=True).clip(min=TINY)
+        largest = np.abs(values).max(axis=others, keepdims=True).clip(min=EPSILON)
         scale = (largest / 127).astype(np.float32)
         rounded = np.rint(values / scale).clip(-127, 127).astype(np.int8)
         parts = {
@@ -300,11 +305,14 @@ class _Quantising:
         return restored.outputs[0]
 
     def _zero(self) -> ir.Value:
-        known = self._graph.initializers.get(ZERO)
-        return known or _constant(self._graph, ZERO, np.array(0, dtype=np.int8))
+        """Return the zero point of all activations."""
+        return self._graph.initializers.get(ZERO) or _constant(
+            self._graph, ZERO, np.array(0, dtype=np.int8)
+        )
 
 
 def _constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
+    """Add a constant to a graph and return it."""
     tensor = ir.tensor(array, name=name)
     kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
     value = ir.Value(name=name, shape=shape, type=kind, const_value=tensor)
@@ -313,9 +321,10 @@ def _constant(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:
 
 
 def save(model: ir.Model, file: Path) -> None:
-    """Write a graph, its large tensors beside it as `NAME.onnx.data`.
+    """Write a graph, with its large tensors beside it as `NAME.onnx.data`.
 
-    What torch.onnx notes of the machine that it ran on (stack traces, with paths) is left out.
+    The metadata of torch.onnx are left out but for SCOPES, because its stack traces hold paths of
+    this machine.
     """
     model.metadata_props.clear()
     for node in model.graph:

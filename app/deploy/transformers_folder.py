@@ -1,4 +1,4 @@
-"""`python -m app export --format hf`: weights → a folder that transformers' `Sam3Model` loads."""
+"""`python -m app export --format hf`: write a folder that transformers' `Sam3Model` loads."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CARD = "README.md"
 TOLERANCES = {"boxes": 1e-5, "scores": 1e-5, "mask logits": 1e-3}
 # transformers clamps presence logits; upstream drops what its clamp returns (decoder.py:588).
 PRESENCE = 10.0
-PADDING = -10  # label of a box that is none
+PADDING = -10  # label of a box that is only padding
 
 
 def export(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
@@ -53,8 +53,8 @@ def export(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
         The folder.
 
     Raises:
-        UserError: what transformers cannot be told, a folder that is not free, or a model that
-            answers otherwise there; names each.
+        UserError: weights that transformers cannot represent, a folder that holds something else,
+            or a model whose outputs differ there; names each.
     """
     check_output(folder, weights.find_file(path), overwrite=overwrite)
     header = weights.describe(path)
@@ -62,7 +62,7 @@ def export(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
     with atomic_folder(folder) as temporary:
         model, header = weights.load(path, merge=True)
         write_json(temporary / CONFIG, config)
-        with atomic_path(temporary / weights.FILE) as file:  # save_file's own none but us may read
+        with atomic_path(temporary / weights.FILE) as file:  # save_file alone lets only us read it
             save_file(
                 to_transformers(weights.to_state(model)),
                 file,
@@ -70,24 +70,23 @@ def export(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
             )
         processor = write_processor(temporary, header.model)
         tokens: Any = model.backbone.language_backbone.tokenizer
-        respelt = _read_otherwise(header.prompts, tokens, processor.tokenizer)
+        respelt = _tokenized_otherwise(header.prompts, tokens, processor.tokenizer)
         write_text(temporary / CARD, _card(header, respelt))
         same = [prompt for prompt in header.prompts if prompt not in respelt]
-        image, prompt = _drawn(), [*same, "circle"][0]
+        image, prompt = _draw_test_image(), [*same, "circle"][0]
         ours = our_outputs(model, header.model, image, prompt)
-        del model  # at full size there is no room for both
+        del model  # because at full size memory does not hold both
         gc.collect()
-        found = differences(ours, their_outputs(temporary, image, prompt))
-        if problems := _misses(found, folder):
+        measured = differences(ours, their_outputs(temporary, image, prompt))
+        if problems := _misses(measured, folder):
             raise UserError(problems)
-    log.info(
-        "transformers' Sam3Model agrees: %s", ", ".join(f"{k} to {v:.1g}" for k, v in found.items())
-    )
+    agreement = ", ".join(f"{name} to {value:.1g}" for name, value in measured.items())
+    log.info("transformers' Sam3Model agrees: %s", agreement)
     return folder
 
 
 def write_processor(folder: Path, config: ModelConfig) -> Any:
-    """Write what `Sam3Processor.from_pretrained` reads; returns the processor."""
+    """Write the files that `Sam3Processor.from_pretrained` reads; return the processor."""
     from transformers import Sam3ImageProcessor, Sam3Processor
 
     side, mask = config.resolution, 4 * (config.resolution // config.vision.patch_size)
@@ -105,7 +104,7 @@ def write_processor(folder: Path, config: ModelConfig) -> Any:
 def our_outputs(
     model: Sam3Image, config: ModelConfig, image: Image.Image, prompt: str
 ) -> dict[str, Tensor]:
-    """What our model answers, before any threshold.
+    """Return the outputs of our model for one prompt, before any threshold.
 
     Returns:
         `boxes` (Q, 4) xyxy, 0..1; `scores` (Q,), 0..1; `mask logits` (Q, h, w); all float32.
@@ -121,11 +120,11 @@ def our_outputs(
 
 @torch.inference_mode()
 def their_outputs(folder: Path, image: Image.Image, prompt: str) -> dict[str, Tensor]:
-    """What transformers' model and processor in `folder` answer, as `our_outputs`."""
+    """Return the outputs of transformers' model in `folder`, as `our_outputs` does."""
     from transformers import Sam3Model, Sam3Processor
-    from transformers.utils import logging as quiet
+    from transformers.utils import logging as transformers_logging
 
-    quiet.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     model = Sam3Model.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
     processor = Sam3Processor.from_pretrained(folder, local_files_only=True)
     inputs = processor(images=image, text=prompt, return_tensors="pt")
@@ -133,7 +132,7 @@ def their_outputs(folder: Path, image: Image.Image, prompt: str) -> dict[str, Te
         pixel_values=inputs["pixel_values"],
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
-        # Upstream's encoder of boxes runs without any as well, and adds its class token to words.
+        # Upstream's box encoder runs without boxes as well, and adds its class token to the words.
         input_boxes=torch.zeros(1, 1, 4),
         input_boxes_labels=torch.full((1, 1), PADDING),
     )
@@ -145,23 +144,23 @@ def their_outputs(folder: Path, image: Image.Image, prompt: str) -> dict[str, Te
 
 
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-    """The largest of each; NaN where there is one."""
+    """Return the largest absolute difference of each output; NaN where an output has one."""
     return {name: float((value - theirs[name]).abs().max()) for name, value in ours.items()}
 
 
-def _misses(found: dict[str, float], folder: Path) -> list[str]:
-    """A problem for each difference that is beyond its tolerance, or no number."""
+def _misses(measured: dict[str, float], folder: Path) -> list[str]:
+    """Return a problem for each difference that is beyond its tolerance, or NaN."""
     return [
         f"{folder}: is not written: transformers' Sam3Model answers otherwise than these weights "
         f"do: {name} differ by {value:.2g} (at most {TOLERANCES[name]:g}). Install the version of "
         "requirements.lock; if it is that, please report it with the weights' size."
-        for name, value in found.items()
+        for name, value in measured.items()
         if not value <= TOLERANCES[name]
     ]
 
 
-def _drawn() -> Image.Image:
-    """A red circle, a blue rectangle and a green triangle on a texture."""
+def _draw_test_image() -> Image.Image:
+    """Return a red circle, a blue rectangle and a green triangle on a texture, 320 x 240."""
     things = [Thing("circle", "red"), Thing("rectangle", "blue"), Thing("triangle", "green")]
     pixels, _ = draw_image(
         things,
@@ -176,11 +175,11 @@ def _drawn() -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _read_otherwise(prompts: Sequence[str], ours: Any, theirs: Any) -> dict[str, str | None]:
-    """Prompts that transformers makes other tokens of, and how to spell them there.
+def _tokenized_otherwise(prompts: Sequence[str], ours: Any, theirs: Any) -> dict[str, str | None]:
+    """Return the prompts of which transformers makes other tokens, with a spelling that it reads.
 
-    It cleans no text (HTML, broken Unicode) and does not cut what is longer than TOKENS, for which
-    there is no spelling.
+    transformers does not clean text (HTML, broken Unicode). It does not cut a prompt that is longer
+    than TOKENS either; there is no spelling for such a prompt: None.
     """
 
     def same(prompt: str, spelling: str) -> bool:
@@ -193,6 +192,7 @@ def _read_otherwise(prompts: Sequence[str], ours: Any, theirs: Any) -> dict[str,
 
 
 def _card(header: weights.Header, respelt: dict[str, str | None]) -> str:
+    """Return the model card."""
     metas = header.model.name != "nano"  # larger sizes begin with Meta's weights
     data = ModelCardData(
         **licence(metas=metas),

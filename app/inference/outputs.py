@@ -93,7 +93,7 @@ def _write_overlay(path: Path, image: Image.Image, detections: Detections) -> No
 
 def _write_yolo(path: Path, _: Image.Image, detections: Detections) -> None:
     """Write labels as Ultralytics trains on them; classes count from 0, as the prompts do."""
-    from app.datasets.formats.yolo_export import label_line
+    from app.inference.yolo_labels import label_line
 
     size = detections.width, detections.height
     lines = [

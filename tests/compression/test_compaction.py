@@ -10,8 +10,9 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from app.compression.compaction import parse_blocks, unlabelled
+from app.compression.compaction import unlabelled
 from app.compression.cut import DART, LAYERS
+from app.compression.goal import parse_blocks
 from app.compression.importance import Measure, Width, choose_layers, choose_queries, most, only
 from app.config.compose import load_config
 from app.config.schema import Config

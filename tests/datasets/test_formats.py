@@ -21,8 +21,8 @@ from app.datasets.coco import Image as DatasetImage
 from app.datasets.formats import FORMATS, detect
 from app.datasets.formats.outlines import ellipse_mask, polygon_mask
 from app.datasets.formats.via import CSV_HEADER
-from app.datasets.formats.yolo_export import label_line, outline
 from app.errors import UserError
+from app.inference.yolo_labels import label_line, outline
 
 WIDTH, HEIGHT = 40, 30
 

@@ -19,14 +19,15 @@ from pycocotools import mask as mask_utils
 from app.compression.cut import store_vocabulary
 from app.datasets.images import open_image
 from app.deploy import export as module
-from app.deploy.export import Wanted, export, graph_outputs
+from app.deploy.export import export
 from app.deploy.graphs import FEATURES
 from app.deploy.operators import ALLOWED, check_operators
-from app.deploy.parity import compare, model_outputs
+from app.deploy.parity import compare, graph_outputs, model_outputs
 from app.deploy.runtime import cli as run
 from app.deploy.runtime.manifest import FILE, read_manifest
 from app.deploy.runtime.onnx_backend import HINDERING
 from app.deploy.runtime.runtime import Runtime
+from app.deploy.wanted import Wanted
 from app.errors import UserError
 from app.inference.predictor import Predictor
 from app.model import weights

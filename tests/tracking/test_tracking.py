@@ -270,14 +270,14 @@ def test_the_champion_is_the_better_one_on_the_same_images(
 
 def test_a_resumed_run_goes_on_in_mlflow(tiny_run: Path, tmp_path: Path, store: Path) -> None:
     run, uri = copy_of(tiny_run, tmp_path / "run"), f"sqlite:///{store}"
-    follow(run, uri, 0)
+    follow(run, uri, lambda: True)
     first = completed(run, 1)
     settings = (run / "config_resolved.yaml").read_text(encoding="utf-8")
     changed = settings.replace("  epochs: 1\n", "  epochs: 2\n")
     assert changed != settings
     (run / "config_resolved.yaml").write_text(changed, encoding="utf-8")
     add_epoch(run)
-    follow(run, uri, 0)
+    follow(run, uri, lambda: True)
     client = MlflowClient(uri)
     assert first.run_id is not None
     assert completed(run, 2).run_id == first.run_id

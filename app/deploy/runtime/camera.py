@@ -1,6 +1,6 @@
-"""Frame after frame: a camera, or a folder as images arrive in it, and how fast it goes.
+"""`--loop`: run on each frame of a camera, or on each image that arrives in a folder, and time it.
 
-Runs on Python 3.10; imports OpenCV only for a camera.
+OpenCV is imported only for a camera.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from app.inference.tables import TABLES
 
 log = logging.getLogger("app")
 CAMERA = "camera:"
-LINES = "predictions.jsonl"  # what --save coco comes to: a line a frame, as it comes
-EVERY = 30  # frames between lines of figures
-WINDOW = 1000  # frames that figures are of: the last ones
-POLL = 0.2  # seconds between looks at a folder
+LINES = "predictions.jsonl"  # of --save coco: a line for each frame, as it comes
+EVERY = 30  # frames between two lines of times
+WINDOW = 1000  # times are of the last frames, so many
+POLL = 0.2  # seconds between two looks at a folder
 
 
 @dataclass(frozen=True)
 class Frame:
-    """An image that is there, or that a camera will give.
+    """An image in a folder, or the next one of a camera.
 
     Attributes:
-        name: of its files.
-        read: decodes it; raises ImageError, and EOFError where a camera has no more.
+        name: the stem of its output files.
+        read: decodes it; raises ImageError, or EOFError where a camera has ended.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Frame:
 
 
 class Speed:
-    """How long frames take; seconds."""
+    """Times of frames in seconds: in total, and by stage."""
 
     def __init__(self) -> None:
         self.frames = 0
@@ -61,19 +61,19 @@ class Speed:
         self._stages: dict[str, deque[float]] = {s: deque(maxlen=WINDOW) for s in STAGES}
 
     def add(self, total: float, stages: Mapping[str, float]) -> None:
-        """One frame: all of it, with reading and writing, and its stages."""
+        """Add the times of one frame: in total, with reading and writing, and of its stages."""
         self.frames += 1
         self._totals.append(total)
         for stage, seconds in stages.items():
             self._stages[stage].append(seconds)
 
     def __str__(self) -> str:
-        """`30 frames, 12.1 a second; ms, mean (median): pre 4.0 (3.9), model …`"""
+        """Return `30 frames, 12.1 a second; ms, mean (median): pre 4.0 (3.9), model …`."""
         if not self.frames:
             return "0 frames"
         parts = [
-            f"{stage} {1000 * statistics.fmean(kept):.1f} ({1000 * statistics.median(kept):.1f})"
-            for stage, kept in self._stages.items()
+            f"{stage} {1000 * statistics.fmean(times):.1f} ({1000 * statistics.median(times):.1f})"
+            for stage, times in self._stages.items()
         ]
         rate = 1 / statistics.fmean(self._totals)
         return f"{self.frames} frames, {rate:.1f} a second; ms, mean (median): {', '.join(parts)}"
@@ -88,14 +88,14 @@ def serve(
     frames: int | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Answer each frame until Ctrl-C, the camera's end, or so many frames; log how fast.
+    """Run on each frame until Ctrl-C, the end of the camera, or `frames` frames; log times.
 
     Args:
         source: a folder, or `camera:` with a number or whatever else OpenCV opens.
-        output: folder for what is found; None: figures alone.
+        output: folder for the detections; None only measures times.
 
     Returns:
-        How many frames failed.
+        The number of frames that failed.
 
     Raises:
         UserError: no such source, or an output folder that is not empty.
@@ -106,12 +106,12 @@ def serve(
     with contextlib.ExitStack() as stack:
         stack.enter_context(ended_by_sigterm())
         stack.callback(lambda: log.info("%s", speed))
-        given = stack.enter_context(_frames(source))
+        source_frames = stack.enter_context(_frames(source))
         lines = _open_lines(stack, output, settings)
         stack.enter_context(contextlib.suppress(KeyboardInterrupt, EOFError))
-        for frame in given:
+        for frame in source_frames:
             try:
-                _answer(runtime, frame, settings, output, lines, speed)
+                _run_frame(runtime, frame, settings, output, lines, speed)
             except ImageError as error:
                 failed += 1
                 log.error("failed: %s", error)
@@ -123,7 +123,7 @@ def serve(
     return failed
 
 
-def _answer(
+def _run_frame(
     runtime: Runtime,
     frame: Frame,
     settings: Settings,
@@ -131,12 +131,13 @@ def _answer(
     lines: TextIO | None,
     speed: Speed,
 ) -> None:
+    """Read one frame, find objects in it, write them, and add its times."""
     begun, before = time.perf_counter(), dict(runtime.seconds)
     image = frame.read()
-    found = runtime.predict(image, settings.prompts, **settings.limits())
+    detections = runtime.predict(image, settings.prompts, **settings.limits())
     if output is not None:
         with unwritable_is_user_error(output):
-            _write(frame, image, found, settings, output, lines)
+            _write(frame, image, detections, settings, output, lines)
     stages = {stage: runtime.seconds[stage] - before[stage] for stage in STAGES}
     speed.add(time.perf_counter() - begun, stages)
 
@@ -144,22 +145,23 @@ def _answer(
 def _write(
     frame: Frame,
     image: Image.Image,
-    found: Detections,
+    detections: Detections,
     settings: Settings,
     output: Path,
     lines: TextIO | None,
 ) -> None:
-    write_images(output, frame.name, image, found, settings.save)
+    """Write what --save asks for: files of the frame, and its line."""
+    write_images(output, frame.name, image, detections, settings.save)
     if lines is not None:
-        results = coco_results(found, 0, range(1, len(found.prompts) + 1))
+        results = coco_results(detections, 0, range(1, len(detections.prompts) + 1))
         entry = {
             "image": frame.name,
-            "width": found.width,
-            "height": found.height,
+            "width": detections.width,
+            "height": detections.height,
             "found": [
                 {**{k: v for k, v in result.items() if k != "image_id"}, "prompt": prompt}
                 for result in results
-                if (prompt := found.prompts[result["category_id"] - 1])
+                if (prompt := detections.prompts[result["category_id"] - 1])
             ],
         }
         lines.write(json.dumps(entry, allow_nan=False) + "\n")
@@ -167,6 +169,7 @@ def _write(
 
 
 def _check_output(output: Path, settings: Settings, overwrite: bool) -> None:
+    """Raise UserError where the folder holds anything, or what is saved needs an end."""
     problems = []
     if "csv" in settings.save:
         problems.append("--save csv: is written when all is done, which --loop never is; use coco")
@@ -179,12 +182,12 @@ def _check_output(output: Path, settings: Settings, overwrite: bool) -> None:
 def _open_lines(
     stack: contextlib.ExitStack, output: Path | None, settings: Settings
 ) -> TextIO | None:
-    """Begin what all frames share; returns the file that takes a line for each."""
+    """Write the legends of all frames; return the file for a line of each frame, if asked for."""
     if output is None:
         return None
     with unwritable_is_user_error(output):
         output.mkdir(parents=True, exist_ok=True)
-        for kind in ("semantic", "yolo"):  # legends, which need no frame
+        for kind in ("semantic", "yolo"):  # their legends need no frame
             if kind in settings.save:
                 path, write = TABLES[kind]
                 write(output / path, (), settings.prompts)
@@ -195,6 +198,7 @@ def _open_lines(
 
 @contextlib.contextmanager
 def _frames(source: str) -> Iterator[Iterator[Frame]]:
+    """Open a source; yield its frames."""
     if not source.startswith(CAMERA):
         if not Path(source).is_dir():
             raise UserError(f"--input {source}: --loop takes a folder, or camera:0")
@@ -208,6 +212,7 @@ def _frames(source: str) -> Iterator[Iterator[Frame]]:
 
 
 def _open_camera(source: str) -> Any:
+    """Return OpenCV's camera; raise UserError where there is none."""
     try:
         cv2: Any = importlib.import_module("cv2")
     except ImportError as error:
@@ -219,11 +224,12 @@ def _open_camera(source: str) -> Any:
     camera = cv2.VideoCapture(int(name) if name.isdecimal() else name)
     if not camera.isOpened():
         raise UserError(f"--input {source}: OpenCV finds no such camera; is another one numbered?")
-    camera.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # the newest frame, not those that were waiting
+    camera.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # the newest frame, not those in a queue
     return camera
 
 
 def _camera_frames(source: str, camera: Any) -> Iterator[Frame]:
+    """Yield the frames of a camera without end."""
     number = 0
 
     def read() -> Image.Image:
@@ -240,7 +246,10 @@ def _camera_frames(source: str, camera: Any) -> Iterator[Frame]:
 
 
 def _arriving(folder: Path) -> Iterator[Frame]:
-    """The images of a folder, and those that come or change, each once it is written whole."""
+    """Yield the images of a folder, and those that arrive or change, once each is whole.
+
+    An image is taken for whole where two looks find it the same.
+    """
     settled: dict[Path, list[int]] = {}
     before: dict[Path, list[int]] = {}
     while True:
@@ -256,7 +265,7 @@ def _arriving(folder: Path) -> Iterator[Frame]:
 
 
 def _states(folder: Path) -> dict[Path, list[int]]:
-    """Image → what changes when it does; those that vanish meanwhile are left out."""
+    """Return image → what changes when it changes, without those that vanish meanwhile."""
     states = {}
     for path in folder.iterdir():
         if path.suffix.lower() in EXTENSIONS:

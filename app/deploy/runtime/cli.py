@@ -1,6 +1,6 @@
 """`python -m app.deploy.runtime DIR --input IMAGES --output DIR`: `infer.sh` without torch.
 
-With `--loop` it answers a camera, or a folder as images arrive in it. Runs on Python 3.10.
+`--loop` runs on each frame of a camera, or on each image that arrives in a folder.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from app.inference.postprocess import THRESHOLD
 from app.inference.settings import SAVES, Defaults, Settings, make_settings
 
 log = logging.getLogger("app")
-FAILED = 3  # exit code: some inputs failed, the rest are done
+FAILED = 3  # exit code: some inputs failed, all others are done
 
 
 @dataclass(frozen=True)
 class RuntimeSettings(Settings):
-    """Settings whose checkpoint is an exported folder, and whose device is a backend."""
+    """Settings of a run by an exported folder (`checkpoint`) and a backend (`device`)."""
 
     def identity(self) -> dict[str, Any]:
         return {**asdict(self), "manifest": hash_file(Path(self.checkpoint) / FILE)}
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """The command line.
+    """Run the command line and exit.
 
     Args:
-        words: None: what the process was started with.
+        words: arguments; None for those of the process.
     """
     log_to_stdout()
-    # A shell starts what goes to the background deaf to it; a loop without an end must hear it.
+    # A shell starts background processes with SIGINT ignored; an endless loop must obey it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     options = make_parser().parse_args(words)
     try:
@@ -57,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what the flags say; returns the exit code."""
+    """Do what the flags say; return the exit code."""
     _check_flags(options)
     runtime = Runtime.load(options.folder, backend=options.backend, precision=options.precision)
     log.info("%s: %s by %s", options.folder, runtime.backend.precision, runtime.backend.name)
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_flags(options: argparse.Namespace) -> None:
-    """Raises UserError with all that does not go together."""
+    """Raise UserError with all flags that are missing or contradict each other."""
     problems = []
     if not options.check and options.input is None:
         problems.append("--input: say which images, or camera:0 with --loop")
@@ -111,16 +111,18 @@ def _check_flags(options: argparse.Namespace) -> None:
 
 
 def _check(runtime: Runtime) -> None:
+    """Raise UserError where this device's outputs are not the exporter's."""
     if misses := runtime.check():
         raise UserError(
-            [f"{runtime.folder}: this device does not give what the exporter kept:"]
+            [f"{runtime.folder}: this device's outputs are not those of the exporter:"]
             + [f"  {miss}" for miss in misses]
             + ["  Try a safer --precision, or the other --backend."]
         )
-    log.info("%s: gives what the exporter kept", runtime.folder)
+    log.info("%s: this device's outputs are those of the exporter", runtime.folder)
 
 
 def _settings(options: argparse.Namespace, runtime: Runtime) -> Settings:
+    """Return the settings of the flags, checked against what the folder can be asked."""
     manifest = runtime.manifest
     settings = RuntimeSettings(
         checkpoint=str(options.folder),
@@ -150,10 +152,11 @@ def _settings(options: argparse.Namespace, runtime: Runtime) -> Settings:
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the flags."""
     parser = argparse.ArgumentParser(
         prog="python -m app.deploy.runtime",
-        description="Find what prompts name in images by an exported folder; the same command "
-        "again does what a stop left over.",
+        description="Find what prompts name in images by an exported folder. The same command goes "
+        "on after a stop.",
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="exported folder, with its manifest.json")
@@ -188,9 +191,9 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"{', '.join(SAVES)}; several, or parted by commas [overlay,coco; with --loop coco]",
     )
     add("--overwrite", action="store_true", help="replace what is there")
-    add("--backend", choices=["auto", *BACKENDS], default="auto", help="what runs the graphs")
-    add("--precision", choices=PRECISIONS, help="[the fastest that the backend should take]")
-    add("--check", action="store_true", help="compare this device with what the exporter kept")
+    add("--backend", choices=["auto", *BACKENDS], default="auto", help="runs the graphs")
+    add("--precision", choices=PRECISIONS, help="[the fastest that suits the backend]")
+    add("--check", action="store_true", help="compare this device's outputs with the exporter's")
     add("--loop", action="store_true", help="go on with each frame or new image, until Ctrl-C")
     add("--frames", type=_number(int, 1), help="end --loop after so many")
     return parser
@@ -199,7 +202,7 @@ def make_parser() -> argparse.ArgumentParser:
 def _number(
     kind: Callable[[str], float], least: float, most: float = float("inf")
 ) -> Callable[[str], float]:
-    """What argparse makes a number of a flag with."""
+    """Return a function with which argparse reads a number within bounds."""
 
     def read(text: str) -> float:
         try:

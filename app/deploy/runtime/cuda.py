@@ -1,6 +1,6 @@
-"""The GPU by `cuda-python`: what it is, memory on it, one stream.
+"""The GPU by `cuda-python`: its properties, memory on it, one stream.
 
-Runs on Python 3.10; imports `cuda` only when a GPU is asked for.
+`cuda` is imported only when a `Gpu` is made.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Gpu:
     """The first GPU and one stream on it.
 
     Attributes:
-        name: as the driver has it.
+        name: of the driver.
         capability: (major, minor), of compute.
-        integrated: whether it shares the memory of the CPU, as on Jetson.
+        integrated: whether it shares the CPU's memory, as on a Jetson.
 
     Raises:
-        UserError: no `cuda-python`, or no GPU answers.
+        UserError: `cuda-python` is missing, or there is no GPU.
     """
 
     def __init__(self) -> None:
@@ -46,10 +46,10 @@ class Gpu:
         return f"{self.name} ({self.capability[0]}.{self.capability[1]})"
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """A function of the CUDA runtime; what it returns beside its error code.
+        """Call a function of the CUDA runtime; return its values without the error code.
 
         Raises:
-            UserError: no GPU answers, or its memory is used up.
+            UserError: there is no GPU, or its memory is used up.
             RuntimeError: any other error.
         """
         try:
@@ -74,19 +74,20 @@ class Gpu:
         self.call("cudaMemcpyAsync", target, source, size, kind, self.stream)
 
     def synchronize(self) -> None:
-        """Wait for all that the stream was given."""
+        """Wait for all work in the stream."""
         self.call("cudaStreamSynchronize", self.stream)
 
     def free_memory(self) -> int:
-        """Bytes that an engine may still take.
+        """Return the bytes that an engine may still take.
 
-        On Jetson the driver counts what Linux caches as taken, which it gives back when asked.
+        On a Jetson the driver counts Linux's caches as used, which Linux gives back on demand.
         """
         free = int(self.call("cudaMemGetInfo")[0])
         return max(free, available_memory()) if self.integrated else free
 
 
 def _no_gpu(reason: str) -> UserError:
+    """Return the error for a machine without a GPU."""
     return UserError(
         f"CUDA: {reason}: no GPU that this CUDA can use. On a Jetson start the container with "
         f"--runtime nvidia, as ./infer.sh --jetson does; {WITHOUT}"
@@ -94,6 +95,7 @@ def _no_gpu(reason: str) -> UserError:
 
 
 def _import_runtime() -> Any:
+    """Return cuda-python's module of the CUDA runtime; raise UserError where it is missing."""
     for name in ("cuda.bindings.runtime", "cuda.cudart"):  # the second until cuda-python 12.6
         try:
             return importlib.import_module(name)
@@ -106,7 +108,7 @@ def _import_runtime() -> Any:
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes of memory that Linux can give, caches included; 0 where it does not say."""
+    """Return the bytes of memory that Linux can give, caches included; 0 where that is unknown."""
     try:
         lines = meminfo.read_text(encoding="ascii").splitlines()
     except OSError:
@@ -115,10 +117,10 @@ def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int:
 
 
 class DeviceArray:
-    """Room for a float32 array on the GPU, freed with the object.
+    """Memory for a float32 array on the GPU, freed with the object.
 
     Attributes:
-        address: for the GPU.
+        address: on the GPU.
     """
 
     def __init__(self, gpu: Gpu, shape: tuple[int, ...]) -> None:
@@ -128,7 +130,7 @@ class DeviceArray:
         weakref.finalize(self, gpu.runtime.cudaFree, self.address)
 
     def numpy(self) -> NDArray[np.float32]:
-        """What is there, as an array of its own."""
+        """Return a copy of the array."""
         array = np.empty(self.shape, np.float32)
         self._gpu.copy(array.ctypes.data, self.address, self.size, to_device=False)
         self._gpu.synchronize()
@@ -136,11 +138,11 @@ class DeviceArray:
 
 
 class SharedArray:
-    """An array that CPU and GPU both reach: the same memory on Jetson, two copies elsewhere.
+    """An array for CPU and GPU: the same memory on a Jetson, two copies elsewhere.
 
     Attributes:
-        array: for the CPU; valid as long as this object lives.
-        address: for the GPU.
+        array: on the CPU; valid as long as this object lives.
+        address: on the GPU.
     """
 
     def __init__(self, gpu: Gpu, shape: tuple[int, ...], dtype: DTypeLike) -> None:
@@ -158,11 +160,11 @@ class SharedArray:
             weakref.finalize(self, gpu.runtime.cudaFree, self.address)
 
     def to_device(self) -> None:
-        """Queue the copy, where there are two."""
+        """Queue the copy where there are two arrays."""
         if not self._gpu.integrated:
             self._gpu.copy(self.address, self._host, self.size, to_device=True)
 
     def to_host(self) -> None:
-        """Queue the copy, where there are two."""
+        """Queue the copy where there are two arrays."""
         if not self._gpu.integrated:
             self._gpu.copy(self._host, self.address, self.size, to_device=False)

@@ -1,9 +1,10 @@
-"""TensorRT engines: built on the device that runs them, one at a time, and kept.
+"""TensorRT engines: built on the device that runs them, one at a time, and cached in a folder.
 
-An engine is good for one TensorRT, one kind of GPU and one ONNX. It is code: what lies in the
-folder is loaded only where its note says that it was made here for just this, and its hash holds.
+An engine is made for one version of TensorRT, one kind of GPU and one ONNX file. It is code, so it
+is loaded only where the note beside it says that it was built for these, and has its hash. The name
+of the file alone would not show that an engine was changed or cut short.
 
-Runs on Python 3.10 and is given the `tensorrt` module: it imports none.
+The `tensorrt` module is passed in: nothing here imports it.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ from app.files import atomic_path, hash_file, locked, short_hash, write_json
 
 log = logging.getLogger("app")
 
-WORKSPACE = "SAM3_TRT_WORKSPACE"  # environment: MiB
-MAX_WORKSPACE = 2 << 30  # bytes; what TensorRT tries kernels in, beside the weights
+WORKSPACE = "SAM3_TRT_WORKSPACE"  # environment variable: MiB
+MAX_WORKSPACE = 2 << 30  # bytes, in which TensorRT tries kernels, beside the weights
 MIN_WORKSPACE = 256 << 20
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What one engine is good for.
+    """What an engine is made for.
 
     Attributes:
-        onnx: sha256 of the ONNX file and of the data beside it.
-        tensorrt: version.
-        gpu: name and compute capability.
+        onnx: sha256 of the ONNX file and of its external data.
+        tensorrt: version of TensorRT.
+        gpu: name and compute capability of the GPU.
     """
 
     graph: str
@@ -50,7 +51,7 @@ class Identity:
 
     @property
     def name(self) -> str:
-        """Of the engine's file, without what follows the last dot."""
+        """The name of the engine's file without its suffix."""
         return f"{self.graph}.{self.precision}.{_key(asdict(self))}"
 
     def __str__(self) -> str:
@@ -58,14 +59,15 @@ class Identity:
 
 
 def _key(value: Any) -> str:
+    """Return a hash for a file name."""
     return short_hash(json.dumps(value, sort_keys=True), 16)
 
 
 def source_hash(folder: Path, manifest: Manifest, file: str) -> str:
-    """The sha256 of what an engine is made of, by the manifest: the ONNX, and its data beside it.
+    """Return the sha256 of an ONNX file and its external data, by the manifest.
 
     Raises:
-        UserError: it cannot be read, or keeps data where the manifest names none.
+        UserError: the file cannot be read, or has external data that the manifest does not name.
     """
     names = [file, *sorted(locations(folder / file))]
     if unknown := [name for name in names if name not in manifest.files]:
@@ -75,7 +77,7 @@ def source_hash(folder: Path, manifest: Manifest, file: str) -> str:
 
 
 def workspace_limit(free: int) -> int:
-    """Bytes that the builder may try kernels in: at most a quarter of what is free.
+    """Return the bytes in which the builder may try kernels: at most a quarter of the free ones.
 
     Raises:
         UserError: $SAM3_TRT_WORKSPACE is no number of MiB.
@@ -89,7 +91,7 @@ def workspace_limit(free: int) -> int:
 
 
 class EngineCache:
-    """A folder of engines, each with a note of what it is, and of the builder's timings.
+    """A folder of engines, each with a note of its identity and hash, and of kernel timings.
 
     Args:
         trt: the module `tensorrt`.
@@ -100,25 +102,27 @@ class EngineCache:
         self.folder, self._trt, self._gpu, self._logger = folder, trt, gpu, logger
 
     def path(self, identity: Identity) -> Path:
+        """Return the file of an engine."""
         return self.folder / f"{identity.name}.engine"
 
     def note(self, identity: Identity) -> Path:
+        """Return the file of its note."""
         return self.folder / f"{identity.name}.json"
 
     def engine_hash(self, identity: Identity) -> str:
-        """Of a file that `ensure` has returned from, by its note."""
+        """Return the hash of an engine that `ensure` has seen to, by its note."""
         return str(_read(self.note(identity))["sha256"])
 
     def ensure(self, identity: Identity, onnx: Path, check: Callable[[], None]) -> None:
-        """Build the engine unless a whole one, made for just this, is there.
+        """Build the engine unless the folder has it whole.
 
         Args:
-            check: raises where the ONNX must not be built.
+            check: called before a build; raises where the ONNX file must not be used.
 
         Raises:
-            UserError: the ONNX cannot be built here, or the folder not be written to.
+            UserError: no engine can be built here, or the folder cannot be written to.
         """
-        with self._alone():
+        with self._locked():
             reason = self.fault(identity)
             if reason is not None:
                 check()
@@ -127,25 +131,28 @@ class EngineCache:
                 self.build(identity, onnx)
 
     def fault(self, identity: Identity) -> str | None:
-        """Why there is none to load: both versions where it is foreign; "" where there never was
-        one; None where it may be loaded."""
+        """Return why the engine must be built, as a message; None where it may be loaded.
+
+        The message is "" where the folder has no engine of the graph. For engines made elsewhere it
+        names what they were made for and what is here.
+        """
         path, note = self.path(identity), self.note(identity)
         if not path.exists() and not note.exists():
             return self._others(identity)
-        known = _read(note)
+        content = _read(note)
         here = asdict(identity)
-        if not known:
+        if not content:
             return f"{path}: has no note of what it was made for, or a broken one: built anew"
-        if (made_for := known.get("identity")) != here:
+        if (made_for := content.get("identity")) != here:
             return f"{path}: was made for {_describe(made_for)}; here is {identity}: built anew"
-        if not path.exists() or path.stat().st_size != known.get("bytes"):
-            return f"{path}: is missing or cut short, not {known.get('bytes')} bytes: built anew"
-        if hash_file(path) != known.get("sha256"):
+        if not path.exists() or path.stat().st_size != content.get("bytes"):
+            return f"{path}: is missing or cut short, not {content.get('bytes')} bytes: built anew"
+        if hash_file(path) != content.get("sha256"):
             return f"{path}: is changed, its SHA-256 is not its note's: built anew"
         return None
 
     def _others(self, identity: Identity) -> str:
-        """Engines of the same graph that are not for here."""
+        """Return a message about engines of the same graph that were made elsewhere, or ""."""
         notes = sorted(self.folder.glob(f"{identity.graph}.{identity.precision}.*.json"))
         made_for = [_describe(_read(note).get("identity")) for note in notes]
         if not made_for:
@@ -160,7 +167,7 @@ class EngineCache:
         """Build the engine and write it, whole or not at all.
 
         Raises:
-            UserError: with what the parser or the builder said.
+            UserError: with the messages of TensorRT's parser or builder.
         """
         limit = workspace_limit(self._gpu.free_memory())
         log.warning(
@@ -183,51 +190,54 @@ class EngineCache:
         log.warning("built %s in %.0f s: %.0f MB", path.name, seconds, size / 1e6)
 
     def _plan(self, identity: Identity, onnx: Path, workspace: int) -> Any:
-        """The serialised engine: a buffer."""
+        """Return the serialized engine, a buffer."""
         trt, self._logger.errors[:] = self._trt, []
         builder = trt.Builder(self._logger)
-        # TensorRT 11 has strongly typed networks only, and may drop the flag.
+        # TensorRT 11 has only strongly typed networks, and may drop the flag.
         flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         network = builder.create_network(0 if flag is None else 1 << int(flag))
         parser = trt.OnnxParser(network, self._logger)
         if not parser.parse_from_file(str(onnx)):
-            said = [str(parser.get_error(i)) for i in range(parser.num_errors)]
+            errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
             place = f"{onnx}: TensorRT {trt.__version__} cannot read it"
-            raise UserError([f"{place}: {each}" for each in said] or place)
+            raise UserError([f"{place}: {each}" for each in errors] or place)
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
         if identity.precision == "fp32":
-            config.clear_flag(trt.BuilderFlag.TF32)  # the last resort must not round like a half
+            config.clear_flag(
+                trt.BuilderFlag.TF32
+            )  # the safest precision must not round like a half
         timings = self.folder / f"timing.{_key([identity.tensorrt, identity.gpu])}.cache"
         self._use_timings(config, timings)
         plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise UserError(
-                f"{onnx}: TensorRT {trt.__version__} built no engine: {self._logger.said()}. Where "
-                f"memory ran out, close what else uses it, add swap (docs/jetson.md) or set "
-                f"{WORKSPACE} below {workspace >> 20} MiB"
+                f"{onnx}: TensorRT {trt.__version__} built no engine: "
+                f"{self._logger.last_errors()}. Where memory ran out, close what else uses it, "
+                f"add swap (docs/jetson.md) or set {WORKSPACE} below {workspace >> 20} MiB"
             )
-        self._keep_timings(config, timings)
+        self._save_timings(config, timings)
         return plan
 
     def _use_timings(self, config: Any, file: Path) -> None:
-        """What earlier builds measured; a cache that TensorRT does not take is left."""
-        known = file.read_bytes() if file.exists() else b""
-        for content in dict.fromkeys([known, b""]):
+        """Give the builder the timings of earlier builds, or none where TensorRT refuses them."""
+        saved = file.read_bytes() if file.exists() else b""
+        for content in dict.fromkeys([saved, b""]):
             cache = config.create_timing_cache(content)
             if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
                 return
 
-    def _keep_timings(self, config: Any, file: Path) -> None:
+    def _save_timings(self, config: Any, file: Path) -> None:
+        """Save the timings for later builds."""
         cache = config.get_timing_cache()
         if cache is not None:
             with atomic_path(file) as temporary, temporary.open("wb") as target:
                 target.write(cache.serialize())
 
     def load(self, identity: Identity, onnx: Path) -> Any:
-        """The engine that `ensure` has seen to: an `ICudaEngine`.
+        """Load an engine that `ensure` has seen to, an `ICudaEngine`.
 
-        One that TensorRT refuses all the same is built anew, once.
+        An engine that TensorRT refuses all the same is built anew, once.
 
         Raises:
             UserError: TensorRT refuses what it has just built.
@@ -241,20 +251,22 @@ class EngineCache:
             if refused:
                 break
             log.warning("%s: TensorRT refuses it: built anew", self.path(identity))
-            with self._alone():
+            with self._locked():
                 self.build(identity, onnx)
         raise UserError(
-            f"{self.path(identity)}: TensorRT refuses what it built: {self._logger.said()}. Where "
-            "memory ran out, close what else uses it, or export a smaller model"
+            f"{self.path(identity)}: TensorRT refuses what it built: "
+            f"{self._logger.last_errors()}. Where memory ran out, close what else uses it, or "
+            "export a smaller model"
         )
 
     def remove(self, identity: Identity) -> None:
+        """Remove an engine and its note."""
         for file in (self.note(identity), self.path(identity)):
             file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One build at a time: two would not fit in a Jetson's memory."""
+    def _locked(self) -> Iterator[None]:
+        """Hold the folder's lock: one build at a time, because a Jetson lacks memory for two."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ".lock").touch()
@@ -264,6 +276,7 @@ class EngineCache:
             yield
 
     def _unwritable(self, error: OSError) -> UserError:
+        """Return the error for a folder that cannot be written to."""
         return UserError(
             f"{self.folder}: engines are kept there, and it cannot be written to "
             f"({error.strerror}). Copy the exported folder to where you may write, or free some "
@@ -272,7 +285,7 @@ class EngineCache:
 
 
 def _read(note: Path) -> dict[str, Any]:
-    """A note; empty where it is missing or broken."""
+    """Return a note; empty where it is missing or broken."""
     try:
         content = json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -281,15 +294,15 @@ def _read(note: Path) -> dict[str, Any]:
 
 
 def _describe(identity: Any) -> str:
-    """An identity as a note has it, from anywhere."""
+    """Return the identity in a note as text; a note may hold anything."""
     try:
         return str(Identity(**identity))
     except (TypeError, KeyError):
-        return "nobody knows what"
+        return "an unknown device"
 
 
 def make_logger(trt: Any) -> Any:
-    """A `trt.ILogger` that keeps what went wrong, for messages of ours."""
+    """Return a `trt.ILogger` that collects errors, for our own messages."""
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
@@ -297,11 +310,13 @@ def make_logger(trt: Any) -> Any:
             self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
+            """Collect an error, and drop all else."""
             grave = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
             if severity in grave:
                 self.errors.append(message)
 
-        def said(self) -> str:
-            return "; ".join(self.errors[-3:]) or "it did not say why"
+        def last_errors(self) -> str:
+            """Return the last errors in a line."""
+            return "; ".join(self.errors[-3:]) or "it gave no reason"
 
     return Logger()

@@ -1,6 +1,8 @@
-"""Which files an ONNX file keeps its weights in, told without the onnx package.
+"""The files in which an ONNX file stores its weights, read without the onnx package.
 
-ONNX is a Protocol Buffers message; only the way to its tensors is read, in place.
+Runtimes open whatever path an ONNX file names, also outside of the exported folder, and the file
+may come from elsewhere. So its paths are read first and compared with the manifest. ONNX is a
+Protocol Buffers message; only the fields that lead to tensors are read, in place.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from pathlib import Path
 
 from app.errors import UserError
 
-# message → the number of a field → what it holds, of those on the way (onnx.proto3)
+# message → number of a field → the message in it, of those that lead to tensors (onnx.proto3)
 FIELDS = {
     "model": {7: "graph", 25: "function"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
@@ -23,26 +25,27 @@ FIELDS = {
 }
 KEY, VALUE = 1, 2  # of an entry
 DEEPEST = 64  # messages within messages
-WIDTHS = {1: 8, 5: 4}  # bytes of a field of this wire type; 0 is a varint, 2 says its own length
+WIDTHS = {1: 8, 5: 4}  # wire type → bytes; 0 is a varint, 2 has a length of its own
 Span = tuple[int, int]
 
 
 def locations(file: Path) -> set[str]:
-    """The `location` of each tensor that lies outside, as it is written.
+    """Return the `location` of each tensor that is stored in another file, as it is written.
 
     Raises:
-        UserError: cannot be read, or is no ONNX file, or is cut short.
+        UserError: the file cannot be read, is no ONNX file, or is cut short.
     """
     try:
         with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as data:
             return set(_walk(data, "model", (0, len(data)), 0))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except ValueError as error:  # also what mmap says of an empty file
+    except ValueError as error:  # mmap raises it as well, for an empty file
         raise UserError(f"{file}: is no ONNX file, or is cut short ({error})") from None
 
 
 def _walk(data: mmap.mmap, message: str, span: Span, depth: int) -> Iterator[str]:
+    """Yield the locations in a message."""
     if depth > DEEPEST:
         raise ValueError("messages nested too deeply")
     for number, (start, end) in _fields(data, span):
@@ -56,7 +59,7 @@ def _walk(data: mmap.mmap, message: str, span: Span, depth: int) -> Iterator[str
 
 
 def _fields(data: mmap.mmap, span: Span) -> Iterator[tuple[int, Span]]:
-    """Number and place of each field that has a length of its own."""
+    """Yield number and span of each field that has a length of its own."""
     at, stop = span
     while at < stop:
         tag, at = _varint(data, at, stop)
@@ -78,7 +81,7 @@ def _fields(data: mmap.mmap, span: Span) -> Iterator[tuple[int, Span]]:
 
 
 def _varint(data: mmap.mmap, at: int, stop: int) -> tuple[int, int]:
-    """Its value, and where it ends."""
+    """Return the value of a varint and where it ends."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= stop:

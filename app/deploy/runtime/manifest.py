@@ -1,6 +1,6 @@
-"""`manifest.json`: what an exported folder holds, read as what it is, a file from elsewhere.
+"""`manifest.json`: what an exported folder holds. It is checked as a file from elsewhere.
 
-Needs neither torch nor any other package, and runs on Python 3.10: the runtime reads it.
+Needs no package at all, because the runtime reads it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ REMEDY = "Export it again: python -m app export WEIGHTS --format onnx --output D
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a graph may be from the model that it came from.
+    """The largest difference of a graph from the model that it came from.
 
     Attributes:
-        cosine: least cosine of each feature map with the model's.
-        scores, boxes: largest difference; of boxes as a share of the image's side.
-        mask_iou: least IoU of a mask with the model's, of objects that both find.
+        cosine: least cosine of a feature map with the model's.
+        scores, boxes: largest difference; that of boxes is a share of the image's side.
+        mask_iou: least mean IoU of masks with the model's.
     """
 
     cosine: float
@@ -41,23 +41,25 @@ class Manifest:
     """What the folder holds.
 
     Attributes:
-        size, resolution: of the model; pixels, square.
-        prompts: what `text.npz` has features of, in its order; None: `text.onnx`, any words.
-        classes: the prompts that are asked for where none are named.
-        prompts_a_pass: K of `ground.onnx`.
-        context_length: tokens of a prompt.
+        size: name of the model's size.
+        resolution: pixels of a side of the square image.
+        prompts: the prompts of `text.npz`, in its order; None where `text.onnx` encodes any words.
+        classes: the prompts to find where none are named.
+        prompts_a_pass: prompts that `ground.onnx` takes at once, K.
+        context_length: tokens of a prompt, L.
         masks: whether the model makes masks.
-        top: queries a prompt that get masks, the highest scores; None: all, in their order.
+        top: number of queries for each prompt, those with the highest scores; None for all of them,
+            in their own order.
         threshold: 0..1, least score where none is named.
         opset: of ONNX.
         graphs: graph (image, ground, text) → precision → file.
-        files: each file of the folder but this one → its bytes and sha256; data outside of an
-            ONNX file is a file like any other.
+        files: each file of the folder but this one → its bytes and sha256. External data of an ONNX
+            file is a file like any other.
         shapes: graph → input or output → shape.
-        tolerances: precision → what the export held it to, and a device is held to again.
-        source: name and sha256 of the weights, upstream's pin, hash of the data.
-        target: what TensorRT and device were asked for.
-        parity: precision → what was measured beside the model.
+        tolerances: precision → the tolerance of the export, and of devices.
+        source: name and sha256 of the weights, upstream's pin, hash of the training data.
+        target: the TensorRT and device that were asked for.
+        parity: precision → the measured differences from the model.
     """
 
     size: str
@@ -79,18 +81,19 @@ class Manifest:
     parity: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the content of the file."""
         return {"format": FORMAT, **asdict(self)}
 
     def precisions(self, graph: str) -> list[str]:
-        """Those that the folder has of a graph, the safest first."""
+        """Return the precisions of a graph that the folder has, the safest first."""
         return [precision for precision in PRECISIONS if precision in self.graphs[graph]]
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an exported folder.
+    """Read the manifest of an exported folder.
 
     Raises:
-        UserError: none there, broken, of another format, or with a file outside of the folder.
+        UserError: no manifest, a broken one, another format, or a file outside of the folder.
     """
     file = folder / FILE
     try:
@@ -125,46 +128,57 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_files(folder: Path, manifest: Manifest, names: Sequence[str] | None = None) -> None:
-    """Prove files whole by size and sha256.
+    """Compare files with the manifest by size and sha256.
 
     Args:
-        names: of the manifest's files; None: all.
+        names: of the manifest's files; None for all.
 
     Raises:
-        UserError: missing, cut short, or changed; names each.
+        UserError: names each file that is missing, cut short or changed.
     """
     problems = []
     for name in manifest.files if names is None else names:
-        known, file = manifest.files[name], folder / name
+        entry, file = manifest.files[name], folder / name
         if not file.is_file():
             problems.append(f"{file}: is missing. {REMEDY}")
-        elif file.stat().st_size != known["bytes"]:
+        elif file.stat().st_size != entry["bytes"]:
             problems.append(
                 f"{file}: is cut short or changed: {file.stat().st_size} bytes, not "
-                f"{known['bytes']}. {REMEDY}"
+                f"{entry['bytes']}. {REMEDY}"
             )
-        elif hash_file(file) != known["sha256"]:
+        elif hash_file(file) != entry["sha256"]:
             problems.append(f"{file}: is changed: its SHA-256 is not the manifest's. {REMEDY}")
     if problems:
         raise UserError(problems)
 
 
+def graph_file(graph: str, precision: str) -> str:
+    """Return the name of a graph's file: `image.onnx`, `image.int8.onnx`."""
+    return f"{graph}.onnx" if precision == "fp32" else f"{graph}.{precision}.onnx"
+
+
+def identity(file: Path) -> dict[str, Any]:
+    """Return what the manifest says of a file."""
+    return {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+
+
 def safer(precision: str) -> list[str]:
-    """The precision and what to try after a miss, in turn: fp16, bf16, fp32."""
+    """Return the precision and the safer ones, to try in turn: fp16, bf16, fp32."""
     return list(PRECISIONS[PRECISIONS.index(precision) :: -1])
 
 
 def list_variants(manifest: Manifest, graph: str, precision: str, *, on_gpu: bool) -> list[str]:
-    """Those of a graph that are as safe as a precision, or safer; the fastest first.
+    """Return the precisions of a graph that are as safe as `precision`, or safer, fastest first.
 
-    Of the ground graph int8 spares a CPU time; a GPU has all of it faster in halves.
+    On a GPU the ground graph is not taken in int8, because halves are faster there; on a CPU int8
+    is faster.
     """
-    found = [level for level in safer(precision) if level in manifest.graphs[graph]]
-    if on_gpu and graph == "ground" and {"fp16", "bf16"} & set(found):
-        found = [level for level in found if level != "int8"]
-    return found
+    variants = [level for level in safer(precision) if level in manifest.graphs[graph]]
+    if on_gpu and graph == "ground" and {"fp16", "bf16"} & set(variants):
+        variants = [level for level in variants if level != "int8"]
+    return variants
 
 
 def inside(name: str) -> bool:
-    """Whether a file's name stays in the folder that names it."""
+    """Return whether a name is that of a file in the folder, and not a path out of it."""
     return bool(name) and PurePosixPath(name).name == name and name not in (".", "..")

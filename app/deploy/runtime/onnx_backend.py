@@ -16,9 +16,10 @@ from app.errors import UserError, nearest
 
 CUDA = "CUDAExecutionProvider"
 FASTEST = {True: "fp16", False: "int8"}  # by whether there is CUDA
-LACKING = "bf16"  # ONNX Runtime has no kernels for most of its operators
-# It joins products and biases before those of int8 are found, which then are computed in fp32.
-HINDERING = ["MatMulAddFusion"]
+UNSUPPORTED_PRECISION = "bf16"  # ONNX Runtime has no kernels of most operators for it
+# It fuses products with their biases before ONNX Runtime looks for int8 products, which then are
+# computed in fp32.
+DISABLED_OPTIMIZERS = ["MatMulAddFusion"]
 Features = Mapping[str, Any]  # name → NDArray, or OrtValue where it lies on a GPU
 
 
@@ -27,15 +28,15 @@ class OnnxRuntimeBackend:
 
     Args:
         folder: as `manifest` describes it.
-        precision: None: fp16 by CUDA, int8 on a CPU, where the folder has it. A graph that lacks
-            it takes the next safer one.
+        precision: None for fp16 on a GPU and int8 on a CPU. A graph that the folder lacks in this
+            precision is taken in the next safer one.
 
     Attributes:
-        precision: the least safe of the graphs' own.
+        precision: the lowest of the graphs' precisions.
 
     Raises:
-        UserError: no onnxruntime, no such precision, a file that is missing or changed, or a graph
-            that is not the manifest's.
+        UserError: onnxruntime is missing, no such precision, a file that is missing or changed, or
+            a graph with other inputs and outputs than the manifest says.
     """
 
     name = "onnxruntime"
@@ -59,9 +60,10 @@ class OnnxRuntimeBackend:
             )
 
     def _open(self, file: Path, shapes: Mapping[str, Any]) -> Any:
+        """Return a session of a graph, whose inputs and outputs must have these shapes."""
         options = self._ort.SessionOptions()
-        options.log_severity_level = 3  # errors, which are raised as well
-        # Between runs its threads would spin, and take the cores from the other graph and numpy.
+        options.log_severity_level = 3  # errors only, which are raised as well
+        # Its threads would spin between runs, and the other graph and numpy would lack the cores.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         providers = [CUDA] if self._on_gpu else []
         try:
@@ -69,46 +71,42 @@ class OnnxRuntimeBackend:
                 str(file),
                 options,
                 providers=[*providers, "CPUExecutionProvider"],
-                disabled_optimizers=HINDERING,
+                disabled_optimizers=DISABLED_OPTIMIZERS,
             )
-        except Exception as error:  # its classes have no base of their own
+        except Exception as error:  # because its errors have no common class
             raise UserError(
                 f"{file}: ONNX Runtime {self._ort.__version__} cannot load it "
                 f"({' '.join(str(error).split())}). {REMEDY}"
             ) from None
-        found = {
+        actual = {
             value.name: tuple(value.shape)
             for value in (*session.get_inputs(), *session.get_outputs())
         }
         expected = {name: tuple(shape) for name, shape in shapes.items()}
-        if found != expected:
+        if actual != expected:
             raise UserError(
-                f"{file}: has other inputs and outputs than the manifest: {found}, not {expected}. "
-                f"{REMEDY}"
+                f"{file}: has other inputs and outputs than the manifest: {actual}, not "
+                f"{expected}. {REMEDY}"
             )
         return session
 
     def image(self, pixels: NDArray[np.float32]) -> Features:
-        """What the trunk finds in an image, where it was computed.
-
-        Args:
-            pixels: (1, 3, R, R), -1..1.
-        """
-        return self._run("image", {"pixels": pixels}, keep=True)
+        """Return the features of an image; see `app.deploy.runtime.runtime.Backend`."""
+        return self._run("image", {"pixels": pixels}, on_device=True)
 
     def ground(
         self, features: Features, text: NDArray[np.float32], text_mask: NDArray[np.bool_]
     ) -> dict[str, NDArray[Any]]:
-        """What answers the prompts; see `app.deploy.runtime.runtime.Backend`."""
+        """Return the outputs of K prompts; see `app.deploy.runtime.runtime.Backend`."""
         return self._run("ground", {**features, "text": text, "text_mask": text_mask})
 
     def text(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """(1, L) tokens → features (1, L, D), and (1, L), True where there is no token."""
-        found = self._run("text", {"tokens": tokens})
-        return found["text"], found["text_mask"]
+        """Return the features of a prompt; see `app.deploy.runtime.runtime.Backend`."""
+        outputs = self._run("text", {"tokens": tokens})
+        return outputs["text"], outputs["text_mask"]
 
-    def _run(self, graph: str, inputs: Features, *, keep: bool = False) -> dict[str, Any]:
-        """Output → array; `keep`: → OrtValue on the GPU, where there is one."""
+    def _run(self, graph: str, inputs: Features, *, on_device: bool = False) -> dict[str, Any]:
+        """Run a graph; return its outputs by name, as OrtValue on the GPU where `on_device`."""
         session = self._sessions[graph]
         names = [value.name for value in session.get_outputs()]
         if not self._on_gpu:
@@ -120,14 +118,15 @@ class OnnxRuntimeBackend:
             else:
                 binding.bind_ortvalue_input(name, value)
         for name in names:
-            binding.bind_output(name, "cuda" if keep else "cpu")
+            binding.bind_output(name, "cuda" if on_device else "cpu")
         session.run_with_iobinding(binding)
-        found = binding.get_outputs()
-        return dict(zip(names, found if keep else [v.numpy() for v in found], strict=True))
+        outputs = binding.get_outputs()
+        values = outputs if on_device else [value.numpy() for value in outputs]
+        return dict(zip(names, values, strict=True))
 
 
 def import_onnxruntime() -> Any:
-    """The module `onnxruntime`; raises UserError where it is missing."""
+    """Return the module `onnxruntime`; raise UserError where it is missing."""
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -140,14 +139,14 @@ def import_onnxruntime() -> Any:
 def choose_precisions(
     manifest: Manifest, precision: str | None = None, *, on_gpu: bool = False
 ) -> dict[str, str]:
-    """The variant of each graph: the one asked for, or the next safer one that there is.
+    """Return graph → precision: the one asked for, or the next safer one that the folder has.
 
     Raises:
-        UserError: no such precision, one without kernels, or a graph with neither it nor a safer
-            one.
+        UserError: no such precision, one without kernels, or a graph that the folder has in neither
+            this precision nor a safer one.
     """
-    if precision is not None and (precision not in PRECISIONS or precision == LACKING):
-        usable = [name for name in PRECISIONS if name != LACKING]
+    usable = [name for name in PRECISIONS if name != UNSUPPORTED_PRECISION]
+    if precision is not None and precision not in usable:
         raise UserError(
             f"--precision {precision}: ONNX Runtime takes {', '.join(usable)}."
             f"{nearest(precision, usable)}"
@@ -155,14 +154,14 @@ def choose_precisions(
     wanted = precision or FASTEST[on_gpu]
     chosen, problems = {}, []
     for graph in manifest.graphs:
-        there = [
+        variants = [
             level
             for level in list_variants(manifest, graph, wanted, on_gpu=on_gpu)
-            # on a CPU halves are slower than fp32: only where they are asked for
-            if level != LACKING and (on_gpu or level in (wanted, "fp32"))
+            # halves are slower than fp32 on a CPU: only where they are asked for
+            if level != UNSUPPORTED_PRECISION and (on_gpu or level in (wanted, "fp32"))
         ]
-        if there:
-            chosen[graph] = there[0]
+        if variants:
+            chosen[graph] = variants[0]
         else:
             problems.append(
                 f"--precision {wanted}: the folder has of the {graph} graph only "
@@ -174,10 +173,10 @@ def choose_precisions(
 
 
 def check_graphs(folder: Path, manifest: Manifest, files: list[str]) -> None:
-    """Prove graphs whole, and the data that they keep elsewhere.
+    """Compare graphs and their external data with the manifest.
 
     Raises:
-        UserError: a file that is missing or changed, or weights in one that the manifest does not
+        UserError: a file that is missing or changed, or external data that the manifest does not
             name, which could lie outside of the folder.
     """
     check_files(folder, manifest, files)

@@ -1,7 +1,7 @@
-"""`Runtime.load(folder).predict(image, ["pothole"])`: an exported folder, without torch.
+"""`Runtime.load(folder).predict(image, ["pothole"])`: run an exported folder without torch.
 
-Needs numpy, Pillow and a backend: ONNX Runtime or TensorRT. Runs on Python 3.10. What comes before
-the graphs and after them is the predictor's own.
+Needs numpy, Pillow and a backend: ONNX Runtime or TensorRT. Tiles, thresholds, NMS and masks are
+those of the predictor, by the same code (`app.inference`).
 """
 
 from __future__ import annotations
@@ -34,23 +34,32 @@ STAGES = ("pre", "model", "post")
 
 
 class Backend(Protocol):
-    """What runs the graphs of a folder, whose shapes `app.deploy.runtime.manifest` describes.
+    """Runs the graphs of an exported folder.
 
     Attributes:
-        name: of BACKENDS.
-        precision: what its answers are held to.
+        name: one of BACKENDS.
+        precision: the one whose tolerance its outputs are held to.
     """
 
     name: str
     precision: str
 
     def image(self, pixels: NDArray[np.float32]) -> Mapping[str, Any]:
-        """(1, 3, R, R), -1..1 → features by their names, kept where they were computed."""
+        """Return the features of an image by name, where they were computed: on the GPU, if any.
+
+        Args:
+            pixels: (1, 3, R, R), -1..1.
+        """
 
     def ground(
         self, features: Any, text: NDArray[np.float32], text_mask: NDArray[np.bool_]
     ) -> dict[str, NDArray[Any]]:
-        """Features, (K, L, D) and (K, L), True where there is no token → what answers K prompts.
+        """Return the outputs of K prompts.
+
+        Args:
+            features: as `image` returned them.
+            text: (K, L, D).
+            text_mask: (K, L), True where there is no token.
 
         Returns:
             `scores` (K, Q) float32, `presence` (K,), `boxes` (K, Q, 4) cxcywh, 0..1, and where the
@@ -58,19 +67,24 @@ class Backend(Protocol):
         """
 
     def text(self, tokens: NDArray[np.int64]) -> Texts:
-        """(1, L) → (1, L, D), and (1, L), True where there is no token."""
+        """Return the features of a prompt (1, L, D), and (1, L), True where there is no token.
+
+        Args:
+            tokens: (1, L).
+        """
 
 
 class Runtime(Finder):
-    """An exported folder that answers prompts, as `app.inference.Predictor` does.
+    """An exported folder, with the interface of `app.inference.Predictor`.
 
     Args:
-        manifest: of the folder.
-        backend: that has loaded its graphs.
-        words: what knows its prompts.
+        folder: the exported folder.
+        manifest: its manifest.
+        backend: has loaded its graphs.
+        words: prompts → their features.
 
     Attributes:
-        seconds: stage (pre, model, post) → spent in it so far.
+        seconds: stage (pre, model, post) → time spent in it so far.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend, words: Words) -> None:
@@ -83,15 +97,14 @@ class Runtime(Finder):
     def load(
         cls, folder: Path | str, *, backend: str = "auto", precision: str | None = None
     ) -> Runtime:
-        """Load an exported folder, proved whole by what its manifest says of each file.
+        """Load an exported folder, after comparing its files with the hashes of its manifest.
 
         Args:
             backend: onnxruntime, tensorrt, or auto: tensorrt where it is installed.
-            precision: fp32, fp16, bf16 or int8; None: the fastest that the backend should take.
+            precision: fp32, fp16, bf16 or int8; None for the fastest that suits the backend.
 
         Raises:
-            UserError: no such backend or precision, or a folder that is not what its manifest
-                says.
+            UserError: no such backend or precision, or a file that is not what the manifest says.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -136,15 +149,16 @@ class Runtime(Finder):
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to a stage."""
         begun = time.perf_counter()
         yield
         self.seconds[stage] += time.perf_counter() - begun
 
     def check(self) -> list[str]:
-        """What this device misses of what the exporter's graphs answered; nothing where all fits.
+        """Compare this device's outputs with those of the exporter; return each miss.
 
         Raises:
-            UserError: the folder holds nothing to compare with.
+            UserError: the folder holds no outputs to compare with.
         """
         check_named(self.folder, self.manifest, GOLDEN)
         try:
@@ -162,19 +176,23 @@ class Runtime(Finder):
 def load_backend(
     folder: Path, manifest: Manifest, name: str = "auto", precision: str | None = None
 ) -> Backend:
-    """The graphs of a folder, loaded; raises UserError."""
+    """Load the graphs of a folder.
+
+    Raises:
+        UserError: no such backend, or none is installed; and what the backend raises.
+    """
     if name not in ("auto", *BACKENDS):
         raise UserError(
             f"--backend {name}: there is auto, {', '.join(BACKENDS)}.{nearest(name, BACKENDS)}"
         )
-    there = [each for each in BACKENDS if importlib.util.find_spec(each) is not None]
+    installed = [each for each in BACKENDS if importlib.util.find_spec(each) is not None]
     if name == "auto":
-        if not there:
+        if not installed:
             raise UserError(
                 "Nothing here runs an exported model: pip install onnxruntime (or onnxruntime-gpu, "
                 "with CUDA); on a Jetson use the image of docs/jetson.md, which has TensorRT"
             )
-        name = there[-1]
+        name = installed[-1]
     if name == "tensorrt":
         from app.deploy.runtime.tensorrt import TensorRTBackend
 
@@ -206,6 +224,6 @@ def _choose(
 
 
 def _to_numpy(value: Any) -> NDArray[Any]:
-    """An array, also of what is kept on a GPU."""
+    """Return an array, copied from the GPU where it lies there."""
     array: NDArray[Any] = value if isinstance(value, np.ndarray) else value.numpy()
     return array

@@ -1,7 +1,8 @@
-"""An image → the model's square without torch, bit for bit as `app.datasets.square` makes it.
+"""Resize an image to the model's square without torch, equal to `app.datasets.square` to the bit.
 
-Torch's antialiased resize of uint8, on x86 with AVX2 and on ARM with NEON: a triangle filter, its
-weights as integers, across and then down, rounded to uint8 after each (ATen's UpSampleKernel.cpp).
+Torch's antialiased resize of uint8, on x86 with AVX2 and on ARM with NEON, is a triangle filter
+with integer weights, horizontally and then vertically, rounded to uint8 after each (ATen's
+UpSampleKernel.cpp).
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-BLOCK = 32  # target pixels a matrix product: few zeros in its weights, and few products
-# Multiplications that OpenBLAS does by one thread (GEMM_MULTITHREAD_THRESHOLD * SMP_THRESHOLD_MIN).
-# Its others would spin for some 25 ms afterwards, and keep the cores from ONNX Runtime.
+BLOCK = 32  # target pixels of a matrix product: few zeros in its weights, and few products
+# Multiplications that OpenBLAS does in one thread (GEMM_MULTITHREAD_THRESHOLD * SMP_THRESHOLD_MIN).
+# Further threads would spin for some 25 ms afterwards, and ONNX Runtime would lack the cores.
 ALONE = 4 * 65536
-EXACT_BITS = 16  # of weights whose sums with uint8 float32 holds exactly: 16 + 8 bits
+EXACT_BITS = 16  # of weights: float32 holds their products with uint8 exactly, 16 + 8 bits
 Bytes = NDArray[np.uint8]
 Numbers = NDArray[np.floating]
 # the 256 values that Normalize(0.5, 0.5) makes in float32, in the order of upstream's Sam3Processor
@@ -25,12 +26,12 @@ LEVELS = (SCALED - np.float32(0.5)) / np.float32(0.5)
 
 
 def to_pixels(square: Bytes) -> NDArray[np.float32]:
-    """(3, R, R) uint8 → (1, 3, R, R) float32 in -1..1, what the image graph takes."""
+    """Normalize (3, R, R) uint8 to (1, 3, R, R) float32, -1..1, the image graph's input."""
     return LEVELS[square][None]
 
 
 def to_square(image: Image.Image, side: int) -> Bytes:
-    """An RGB image as (3, side, side) uint8, its sides stretched."""
+    """Stretch an RGB image to (3, side, side) uint8."""
     planes: Numbers = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)).astype(np.float32)
     wide = planes if image.width == side else _resize(planes, side)
     if image.height != side:
@@ -39,7 +40,7 @@ def to_square(image: Image.Image, side: int) -> Bytes:
 
 
 def _resize(planes: Numbers, target: int) -> Numbers:
-    """Whole numbers 0..255 (C, n, source) → (C, n, target), as whole numbers again."""
+    """Resize the last axis: whole numbers 0..255 (C, n, source) → (C, n, target)."""
     channels, lines, source = planes.shape
     blocks, bits = _blocks(source, target)
     rows = planes.reshape(-1, source).astype(blocks[0][1].dtype, copy=False)
@@ -55,11 +56,11 @@ def _resize(planes: Numbers, target: int) -> Numbers:
     return resized.reshape(channels, lines, target)
 
 
-@functools.lru_cache(maxsize=16)  # a camera's frames are all of one size
+@functools.lru_cache(maxsize=16)  # because all frames of a camera have one size
 def _blocks(source: int, target: int) -> tuple[list[tuple[int, Numbers]], int]:
-    """For BLOCK target pixels each the first source pixel and the weights (n, BLOCK) from there.
+    """Return for each BLOCK of target pixels the first source pixel and weights (n, BLOCK).
 
-    The weights of a pixel come to 2**bits.
+    The weights of a target pixel sum to 2**bits.
     """
     first, weights, bits = _weights(source, target)
     kind = np.float32 if bits <= EXACT_BITS else np.float64
@@ -76,9 +77,9 @@ def _blocks(source: int, target: int) -> tuple[list[tuple[int, Numbers]], int]:
 
 
 def _weights(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """For each target pixel the first source pixel (T,), the weights from there on (T, n).
+    """Return for each target pixel the first source pixel (T,) and the weights from there (T, n).
 
-    The weights of a pixel come to 2**bits; the largest of all fits 16 bits with its sign.
+    The weights of a target pixel sum to 2**bits; the largest of all fits 16 bits with its sign.
     """
     scale = source / target
     support = max(scale, 1.0)
@@ -89,7 +90,7 @@ def _weights(source: int, target: int) -> tuple[NDArray[np.int64], NDArray[np.in
     distances = (taps + first[:, None] - middles[:, None] + 0.5) * (1 / support)
     shares = (1 - np.abs(distances)).clip(min=0)
     shares[taps >= (last - first)[:, None]] = 0
-    shares /= shares.cumsum(axis=1)[:, -1:]  # one by one, as there
+    shares /= shares.cumsum(axis=1)[:, -1:]  # summed one by one, as torch does
     bits = 0
     while bits < 22 and int(0.5 + shares.max() * 2 ** (bits + 1)) < 2**15:
         bits += 1

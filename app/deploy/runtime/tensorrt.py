@@ -1,7 +1,7 @@
-"""The TensorRT backend: an exported folder on an NVIDIA GPU, a Jetson's among them.
+"""The TensorRT backend: an exported folder on an NVIDIA GPU, such as a Jetson's.
 
-Runs on Python 3.10; imports `tensorrt` and `cuda` only when a backend is made. What the image graph
-finds stays on the GPU; inputs and results lie in memory that a Jetson's CPU and GPU share.
+`tensorrt` and `cuda` are imported only when a backend is made. The features of an image stay on the
+GPU; inputs and outputs lie in memory that CPU and GPU share on a Jetson.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from app.files import short_hash, write_json
 
 log = logging.getLogger("app")
 
-FASTEST = "fp16"  # int8 costs accuracy: only where it is asked for
+FASTEST = "fp16"  # int8 is used only where it is asked for, because it costs accuracy
 LEAST_VERSION = 10
 
 
 class Features(dict[str, DeviceArray]):
-    """Output of the image graph → where it lies on the GPU: what it found in one image."""
+    """The features of one image: output of the image graph → its memory on the GPU."""
 
 
 class Graph:
-    """One engine, ready to run: its inputs and outputs are in memory of its own.
+    """An engine with memory for its inputs and outputs.
 
     Args:
-        shapes: input or output → shape, as the manifest has it.
-        elsewhere: inputs and outputs that each call says the place of.
+        shapes: input or output → shape, by the manifest.
+        elsewhere: inputs and outputs whose memory each call names.
     """
 
     def __init__(
@@ -85,13 +85,14 @@ class Graph:
     def run(
         self, inputs: Mapping[str, NDArray[Any]], places: Mapping[str, DeviceArray] | None = None
     ) -> dict[str, NDArray[Any]]:
-        """Run to the end.
+        """Run the engine and wait for its end.
 
         Args:
-            places: of what lies elsewhere.
+            inputs: input → array.
+            places: memory of the inputs and outputs that lie elsewhere.
 
         Returns:
-            Output → array of its own.
+            Output → array, which later runs do not change.
         """
         for name, place in (places or {}).items():
             self._context.set_tensor_address(name, place.address)
@@ -110,20 +111,20 @@ class Graph:
 class TensorRTBackend:
     """Runs an exported folder by TensorRT.
 
-    The first time engines are built, minutes each, and what they answer is compared with what the
-    exporter kept; where that misses, the next safer precision is built.
+    The first time engines are built, which takes minutes each, and their outputs are compared with
+    the exporter's; where they differ by more than the tolerance, the next safer precision is built.
 
     Args:
         folder: as `manifest` describes it.
-        precision: to begin with; None: fp16.
-        cache: folder of engines; None: `engines` in `folder`.
+        precision: the first to try; None for fp16.
+        cache: folder of engines; None for `engines` in `folder`.
 
     Attributes:
-        precision: that is used.
+        precision: the one that is used.
 
     Raises:
-        UserError: no TensorRT, no GPU, a precision that the folder lacks, a file that is not the
-            manifest's, or no precision that gives what the exporter kept.
+        UserError: no TensorRT, no GPU, a precision that the folder lacks, a file that is not what
+            the manifest says, or no precision that gives the exporter's outputs.
     """
 
     name = "tensorrt"
@@ -142,12 +143,15 @@ class TensorRTBackend:
         self._cache = EngineCache(cache or folder / "engines", self._trt, self._gpu, logger)
         self._spare: list[dict[str, DeviceArray]] = []
         levels = ladder(manifest, precision, bf16=self._gpu.capability >= (8, 0))
-        self.precision = self._settle(levels)
+        self.precision = self._choose_level(levels)
 
-    # --- which precision ---
+    # --- the precision ---
 
-    def _settle(self, levels: Mapping[str, Mapping[str, str]]) -> str:
-        """Load the first level whose answers are the exporter's; its name."""
+    def _choose_level(self, levels: Mapping[str, Mapping[str, str]]) -> str:
+        """Load the first level that gives the exporter's outputs; return its name.
+
+        Engines of a level that does not are removed, but for those that other levels use.
+        """
         missed: list[str] = []
         identities = {level: self._identities(variants) for level, variants in levels.items()}
         for level, variants in levels.items():
@@ -156,16 +160,17 @@ class TensorRTBackend:
             missed = self._misses(level, variants, identities[level])
             if not missed:
                 return level
-            log.warning("%s misses what the exporter kept: %s", level, "; ".join(missed))
-            kept = {i for other in identities if other != level for i in identities[other].values()}
-            for identity in set(identities[level].values()) - kept:
+            log.warning("%s differs from the exporter's outputs: %s", level, "; ".join(missed))
+            others = {i for name in identities if name != level for i in identities[name].values()}
+            for identity in set(identities[level].values()) - others:
                 self._cache.remove(identity)
         raise UserError(
-            f"{self._folder}: no precision here gives what the exporter kept; {level}: "
+            f"{self._folder}: no precision here gives the exporter's outputs; {level}: "
             f"{'; '.join(missed)}. Export it again, {WITHOUT}"
         )
 
     def _identities(self, variants: Mapping[str, str]) -> dict[str, Identity]:
+        """Return graph → the identity of its engine on this device."""
         return {
             graph: Identity(
                 graph=graph,
@@ -182,29 +187,35 @@ class TensorRTBackend:
     def _misses(
         self, level: str, variants: Mapping[str, str], identities: Mapping[str, Identity]
     ) -> list[str]:
-        """Load a level; what it misses, which is found out once for each engine."""
+        """Load a level; return what it misses of the exporter's outputs.
+
+        The comparison is made once for each set of engines, and its result saved beside them.
+        """
         if GOLDEN not in self._manifest.files:
             raise UserError(f"{self._folder}: holds no {GOLDEN} to compare engines with. {REMEDY}")
         of = [self._manifest.files[GOLDEN]["sha256"], *(i.name for i in identities.values())]
         compared = short_hash("\n".join(of), 16)
         verdict = self._cache.folder / f"checked.{level}.{compared}.json"
-        known = _verdict(verdict)
-        if known and known["misses"]:
-            return list(map(str, known["misses"]))
+        before = _read_verdict(verdict)
+        if before and before["misses"]:
+            return list(map(str, before["misses"]))
         self._load(variants, identities)
         engines = {g: self._cache.engine_hash(identity) for g, identity in identities.items()}
-        if known and known["engines"] == engines:
+        if before and before["engines"] == engines:
             return []
         check_files(self._folder, self._manifest, [GOLDEN])
         with np.load(self._folder / GOLDEN, allow_pickle=False) as content:
             golden = dict(content)
-        misses = golden_misses(self._manifest, level, golden, self._answers(golden))
+        features = self.image(to_pixels(golden["pixels"]))
+        outputs = self.ground(features, golden["text"], golden["text_mask"])
+        outputs |= {name: place.numpy() for name, place in features.items()}
+        misses = golden_misses(self._manifest, level, golden, outputs)
         write_json(verdict, {"engines": engines, "misses": misses})
         return misses
 
     def _load(self, variants: Mapping[str, str], identities: Mapping[str, Identity]) -> None:
-        """Build what is not there, one after the other, before anything is loaded beside it."""
-        self._graphs: dict[str, Graph] = {}  # lets go of those of another precision
+        """Build the engines that are missing, one after the other, and only then load them all."""
+        self._graphs: dict[str, Graph] = {}  # frees those of another precision
         self._spare.clear()
         files = {g: self._manifest.graphs[g][variant] for g, variant in variants.items()}
         for graph, identity in identities.items():
@@ -218,22 +229,16 @@ class TensorRTBackend:
             elsewhere = features if graph in ("image", "ground") else frozenset()
             self._graphs[graph] = Graph(self._trt, self._gpu, engine, shapes, elsewhere)
 
-    def _answers(self, golden: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[np.float32]]:
-        """What this device makes of what the exporter made its own of."""
-        features = self.image(to_pixels(golden["pixels"]))
-        found = {name: place.numpy() for name, place in features.items()}
-        return {**found, **self.ground(features, golden["text"], golden["text_mask"])}
-
     # --- the graphs ---
 
     def image(self, pixels: NDArray[np.float32]) -> Features:
-        """What the trunk finds in an image.
+        """Return the features of an image.
 
         Args:
             pixels: (1, 3, R, R), -1..1.
         """
         graph = self._graphs["image"]
-        # As many places as images are looked at at the same time, each used again.
+        # Memory is used again once the features that lie in it are gone.
         places = self._spare.pop() if self._spare else self._new_places(graph)
         features = Features(places)
         weakref.finalize(features, self._spare.append, places)
@@ -241,13 +246,14 @@ class TensorRTBackend:
         return features
 
     def _new_places(self, graph: Graph) -> dict[str, DeviceArray]:
+        """Return memory for the features of an image."""
         shapes = {name: shape for name, shape in graph.shapes.items() if name not in graph.inputs}
         return {name: DeviceArray(self._gpu, shape) for name, shape in shapes.items()}
 
     def ground(
         self, features: Features, text: NDArray[np.float32], text_mask: NDArray[np.bool_]
     ) -> dict[str, NDArray[Any]]:
-        """What answers the prompts.
+        """Return the outputs of K prompts.
 
         Args:
             text: (K, L, D).
@@ -260,20 +266,17 @@ class TensorRTBackend:
         return self._graphs["ground"].run({"text": text, "text_mask": text_mask}, features)
 
     def text(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Features of a prompt.
+        """Return the features of a prompt (1, L, D), and (1, L), True where there is no token.
 
         Args:
             tokens: (1, L).
-
-        Returns:
-            (1, L, D), and (1, L), True where there is no token.
         """
-        found = self._graphs["text"].run({"tokens": tokens})
-        return found["text"], found["text_mask"]
+        outputs = self._graphs["text"].run({"tokens": tokens})
+        return outputs["text"], outputs["text_mask"]
 
 
 def import_tensorrt() -> Any:
-    """The module `tensorrt`.
+    """Return the module `tensorrt`.
 
     Raises:
         UserError: it is missing, lacks a library of its own, or is too old.
@@ -295,17 +298,18 @@ def import_tensorrt() -> Any:
 def ladder(
     manifest: Manifest, precision: str | None = None, *, bf16: bool = True
 ) -> dict[str, dict[str, str]]:
-    """The precisions to try, the asked one first, then ever safer ones.
+    """Return the precisions to try: the one asked for, then ever safer ones.
 
     Args:
-        precision: None: fp16.
-        bf16: whether the GPU has it.
+        precision: the first; None for fp16.
+        bf16: whether the GPU supports it.
 
     Returns:
-        Precision → graph → the variant that the folder has: that precision, or the next safer one.
+        Precision → graph → the precision of its file: the same, or the next safer one that the
+        folder has.
 
     Raises:
-        UserError: no such precision, or a graph has neither it nor a safer one.
+        UserError: no such precision, or the folder has a graph in neither it nor a safer one.
     """
     if precision is not None and precision not in PRECISIONS:
         raise UserError(f"precision {precision}: must be one of {', '.join(PRECISIONS)}")
@@ -313,12 +317,12 @@ def ladder(
     for level in safer(precision or FASTEST):
         variants = {}
         for graph in manifest.graphs:
-            found = list_variants(manifest, graph, level, on_gpu=True)
-            found = [p for p in found if bf16 or p != "bf16"]
-            if found:
-                variants[graph] = found[0]
+            files = list_variants(manifest, graph, level, on_gpu=True)
+            files = [p for p in files if bf16 or p != "bf16"]
+            if files:
+                variants[graph] = files[0]
         if len(variants) == len(manifest.graphs):
-            # Named for the least safe one in it, which says what to expect of the whole.
+            # Label the set by its lowest precision: that bounds the accuracy.
             levels[next(p for p in safer(level) if p in variants.values())] = variants
     if not levels:
         raise UserError(
@@ -328,8 +332,8 @@ def ladder(
     return levels
 
 
-def _verdict(file: Path) -> dict[str, Any] | None:
-    """What a comparison came to; None where there was none, or its file is broken."""
+def _read_verdict(file: Path) -> dict[str, Any] | None:
+    """Return the result of a comparison; None where there was none, or its file is broken."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return {"engines": dict(content["engines"]), "misses": list(content["misses"])}

@@ -1,4 +1,4 @@
-"""Prompts → what the ground graph takes of them: stored features, or a text graph's."""
+"""The features of prompts, as the ground graph takes them: stored ones, or a text graph's."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from app.model.vocabulary import unknown_words
 
 STORED, TOKENIZER = "text.npz", "tokenizer.json"
 STARTS, ENDS = ("<|startoftext|>", "<start_of_text>"), ("<|endoftext|>", "<end_of_text>")
-KEPT = 256  # prompts whose features are kept
-Texts = tuple[NDArray[np.float32], NDArray[np.bool_]]  # (K, L, D); (K, L), True: no token there
+CACHED = 256  # prompts whose features are cached
+Texts = tuple[NDArray[np.float32], NDArray[np.bool_]]  # (K, L, D); (K, L), True: no token
 
 
 class Words(Protocol):
-    """What knows prompts."""
+    """Encodes prompts."""
 
-    def __call__(self, prompts: Sequence[str]) -> Texts: ...
+    def __call__(self, prompts: Sequence[str]) -> Texts:
+        """Return features (K, L, D) and mask (K, L) of K prompts; raise UserError."""
 
 
 class StoredWords:
-    """The prompts of a fixed vocabulary.
+    """Encodes the prompts of a fixed vocabulary, whose features are stored.
 
     Raises:
-        UserError: the file is missing, changed, or is not what the manifest describes.
+        UserError: the file is missing, changed, or not what the manifest describes.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -55,7 +56,7 @@ class StoredWords:
             )
 
     def __call__(self, prompts: Sequence[str]) -> Texts:
-        """Raises UserError for prompts that are not stored; it lists those that are."""
+        """Return the stored features; raise UserError for other prompts, and list those stored."""
         unknown = [prompt for prompt in prompts if prompt not in self._places]
         if unknown:
             raise UserError(
@@ -67,13 +68,13 @@ class StoredWords:
 
 
 class AnyWords:
-    """Any prompts, by a tokenizer and the text graph.
+    """Encodes any prompt by a tokenizer and the text graph.
 
     Args:
         encode: tokens (1, L) int64 → features (1, L, D) and mask (1, L).
 
     Raises:
-        UserError: no tokenizers package, or the file is missing, changed or broken.
+        UserError: the tokenizers package is missing, or the file is missing, changed or broken.
     """
 
     def __init__(
@@ -94,39 +95,41 @@ class AnyWords:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._start, self._end = (self._special(folder, names) for names in (STARTS, ENDS))
-        self._known: dict[str, Texts] = {}
+        self._cache: dict[str, Texts] = {}
 
     def _special(self, folder: Path, names: Sequence[str]) -> int:
+        """Return the number of a special token, by the first of its names that there is."""
         for name in names:
             if (number := self._tokenizer.token_to_id(name)) is not None:
                 return int(number)
         raise UserError(f"{folder / TOKENIZER}: has no token {names[0]}. {REMEDY}")
 
     def __call__(self, prompts: Sequence[str]) -> Texts:
+        """Return the features of the prompts, computed once for each."""
         texts = [self._text(prompt) for prompt in prompts]
         features, masks = zip(*texts, strict=True)
         return np.concatenate(features), np.concatenate(masks)
 
     def _text(self, prompt: str) -> Texts:
-        if prompt not in self._known:
-            if len(self._known) >= KEPT:
-                self._known.clear()
-            self._known[prompt] = self._encode(self.tokens(prompt))
-        return self._known[prompt]
+        if prompt not in self._cache:
+            if len(self._cache) >= CACHED:
+                self._cache.clear()
+            self._cache[prompt] = self._encode(self.tokens(prompt))
+        return self._cache[prompt]
 
     def tokens(self, prompt: str) -> NDArray[np.int64]:
-        """(1, L), as upstream's tokenizer makes them: cut to L, its end kept, 0 behind it."""
+        """Return tokens (1, L) as upstream's: cut to L with the end token last, and 0 behind it."""
         ids = self._tokenizer.encode(clean(prompt), add_special_tokens=False).ids
-        kept = [self._start, *ids[: self._length - 2], self._end]
+        ids = [self._start, *ids[: self._length - 2], self._end]
         tokens = np.zeros((1, self._length), dtype=np.int64)
-        tokens[0, : len(kept)] = kept
+        tokens[0, : len(ids)] = ids
         return tokens
 
 
 def clean(text: str) -> str:
-    """As upstream's tokenizer: mended Unicode, no HTML, single blanks, lower case.
+    """Clean a prompt as upstream's tokenizer does: Unicode, HTML, blanks, lower case.
 
-    Without the ftfy package broken encodings stay as they are; NFC is what it makes of the rest.
+    Without the ftfy package broken encodings stay as they are; NFC does the rest of its work.
     """
     try:
         fix: Callable[[str], str] = importlib.import_module("ftfy").fix_text
@@ -139,7 +142,7 @@ def clean(text: str) -> str:
 
 
 def check_named(folder: Path, manifest: Manifest, name: str) -> None:
-    """Prove a file whole that the manifest must name; raises UserError."""
+    """Raise UserError where a file is not what the manifest says, or not in the manifest."""
     if name not in manifest.files:
         raise UserError(f"{folder}: the manifest names no {name}. {REMEDY}")
     check_files(folder, manifest, [name])

@@ -121,7 +121,7 @@ def test_values_out_of_range(run, folder: Path, flag: str, value: str) -> None:
 
 
 def test_the_device_is_compared_with_the_exporter(run, folder: Path, tmp_path: Path) -> None:
-    assert "gives what the exporter kept" in run(folder, "--check").out
+    assert "outputs are those of the exporter" in run(folder, "--check").out
     other = write_folder(tmp_path / "other")
     with np.load(other / "golden.npz") as content:
         golden = dict(content)

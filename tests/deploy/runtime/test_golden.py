@@ -112,9 +112,9 @@ def test_what_is_missing_or_no_number_is_named(manifest: Manifest) -> None:
     found["scores"][0, 3] = np.nan
     found["boxes"] = found["boxes"][:, :4]
     assert _misses(manifest, found) == [
-        "scores: holds what is no number",
+        "scores: holds NaN or infinity",
         "boxes: has another size: (2, 4, 4)",
-        "masks: is not answered",
+        "masks: is missing",
     ]
 
 

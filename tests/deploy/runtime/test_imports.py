@@ -16,7 +16,7 @@ from tests.helpers import REPOSITORY
 # What a device has beside a backend: see requirements-jetson.in. These must be imported as well,
 # where an output asks for them.
 PACKAGES = "numpy PIL rich pygments markdown_it mdurl cv2 yaml pycocotools"
-LATER = ("app.datasets.overlay", "app.inference.polygons")
+LATER = ("app.datasets.overlay", "app.inference.polygons", "app.inference.yolo_labels")
 PROGRAM = """
 import importlib, importlib.machinery, json, sys
 

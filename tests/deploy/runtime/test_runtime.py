@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 
 from app.datasets.images import open_image
-from app.deploy.export import Wanted, export
+from app.deploy.export import export
 from app.deploy.runtime.manifest import FILE, read_manifest
 from app.deploy.runtime.onnx_backend import choose_precisions
 from app.deploy.runtime.runtime import Runtime
+from app.deploy.wanted import Wanted
 from app.errors import UserError
 from app.inference.predictor import Predictor
 from app.model.bundled import NANO
@@ -70,7 +71,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """nano in fp32 for five prompts, two a pass."""
     trace = logging.getLogger("torch.__trace")
     trace.propagate = False  # torch.onnx notes each of its steps for whoever listens
-    wanted = Wanted(prompts=WORDS, a_pass=A_PASS)
+    wanted = Wanted(prompts=WORDS, prompts_per_pass=A_PASS)
     folder = once(
         tmp_path_factory, "exported-fp32", lambda out: export(NANO, out, wanted, measure_on=1)
     )

@@ -473,7 +473,7 @@ def list_in_the_note(file: Path) -> None:
         (swap_a_bit, "is changed, its SHA-256 is not its note's"),
         (lose_the_note, "has no note of what it was made for"),
         (break_the_note, "has no note of what it was made for, or a broken one"),
-        (list_in_the_note, "was made for nobody knows what"),
+        (list_in_the_note, "was made for an unknown device"),
     ],
 )
 def test_a_harmed_engine_is_built_anew(
@@ -563,15 +563,19 @@ def test_what_misses_the_golden_outputs_gives_way_to_the_next_safer(
         *("image.fp16.onnx", "ground.onnx", "text.onnx", "image.bf16.onnx", "image.fp32.onnx")
     ]
     text = said(caplog)
-    assert text.index("fp16 misses what the exporter kept") < text.index("bf16 is used instead")
-    assert text.index("bf16 misses what the exporter kept") < text.index("fp32 is used instead")
+    assert text.index("fp16 differs from the exporter's outputs") < text.index(
+        "bf16 is used instead"
+    )
+    assert text.index("bf16 differs from the exporter's outputs") < text.index(
+        "fp32 is used instead"
+    )
     found = backend.ground(backend.image(to_pixels(PIXELS)), TEXT, MASK)
     expected = numpy_ground(numpy_image(to_pixels(PIXELS)))
     np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-5)
     assert [file.name.split(".")[1] for file in folder.glob("engines/image.*.engine")] == ["fp32"]
     assert load(folder).precision == "fp32"
     assert builds(device) == [], "what missed is not built again"
-    assert "fp16 misses what the exporter kept" in said(caplog)
+    assert "fp16 differs from the exporter's outputs" in said(caplog)
 
 
 def test_float32_is_not_rounded_to_tf32(device: StandIn, folder: Path) -> None:
@@ -586,7 +590,7 @@ def test_float32_is_not_rounded_to_tf32(device: StandIn, folder: Path) -> None:
 
 def test_where_nothing_gives_the_golden_outputs_it_is_said(device: StandIn, tmp_path: Path) -> None:
     make_folder(tmp_path / "model", {"fp16": MIX * 0, "fp32": -MIX})
-    with pytest.raises(UserError, match="no precision here gives what the exporter kept; fp32: "):
+    with pytest.raises(UserError, match="no precision here gives the exporter's outputs; fp32: "):
         load(tmp_path / "model")
 
 

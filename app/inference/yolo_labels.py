@@ -1,4 +1,4 @@
-"""Objects → lines of a YOLO label file, as Ultralytics trains on them."""
+"""Lines of a YOLO label file, as Ultralytics trains on them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from app.datasets.formats.outlines import Rle
+from app.datasets.rle import Rle
 
 Points = NDArray[np.float64]  # (points, xy), pixels
 
