@@ -19,7 +19,7 @@ import torch
 
 from app.compression.compaction import REPORT, compact
 from app.compression.cut import Cut, cut_model
-from app.compression.goal import make_goal
+from app.compression.goal import CutFlags
 from app.compression.teaching import teach
 from app.config.compose import load_config, load_model_config, recipe_file
 from app.datasets.build import Splits
@@ -78,7 +78,7 @@ def vocabulary(start: Path, folder: Path) -> list[Figure]:
     """Compare a stored vocabulary with the text encoder."""
     truth = draw(folder / "truth", train=300, valid=1, kinds=KNOWN_KINDS, label_by="kind").train
     stored = folder / "stored"
-    compact(start, stored, lambda header: goal(header, vocabulary=KNOWN_KINDS), [], by="taylor")
+    compact(start, stored, CutFlags(vocabulary=KNOWN_KINDS), [], by="taylor")
     share = mask_ap(stored, truth) / mask_ap(start, truth)
     saved = read_json(stored / REPORT)["steps"]
     bytes_left = saved[-1]["bytes"] / saved[0]["bytes"]
@@ -88,20 +88,12 @@ def vocabulary(start: Path, folder: Path) -> list[Figure]:
     ]
 
 
-def goal(header: weights.Header, **wanted: Any) -> Any:
-    """Return the goal of a few flags; the others are not given."""
-    none: dict[str, Any] = dict.fromkeys(
-        ("to", "blocks", "remove_blocks", "mlp", "heads", "resolution")
-    )
-    return make_goal(header.model, **(none | {"layers": {}, "vocabulary": ()} | wanted))
-
-
 def cut(start: Path, student: Path, images: Path, by: Any) -> Path:
     """Cut weights to half the blocks and units; return the student's folder."""
     compact(
         start,
         student,
-        lambda header: goal(header, blocks=BLOCKS, mlp=MLP),
+        CutFlags(blocks=BLOCKS, mlp=MLP),
         [f"dataset.dir={images}"],
         by=by,
         has_data=True,

@@ -2,67 +2,164 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, get_type_hints
 
 import typer
+
+# Panels of a command's help.
+DATA, MODEL, METHOD, SCHEDULE = "Data", "Model", "Method", "Schedule"
+OUTPUT, CLUSTER, PROMPTS, DETECTION = "Output", "Cluster", "Prompts", "Detection"
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="any key of configs/train.yaml")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace what is there")]
-
-# What infer and label look for, and in what.
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="replace what is there", rich_help_panel=OUTPUT)
+]
+Resolution = Annotated[
+    int | None, typer.Option(help="pixels, square; the weights' own", rich_help_panel=MODEL)
+]
+Size = Annotated[
+    str,
+    typer.Option(help="size, for weights that do not say theirs", rich_help_panel=MODEL),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda", rich_help_panel=MODEL)]
 Input = Annotated[
-    str, typer.Option(help="an image, a folder, a quoted glob, or a .txt with a path a line")
+    str,
+    typer.Option(
+        help="an image, a folder, a quoted glob, or a .txt with a path a line", rich_help_panel=DATA
+    ),
 ]
 Threshold = Annotated[
     float | None,
-    typer.Option(min=0, max=1, help="least score; the weights' own unless given, else 0.5"),
+    typer.Option(
+        min=0,
+        max=1,
+        help="least score; the weights' own unless given, else 0.5",
+        rich_help_panel=DETECTION,
+    ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda")]
-
-# Where images come from. Without any: synthetic shapes.
-DatasetDir = Annotated[str | None, typer.Option(help="folder or zip of labelled images")]
-HfDataset = Annotated[
-    str | None, typer.Option(metavar="OWNER/NAME[@REVISION]", help="from huggingface.co")
-]
-HfConfig = Annotated[
-    str | None, typer.Option(help="configuration of --hf-dataset, where it has several")
-]
-HfSplit = Annotated[str | None, typer.Option(help="take this split of --hf-dataset alone")]
-Columns = Annotated[
-    str | None,
-    typer.Option(metavar="image=A,objects=B", help="of --hf-dataset; see configs/train.yaml"),
-]
-Roboflow = Annotated[
-    str | None, typer.Option(metavar="WORKSPACE/PROJECT/VERSION", help="from Roboflow")
-]
-Format = Annotated[str | None, typer.Option(help="of --dataset-dir, decided by hand")]
 
 
-def source(
-    dataset_dir: str | None,
-    hf_dataset: str | None,
-    hf_config: str | None,
-    hf_split: str | None,
-    columns: str | None,
-    roboflow: str | None,
-    format: str | None,
-) -> dict[str, object]:
-    """The flags above by their keys."""
-    return {
-        "dataset.dir": dataset_dir,
-        "dataset.huggingface.name": hf_dataset,
-        "dataset.huggingface.config": hf_config,
-        "dataset.huggingface.split": hf_split,
-        "dataset.huggingface.columns": columns,
-        "dataset.roboflow": roboflow,
-        "dataset.format": format,
-    }
+@dataclass(frozen=True)
+class SourceFlags:
+    """Hold the flags that say where labelled images come from; without any: synthetic shapes."""
+
+    dataset_dir: Annotated[
+        str | None,
+        typer.Option(help="folder or zip of labelled images", rich_help_panel=DATA),
+    ] = None
+    hf_dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME[@REVISION]", help="from huggingface.co", rich_help_panel=DATA
+        ),
+    ] = None
+    hf_config: Annotated[
+        str | None,
+        typer.Option(
+            help="configuration of --hf-dataset, where it has several", rich_help_panel=DATA
+        ),
+    ] = None
+    hf_split: Annotated[
+        str | None,
+        typer.Option(help="take this split of --hf-dataset alone", rich_help_panel=DATA),
+    ] = None
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="image=A,objects=B",
+            help="of --hf-dataset; see configs/train.yaml",
+            rich_help_panel=DATA,
+        ),
+    ] = None
+    roboflow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORKSPACE/PROJECT/VERSION", help="from Roboflow", rich_help_panel=DATA
+        ),
+    ] = None
+    format: Annotated[
+        str | None,
+        typer.Option(help="of --dataset-dir, decided by hand", rich_help_panel=DATA),
+    ] = None
+
+    def by_key(self) -> dict[str, object]:
+        """Return the flags by their keys in configs/train.yaml."""
+        return {
+            "dataset.dir": self.dataset_dir,
+            "dataset.huggingface.name": self.hf_dataset,
+            "dataset.huggingface.config": self.hf_config,
+            "dataset.huggingface.split": self.hf_split,
+            "dataset.huggingface.columns": self.columns,
+            "dataset.roboflow": self.roboflow,
+            "dataset.format": self.format,
+        }
 
 
-def asked(overrides: Sequence[str] | None, flags: Mapping[str, object]) -> list[str]:
-    """The user's `KEY=VALUE`s, and those of the flags that were given, which win."""
+@dataclass(frozen=True)
+class ModelFlags:
+    """Hold the flags that say which weights a run starts from, or scores."""
+
+    model: Annotated[
+        str,
+        typer.Option(
+            help="sam3, small, nano, or auto: that of --checkpoint; without one sam3 where a GPU "
+            "and its weights are at hand, else nano",
+            rich_help_panel=MODEL,
+        ),
+    ] = "auto"
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="weights to start from or to score: file, folder, or none for random ones",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+
+
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command whose parameters of a dataclass's type are that class's fields instead.
+
+    typer reads a command's flags from its signature. Each field of such a class stands in the
+    signature as a flag of its own, where the parameter stood; the command is called with the
+    dataclass.
+
+    Raises:
+        ValueError: two flags have one name.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    flags: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name not in groups:
+            flags.append(_flag(name, parameter.default, hints[name]))
+            continue
+        field_hints = get_type_hints(groups[name], include_extras=True)
+        flags += [_flag(f.name, f.default, field_hints[f.name]) for f in fields(groups[name])]
+
+    @functools.wraps(command)
+    def called_by_typer(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{f.name: values.pop(f.name) for f in fields(group)})
+        command(**values)
+
+    called_by_typer.__signature__ = inspect.Signature(flags)  # type: ignore[attr-defined]
+    called_by_typer.__annotations__ = {flag.name: flag.annotation for flag in flags}
+    return called_by_typer
+
+
+def _flag(name: str, default: object, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
+
+
+def to_overrides(overrides: Sequence[str] | None, flags: Mapping[str, object]) -> list[str]:
+    """Return the user's `KEY=VALUE`s, and those of the flags that were given, which win."""
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     return [*(overrides or []), *given]

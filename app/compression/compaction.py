@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from app.compression.cut import (
     replace_text,
     store_vocabulary,
 )
-from app.compression.goal import Goal, all_but, check_goal
+from app.compression.goal import CutFlags, Goal, all_but, check_goal, make_goal
 from app.compression.importance import Measure, Width, WidthBy, choose_layers, choose_queries, most
 from app.config.compose import load_config, model_config
 from app.config.schema import Config, ModelConfig
@@ -60,7 +60,7 @@ def unlabelled(images: Sequence[Path], prompts: Sequence[str]) -> Dataset:
 def compact(
     start: Path,
     folder: Path,
-    goal_of: Callable[[weights.Header], Goal],
+    flags: CutFlags,
     overrides: Sequence[str],
     *,
     by: WidthBy,
@@ -73,7 +73,7 @@ def compact(
 
     Args:
         start: weights to cut.
-        goal_of: returns what shall stay, given the header of the weights.
+        flags: what shall stay.
         overrides: of the configuration: the dataset, and settings.
         by: how MLP units and heads are chosen.
         images: file, folder or glob of images without labels to measure importance on.
@@ -86,7 +86,7 @@ def compact(
     """
     source = weights.find_file(start)
     header = weights.describe(source)
-    goal = goal_of(header)
+    goal = make_goal(header, flags)
     has_images = has_data or images is not None
     check_goal(goal, header, folder, by, has_images=has_images, overwrite=overwrite)
     # Without dropout and stochastic depth, because losses are compared.

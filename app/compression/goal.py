@@ -20,6 +20,45 @@ CLASSES = "classes"  # as a vocabulary: the classes that the weights were traine
 
 
 @dataclass(frozen=True)
+class CutFlags:
+    """The flags of `compact` that say what shall stay; None where one was not given.
+
+    Attributes:
+        to: name of a size in configs/model.
+        blocks: of the trunk; the most important ones stay.
+        remove_blocks: instead: the blocks that go, as `parse_blocks` reads them.
+        mlp: 0..1, share of an MLP's units that stays.
+        heads: attention heads that stay in each block.
+        text_layers, encoder_layers, decoder_layers, queries: how many stay.
+        vocabulary: prompts to store in place of the text encoder, as `read_vocabulary` reads them.
+        resolution: pixels, of a side of the square image.
+    """
+
+    to: str | None = None
+    blocks: int | None = None
+    remove_blocks: str | None = None
+    mlp: float | None = None
+    heads: int | None = None
+    text_layers: int | None = None
+    encoder_layers: int | None = None
+    decoder_layers: int | None = None
+    queries: int | None = None
+    vocabulary: tuple[str, ...] = ()
+    resolution: int | None = None
+
+    def counts(self) -> dict[str, int]:
+        """Return how many stay of each kind of `cut.LAYERS`, and of queries, that a flag names."""
+        given = {
+            "text_layers": self.text_layers,
+            "encoder_layers": self.encoder_layers,
+            "decoder_layers": self.decoder_layers,
+            "queries": self.queries,
+            "blocks": self.blocks,
+        }
+        return {name: count for name, count in given.items() if count is not None}
+
+
+@dataclass(frozen=True)
 class Goal:
     """What shall stay of the weights; None where all of it stays.
 
@@ -46,29 +85,20 @@ class Goal:
         return bool(self.layers) or (self.mlp is not None and by != "svd") or self.heads is not None
 
 
-def make_goal(
-    source: ModelConfig,
-    *,
-    to: str | None,
-    blocks: int | None,
-    remove_blocks: str | None,
-    mlp: float | None,
-    heads: int | None,
-    layers: dict[str, int | None],
-    vocabulary: Sequence[str],
-    resolution: int | None,
-) -> Goal:
-    """Return the goal of the flags of `compact`; each overrides what the size `to` says.
+def make_goal(header: weights.Header, flags: CutFlags) -> Goal:
+    """Return the goal of the flags; each overrides what the size `to` says.
 
     Args:
-        source: the size of the weights.
-        to: name of a size in configs/model.
-        layers: kind of `cut.LAYERS`, or "queries" → how many stay.
+        header: of the weights.
 
     Raises:
-        UserError: a list of blocks that cannot be read, more layers than the weights have, or
-            nothing to remove.
+        UserError: a list of blocks or a file of prompts that cannot be read, more layers than the
+            weights have, or nothing to remove.
     """
+    source = header.model
+    vocabulary = read_vocabulary(flags.vocabulary, header.prompts)
+    to, blocks, remove_blocks = flags.to, flags.blocks, flags.remove_blocks
+    mlp, heads, resolution = flags.mlp, flags.heads, flags.resolution
     size = None if to is None else load_model_config(to)
     wanted: dict[str, int] = {}
     if size is not None:
@@ -81,8 +111,7 @@ def make_goal(
     removed = None if remove_blocks is None else parse_blocks(remove_blocks, source.vision.depth)
     if removed is not None:
         wanted.pop("blocks", None)
-    asked = {**layers, "blocks": blocks}
-    wanted |= {name: count for name, count in asked.items() if count is not None}
+    wanted |= flags.counts()
     have = count_layers(source)
     problems = [
         f"--{name.replace('_', '-')} {count}: these weights have {have[name]}"
@@ -106,7 +135,7 @@ def make_goal(
         None if mlp == 1 else mlp,
         None if heads == source.vision.num_heads else heads,
         size,
-        tuple(vocabulary),
+        vocabulary,
         resolution,
     )
     if not problems and goal == Goal():

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from app.config.compose import load_config
-from app.datasets.commands import build
+from app.datasets.checked_copy import build
 from tests import kills
 
 Tree = dict[str, bytes]

@@ -20,8 +20,8 @@ from pycocotools import mask as coco_mask
 
 from app.config.compose import load_config
 from app.datasets.build import load_splits
+from app.datasets.checked_copy import build
 from app.datasets.coco import Dataset, examine
-from app.datasets.commands import build
 from app.errors import UserError
 from tests.datasets.conftest import noise, sound_document
 from tests.fuzz import strategies

@@ -1,0 +1,48 @@
+"""`python -m app compare`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from app.evaluation.compare import Comparison
+
+log = logging.getLogger("app")
+cli = typer.Typer(add_completion=False)
+
+
+@cli.command()
+def compare(
+    run: Annotated[Path, typer.Argument(help="folder of a run or evaluation")],
+    other: Annotated[Path, typer.Argument(help="another, on the same images")],
+) -> None:
+    """Print two runs' figures side by side, and what of their difference chance could explain."""
+    from app.evaluation import compare as comparing
+
+    show(comparing.compare(run, other), run, other)
+
+
+def show(comparison: Comparison, one: Path, other: Path) -> None:
+    """Print a table of the figures of two runs, and of each class."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table()
+    for heading in ("figure", str(one), str(other), "difference", "95 % of resamplings"):
+        table.add_column(Text(heading), overflow="fold")
+    for line in comparison.lines:
+        interval = "" if line.interval is None else "{:+.3f}…{:+.3f}".format(*line.interval)
+        sure = " *" if line.is_sure else ""
+        cells = (line.name, f"{line.one:.3f}", f"{line.other:.3f}", f"{line.difference:+.3f}")
+        table.add_row(*map(Text, (*cells, interval + sure)))
+    Console(soft_wrap=True).print(table)
+    log.info(
+        "* the interval, from %d resamplings of the %d images, leaves out 0",
+        comparison.resamplings,
+        comparison.images,
+    )

@@ -1,0 +1,82 @@
+"""`python -m app evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app import signals
+from app.cli import options
+from app.cli.options import DATA, DETECTION, OUTPUT
+from app.errors import UserError
+
+cli = typer.Typer(add_completion=False)
+
+
+@cli.command()
+@options.with_flags
+def evaluate(
+    *,
+    overrides: options.Overrides = None,
+    weights: options.ModelFlags,
+    source: options.SourceFlags,
+    split: Annotated[
+        str, typer.Option(help="train, valid or test", rich_help_panel=DATA)
+    ] = "valid",
+    truth: Annotated[
+        Path | None,
+        typer.Option(help="COCO JSON, to score --predictions against", rich_help_panel=DATA),
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="COCO results JSON, from anywhere", rich_help_panel=DATA),
+    ] = None,
+    threshold: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="score above which off-prompt firing is counted",
+            rich_help_panel=DETECTION,
+        ),
+    ] = 0.5,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder for figures and report; outputs/eval unless given",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Score weights on a dataset, or COCO results from elsewhere; write figures and a report."""
+    if (truth is None) != (predictions is None):
+        raise UserError("--truth and --predictions: give both of them, or --checkpoint")
+    if truth is not None and predictions is not None:
+        unread = {"checkpoint": weights.checkpoint, **source.by_key()}
+        if idle := options.to_overrides(overrides, unread):
+            raise UserError(f"{', '.join(idle)}: nothing reads it beside --truth and --predictions")
+        from app.evaluation.score_files import score_files
+
+        folder = output_dir or Path("outputs/eval")
+        score_files(truth, predictions, folder, threshold=threshold, overwrite=overwrite)
+        return
+    flags = {
+        "checkpoint": weights.checkpoint,
+        **source.by_key(),
+        "evaluation.split": split,
+        "prediction.threshold": threshold,
+        "output_dir": output_dir,
+    }
+    with signals.watch() as stop:
+        from app.cli import training
+
+        training.start(
+            options.to_overrides(overrides, flags),
+            size=weights.model,
+            stop=stop,
+            eval_only=True,
+            overwrite=overwrite,
+        )

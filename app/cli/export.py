@@ -1,0 +1,209 @@
+"""`python -m app export`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from app.cli import options
+from app.cli.options import DATA, OUTPUT, PROMPTS
+from app.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from app.deploy.export import Wanted
+
+log = logging.getLogger("app")
+cli = typer.Typer(add_completion=False)
+FORMATS = ("onnx", "hf")
+GRAPHS = "Graphs"
+
+
+@dataclass(frozen=True)
+class DatasetFlags(options.SourceFlags):
+    """Hold the flags of `SourceFlags`, where --format is the format of the export."""
+
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--dataset-format", help="of --dataset-dir, decided by hand", rich_help_panel=DATA
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class OnnxFlags:
+    """Hold the flags that --format onnx alone reads."""
+
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="fp32, fp16, bf16, int8; several in one where commas part them",
+            rich_help_panel=GRAPHS,
+        ),
+    ] = None
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="what can be asked for; the classes of the weights unless given",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="a file of prompts: .txt, or YAML class: prompt", rich_help_panel=PROMPTS
+        ),
+    ] = None
+    open_vocabulary: Annotated[
+        bool,
+        typer.Option(
+            "--open-vocabulary",
+            help="any words: exports the text encoder as well",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = False
+    prompts_a_pass: Annotated[
+        int | None,
+        typer.Option(help="prompts that one run of the graph answers", rich_help_panel=GRAPHS),
+    ] = None
+    top: Annotated[
+        int | None,
+        typer.Option(
+            help="masks of so many queries a prompt alone, as 32; all", rich_help_panel=GRAPHS
+        ),
+    ] = None
+    resolution: options.Resolution = None
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="images without labels to compare and calibrate on: folder, file, glob",
+            rich_help_panel=DATA,
+        ),
+    ] = None
+    tensorrt: Annotated[
+        str | None, typer.Option(help="version that it is for; noted", rich_help_panel=GRAPHS)
+    ] = None
+    target: Annotated[
+        str | None, typer.Option(help="device that it is for; noted", rich_help_panel=GRAPHS)
+    ] = None
+
+    def given(self) -> list[str]:
+        """Return the names of the flags that were given."""
+        names = [field.name for field in fields(self) if getattr(self, field.name)]
+        return [f"--{name.replace('_', '-')}" for name in names]
+
+    def wanted(self) -> Wanted:
+        """Return what is to be exported.
+
+        Raises:
+            UserError: prompts beside an open vocabulary, or a file that is none of prompts.
+        """
+        from app.deploy.export import Wanted
+        from app.inference.inputs import read_prompts
+
+        prompts = list(self.prompt or ())
+        if self.prompts is not None:
+            prompts += read_prompts(self.prompts)
+        if self.open_vocabulary and prompts:
+            raise UserError("--open-vocabulary answers any words: leave out --prompt and --prompts")
+        precisions = [word.strip() for text in self.precision or () for word in text.split(",")]
+        target = {"tensorrt": self.tensorrt, "target": self.target}
+        return Wanted(
+            tuple(precisions) or ("fp32",),
+            None if self.open_vocabulary else tuple(prompts),
+            self.prompts_a_pass,
+            self.top,
+            self.resolution,
+            {key: value for key, value in target.items() if value},
+        )
+
+
+@cli.command()
+@options.with_flags
+def export(
+    *,
+    checkpoint: Annotated[Path, typer.Argument(help="weights folder or file")],
+    overrides: options.Overrides = None,
+    output_dir: Annotated[
+        Path,
+        typer.Option(
+            "--output", "--output-dir", help="folder for what is exported", rich_help_panel=OUTPUT
+        ),
+    ],
+    to_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="onnx (any runtime, TensorRT) or hf (transformers)",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "onnx",
+    overwrite: options.Overwrite = False,
+    flags: OnnxFlags,
+    measure_on: Annotated[
+        int, typer.Option(min=1, help="most images to compare on", rich_help_panel=DATA)
+    ] = 20,
+    source: DatasetFlags,
+) -> None:
+    """Write weights for other runtimes, each file compared with the model it came from."""
+    given = options.to_overrides(overrides, source.by_key())
+    if to_format not in FORMATS:
+        raise UserError(
+            f"--format {to_format}: there is {', '.join(FORMATS)}.{nearest(to_format, FORMATS)}"
+        )
+    if to_format == "onnx":
+        write_graphs(
+            checkpoint, output_dir, given, flags, measure_on=measure_on, overwrite=overwrite
+        )
+        return
+    if unread := [*flags.given(), *given]:
+        raise UserError(f"{', '.join(unread)}: nothing reads it beside --format hf")
+    from app.deploy import transformers_folder
+
+    folder = transformers_folder.export(checkpoint, output_dir, overwrite=overwrite)
+    log.info("weights: %s", folder)
+
+
+def write_graphs(
+    checkpoint: Path,
+    folder: Path,
+    overrides: list[str],
+    flags: OnnxFlags,
+    *,
+    measure_on: int,
+    overwrite: bool,
+) -> None:
+    """Write ONNX graphs of the weights, and log how large they are and how to use them.
+
+    Args:
+        overrides: of the configuration: where labelled images come from.
+
+    Raises:
+        UserError: what cannot be exported.
+    """
+    from app.config.compose import load_config
+    from app.datasets.read_splits import read_splits
+    from app.deploy import export as onnx
+
+    wanted = flags.wanted()
+    valid, max_detections = None, 100
+    if any(text.startswith("dataset.") for text in overrides):
+        config = load_config(["transforms=none", *overrides], None, None)
+        valid, max_detections = read_splits(config).valid, config.evaluation.max_detections
+    manifest = onnx.export(
+        checkpoint,
+        folder,
+        wanted,
+        images=flags.images,
+        valid=valid,
+        max_detections=max_detections,
+        measure_on=measure_on,
+        overwrite=overwrite,
+    )
+    size = sum(file["bytes"] for file in manifest.files.values())
+    log.info("exported: %s, %.1f MB in %d files", folder, size / 1e6, len(manifest.files) + 1)
+    log.info("use it: python -m app.deploy.runtime %s --input IMAGES --output DIR", folder)

@@ -1,0 +1,54 @@
+"""`python -m app label`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.cli import options
+from app.cli.options import DETECTION, MODEL, OUTPUT, PROMPTS
+
+log = logging.getLogger("app")
+cli = typer.Typer(add_completion=False)
+
+
+@cli.command()
+def label(
+    *,
+    input: options.Input,
+    checkpoint: Annotated[Path, typer.Option(help="weights file or folder", rich_help_panel=MODEL)],
+    output_dir: Annotated[
+        Path, typer.Option(help="folder for the dataset; a new one", rich_help_panel=OUTPUT)
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a class; several; without any, the classes of the weights",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    threshold: options.Threshold = None,
+    max_detections: Annotated[
+        int, typer.Option(min=1, help="an image", rich_help_panel=DETECTION)
+    ] = 100,
+    device: options.Device = "auto",
+) -> None:
+    """Make a dataset of images without labels: what weights find in them are its labels."""
+    from app.inference import labelling
+
+    bad = labelling.label(
+        input,
+        checkpoint,
+        output_dir,
+        prompt or (),
+        threshold=threshold,
+        max_detections=max_detections,
+        device=device,
+    )
+    for problem in bad:
+        log.warning("left out: %s", problem)
+    if bad:
+        raise typer.Exit(3)

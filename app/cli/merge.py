@@ -1,0 +1,28 @@
+"""`python -m app merge`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.cli import options
+
+log = logging.getLogger("app")
+cli = typer.Typer(add_completion=False)
+
+
+@cli.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="folder of a LoRA, such as RUN/weights/best")],
+    output_dir: Annotated[
+        Path, typer.Option(help="folder for model.safetensors", rich_help_panel=options.OUTPUT)
+    ],
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Join a LoRA with its base into plain weights."""
+    from app.model import weights
+
+    log.info("weights: %s", weights.merge(adapter, output_dir, overwrite=overwrite).parent)

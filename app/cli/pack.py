@@ -1,0 +1,23 @@
+"""`python -m app pack`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+log = logging.getLogger("app")
+cli = typer.Typer(add_completion=False)
+
+
+@cli.command()
+def pack(
+    weights: Annotated[Path, typer.Argument(help="weights folder or file of a run")],
+    output_dir: Annotated[Path, typer.Option(help="folder for the packed ones")],
+) -> None:
+    """Write weights as float16: half as large, with their SHA-256 beside."""
+    from app.model import bundled
+
+    log.info("packed: %s", bundled.pack(weights, output_dir))

@@ -1,0 +1,206 @@
+"""`python -m app train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app import signals
+from app.cli import options
+from app.cli.options import CLUSTER, DATA, METHOD, MODEL, OUTPUT, SCHEDULE
+from app.config.schema import PlanKind, Resume
+
+cli = typer.Typer(add_completion=False)
+
+
+@cli.command()
+@options.with_flags
+def train(
+    *,
+    overrides: options.Overrides = None,
+    source: options.SourceFlags,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML or JSON: class: prompt, or [prompt, synonym, …]", rich_help_panel=DATA
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="train on so many images, chosen by the seed", rich_help_panel=DATA
+        ),
+    ] = None,
+    augmentation: Annotated[
+        str | None, typer.Option(help="none, light or strong", rich_help_panel=DATA)
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="what --eval-only scores: train, valid or test", rich_help_panel=DATA),
+    ] = None,
+    weights: options.ModelFlags,
+    resolution: Annotated[
+        int | None, typer.Option(help="pixels, square", rich_help_panel=MODEL)
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="full, head, lora-minimal, lora or lora-full", rich_help_panel=METHOD),
+    ] = None,
+    freeze: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART,…",
+            help="not trained: vision, text, detector, geometry, masks, scoring; or none of them",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="weights of any size to learn from as well (keys: distill.* in train.yaml)",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    warm_start: Annotated[
+        str | None,
+        typer.Option(
+            help="pixels: from random weights, the trunk learns these first",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="auto: by the number of images; or a YAML of configs/recipe by its name",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML in our schema or in upstream's Trainer's", rich_help_panel=METHOD),
+    ] = None,
+    use_base_config: Annotated[
+        bool,
+        typer.Option(
+            "--use-base-config",
+            help="upstream's full fine-tuning, by its Trainer",
+            rich_help_panel=METHOD,
+        ),
+    ] = False,
+    epochs: Annotated[int | None, typer.Option(rich_help_panel=SCHEDULE)] = None,
+    batch_size: Annotated[
+        str | None,
+        typer.Option(
+            help="images a step and process; auto: the most that fit", rich_help_panel=SCHEDULE
+        ),
+    ] = None,
+    grad_accum: Annotated[
+        int | None,
+        typer.Option(help="steps averaged into one update", rich_help_panel=SCHEDULE),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="learning rate of the detector; the others keep their ratio",
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=SCHEDULE)] = None,
+    eval_only: Annotated[
+        bool,
+        typer.Option("--eval-only", help="score, do not train", rich_help_panel=SCHEDULE),
+    ] = False,
+    plan: Annotated[
+        PlanKind | None,
+        typer.Option(
+            metavar="[=measure]",
+            help="do not train: print what it would take in memory and disk, and refuse what does "
+            "not fit; measure: the time too, by a few updates",
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = None,
+    resume: Annotated[
+        Resume | None,
+        typer.Option(
+            metavar="[=auto|weights]",
+            help="go on from the newest checkpoint in --output-dir; auto: if there is one; "
+            "weights: from its weights alone, with other data or settings",
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = None,
+    output_dir: Annotated[
+        str | None, typer.Option(help="folder that the run leaves", rich_help_panel=OUTPUT)
+    ] = None,
+    overwrite: options.Overwrite = False,
+    mlflow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[=URI]",
+            help="send figures, files and weights to MLflow too: at MLFLOW_TRACKING_URI, or else "
+            "in outputs/mlflow.db",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    register: Annotated[
+        str | None,
+        typer.Option(
+            help="name in MLflow's model registry that the best weights get",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    num_gpus: Annotated[
+        int | None, typer.Option(help="processes to train with", rich_help_panel=CLUSTER)
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(help="machines, with --cluster slurm", rich_help_panel=CLUSTER)
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="slurm: hand the run to it (keys: cluster.* in train.yaml)",
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
+) -> None:
+    """Fine-tune SAM 3 on labelled images, or score weights on them (--eval-only)."""
+    flags = {
+        "transforms": augmentation,
+        "method": method,
+        "method.freeze": None if freeze is None else f"[{'' if freeze == 'none' else freeze}]",
+        **source.by_key(),
+        "dataset.prompts": prompts,
+        "dataset.limit": limit,
+        "training.warm_start.method": warm_start,
+        "training.epochs": epochs,
+        "training.batch_size": batch_size,
+        "training.grad_accum": grad_accum,
+        "training.num_gpus": num_gpus,
+        "cluster.name": cluster,
+        "cluster.nodes": nodes,
+        "tracking.mlflow": mlflow,
+        "tracking.register_as": register,
+        "model.resolution": resolution,
+        "output_dir": output_dir,
+        "checkpoint": weights.checkpoint,
+        "distill.teacher": teacher,
+        "evaluation.split": split,
+        "seed": seed,
+    }
+    with signals.watch() as stop:
+        from app.cli import training
+
+        training.start(
+            options.to_overrides(overrides, flags),
+            size=weights.model,
+            stop=stop,
+            file=config,
+            recipe=recipe,
+            lr=lr,
+            base_config=use_base_config,
+            eval_only=eval_only,
+            plan=plan,
+            resume=resume,
+            overwrite=overwrite,
+        )

@@ -1,0 +1,115 @@
+"""The table of commands: what it lists, imports and refuses."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from app.__main__ import COMMANDS
+from tests.helpers import REPOSITORY, Command
+
+# Sources of labelled images, alike in each command that reads them.
+SOURCES = ("--dataset-dir", "--hf-dataset", "--hf-config", "--hf-split", "--columns", "--roboflow")
+
+
+def _command(name: str) -> object:
+    return get_command(importlib.import_module(f"app.cli.{name}").cli)
+
+
+def _panels(name: str) -> dict[str, str]:
+    """Return the panel of each flag."""
+    command = _command(name)
+    return {
+        flag: param.rich_help_panel
+        for param in command.params  # type: ignore[attr-defined]
+        for flag in param.opts
+        if flag.startswith("--")
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_table_says_what_the_command_says(name: str) -> None:
+    assert _command(name).help == COMMANDS[name]  # type: ignore[attr-defined]
+
+
+def test_each_file_of_a_command_is_in_the_table() -> None:
+    shared = {"__init__", "options", "training"}
+    files = {file.stem for file in (REPOSITORY / "app" / "cli").glob("*.py")} - shared
+    assert files == {*COMMANDS}
+    data = _command("data")
+    assert isinstance(data, TyperGroup)
+    assert [*data.commands] == ["check", "build"]
+
+
+def test_help_lists_all_commands(command: Command) -> None:
+    done = command("--help")
+    assert done.code == 0
+    assert re.findall(r"^│ (\w+)  +\S", done.out, flags=re.MULTILINE) == [*COMMANDS]
+    assert command("-h").out == done.out
+
+
+def test_an_unknown_command_is_refused_with_the_nearest(command: Command) -> None:
+    done = command("tran")
+    assert done.code == 2
+    assert "No such command 'tran'" in done.err
+    assert "'train'" in done.err
+
+
+def test_an_unknown_flag_is_refused(command: Command) -> None:
+    done = command("infer", "--treshold", "1")
+    assert done.code == 2
+    assert "--threshold" in done.err
+
+
+@pytest.mark.parametrize("name", ["train", "infer", "evaluate", "compact", "export", "label"])
+def test_long_help_is_in_panels(name: str) -> None:
+    outside = [flag for flag, panel in _panels(name).items() if panel is None]
+    assert outside == []
+
+
+def test_panels_of_train(command: Command) -> None:
+    panels = _panels("train")
+    assert {panels[flag] for flag in SOURCES} == {"Data"}
+    assert {*panels.values()} == {"Data", "Model", "Method", "Schedule", "Output", "Cluster"}
+    shown = command("train", "--help").out
+    assert re.findall(r"^╭─ (\w+)", shown, flags=re.MULTILINE) == [
+        *("Arguments", "Options", "Data", "Model", "Method", "Schedule", "Output", "Cluster")
+    ]
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "compact", "export"])
+def test_sources_are_the_same_flags_everywhere(name: str) -> None:
+    assert {*SOURCES} <= {*_panels(name)}
+    assert ("--dataset-format" if name == "export" else "--format") in _panels(name)
+
+
+# Each takes from a tenth of a second to two seconds to import.
+HEAVY = (
+    *("accelerate", "boto3", "cv2", "datasets", "httpx", "huggingface_hub", "matplotlib"),
+    *("mlflow", "numpy", "pandas", "peft", "pycocotools", "sam3", "scipy", "skimage"),
+    *("tensorboard", "timm", "torch", "torchvision", "transformers"),
+)
+
+
+@pytest.mark.parametrize("words", [("--help",), *((name, "--help") for name in COMMANDS)])
+def test_help_imports_nothing_that_takes_long(words: tuple[str, ...]) -> None:
+    code = (
+        "import sys\nfrom app.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        f"print(*({{*sys.modules}} & {{*{HEAVY!r}}}), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--help" in done.stdout
+    assert done.stderr.split() == []

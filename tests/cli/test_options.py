@@ -1,0 +1,82 @@
+"""Flags that stand in one dataclass and become flags of a command."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from app.cli import options
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Hold two flags."""
+
+    size: Annotated[int, typer.Option(min=1, help="pixels")] = 3
+    words: Annotated[list[str] | None, typer.Option("--word")] = None
+
+
+def _app(calls: list[object]) -> typer.Typer:
+    app = typer.Typer()
+
+    @app.command()
+    @options.with_flags
+    def command(
+        *, file: Annotated[Path, typer.Argument()], flags: Flags, loud: bool = False
+    ) -> None:
+        """Do something."""
+        calls.append((file, flags, loud))
+
+    return app
+
+
+def test_the_command_gets_the_dataclass() -> None:
+    calls: list[object] = []
+    run = CliRunner().invoke
+    words = ["a.txt", "--size", "5", "--word", "x", "--word", "y", "--loud"]
+    assert run(_app(calls), words).exit_code == 0
+    assert run(_app(calls), ["b.txt"]).exit_code == 0
+    assert calls == [
+        (Path("a.txt"), Flags(5, ["x", "y"]), True),
+        (Path("b.txt"), Flags(), False),
+    ]
+
+
+def test_the_flags_are_checked_and_shown() -> None:
+    calls: list[object] = []
+    assert CliRunner().invoke(_app(calls), ["a", "--size", "0"]).exit_code == 2
+    assert CliRunner().invoke(_app(calls), ["a", "--flags", "1"]).exit_code == 2
+    shown = CliRunner().invoke(_app(calls), ["--help"]).output
+    assert "Do something." in shown
+    assert "--size" in shown
+    assert "pixels" in shown
+    assert "[default: 3]" in shown
+    assert calls == []
+
+
+def test_two_flags_of_one_name_are_refused() -> None:
+    def command(*, size: int = 1, flags: Flags) -> None: ...
+
+    with pytest.raises(ValueError, match="duplicate parameter name"):
+        options.with_flags(command)
+
+
+def test_flags_are_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        options.SourceFlags().format = "coco"  # type: ignore[misc]
+
+
+def test_flags_that_were_given_win_over_overrides() -> None:
+    flags = options.SourceFlags(dataset_dir="mine", format="yolo")
+    assert options.to_overrides(["dataset.format=coco", "seed=1"], flags.by_key()) == [
+        "dataset.format=coco",
+        "seed=1",
+        "dataset.dir=mine",
+        "dataset.format=yolo",
+    ]
+    assert options.to_overrides(None, options.SourceFlags().by_key()) == []
