@@ -70,13 +70,14 @@ def evaluate(
         "prediction.threshold": threshold,
         "output_dir": output_dir,
     }
-    with signals.watch() as stop:
+    with signals.watch():
         from app.cli import training
+        from app.training.prepare import Request
 
-        training.start(
+        request = Request(
             options.to_overrides(overrides, flags),
             size=weights.model,
-            stop=stop,
             eval_only=True,
             overwrite=overwrite,
         )
+        training.evaluate(request)

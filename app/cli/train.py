@@ -190,17 +190,17 @@ def train(
     }
     with signals.watch() as stop:
         from app.cli import training
+        from app.training.prepare import Request
 
-        training.start(
+        request = Request(
             options.to_overrides(overrides, flags),
             size=weights.model,
-            stop=stop,
             file=config,
             recipe=recipe,
             lr=lr,
-            base_config=use_base_config,
             eval_only=eval_only,
-            plan=plan,
             resume=resume,
             overwrite=overwrite,
+            download=plan is None,
         )
+        training.start(request, stop, base_config=use_base_config, plan=plan)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from app.config.schema import PlanKind, Resume
+from app.config.schema import PlanKind
 from app.errors import UserError
 from app.signals import StopRequest
 from app.training import features, run
@@ -33,43 +32,40 @@ if TYPE_CHECKING:
 log = logging.getLogger("app")
 
 
-def start(
-    overrides: Sequence[str],
-    *,
-    size: str,
-    stop: StopRequest,
-    file: Path | None = None,
-    recipe: str | None = None,
-    lr: float | None = None,
-    base_config: bool = False,
-    eval_only: bool = False,
-    plan: PlanKind | None = None,
-    resume: Resume | None = None,
-    overwrite: bool = False,
-) -> None:
+def start(request: Request, stop: StopRequest, *, base_config: bool, plan: PlanKind | None) -> None:
     """Check the flags against one another, then train, score or plan, by us or by upstream.
+
+    Args:
+        base_config: train by upstream's Trainer, on its full fine-tuning.
+        plan: print what a training would take, and do not train.
 
     Raises:
         UserError: whatever the user must mend, before anything is written.
     """
     from app.upstream_trainer.schema import BASE_CONFIG, is_upstream_schema
 
-    given = {"--use-base-config": base_config, "--config": file, "--recipe": recipe}
-    if len(named := [flag for flag, value in given.items() if value]) > 1:
-        raise UserError(f"{' and '.join(named)}: give one of them")
-    tracks = any(text.startswith("tracking.") for text in overrides)
+    sources: dict[str, object] = {
+        "--use-base-config": base_config,
+        "--config": request.file,
+        "--recipe": request.recipe,
+    }
+    if len(given := [flag for flag, value in sources.items() if value]) > 1:
+        raise UserError(f"{' and '.join(given)}: give one of them")
+    if base_config:
+        request = replace(request, file=BASE_CONFIG)
+    file, eval_only = request.file, request.eval_only
+    by_upstream = file is not None and is_upstream_schema(file)
+    tracks = any(text.startswith("tracking.") for text in request.overrides)
     problems = []
     if plan and eval_only:
         problems.append("--plan and --eval-only: a plan is of training; leave one of them out")
     if tracks and eval_only:
         problems.append("--mlflow and --register: of a training; leave them out, or --eval-only")
-    file = BASE_CONFIG if base_config else file
-    by_upstream = file is not None and is_upstream_schema(file)
-    if resume and eval_only and not by_upstream:
+    if request.resume and eval_only and not by_upstream:
         problems.append("--resume: of a training; leave it out, or --eval-only")
     if by_upstream:
-        auto_batch = f"{BATCH_SIZE}=auto" in overrides
-        ours = {"--plan": plan, "--batch-size auto": auto_batch, "--mlflow, --register": tracks}
+        ours = {"--plan": plan, "--batch-size auto": request.fits_batch}
+        ours["--mlflow, --register"] = tracks
         problems += [
             f"{flag}: of this project's own training, and {file} is for upstream's Trainer; "
             "leave one of them out"
@@ -81,29 +77,8 @@ def start(
     if by_upstream:
         from app.upstream_trainer import run as upstream
 
-        assert file is not None
-        upstream.start(
-            overrides,
-            file,
-            size=size,
-            lr=lr,
-            eval_only=eval_only,
-            resume=resume,
-            overwrite=overwrite,
-        )
-        return
-    request = Request(
-        overrides,
-        size=size,
-        file=file,
-        recipe=recipe,
-        lr=lr,
-        eval_only=eval_only,
-        resume=resume,
-        overwrite=overwrite,
-        download=plan is None,
-    )
-    if eval_only:
+        upstream.start(request)
+    elif eval_only:
         evaluate(request)
     else:
         train(request, stop, plan=plan)

@@ -6,7 +6,6 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from sam3.train.matcher import BinaryHungarianMatcherV2
 from app.config.compose import (
     load_config,
 )
-from app.config.schema import ModelConfig, Resume
+from app.config.schema import ModelConfig
 from app.datasets import coco
 from app.datasets.build import Splits
 from app.datasets.read_splits import read_splits as read_own_splits
@@ -29,30 +28,24 @@ from app.launch import torchrun
 from app.model import weights
 from app.model.build import build_model
 from app.training.output_folder import log_next_steps, prepare_folder
+from app.training.prepare import Request
 from app.upstream_trainer.adapt import model_size, prepare
 
 log = logging.getLogger("app")
 
 
-def start(
-    overrides: Sequence[str],
-    file: Path,
-    *,
-    size: str,
-    lr: float | None,
-    eval_only: bool,
-    resume: Resume | None,
-    overwrite: bool,
-) -> None:
-    """Train by upstream's Trainer; leaves `weights/last` beside upstream's own files.
+def start(request: Request) -> None:
+    """Train by upstream's Trainer; leave `weights/last` beside upstream's own files.
 
     Raises:
         UserError: whatever the user must mend, before anything is written.
     """
+    assert request.file is not None
+    eval_only, resume = request.eval_only, request.resume
     if resume == "weights":
         raise UserError("--resume=weights: upstream's Trainer cannot; give --checkpoint")
-    flags = dict(text.partition("=")[::2] for text in overrides)
-    config = prepare(file, flags, size, lr)
+    flags = dict(text.partition("=")[::2] for text in request.overrides)
+    config = prepare(request.file, flags, request.size, request.lr)
     config.trainer.mode = "val" if eval_only else config.trainer.mode
     if config.trainer.mode == "val":
         log.info("note: trainer.mode is val: nothing is trained")
@@ -63,7 +56,7 @@ def start(
 
     folder = Path(config.launcher.experiment_log_dir)
     if os.environ.get("RANK", "0") == "0":
-        prepare_folder(folder, resume=resume, overwrite=overwrite)
+        prepare_folder(folder, resume=resume, overwrite=request.overwrite)
         write_dataset(config, splits, folder)
         # Not resolved: an interpolation may read an environment variable.
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config))

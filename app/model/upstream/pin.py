@@ -129,17 +129,17 @@ def _later(name: str, file: Path, *, with_submodules: bool) -> types.ModuleType:
     assert spec.loader is not None
     module, loader = importlib.util.module_from_spec(spec), spec.loader
     if not with_submodules:
-        del module.__path__  # the import of a submodule reads it first
+        del module.__dict__["__path__"]  # the import of a submodule reads it first
 
     def load(attribute: str) -> Any:
         if attribute.startswith("__") and attribute != "__path__":
             raise AttributeError(attribute)
-        del module.__getattr__  # type: ignore[attr-defined]
+        del module.__dict__["__getattr__"]
         module.__path__ = folder
         loader.exec_module(module)
         return getattr(module, attribute)
 
-    module.__getattr__ = load  # type: ignore[attr-defined]
+    module.__dict__["__getattr__"] = load
     return module
 
 
