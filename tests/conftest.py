@@ -16,22 +16,9 @@ from PIL import Image
 
 from app.__main__ import main
 from app.datasets.synthetic.shapes import make_shapes
-from tests.helpers import (
-    MICRO,
-    PATIENCE,
-    PEAK,
-    REPOSITORY,
-    SHARED,
-    TINY,
-    Command,
-    Result,
-    finish,
-    once,
-    until,
-)
+from tests.helpers import MICRO, SHARED, Command, Result, finish, once
 
 pytest_plugins = ["pytester", "tests.tiers", "tests.slurm"]
-__all__ = ["PATIENCE", "PEAK", "REPOSITORY", "TINY", "Command", "Result", "finish", "once", "until"]
 
 
 @pytest.fixture

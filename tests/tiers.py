@@ -23,7 +23,7 @@ import pytest
 
 # CPU seconds that an unmarked test may take. It is CPU and not wall time, so that a busy machine
 # does not decide; most tests take less than a tenth of it.
-LIMIT = 60.0
+LIMIT = 10.0
 MARKS = ("slow", "system")
 _METER = pytest.StashKey["Meter"]()
 

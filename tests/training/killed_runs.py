@@ -16,8 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
-import app.training.start  # noqa: F401  what a run imports, once for all of them
-
+import app.training.run  # noqa: F401  what a run imports, once for all of them
 from app.__main__ import main as command
 from app.datasets.synthetic.shapes import make_shapes
 from tests import kills
