@@ -36,7 +36,7 @@ Units = Tensor  # (K,) int64 indices of what stays, or (K, H) float32, a project
 
 @dataclass(frozen=True)
 class Cut:
-    """What stays of a model; None where all of it stays.
+    """The parts of a model that stay; None where all of them stay.
 
     Attributes:
         blocks, text_layers, encoder_layers, decoder_layers, queries: indices, ascending.

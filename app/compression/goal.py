@@ -1,4 +1,4 @@
-"""The goal of a compaction: what shall stay of the weights, as the flags of `compact` say it."""
+"""The goal of a compaction: the parts that shall stay, as the flags of `compact` name them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class CutFlags:
 
 @dataclass(frozen=True)
 class Goal:
-    """What shall stay of the weights; None where all of it stays.
+    """The parts of the weights that shall stay; None where all of them stay.
 
     Attributes:
         removed_blocks: blocks to remove; None where the `layers["blocks"]` most important stay.

@@ -36,6 +36,7 @@ from app.datasets.queries import PromptChoice, QueryDataset, collate
 from app.errors import UserError
 from app.files import read_json, write_json
 from app.inference.predictor import query_scores
+from app.model.device import autocast
 from app.training.losses import LabelLosses
 
 log = logging.getLogger("app")
@@ -87,8 +88,8 @@ class Measure:
         return copy_data_to_device(collate([data[index]]), self.device)
 
     def autocast(self) -> torch.autocast:
-        bf16 = self.precision == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        """Return the context to run models in."""
+        return autocast(self.device, self.precision)
 
     def losses(self, model: Sam3Image) -> Iterator[Tensor]:
         """Yield the loss of each image, a scalar with the graph."""
@@ -266,7 +267,7 @@ class Width:
     """
 
     def __init__(self, model: Sam3Image, measure: Measure, by: WidthBy) -> None:
-        """Measure.
+        """Measure all blocks.
 
         Args:
             by: "taylor": the squared gradient of the loss by a gate on each unit, its part in the

@@ -1,1 +1,1 @@
-"""What leaves the project: ONNX and HuggingFace folders, and the runtime that needs no torch."""
+"""Exports to ONNX and to transformers, and the runtime of ONNX exports, which needs no torch."""

@@ -1,4 +1,4 @@
-"""What an export shall hold, as the flags of `export --format onnx` say it."""
+"""The content of an export, as the flags of `export --format onnx` ask for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from app.model.vocabulary import unknown_words
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an export shall hold.
+    """The content of an export.
 
     Attributes:
         precisions: of `PRECISIONS`; `check_wanted` adds fp32.

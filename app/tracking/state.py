@@ -16,7 +16,7 @@ STORE = Path("outputs/mlflow.db")  # below the current folder
 
 
 class State(BaseModel):
-    """What one MLflow server has of one run.
+    """The parts of one run that were sent to one MLflow server.
 
     Attributes:
         tracker: address of the server, without a password.

@@ -25,7 +25,7 @@ from app.deploy.operators import ALLOWED, check_operators
 from app.deploy.parity import compare, graph_outputs, model_outputs
 from app.deploy.runtime import cli as run
 from app.deploy.runtime.manifest import FILE, read_manifest
-from app.deploy.runtime.onnx_backend import HINDERING
+from app.deploy.runtime.onnx_backend import DISABLED_OPTIMIZERS
 from app.deploy.runtime.runtime import Runtime
 from app.deploy.wanted import Wanted
 from app.errors import UserError
@@ -270,7 +270,7 @@ def test_onnx_runtime_multiplies_int8_as_int8(exported: Path, tmp_path: Path) ->
             str(exported / f"{name}.int8.onnx"),
             options,
             providers=["CPUExecutionProvider"],
-            disabled_optimizers=HINDERING,
+            disabled_optimizers=DISABLED_OPTIMIZERS,
         )
         graph = onnx.load(tmp_path / "optimised.onnx", load_external_data=False).graph
         kinds += [node.op_type for node in graph.node]

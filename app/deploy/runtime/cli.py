@@ -34,6 +34,7 @@ class RuntimeSettings(Settings):
     """Settings of a run by an exported folder (`checkpoint`) and a backend (`device`)."""
 
     def identity(self) -> dict[str, Any]:
+        """Return the settings that must be equal for results to share an output folder."""
         return {**asdict(self), "manifest": hash_file(Path(self.checkpoint) / FILE)}
 
 

@@ -35,7 +35,7 @@ MIN_WORKSPACE = 256 << 20
 
 @dataclass(frozen=True)
 class Identity:
-    """What an engine is made for.
+    """The device and the ONNX file that an engine is made for.
 
     Attributes:
         onnx: sha256 of the ONNX file and of its external data.
@@ -51,7 +51,7 @@ class Identity:
 
     @property
     def name(self) -> str:
-        """The name of the engine's file without its suffix."""
+        """Return the name of the engine's file without its suffix."""
         return f"{self.graph}.{self.precision}.{_key(asdict(self))}"
 
     def __str__(self) -> str:

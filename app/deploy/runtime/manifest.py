@@ -38,7 +38,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the folder holds.
+    """The content of an exported folder.
 
     Attributes:
         size: name of the model's size.
