@@ -140,18 +140,19 @@ def test_what_is_refused_is_not_measured(
 def test_the_largest_batch_fits_and_one_more_does_not(shapes: Path, monkeypatch) -> None:
     config, splits = load_config(LEAST), load_splits(shapes)
 
+    planner = _planner(config, splits)  # one, because each reads anew what the process holds
+
     def needed(size: int) -> int:
-        sized = load_config([*LEAST, f"training.batch_size={size}"])
-        return _planner(sized, splits).plan().memory.total
+        return planner.plan(load_config([*LEAST, f"training.batch_size={size}"])).memory.total
 
     sizes = {size: needed(size) for size in (1, 2, 3, 4)}
     for size in (1, 2, 3):
         _small(monkeypatch, (sizes[size] + sizes[size + 1]) / 2)
-        assert _planner(config, splits).largest_batch() == size
+        assert planner.largest_batch() == size
     _small(monkeypatch, 1e12)
-    assert _planner(config, splits).largest_batch() == 4  # all images
+    assert planner.largest_batch() == 4  # all images
     _small(monkeypatch, sizes[1] - 1)
-    assert _planner(config, splits).largest_batch() == 0
+    assert planner.largest_batch() == 0
 
 
 def test_batch_size_auto(shapes: Path, tmp_path: Path, command: Command, monkeypatch) -> None:
