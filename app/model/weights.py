@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -238,6 +237,8 @@ def read_header(path: Path) -> Header | None:
 
 def cached_sam3() -> Path | None:
     """Return Meta's weights, if the Hugging Face cache has them."""
+    from huggingface_hub import try_to_load_from_cache
+
     file = try_to_load_from_cache(*HUB)
     return Path(file) if isinstance(file, str) else None
 
@@ -245,6 +246,8 @@ def cached_sam3() -> Path | None:
 def published_sam3() -> Path:
     """Return Meta's weights, cached or from the hub; raise UserError that says how to get them."""
     try:
+        from huggingface_hub import hf_hub_download
+
         return cached_sam3() or Path(hf_hub_download(*HUB))
     except Exception as error:  # the hub raises many kinds: gated, offline, missing token, limits
         raise UserError(

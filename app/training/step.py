@@ -179,7 +179,8 @@ def build_accelerator(device: torch.device, *, find_unused: bool = True) -> Acce
     Args:
         find_unused: whether some trained parameters take no part in a step.
     """
-    torch.use_deterministic_algorithms(device.type == "cpu")
+    # As use_deterministic_algorithms, which imports torch's compiler besides: two seconds.
+    torch.set_deterministic_debug_mode("error" if device.type == "cpu" else "default")
     # It costs time, and nothing here reads such memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Accelerator(

@@ -66,25 +66,6 @@ def test_a_blob_id_is_what_git_says(tmp_path: Path) -> None:
     assert blob == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 
-IMPORTS_LATER = """
-import app, sys, torch, torchvision, app.inference.predictor
-unwanted = {"torch._dynamo.convert_frame", "torch._inductor", "timm.models"} & set(sys.modules)
-assert not unwanted, unwanted
-doubled = torch.compile(lambda x: x * 2 + 1, backend="eager")
-assert doubled(torch.ones(2)).tolist() == [3, 3]
-assert "torch._dynamo.convert_frame" in sys.modules
-import timm
-assert timm.is_model("vit_base_patch16_224")
-aligned = torchvision.ops.roi_align(torch.ones(1, 2, 8, 8), [torch.tensor([[0.0, 0, 4, 4]])], 2)
-assert aligned.tolist() == torch.ones(1, 2, 2, 2).tolist()
-"""
-
-
-def test_compiler_and_model_zoo_are_imported_where_they_are_used() -> None:
-    """They take seconds of each start; whoever needs them finds them whole."""
-    subprocess.run([sys.executable, "-c", IMPORTS_LATER], cwd=REPOSITORY, check=True)
-
-
 def test_importing_prints_no_warning() -> None:
     code = "import app, app.model.build, app.training.step, app.inference.predictor"
     done = subprocess.run(

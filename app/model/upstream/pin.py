@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import UserError
+from app.model.upstream.lazy import import_later
 
 COMMIT = "84cc43bca4347b772f17d1078a1ddb4c054655c2"
 INSTALL = "pip install --no-deps sam3==0.1.4"
@@ -90,99 +90,8 @@ def prepare_import() -> None:
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
     if importlib.util.find_spec("torchmetrics") is None:
         sys.modules["torchmetrics"] = _torchmetrics()
-    if "torch" in sys.modules or importlib.util.find_spec("torch") is None:
-        return  # the runtime of exported folders has none
-    sys.modules["torch._dynamo"] = _dynamo_without_compiler()
-    sys.modules["timm"] = _later(
-        "timm", package_folder("timm") / "__init__.py", with_submodules=True
-    )
-    if not any(isinstance(finder, _RoiAlignWithoutDynamo) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _RoiAlignWithoutDynamo())
-
-
-def _dynamo_without_compiler() -> types.ModuleType:
-    """Return the package `torch._dynamo` with `disable` alone, until more of it is asked for.
-
-    torch and torchvision import the compiler to mark functions that it shall not compile. Before
-    it is loaded there is nothing to mark.
-    """
-
-    def disable(fn: Any = None, *_: Any, **__: Any) -> Any:
-        """Return the function as it is."""
-        return disable if fn is None else fn
-
-    file = package_folder("torch") / "_dynamo" / "__init__.py"
-    module = _later("torch._dynamo", file, with_submodules=False)
-    module.disable = disable  # type: ignore[attr-defined]
-    return module
-
-
-def _later(name: str, file: Path, *, with_submodules: bool) -> types.ModuleType:
-    """Return a package that runs when it is first read, because its own imports take seconds.
-
-    Args:
-        with_submodules: let its submodules be imported before it runs: of timm, the layers.
-    """
-    folder = [str(file.parent)]
-    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=folder)
-    assert spec is not None
-    assert spec.loader is not None
-    module, loader = importlib.util.module_from_spec(spec), spec.loader
-    if not with_submodules:
-        del module.__dict__["__path__"]  # the import of a submodule reads it first
-
-    def load(attribute: str) -> Any:
-        if attribute.startswith("__") and attribute != "__path__":
-            raise AttributeError(attribute)
-        del module.__dict__["__getattr__"]
-        module.__path__ = folder
-        loader.exec_module(module)
-        return getattr(module, attribute)
-
-    module.__dict__["__getattr__"] = load
-    return module
-
-
-class _RoiAlignWithoutDynamo(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Import torchvision.ops.roi_align without torch's compiler, which takes seconds to import.
-
-    The module asks it one question, when ROI align is called on a GPU: `is_compile_supported`. It
-    gets a function that asks then. Goes when torchvision imports it no longer (roi_align.py:7).
-    """
-
-    NAME, COMPILER = "torchvision.ops.roi_align", "torch._dynamo.utils"
-
-    def find_spec(
-        self, name: str, path: Any = None, target: Any = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """Return the module's own spec, loaded by this class; None for all other modules."""
-        if name != self.NAME or self.COMPILER in sys.modules:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec is not None and spec.loader is not None:
-            self.loader, spec.loader = spec.loader, self
-        return spec
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType | None:
-        """Make the module as its own loader would."""
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        """Run the module while a stand-in takes the compiler's place."""
-        stand_in = types.ModuleType(self.COMPILER)
-        stand_in.is_compile_supported = _is_compile_supported  # type: ignore[attr-defined]
-        sys.modules[self.COMPILER] = stand_in
-        try:
-            self.loader.exec_module(module)
-        finally:
-            del sys.modules[self.COMPILER]
-
-
-def _is_compile_supported(device_type: Any) -> bool:
-    """Ask torch's compiler, which is imported now."""
-    from torch._dynamo.utils import is_compile_supported
-
-    return bool(is_compile_supported(device_type))
+    if "torch" not in sys.modules and importlib.util.find_spec("torch") is not None:
+        import_later()  # the runtime of exported folders has no torch
 
 
 def _torchmetrics() -> types.ModuleType:
