@@ -83,7 +83,7 @@ def test_a_signal_waits_while_processes_start() -> None:
     ours, theirs = fork.Pipe()
     child = fork.Process(target=_say_what_waits, args=(theirs,))
     try:
-        with signals.held_back():
+        with signals.blocked_signals():
             child.start()
             os.kill(os.getpid(), signal.SIGTERM)
         assert child.pid is not None

@@ -1,7 +1,7 @@
 """Fake tensors: shape, type and device without contents, to count bytes and operations.
 
 Torch's own FakeTensorMode does the same at some 0.3 ms an operation, and a step of the full size
-has 31,000. Its forward pass alone takes over twice as long as the whole step here, because the
+has 31,000. Its forward pass alone takes about twice as long as the whole step here, because the
 outputs of an operation are looked up by the shapes of its inputs. It also refuses the `nonzero` of
 upstream's losses, whose size depends on contents.
 """

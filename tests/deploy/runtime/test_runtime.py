@@ -50,7 +50,7 @@ class Refuse(importlib.machinery.PathFinder):
         spec = super().find_spec(name, path, target)
         place = str(spec.origin or "") if spec else ""
         if "site-packages" in place and name.partition(".")[0] not in ALLOWED:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            return None
         return spec
 
 importers = importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter
