@@ -105,6 +105,7 @@ def _small(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
     monkeypatch.setattr(planning, "free_memory", lambda *_: int(free))
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_with_what_would(
     shapes: Path, command: Command, monkeypatch
 ) -> None:

@@ -77,6 +77,7 @@ def test_anchors_lie_on_a_grid() -> None:
     assert boxes[:, 1].reshape(2, 3).T.tolist() == [pytest.approx([0.25, 0.75])] * 3
 
 
+@pytest.mark.slow
 def test_trunk_words_and_encoder_learn_and_nothing_else_moves(shapes: Path) -> None:
     """Of the class names, the nearest to an object's cells is its own; prompted, it is marked."""
     torch.manual_seed(0)
