@@ -195,7 +195,7 @@ def test_the_threshold_is_that_of_the_weights(report: str, nano_run: Path) -> No
     assert f"the threshold {header.threshold:.3f}" in report
 
 
-@pytest.mark.parametrize("name", ["nano_run", "tiny_run"])
+@pytest.mark.parametrize("name", [pytest.param("nano_run", marks=pytest.mark.slow), "tiny_run"])
 def test_its_commands_run(name: str, tmp_path: Path, command: Command, request) -> None:
     """Each as printed, whatever the settings come from: a file, flags, overrides, defaults."""
     run = tmp_path / "the run"
