@@ -8,11 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 
-import submitit
 import torch
-from torch.distributed import run as torchrun
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from app import signals
 from app.errors import UserError
@@ -53,6 +49,8 @@ def _meeting(nodes: int) -> list[str]:
     """Return torchrun's words for where its processes meet: on the first of the nodes."""
     if nodes == 1:
         return ["--standalone"]
+    import submitit
+
     job = submitit.JobEnvironment()
     port = FIRST_PORT + int(job.raw_job_id) % PORTS
     return [
@@ -75,6 +73,10 @@ def end_quietly_if_peer_died() -> Iterator[None]:
 
 def main() -> None:
     """Run torchrun; exit with the code of the process that failed first, or 143 after a signal."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     try:
         torchrun.run(torchrun.parse_args(sys.argv[1:]))
     except SignalException:

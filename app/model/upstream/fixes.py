@@ -24,18 +24,22 @@ def building_on_meta() -> AbstractContextManager[None]:
     """
     import torch
     from torch import Tensor
+    from torch.nn import init
     from torch.overrides import TorchFunctionMode
 
     drawing = {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.mul_, Tensor.add_}
-    drawing |= {Tensor.clamp_, Tensor.fill_, Tensor.zero_}
+    drawing |= {Tensor.clamp_, Tensor.fill_, Tensor.zero_, Tensor.triu_}
+    drawing |= {init.normal_, init.uniform_, init.constant_, init.kaiming_uniform_}
 
     class Building(TorchFunctionMode):
         def __torch_function__(
             self, func: Any, types: Any, args: Any = (), kwargs: Any = None
         ) -> Any:
-            if func in drawing and args[0].is_meta:
-                return args[0]
             kwargs = dict(kwargs or {})
+            if func in drawing:
+                tensor = args[0] if args else kwargs["tensor"]
+                if tensor.is_meta:
+                    return tensor
             if func is torch.linspace:
                 kwargs["device"] = "cpu"
             return func(*args, **kwargs)
@@ -62,6 +66,7 @@ def apply_fixes() -> None:
         _loss_normalisation_without_process_group,
         _mask_loss_without_objects,
         _adapted_attention_by_keyword,
+        _rotary_angles_on_meta,
     ):
         fix()
 
@@ -432,3 +437,24 @@ def _adapted_attention_by_keyword() -> None:
 
     for cls in (TransformerEncoderLayer, TransformerDecoderLayer, UniversalSegmentationHead):
         mend(cls)
+
+
+def _rotary_angles_on_meta() -> None:
+    """vitdet.py:41 computes angles, which have no values on the meta device.
+
+    torch divides such tensors in Python, which first imports sympy: half a second of each start.
+
+    Goes when torch divides them in C++.
+    """
+    import torch
+    from sam3.model import vitdet
+
+    original = vitdet.compute_axial_cis
+
+    @functools.wraps(original)
+    def compute_axial_cis(dim: int, end_x: int, end_y: int, *args: Any, **kwargs: Any) -> Any:
+        if torch.get_default_device().type == "meta":
+            return torch.empty(end_x * end_y, 2 * (dim // 4), dtype=torch.complex64)
+        return original(dim, end_x, end_y, *args, **kwargs)
+
+    vitdet.compute_axial_cis = compute_axial_cis
