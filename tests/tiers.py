@@ -167,10 +167,10 @@ def pytest_fixture_setup(
 def cpu_limit() -> float:
     """Return the CPU seconds that an unmarked test may take on this machine now.
 
-    Where more processes run than there are cores they share caches and memory, and the same work
-    takes more CPU time: up to three times as much was measured.
+    It is `LIMIT` where this process runs alone. Processes beside it share caches, memory and often
+    a core's units: with three workers on two cores, tests took three times their CPU time.
     """
-    return LIMIT * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    return LIMIT * max(1.0, 2 * os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
