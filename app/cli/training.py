@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from app.config.schema import PlanKind
 from app.errors import UserError
+from app.model.device import is_main
 from app.signals import StopRequest
 from app.training import features, run
 from app.training.output_folder import prepare_folder
@@ -19,7 +20,6 @@ from app.training.prepare import (
     Prepared,
     Request,
     check_resume,
-    is_main_process,
     open_folder,
     prepare,
 )
@@ -93,7 +93,7 @@ def train(request: Request, stop: StopRequest, *, plan: PlanKind | None = None) 
     from app.launch import slurm, torchrun
     from app.tracking.state import mlflow_uri
 
-    if not is_main_process():
+    if not is_main():
         log.setLevel(logging.WARNING)
     prepared = prepare(request, in_job=slurm.is_inside())
     tracking = prepared.config.tracking
@@ -131,7 +131,7 @@ def train_here(prepared: Prepared, stop: StopRequest) -> None:
     recorder: Recorder | None = None
     following: AbstractContextManager[None] = nullcontext()
     teach: Teach | None = None
-    if is_main_process():
+    if is_main():
         open_folder(prepared)
         recorder = Tracker(prepared.folder)
         following = followed_by_mlflow(prepared.config.tracking, prepared.folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -330,8 +329,3 @@ def open_folder(prepared: Prepared) -> None:
     write_settings(folder, prepared.config, overrides, prepared.splits, request.resume)
     logging.raiseExceptions = False  # a full disk is told once, not by each line of the log
     log.addHandler(logging.FileHandler(folder / "train.log", encoding="utf-8"))
-
-
-def is_main_process() -> bool:
-    """Return whether this process is the first of the run; torchrun numbers them."""
-    return os.environ.get("RANK", "0") == "0"

@@ -27,6 +27,7 @@ from app.files import write_text
 from app.launch import torchrun
 from app.model import weights
 from app.model.build import build_model
+from app.model.device import is_main
 from app.training.output_folder import log_next_steps, prepare_folder
 from app.training.prepare import Request
 from app.upstream_trainer.adapt import model_size, prepare
@@ -55,7 +56,7 @@ def start(request: Request) -> None:
         torchrun.relaunch(processes, sys.argv[1:])
 
     folder = Path(config.launcher.experiment_log_dir)
-    if os.environ.get("RANK", "0") == "0":
+    if is_main():
         prepare_folder(folder, resume=resume, overwrite=request.overwrite)
         write_dataset(config, splits, folder)
         # Not resolved: an interpolation may read an environment variable.

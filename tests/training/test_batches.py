@@ -6,33 +6,17 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-import torch
-from hydra.utils import instantiate
 
-from app.config.compose import load_config
-from app.datasets.build import load_splits
-from app.datasets.queries import QueryDataset
 from app.errors import UserError
-from app.model.build import build_model
 from app.training.batches import EpochSampler
-from app.training.step import build_accelerator
-from tests.helpers import TINY
-from tests.training.updates import Updates, make_updates
-
-
-def _updates(shapes: Path, *overrides: str) -> tuple[Updates, QueryDataset]:
-    config = load_config([*TINY, *overrides])
-    transforms = [instantiate(node) for node in config.transforms.train]
-    data = QueryDataset(load_splits(shapes).train, transforms, seed=0)
-    torch.manual_seed(0)
-    model = build_model(config.model, matcher=instantiate(config.loss.matcher))
-    accelerator = build_accelerator(torch.device("cpu"))
-    return make_updates(config, model, data, accelerator, lr_scale=1.0), data
+from tests.training.updates import tiny_updates
 
 
 def test_an_epoch_takes_every_image_once(shapes: Path) -> None:
     for accumulate, expected in ((1, 4), (3, 2), (9, 1)):
-        updates, _ = _updates(shapes, "training.batch_size=1", f"training.grad_accum={accumulate}")
+        updates, _ = tiny_updates(
+            shapes, "training.batch_size=1", f"training.grad_accum={accumulate}"
+        )
         assert updates.batches.updates_per_epoch == expected
         steps = list(updates.epoch(0))
         assert len(steps) == expected
@@ -41,7 +25,7 @@ def test_an_epoch_takes_every_image_once(shapes: Path) -> None:
 
 def test_an_error_leaves_no_loading_process(shapes: Path, monkeypatch) -> None:
     """Whoever holds the error holds its frames: the exit would wait for the processes for ever."""
-    updates, data = _updates(shapes, "training.num_workers=2")
+    updates, data = tiny_updates(shapes, "training.num_workers=2")
 
     def bad(*_: object) -> None:
         raise UserError("bad image")

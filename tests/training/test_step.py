@@ -6,26 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
 
-from app.config.compose import load_config
-from app.datasets.build import load_splits
-from app.datasets.queries import QueryDataset, collate
-from app.model.build import build_model
+from app.datasets.queries import collate
 from app.training.nonfinite import NotFiniteError
-from app.training.step import build_accelerator
-from tests.helpers import TINY
-from tests.training.updates import Updates, make_updates
-
-
-def _updates(shapes: Path, *overrides: str) -> tuple[Updates, QueryDataset]:
-    config = load_config([*TINY, *overrides])
-    transforms = [instantiate(node) for node in config.transforms.train]
-    data = QueryDataset(load_splits(shapes).train, transforms, seed=0)
-    torch.manual_seed(0)
-    model = build_model(config.model, matcher=instantiate(config.loss.matcher))
-    accelerator = build_accelerator(torch.device("cpu"))
-    return make_updates(config, model, data, accelerator, lr_scale=1.0), data
+from tests.training.updates import Updates, tiny_updates
 
 
 def _gradients(updates: Updates) -> dict[str, torch.Tensor]:
@@ -36,7 +20,7 @@ def _gradients(updates: Updates) -> dict[str, torch.Tensor]:
 
 def test_accumulated_gradients_are_a_mean(shapes: Path) -> None:
     """Also over the last group of an epoch, which may be shorter."""
-    updates, data = _updates(shapes, "optim.max_grad_norm=1e9")
+    updates, data = tiny_updates(shapes, "optim.max_grad_norm=1e9")
     batches = [collate([data[i]]) for i in range(3)]
     torch.manual_seed(7)
     separate = []
@@ -61,7 +45,7 @@ def test_steps_in_bfloat16(shapes: Path) -> None:
     """As on a GPU: the loss is near that of float32, the weights stay in float32 and move."""
     losses = {}
     for precision in ("fp32", "bf16"):
-        updates, data = _updates(shapes, f"training.precision={precision}")
+        updates, data = tiny_updates(shapes, f"training.precision={precision}")
         before = {name: p.clone() for name, p in updates.step.model.named_parameters()}
         updates.step.model.train()
         torch.manual_seed(7)
@@ -74,7 +58,7 @@ def test_steps_in_bfloat16(shapes: Path) -> None:
 
 
 def test_gradients_are_clipped(shapes: Path) -> None:
-    updates, data = _updates(shapes, "optim.max_grad_norm=0.1")
+    updates, data = tiny_updates(shapes, "optim.max_grad_norm=0.1")
     norms: list[float] = []
 
     def norm(*_: object) -> None:
@@ -88,7 +72,7 @@ def test_gradients_are_clipped(shapes: Path) -> None:
 
 
 def test_what_is_not_finite_stops_before_the_update(shapes: Path) -> None:
-    updates, data = _updates(shapes)
+    updates, data = tiny_updates(shapes)
     with torch.no_grad():
         updates.step.model.dot_prod_scoring.hs_proj.bias.fill_(float("nan"))
     before = {n: p.clone() for n, p in updates.step.model.named_parameters()}
@@ -100,7 +84,7 @@ def test_what_is_not_finite_stops_before_the_update(shapes: Path) -> None:
 
 
 def test_the_guard_names_the_module(shapes: Path) -> None:
-    updates, data = _updates(shapes, "training.check_finite=true")
+    updates, data = tiny_updates(shapes, "training.check_finite=true")
     with torch.no_grad():
         updates.step.model.dot_prod_scoring.hs_proj.bias.fill_(float("nan"))
     updates.step.model.train()
@@ -113,7 +97,7 @@ def test_the_guard_leaves_a_sound_step_alone(shapes: Path) -> None:
     losses = []
     for enabled in ("true", "false"):
         settings = ["model.activation_checkpointing=true", f"training.check_finite={enabled}"]
-        updates, data = _updates(shapes, *settings)
+        updates, data = tiny_updates(shapes, *settings)
         updates.step.model.train()
         torch.manual_seed(7)
         losses.append(updates.step([collate([data[0]])], 0).loss)
@@ -121,7 +105,7 @@ def test_the_guard_leaves_a_sound_step_alone(shapes: Path) -> None:
 
 
 def test_the_average_follows_the_weights(shapes: Path) -> None:
-    updates, data = _updates(shapes, "training.ema=0.9")
+    updates, data = tiny_updates(shapes, "training.ema=0.9")
     assert updates.step.ema is not None
     updates.step.model.train()
     weight = updates.step.model.transformer.decoder.norm.weight
@@ -139,7 +123,7 @@ def test_the_average_follows_the_weights(shapes: Path) -> None:
 
 @pytest.mark.parametrize("loss", ["full", "boxes"])
 def test_losses_are_trained_as_configured(shapes: Path, loss: str) -> None:
-    updates, data = _updates(shapes, f"loss={loss}")
+    updates, data = tiny_updates(shapes, f"loss={loss}")
     updates.step.model.train()
     updates.step.batch_losses(collate([data[0], data[1]]), 0)["loss"].backward()
     head = updates.step.model.segmentation_head.mask_predictor.mask_embed.layers[0].weight

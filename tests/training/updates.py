@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from hydra.utils import instantiate
 from sam3.model.sam3_image import Sam3Image
 
+from app.config.compose import load_config
 from app.config.schema import Config
+from app.datasets.build import load_splits
 from app.datasets.queries import QueryDataset
+from app.model.build import build_model
 from app.model.device import choose_precision
 from app.training.batches import Batches
 from app.training.losses import LabelLosses
-from app.training.step import Step, StepResult
+from app.training.step import Step, StepResult, build_accelerator
+from tests.helpers import TINY
 
 
 @dataclass(frozen=True)
@@ -43,3 +49,14 @@ def make_updates(
     precision = choose_precision(config.training.precision, accelerator.device, config.model)
     losses = LabelLosses(instantiate(config.loss.criterion, _convert_="all"), precision)
     return Updates(Step(config, model, losses, accelerator, batches, lr_scale=lr_scale), batches)
+
+
+def tiny_updates(shapes: Path, *overrides: str) -> tuple[Updates, QueryDataset]:
+    """Return updates of nano on few pixels, from random weights, and the images they take."""
+    config = load_config([*TINY, *overrides])
+    transforms = [instantiate(node) for node in config.transforms.train]
+    data = QueryDataset(load_splits(shapes).train, transforms, seed=0)
+    torch.manual_seed(0)
+    model = build_model(config.model, matcher=instantiate(config.loss.matcher))
+    accelerator = build_accelerator(torch.device("cpu"))
+    return make_updates(config, model, data, accelerator, lr_scale=1.0), data

@@ -18,21 +18,12 @@ from tests.helpers import REPOSITORY
 PACKAGES = "numpy PIL rich pygments markdown_it mdurl cv2 yaml pycocotools"
 LATER = ("app.datasets.overlay", "app.inference.polygons", "app.inference.yolo_labels")
 PROGRAM = """
-import importlib, importlib.machinery, json, sys
+import importlib, json, sys
+from tests.deploy.runtime.device_imports import allow_only
 
 PACKAGES = sys.argv.pop(1).split()
 
-class Refuse(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        spec = super().find_spec(name, path, target)
-        place = str(spec.origin or "") if spec else ""
-        if "site-packages" in place and name.partition(".")[0] not in PACKAGES:
-            return None
-        return spec
-
-importers = importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter
-sys.meta_path[:] = [*importers, Refuse]
+allow_only(PACKAGES)
 for name in sys.argv[1:]:
     importlib.import_module(name)
 modules = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "app"}

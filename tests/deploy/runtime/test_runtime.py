@@ -39,22 +39,13 @@ A_PASS = 2
 SCENE = REPOSITORY / "docs" / "images" / "scene.png"
 # Whatever is installed is refused but what a device has: numpy, Pillow, ONNX Runtime and its own.
 ALONE = """
-import importlib.machinery, json, sys
+import json, sys
 from pathlib import Path
+from tests.deploy.runtime.device_imports import allow_only
 
 ALLOWED = ("numpy", "PIL", "onnxruntime", "flatbuffers", "google", "packaging", "coloredlogs")
 
-class Refuse(importlib.machinery.PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        spec = super().find_spec(name, path, target)
-        place = str(spec.origin or "") if spec else ""
-        if "site-packages" in place and name.partition(".")[0] not in ALLOWED:
-            return None
-        return spec
-
-importers = importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter
-sys.meta_path[:] = [*importers, Refuse]
+allow_only(ALLOWED)
 from app.datasets.images import open_image
 from app.deploy.runtime import Runtime
 
