@@ -1,4 +1,4 @@
-"""What a command says: its news to stdout, what the user must mend to stderr, and progress.
+"""Write messages to stdout, errors to stderr, and show progress.
 
 Progress is a bar with time left on a terminal, and plain lines with time left otherwise.
 """
@@ -21,23 +21,23 @@ EVERY = 10.0  # seconds between plain lines of progress
 
 
 def log_to_stdout() -> None:
+    """Print what the tool logs to stdout, without time or level, and nowhere else."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    log = logging.getLogger("app")
     log.handlers = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
 
 
 def show_problems(error: UserError) -> None:
-    """A line each; those that begin with a blank go on with the one before."""
+    """Print a line for each problem to stderr; one that begins with a blank continues the last."""
     for problem in error.problems:
         print(problem if problem.startswith(" ") else f"error: {problem}", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """Yield `advance(done, detail)`, which shows how far the work is and the time left."""
+    """Yield `advance(done, detail)`, which shows progress and the time left."""
     if sys.stderr.isatty():
         yield from _bar(title, total, done)
     else:
@@ -57,21 +57,21 @@ def _bar(title: str, total: int, done: int) -> Iterator[Callable[[int, str], Non
 
 
 def _lines(title: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
-    start = said = time.monotonic()
+    start = last = time.monotonic()
 
     def advance(now: int, detail: str) -> None:
-        nonlocal said
-        if time.monotonic() - said < EVERY or now <= done:
+        nonlocal last
+        if time.monotonic() - last < EVERY or now <= done:
             return
-        said = time.monotonic()
-        left = (said - start) / (now - done) * (total - now)
+        last = time.monotonic()
+        left = (last - start) / (now - done) * (total - now)
         log.info("%s %d/%d %s, %s left", title, now, total, detail, duration(left))
 
     yield advance
 
 
 def duration(seconds: float) -> str:
-    """As people say it: "42 s", "3 min 5 s", "2 h 10 min"."""
+    """Return seconds as text: "42 s", "3 min 5 s", "2 h 10 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""What the user must mend, said once, whole, and without a traceback."""
+"""The error for what the user can mend: every problem at once, no traceback."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class UserError(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the known word most like `word`, or an empty string."""
+    """Return ` Did you mean 'x'?` with the known word most like `word`, or an empty string."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean '{matches[0]}'?" if matches else ""

@@ -1,4 +1,4 @@
-"""HTML pages that are whole in themselves: one file, no script, nothing fetched."""
+"""Self-contained HTML pages: one file, no script, nothing fetched."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ li { overflow-wrap: anywhere } svg text { font-size: 11px; fill: #333 }
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """The page; `parts` are HTML already, the title is not."""
+    """Return a page. `parts` are HTML; the title is plain text and is escaped."""
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -40,17 +40,17 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 
 def text(words: str) -> str:
-    """Words from outside, safe to stand in HTML; what UTF-8 cannot hold is replaced."""
+    """Escape text for HTML; characters that UTF-8 cannot encode are replaced."""
     return escape(readable(words))
 
 
 def readable(words: str) -> str:
-    """Without what UTF-8 cannot hold, as a file's name may."""
+    """Replace characters that UTF-8 cannot encode, which a file's name may have."""
     return words.encode("utf-8", "replace").decode("utf-8")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 1) -> str:
-    """Cells are HTML already; all columns from `numbers` on are figures."""
+    """Return a table. Cells are HTML; columns from `numbers` on are aligned as figures."""
 
     def line(tag: str, cells: Sequence[str]) -> str:
         classes = ["" if i < numbers else ' class="number"' for i in range(len(cells))]
@@ -61,7 +61,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int = 1) 
 
 
 def picture(image: Image.Image, caption: str) -> str:
-    """A figure that carries its image; the caption is no HTML yet."""
+    """Return a figure with its image embedded as a JPEG. The caption is plain text."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -72,7 +72,7 @@ def picture(image: Image.Image, caption: str) -> str:
 
 
 def drawing(svg: str, caption: str) -> str:
-    """A figure that carries a drawing as an image: what it holds can neither run nor clash."""
+    """Return a figure with an SVG embedded as an image: it can neither run nor restyle."""
     data = base64.b64encode(svg.encode()).decode()
     return (
         f'<figure><img alt="{text(caption)}" src="data:image/svg+xml;base64,{data}">'

@@ -51,7 +51,7 @@ POTHOLES = Path(__file__).resolve().parents[2] / "shared" / "datasets" / "pothol
 
 
 def time_shapes(images: int, background: str, workers: int | None) -> float:
-    """Seconds to draw and write `images` of 640 x 480, with every option in use."""
+    """Return the seconds to draw and write `images` of 640 x 480, with every option in use."""
     with tempfile.TemporaryDirectory() as folder:
         begun = time.monotonic()
         make_shapes(
@@ -68,7 +68,7 @@ def time_shapes(images: int, background: str, workers: int | None) -> float:
 
 
 def measure_check(images: int, annotations: int) -> tuple[float, float, float]:
-    """Seconds to check a dataset; its peak memory in MB, and that of half of its images."""
+    """Return the seconds to check a dataset, its peak MB, and that of half of its images."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with ThreadPoolExecutor() as pool:
@@ -81,7 +81,7 @@ def measure_check(images: int, annotations: int) -> tuple[float, float, float]:
 
 
 def _write_image(folder: Path, index: int) -> None:
-    """A JPEG like no other, with as much detail as a photograph's."""
+    """Write a unique JPEG with as much detail as a photograph's."""
     random = np.random.default_rng(index)
     small = Image.fromarray(random.integers(0, 256, (60, 80, 3), dtype=np.uint8))
     picture = small.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)
@@ -116,7 +116,7 @@ def _write_labels(folder: Path, images: int, annotations: int) -> None:
 
 
 def _in_child(folder: Path) -> tuple[float, float]:
-    """Seconds and peak MB of a check in a process of its own."""
+    """Return the seconds and peak MB of a check in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_check, (folder,))
 
@@ -150,7 +150,7 @@ def run_check(images: int) -> bool:
 
 
 def run_decode() -> bool:
-    """On the photographs of potholes, in one thread; process time, so that others do not count."""
+    """Time decoding of photographs in one thread; process time, so that others do not count."""
     paths = sorted(POTHOLES.glob("*/*.jpg"))[:60]
     if not paths:
         print(f"decode: skipped, {POTHOLES} is not there")
@@ -181,7 +181,10 @@ def _decode_by_pillow(path: Path) -> Image.Image:
 
 
 def _distance_to_processor(image: Image.Image) -> int:
-    """Upstream's own transform, up to where it turns to floats (sam3_image_processor.py)."""
+    """Compare with upstream's own transform, up to where it turns to floats.
+
+    See sam3_image_processor.py.
+    """
     upstream = v2.Compose(
         [v2.ToImage(), v2.ToDtype(torch.uint8, scale=True), v2.Resize(size=(SIDE, SIDE))]
     )

@@ -31,7 +31,7 @@ DETECTIONS, IMAGES, CLASSES = 35_000, 5_000, 80
 
 
 def example() -> tuple[Dataset, list[dict[str, Any]]]:
-    """As many objects as detections, each found within a few pixels."""
+    """Draw as many objects as detections, each found within a few pixels."""
     random = np.random.default_rng(0)
     images = tuple(Image(i, Path(f"{i}.jpg"), 640, 480) for i in range(1, IMAGES + 1))
     categories = tuple(Category(i, f"class {i}") for i in range(1, CLASSES + 1))
@@ -47,7 +47,7 @@ def example() -> tuple[Dataset, list[dict[str, Any]]]:
 
 
 def pycocotools(truth: Dataset, results: list[dict[str, Any]]) -> float:
-    """Box AP."""
+    """Return box AP."""
     with contextlib.redirect_stdout(io.StringIO()):
         ground = COCO()
         ground.dataset = truth.to_json()
@@ -60,7 +60,7 @@ def pycocotools(truth: Dataset, results: list[dict[str, Any]]) -> float:
 
 
 def seconds(work: Callable[[], object], times: int) -> float:
-    """The shortest of several."""
+    """Return the shortest of several."""
     taken = []
     for _ in range(times):
         begun = time.process_time()

@@ -50,7 +50,7 @@ FOUND = 20  # detections a prompt
 
 @dataclass(frozen=True)
 class Side:
-    """What one side came to.
+    """The results of one side.
 
     Attributes:
         threshold: least score.
@@ -107,7 +107,7 @@ def _in_a_process(*arguments: Any) -> Side:
 
 
 def measure(options: argparse.Namespace, folder: Path, count: int, threshold: float | None) -> Side:
-    """Ours, which chooses the threshold, or upstream's at that threshold."""
+    """Measure ours, which chooses the threshold, or upstream's at that threshold."""
     predictor = _predictor(options)
     prompts = [f"thing number {index}" for index in range(count)]
     spare, *images = [open_image(path) for path in sorted(folder.rglob("*.png"))]
@@ -190,7 +190,7 @@ def _detections(answer: dict[str, Any], prompt: str, image: Image.Image) -> Dete
 
 
 def _agree(ours: Detections, theirs: Detections, threshold: float) -> bool:
-    """Whether each has its like on the other side, but for those at the very threshold."""
+    """Return whether each has its like on the other side, but for those at the very threshold."""
     far = np.abs(ours.boxes_xyxy[:, None] - theirs.boxes_xyxy).max(2)  # (N, M) pixels
     like = np.abs(ours.scores[:, None] - theirs.scores) <= TOLERANCE
     like &= far <= TOLERANCE * max(ours.width, ours.height)
@@ -236,7 +236,7 @@ def _milliseconds(work: Callable[[], object]) -> float:
 
 
 def discs(count: int, side: int) -> torch.Tensor:
-    """Logits of discs anywhere, some cut off by the edge, with uneven outlines."""
+    """Return logits of discs anywhere, some cut off by the edge, with uneven outlines."""
     random = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     center = torch.rand(count, 2, 1, 1, generator=random) * side

@@ -30,7 +30,7 @@ def query_dataset(config: Config, folder: Path) -> QueryDataset:
 
 
 def first_step_is_finite(config: Config, data: QueryDataset, seed: int) -> bool:
-    """Loss and all gradients of a model that was built with `seed`, on two images."""
+    """Check the loss and all gradients of a model that was built with `seed`, on two images."""
     torch.manual_seed(seed)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     batch = collate([data[0], data[1]])

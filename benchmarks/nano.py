@@ -1,4 +1,4 @@
-"""What the nano that the project carries can do, beside what is asked of it.
+"""Measure the carried nano beside its goals.
 
     .venv/bin/python -m benchmarks.nano                  # all of it: some 30 minutes on 2 cores
     .venv/bin/python -m benchmarks.nano known absent     # parts, by name
@@ -70,14 +70,14 @@ class Figure:
 
 
 def draw(folder: Path, *, train: int, valid: int, **settings: object) -> Splits:
-    """Images like the recipe's, but for `settings`; none of them was trained on."""
+    """Draw images like the recipe's, but for `settings`; none of them was trained on."""
     images = {"train": train, "valid": valid, "seed": SEED}
     make_shapes(folder, **(SHAPES.model_dump() | images | settings))
     return load_splits(folder)
 
 
 def known(start: Path, folder: Path) -> list[Figure]:
-    """New images of the shapes that were trained."""
+    """Score new images of the shapes that were trained."""
     dataset = draw(folder, train=300, valid=1, kinds=KNOWN_KINDS, label_by="kind").train
     figures = validate(Predictor.load(start), dataset, max_detections=100).figures
     return [
@@ -95,7 +95,7 @@ def pairs(start: Path, folder: Path) -> list[Figure]:
 
 
 def absent(start: Path, folder: Path) -> list[Figure]:
-    """Asked for a shape, a colour, a pair and a noun that the image lacks, one of each."""
+    """Count false alarms: a shape, a colour, a pair and a noun that each image lacks."""
     dataset = draw(folder, train=100, valid=1).train
     names = {category.id: category.name for category in dataset.categories}
     pools: list[list[str]] = [
@@ -130,7 +130,7 @@ def new(start: Path, folder: Path) -> list[Figure]:
 
 
 def potholes(start: Path, folder: Path) -> list[Figure]:
-    """Photographs, which it has never seen; on valid and test together."""
+    """Fine-tune on photographs, which it has never seen; on valid and test together."""
     if not POTHOLES.is_dir():
         print(f"potholes: skipped, {POTHOLES} is not there")
         return []
@@ -148,7 +148,7 @@ def potholes(start: Path, folder: Path) -> list[Figure]:
 
 
 def speed(start: Path, folder: Path) -> list[Figure]:
-    """One image, one prompt: the median of 50."""
+    """Time one image and one prompt: the median of 50."""
     dataset = draw(folder, train=50, valid=1, label_by="kind", width=640, height=480).train
     predictor, seconds = Predictor.load(start), []
     images = [open_image(image.path) for image in dataset.images]
@@ -213,7 +213,7 @@ def main() -> int:
 
 
 def main_of(doc: str | None, parts: dict[str, Part], default: Sequence[str]) -> int:
-    """The command line of a benchmark whose parts start from the carried weights."""
+    """Run the command line of a benchmark whose parts start from the carried weights."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -85,7 +85,7 @@ STARTS = (
 
 @dataclass(frozen=True)
 class Seconds:
-    """How long a command took, on the clock and of the CPU."""
+    """The seconds that a command took, on the clock and of the CPU."""
 
     wall: float
     cpu: float

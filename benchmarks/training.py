@@ -1,4 +1,4 @@
-"""What training takes: time and memory of each method, beside upstream's own Trainer in one run.
+"""Measure training: time and memory of each method, beside upstream's own Trainer in one run.
 
 Everything is measured in a process of its own. Exits 1 where a goal is missed.
 
@@ -57,7 +57,7 @@ ROUNDS = 2  # of each measurement that another is compared with; the better coun
 
 
 def methods(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
-    """A step by each method."""
+    """Measure a step by each method."""
     best = {}
     for name in ("upstream", *METHODS):
         runs = [_child("step", arguments, folder, name) for _ in range(ROUNDS)]
@@ -73,7 +73,7 @@ def methods(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
 
 
 def cached(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
-    """Methods that leave the trunk frozen, with its features from disk, beside without."""
+    """Measure methods that leave the trunk frozen, with its features from disk, beside without."""
     for name in ("head", "lora-minimal"):
         found = _child("kept", arguments, folder, name)
         ratio = found["plain"] / found["cached"]
@@ -87,7 +87,7 @@ def cached(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
 
 
 def checkpoint(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
-    """A checkpoint beside an epoch."""
+    """Measure a checkpoint beside an epoch."""
     found = _child("save", arguments, folder)
     epoch = found["seconds"] * EPOCH / arguments.batch
     share = found["save"] / epoch
@@ -99,13 +99,13 @@ def checkpoint(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
 
 
 def startup(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
-    """From the command to the end of the first update, images validated before included."""
+    """Time a run to the end of its first update, validation before included."""
     print(f"{arguments.size} first update: {_child('first', arguments, folder)['seconds']:.1f} s")
     yield True
 
 
 def plan(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
-    """`--plan` beside the run."""
+    """Compare `--plan` with the run."""
     words = [*_run(arguments, folder), "--epochs", "1"]
     done = subprocess.run([*words, "--plan"], capture_output=True, text=True, check=True)
     with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
@@ -130,7 +130,7 @@ def plan(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
 
 
 def planning(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
-    """From the command to the plan; where the run is refused, to the changes that would help."""
+    """Time a run to its plan; where it is refused, to the changes that would help."""
     begun = time.monotonic()
     done = subprocess.run([*_run(arguments, folder), "--plan"], capture_output=True, text=True)
     seconds = time.monotonic() - begun
@@ -164,7 +164,7 @@ def _updates(config: Config, folder: Path) -> tuple[Step, Batches]:
 
 
 def _step(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Seconds a step after an epoch to warm up, and the process's peak memory in MB."""
+    """Return the seconds a step after an epoch to warm up, and the process's peak memory in MB."""
     if name == "upstream":
         epoch = _upstream_epoch(arguments, folder)
     else:
@@ -203,7 +203,7 @@ def _upstream_epoch(arguments: argparse.Namespace, folder: Path) -> Callable[[],
 
 
 def _kept(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Steps with features from disk and with the encoders computed, in turns."""
+    """Time steps with features from disk and with the encoders computed, in turns."""
     step, batches = _updates(load_config([*_settings(arguments), f"method={name}"]), folder)
     frozen = features.frozen_encoders(step.model)
     encoders = [step.model.get_submodule(features.ENCODERS[part]) for part in frozen]
@@ -256,7 +256,7 @@ def _save(_: str, arguments: argparse.Namespace, folder: Path) -> dict[str, floa
 
 
 def _first(_: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """A real run, ended after its first update."""
+    """Time a real run, ended after its first update."""
     update = Step.__call__
 
     def timed(self: Step, group: Any, epoch: int) -> StepResult:

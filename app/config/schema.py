@@ -1,4 +1,4 @@
-"""What may be set: every key of a configuration with its type, unit and range."""
+"""The schema of a configuration: every key with its type, unit and range."""
 
 from __future__ import annotations
 

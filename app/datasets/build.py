@@ -365,6 +365,6 @@ def _choose(dataset: Dataset, size: int, seed: int) -> set[int]:
 
 
 def _labelled(dataset: Dataset) -> set[str]:
-    """Names of the classes with at least one annotation."""
+    """Return the names of the classes with at least one annotation."""
     used = {annotation.category_id for annotation in dataset.annotations}
     return {category.name for category in dataset.categories if category.id in used}

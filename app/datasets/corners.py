@@ -36,7 +36,7 @@ def _fits(box: Box, size: tuple[int, int]) -> bool:
 
 
 def _overlap(one: Box, other: Box) -> float:
-    """Intersection over union of two xywh boxes; 0 where one has no width or height."""
+    """Return the intersection over union of two xywh boxes; 0 where one has no width or height."""
     if min(*one[2:], *other[2:]) <= 0:
         return 0.0
     width = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])

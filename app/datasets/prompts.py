@@ -1,4 +1,4 @@
-"""What each class is called when the model is asked for it, and what else it is asked for."""
+"""The prompts of each class, and the extra prompts that an image is asked for."""
 
 from __future__ import annotations
 

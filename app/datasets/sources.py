@@ -1,4 +1,4 @@
-"""Where a dataset comes from → a folder on this machine that `build.load_splits` reads."""
+"""Fetch a dataset from its source → a folder on this machine that `build.load_splits` reads."""
 
 from __future__ import annotations
 

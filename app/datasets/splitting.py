@@ -1,4 +1,4 @@
-"""Which images train, validate and test: by class alike, near-duplicates together, seeded."""
+"""Split images into train, valid and test: classes balanced, near-duplicates together, seeded."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torchvision.transforms.v2.functional import resize
 
 
 def to_square(image: Image.Image, side: int) -> Tensor:
-    """An RGB image as (3, side, side) uint8, its sides stretched, as upstream's Sam3Processor does.
+    """Stretch an RGB image to (3, side, side) uint8, as upstream's Sam3Processor does.
 
     Training and prediction both see this; upstream trains on Pillow's resize, which differs from it
     by two grey levels and takes four times as long.

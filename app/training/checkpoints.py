@@ -29,7 +29,7 @@ KEEP = 2  # newest checkpoints
 
 @dataclass
 class RunState:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
         epoch: epochs that are done, validated where that was due.

@@ -1,4 +1,4 @@
-"""Where a loss or gradient first was not finite: which module, which images."""
+"""Find where a loss or gradient first was not finite: which module, which images."""
 
 from __future__ import annotations
 

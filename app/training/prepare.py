@@ -99,7 +99,7 @@ class Prepared:
 
     @property
     def processes(self) -> int:
-        """Processes of the whole run, over all machines."""
+        """Return the number of processes of the whole run, over all machines."""
         return self.config.training.num_gpus * self.config.cluster.nodes
 
     @property

@@ -1,4 +1,4 @@
-"""Which weights teach a run, and at which size: `distill.*` of the configuration.
+"""Choose the weights that teach a run, and their size: `distill.*` of the configuration.
 
 How a teacher teaches is in `compression/distillation.py`.
 """

@@ -1,4 +1,4 @@
-"""Which YAML is in upstream's Trainer's schema."""
+"""Recognise a YAML in the schema of upstream's Trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BASE_CONFIG = CONFIGS / "upstream" / "full_finetune.yaml"
 
 
 def is_upstream_schema(file: Path) -> bool:
-    """Told apart by `trainer._target_`."""
+    """Return whether a YAML has upstream's schema, told by `trainer._target_`."""
     content = read_yaml(file)
     trainer = content.get("trainer") if isinstance(content, dict) else None
     target = trainer.get("_target_", "") if isinstance(trainer, dict) else ""

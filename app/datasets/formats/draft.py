@@ -1,4 +1,4 @@
-"""What a reader finds, gathered and checked → a `Reading`: what is sound, and every fault."""
+"""Collect and check what a reader finds → a `Reading`: the sound labels, and every fault."""
 
 from __future__ import annotations
 

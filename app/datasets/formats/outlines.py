@@ -70,7 +70,7 @@ def encode(mask: NDArray[np.bool_]) -> Rle:
 
 
 def union(masks: Sequence[Rle]) -> Rle:
-    """The mask of all pixels of masks of one size."""
+    """Return the mask of all pixels of masks of one size."""
     return _covering(coco_mask.merge(list(masks)))
 
 

@@ -51,7 +51,7 @@ def _annotations(folder: Path) -> Path:
 
 
 def parse_xml(content: bytes) -> ElementTree.Element:
-    """The root element.
+    """Return the root element.
 
     Raises:
         ValueError: broken, or with a document type: its entities can name files and fill memory.

@@ -1,4 +1,4 @@
-"""Which column is what: by hand, else by its type and name."""
+"""Decide what each column is: as the user says, else by its type and name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the first rows hold: it decides what the columns' types and names leave open."""
+"""Read the first rows: they decide what the columns' types and names leave open."""
 
 from __future__ import annotations
 

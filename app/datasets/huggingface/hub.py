@@ -1,4 +1,4 @@
-"""What a repository holds, at which commit; and what its host's refusals mean.
+"""List a repository's files at a commit, and explain its host's refusals.
 
 Nothing of a repository is ever run: a loading script only tells that its Parquet conversion, which
 the host makes, is to be read instead.

@@ -29,7 +29,7 @@ Report = Callable[[str, object, str], None]  # what it is, its value, what is wr
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read the rows, with everything decided.
+    """Everything decided about how to read the rows.
 
     Attributes:
         boxes: their convention; None where no object needs one.

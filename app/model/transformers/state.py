@@ -63,21 +63,21 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     What has no name of ours, or parts that do not go together, keep their keys: the caller compares
     keys and shapes with the model's, and names those that do not fit.
     """
-    found = dict(_detector(state))
+    detector = dict(_detector(state))
     result = {}
-    for key in list(found):
+    for key in list(detector):
         match = re.fullmatch(r"(.+)\.q_proj\.(weight|bias)", key)
         module = rename(match[1], TO_OURS) if match else None
         if match and module:
             names = [f"{match[1]}.{letter}_proj.{match[2]}" for letter in "qkv"]
-            parts = [found[name] for name in names if name in found]
+            parts = [detector[name] for name in names if name in detector]
             shapes = {part.shape for part in parts}
             if len(parts) == 3 and len(shapes) == 1 and parts[0].dim():
                 joint = "." if module.endswith(".qkv") else ".in_proj_"
                 result[f"{module}{joint}{match[2]}"] = torch.cat(parts)
                 for name in names:
-                    del found[name]
-    for key, value in found.items():
+                    del detector[name]
+    for key, value in detector.items():
         result[rename_key(key, TO_OURS) or key] = value
     return _complete(result)
 

@@ -440,7 +440,7 @@ def _adapted_attention_by_keyword() -> None:
 
 
 def _rotary_angles_on_meta() -> None:
-    """vitdet.py:41 computes angles, which have no values on the meta device.
+    """Compute vitdet.py:41's angles on the CPU: they have no values on the meta device.
 
     torch divides such tensors in Python, which first imports sympy: half a second of each start.
 

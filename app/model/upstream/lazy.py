@@ -72,7 +72,7 @@ class _Later(types.ModuleType):
 
 @dataclass
 class _Plan:
-    """How a module runs later.
+    """The way in which a module is run later.
 
     Attributes:
         loader: of the module.
