@@ -1,10 +1,11 @@
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
 
-# Triton compiles the launcher of upstream's focal loss on the first step on a GPU.
+# Triton compiles the launcher of upstream's focal loss on the first step on a GPU. The fonts write
+# Chinese, Japanese and Korean names of classes into pictures.
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends gcc libc6-dev \
+ && apt-get install --yes --no-install-recommends gcc libc6-dev fonts-droid-fallback \
  && rm -rf /var/lib/apt/lists/*
 
 ENV PYTHONDONTWRITEBYTECODE=1 \

@@ -18,6 +18,7 @@ from app.errors import UserError
 
 log = logging.getLogger("app")
 EVERY = 10.0  # seconds between plain lines of progress
+TimeLeft = Callable[[], float | None]  # in seconds; None where it is not known yet
 
 
 def log_to_stdout() -> None:
@@ -36,27 +37,42 @@ def show_problems(error: UserError) -> None:
 
 
 @contextlib.contextmanager
-def progress(title: str, total: int, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """Yield `advance(done, detail)`, which shows progress and the time left."""
+def progress(
+    title: str, total: int, done: int = 0, *, time_left: TimeLeft | None = None
+) -> Iterator[Callable[[int, str], None]]:
+    """Yield `advance(done, detail)`, which shows progress and the time left.
+
+    Args:
+        time_left: of a whole that this work is a part of; that of this work alone unless given.
+    """
     if sys.stderr.isatty():
-        yield from _bar(title, total, done)
+        yield from _bar(title, total, done, time_left)
     else:
-        yield from _lines(title, total, done)
+        yield from _lines(title, total, done, time_left)
 
 
-def _bar(title: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+def _bar(
+    title: str, total: int, done: int, time_left: TimeLeft | None
+) -> Iterator[Callable[[int, str], None]]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total} {task.fields[detail]}"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn() if time_left is None else TextColumn("{task.fields[left]}"),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total, completed=done, detail="")
-        yield lambda now, detail: bar.update(task, completed=now, detail=detail)
+        task = bar.add_task(title, total=total, completed=done, detail="", left="")
+
+        def advance(now: int, detail: str) -> None:
+            left = _left(time_left()) if time_left is not None else ""
+            bar.update(task, completed=now, detail=detail, left=left)
+
+        yield advance
 
 
-def _lines(title: str, total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+def _lines(
+    title: str, total: int, done: int, time_left: TimeLeft | None
+) -> Iterator[Callable[[int, str], None]]:
     start = last = time.monotonic()
 
     def advance(now: int, detail: str) -> None:
@@ -64,10 +80,15 @@ def _lines(title: str, total: int, done: int) -> Iterator[Callable[[int, str], N
         if time.monotonic() - last < EVERY or now <= done:
             return
         last = time.monotonic()
-        left = (last - start) / (now - done) * (total - now)
-        log.info("%s %d/%d %s, %s left", title, now, total, detail, duration(left))
+        own = (last - start) / (now - done) * (total - now)
+        left = _left(own if time_left is None else time_left())
+        log.info("%s", ", ".join(filter(None, [f"{title} {now}/{total}", detail, left])))
 
     yield advance
+
+
+def _left(seconds: float | None) -> str:
+    return "" if seconds is None else f"{duration(seconds)} left"
 
 
 def duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ import ctypes
 import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -252,6 +253,27 @@ def short_hash(text: str, digits: int) -> str:
 def nearest_existing(path: Path) -> Path:
     """Return the path, or the nearest folder above it that exists."""
     return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
+def free_folder(folder: Path) -> Path:
+    """Return `folder`, or the first of folder-2, folder-3, … that is missing or empty.
+
+    For outputs that the user has not named: they are never in the way.
+    """
+    return next(name for name in _numbered(folder) if not (name.exists() and any(name.iterdir())))
+
+
+def last_folder(folder: Path) -> Path | None:
+    """Return what `free_folder` returned last: the highest of folder, folder-2, … that is there."""
+    free = free_folder(folder)
+    before = list(itertools.takewhile(lambda name: name != free, _numbered(folder)))
+    return before[-1] if before else None
+
+
+def _numbered(folder: Path) -> Iterator[Path]:
+    yield folder
+    for number in itertools.count(2):
+        yield Path(f"{folder}-{number}")
 
 
 def exists_problem(

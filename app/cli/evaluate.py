@@ -45,7 +45,7 @@ def evaluate(
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            help="folder for figures and report; outputs/eval unless given",
+            help="folder for figures and report  [default: a free outputs/eval, outputs/eval-2, …]",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -59,8 +59,9 @@ def evaluate(
         if idle := options.to_overrides(overrides, unread):
             raise UserError(f"{', '.join(idle)}: nothing reads it beside --truth and --predictions")
         from app.evaluation.score_files import score_files
+        from app.files import free_folder
 
-        folder = output_dir or Path("outputs/eval")
+        folder = output_dir or free_folder(Path("outputs/eval"))
         score_files(truth, predictions, folder, threshold=threshold, overwrite=overwrite)
         return
     flags = {

@@ -19,11 +19,19 @@ def infer(
     input: options.Input,
     checkpoint: Annotated[
         str,
-        typer.Option(help="weights file or folder; none for random ones", rich_help_panel=MODEL),
+        typer.Option(
+            help="weights file or folder; last: of the newest run; none: random ones",
+            callback=options.last_weights,
+            rich_help_panel=MODEL,
+        ),
     ],
     output_dir: Annotated[
-        Path, typer.Option(help="folder for what is found", rich_help_panel=OUTPUT)
-    ],
+        Path | None,
+        typer.Option(
+            help="folder for what is found  [default: a free outputs/infer, outputs/infer-2, …]",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -99,6 +107,7 @@ def infer(
     ] = 1,
 ) -> None:
     """Find what the prompts name in images; the same command again does what a stop left over."""
+    from app.files import free_folder
     from app.inference.folder import predict_folder
     from app.inference.settings import Settings, make_settings
     from app.inference.worker import open_work
@@ -118,7 +127,7 @@ def infer(
     )
     failed = predict_folder(
         input,
-        output_dir,
+        output_dir or free_folder(Path("outputs/infer")),
         make_settings(
             settings,
             prompts_file=prompts,

@@ -19,10 +19,21 @@ cli = typer.Typer(add_completion=False)
 def label(
     *,
     input: options.Input,
-    checkpoint: Annotated[Path, typer.Option(help="weights file or folder", rich_help_panel=MODEL)],
-    output_dir: Annotated[
-        Path, typer.Option(help="folder for the dataset; a new one", rich_help_panel=OUTPUT)
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            help="weights file or folder; last: of the newest run",
+            callback=options.last_weights,
+            rich_help_panel=MODEL,
+        ),
     ],
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="new folder for the dataset  [default: a free data/labelled, data/labelled-2, …]",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -37,12 +48,13 @@ def label(
     device: options.Device = "auto",
 ) -> None:
     """Make a dataset of images without labels: what weights find in them are its labels."""
+    from app.files import free_folder
     from app.inference import labelling
 
     bad = labelling.label(
         input,
         checkpoint,
-        output_dir,
+        output_dir or free_folder(Path("data/labelled")),
         prompt or (),
         threshold=threshold,
         max_detections=max_detections,

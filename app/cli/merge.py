@@ -16,7 +16,13 @@ cli = typer.Typer(add_completion=False)
 
 @cli.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="folder of a LoRA, such as RUN/weights/best")],
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            help="folder of a LoRA, such as RUN/weights/best; last: of the newest run",
+            callback=options.last_weights,
+        ),
+    ],
     output_dir: Annotated[
         Path, typer.Option(help="folder for model.safetensors", rich_help_panel=options.OUTPUT)
     ],

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+
+from app.errors import UserError
+
+log = logging.getLogger("app")
 
 # Panels of a command's help.
 DATA, MODEL, METHOD, SCHEDULE = "Data", "Model", "Method", "Schedule"
@@ -43,6 +49,29 @@ Threshold = Annotated[
         rich_help_panel=DETECTION,
     ),
 ]
+
+
+def last_weights(weights: Any) -> Any:
+    """Return what "last" stands for: the best weights of the run in ./outputs that wrote last.
+
+    Args:
+        weights: a str or Path, as typer parsed it; the answer is of the same type. Or None.
+
+    Raises:
+        UserError: no run there has weights.
+    """
+    if str(weights) != "last" or Path("last").exists():
+        return weights
+    files = [
+        file
+        for name in ("model.safetensors", "adapter_model.safetensors")
+        for file in Path("outputs").glob(f"**/weights/best/{name}")
+    ]
+    if not files:
+        raise UserError("--checkpoint last: no run in outputs has weights; name a file or a folder")
+    folder = max(files, key=lambda file: file.stat().st_mtime).parent
+    log.info("weights: %s (the newest run's)", folder)
+    return type(weights)(folder)
 
 
 @dataclass(frozen=True)
@@ -116,7 +145,9 @@ class ModelFlags:
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help="weights to start from or to score: file, folder, or none for random ones",
+            help="weights to start from or to score: file or folder; last: of the newest run; "
+            "none: random ones",
+            callback=last_weights,
             rich_help_panel=MODEL,
         ),
     ] = None

@@ -131,7 +131,11 @@ def train(
         ),
     ] = None,
     output_dir: Annotated[
-        str | None, typer.Option(help="folder that the run leaves", rich_help_panel=OUTPUT)
+        str | None,
+        typer.Option(
+            help="folder that the run leaves  [default: a free outputs/train, outputs/train-2, …]",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     overwrite: options.Overwrite = False,
     mlflow: Annotated[

@@ -18,6 +18,7 @@ COLOR_NAMES = (
 # fmt: on
 LABEL_BY = ("kind", "color", "both", "all")
 BACKGROUNDS = ("plain", "gradient", "texture")
+FILLS = ("solid", "outline", "hatched")
 MOST_RADIUS = 0.45  # of the image's shorter side
 _KEY = "dataset.shapes"
 
@@ -44,6 +45,8 @@ class ShapesConfig(BaseModel):
             with "all" each shape is labelled three times, once for each of these.
         exclude: pairs never drawn, as "red circle".
         background: its style, or mixed: each image takes one.
+        fill: how a shape is drawn, of `FILLS`, or mixed: each shape takes one. Its mask is the
+            whole of it, also where the background shows through.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,6 +64,7 @@ class ShapesConfig(BaseModel):
     label_by: str = "kind"
     exclude: list[str] = []
     background: str = "mixed"
+    fill: str = "solid"
 
     @model_validator(mode="after")
     def _check(self) -> ShapesConfig:
@@ -94,7 +98,12 @@ class ShapesConfig(BaseModel):
         problems = _list_problems("kinds", self.kinds, KINDS)
         if self.colors is not None:
             problems += _list_problems("colors", self.colors, COLOR_NAMES)
-        for key, choices in (("label_by", LABEL_BY), ("background", (*BACKGROUNDS, "mixed"))):
+        choices_of = {
+            "label_by": LABEL_BY,
+            "background": (*BACKGROUNDS, "mixed"),
+            "fill": (*FILLS, "mixed"),
+        }
+        for key, choices in choices_of.items():
             if (value := getattr(self, key)) not in choices:
                 problems.append(
                     f"{key} is '{value}': must be one of {', '.join(choices)}."

@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.utils import set_seed
 
 from app.config.schema import Config
-from app.console import progress
+from app.console import TimeLeft, progress
 from app.datasets.build import Splits
 from app.datasets.coco import Dataset
 from app.errors import UserError
@@ -75,6 +75,7 @@ def score_dataset(
     *,
     check: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
+    time_left: TimeLeft | None = None,
 ) -> Validation:
     """Validate with the configuration's limits and nouns, and show progress.
 
@@ -82,6 +83,7 @@ def score_dataset(
         title: of the progress, such as "epoch 3".
         check: called after each batch; may raise Stopped, which then ends all ranks.
         ranks: the processes that share the images; each of them must make the same call.
+        time_left: of the run that this validation is a part of.
 
     Raises:
         UserError, Stopped: as in `validate`, on every rank.
@@ -95,7 +97,7 @@ def score_dataset(
     # them besides: validation never needs more memory than training does.
     batch_size = 1 if predictor.device.type == "cpu" else config.training.batch_size
     nouns = choose_nouns(dataset, config.evaluation.off_prompts, config.seed)
-    with progress(f"{title}: image", len(dataset.images)) as advance:
+    with progress(f"{title}: image", len(dataset.images), time_left=time_left) as advance:
         return validate(
             predictor,
             dataset,

@@ -39,6 +39,7 @@ class RunState:
         stale: validations in a row that did not better it.
         rows: the rows of metrics.csv.
         baseline: figures before training.
+        durations: how many updates, validations and saves were timed, and their seconds (`Pace`).
     """
 
     epoch: int = 0
@@ -50,6 +51,7 @@ class RunState:
     stale: int = 0
     rows: list[dict[str, float]] = field(default_factory=list)
     baseline: dict[str, float] = field(default_factory=dict)
+    durations: dict[str, list[float]] = field(default_factory=dict)
 
 
 def save(

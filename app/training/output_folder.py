@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import platform
 import shutil
@@ -60,12 +59,6 @@ def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> N
             unfinished.unlink()
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
-
-
-def free_folder(folder: Path) -> Path:
-    """Return `folder`, or the first of folder-2, folder-3, … that holds no run."""
-    names = itertools.chain([folder], (Path(f"{folder}-{n}") for n in itertools.count(2)))
-    return next(name for name in names if not any((name / part).exists() for part in CONTENTS))
 
 
 def write_settings(

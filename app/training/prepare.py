@@ -25,6 +25,7 @@ from app.datasets.coco import Dataset
 from app.datasets.read_splits import read_splits
 from app.errors import UserError, nearest
 from app.evaluation.evaluate import choose_split
+from app.files import free_folder, last_folder
 from app.model import weights
 from app.model.bundled import bundled_nano
 from app.model.device import choose_device
@@ -32,7 +33,7 @@ from app.model.vocabulary import unknown_words
 from app.training import checkpoints, method
 from app.training.features import decide_feature_cache
 from app.training.fingerprint import check_same, differences, fingerprint
-from app.training.output_folder import free_folder, prepare_folder, write_settings
+from app.training.output_folder import prepare_folder, write_settings
 from app.training.recipe import auto
 
 log = logging.getLogger("app")
@@ -222,9 +223,21 @@ def configure(request: Request) -> tuple[Config, Path | None]:
             f"those of {pretrained_path}; leave it out, or --checkpoint none"
         )
     if "output_dir" not in choices:
-        folder = Path("outputs/eval" if request.eval_only else config.output_dir)
-        config = config.model_copy(update={"output_dir": str(free_folder(folder))})
+        folder = unnamed_folder(
+            Path("outputs/eval" if request.eval_only else config.output_dir), request.resume
+        )
+        config = config.model_copy(update={"output_dir": str(folder)})
     return config, pretrained_path
+
+
+def unnamed_folder(folder: Path, resume: Resume | None) -> Path:
+    """Return where a run without --output-dir goes: a free folder, or the last one to resume."""
+    last = last_folder(folder) if resume else None
+    chosen = last or free_folder(folder)
+    if chosen != folder:
+        why = "the last run's" if last else f"{folder} is taken"
+        log.info("output folder: %s (%s; --output-dir names another)", chosen, why)
+    return chosen
 
 
 def _without_auto(overrides: Sequence[str]) -> list[str]:

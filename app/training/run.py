@@ -24,6 +24,7 @@ from app.evaluation import report
 from app.evaluation.evaluate import score_dataset, write_predictions
 from app.evaluation.model_card import write_card
 from app.evaluation.report_page import write_report
+from app.evaluation.summary import gain_in_words
 from app.evaluation.validate import Ranks, Validation
 from app.inference.predictor import Predictor
 from app.model import weights
@@ -177,6 +178,10 @@ def train(
             folder / "metrics.json",
             page,
         )
+        for line in gain_in_words(state.baseline, scored.figures, splits.valid, scored.results):
+            log.info("%s", line)
+        if config.evaluation.pictures:
+            log.info("pictures of truth and prediction: %s", folder / "plots" / "valid_*.png")
         log_next_steps(folder / "weights" / "best", splits)
     accelerator.end_training()
     return Outcome(folder, scored.figures)

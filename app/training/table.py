@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 
 from app.console import duration
@@ -27,18 +26,18 @@ class Table:
 
     Args:
         epochs: of the whole run.
-        done: of them before this process began.
     """
 
-    def __init__(self, epochs: int, done: int) -> None:
-        self.epochs, self.done = epochs, done
-        self._begun = time.monotonic()
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
         self._rows = 0
 
-    def row(self, epoch: int, figures: Mapping[str, float]) -> str:
-        """Return the line of an epoch (0: before training), below a heading where one is due."""
-        ran = epoch - self.done
-        left = (time.monotonic() - self._begun) / ran * (self.epochs - epoch) if ran else None
+    def row(self, epoch: int, figures: Mapping[str, float], left: float | None = None) -> str:
+        """Return the line of an epoch (0: before training), below a heading where one is due.
+
+        Args:
+            left: seconds that the run has left; None where they are not known.
+        """
         cells = [f"{epoch}/{self.epochs}".rjust(WIDTH)]
         for heading, key, digits in COLUMNS:
             cell = f"{figures[key]:.{digits}f}" if key in figures else ""

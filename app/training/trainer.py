@@ -31,6 +31,7 @@ from app.training.batches import Batches
 from app.training.checkpoints import RunState
 from app.training.fingerprint import Fingerprint, are_comparable
 from app.training.metric import gain, metric_name
+from app.training.pace import Pace
 from app.training.random_state import random_state
 from app.training.step import Step
 from app.training.table import Table
@@ -98,7 +99,8 @@ class Trainer:
             FloatingPointError: a loss or gradient is not finite; the state before is saved.
             UserError: the disk is full; the last checkpoint is whole.
         """
-        self.table = Table(self.config.training.epochs, self.state.epoch)
+        self.table = Table(self.config.training.epochs)
+        self.pace = Pace(self.state.durations)
         with self.stop.deferred():
             try:
                 if not self.state.baseline:
@@ -142,18 +144,31 @@ class Trainer:
         each = self.batches.updates_per_epoch
         title = f"epoch {state.epoch + 1}/{epochs}: update"
         self.step.set_training()
-        with progress(title, each * epochs, state.updates) as advance:
+        first = state.updates - state.epoch * each
+        with progress(title, each * epochs, state.updates, time_left=self.time_left) as advance:
             begun = time.monotonic()
-            for batches in self.batches.epoch(state.epoch, state.updates - state.epoch * each):
+            for batches in self.batches.epoch(state.epoch, first):
                 done = self.step(batches, state.epoch)
                 state.updates += 1
                 for name, value in done.losses.items():
                     state.losses[name] = state.losses.get(name, 0.0) + value
                 state.images += done.images
-                state.seconds += time.monotonic() - begun
+                seconds = time.monotonic() - begun
+                state.seconds += seconds
+                self.pace.add("update", seconds)
                 advance(state.updates, f"loss {done.loss:.3g}")
                 self.between_updates()
                 begun = time.monotonic()
+
+    def time_left(self) -> float | None:
+        """Return the seconds that the run has left; None as long as no update was timed."""
+        state, training = self.state, self.config.training
+        epochs = range(state.epoch + 1, training.epochs + 1)
+        validations = sum(self._is_validated(epoch) for epoch in epochs)
+        saves = sum(self._is_saved(epoch) for epoch in epochs)
+        updates = self.batches.updates_per_epoch * training.epochs - state.updates
+        # The best weights are validated again at the end, reloaded.
+        return self.pace.left({"update": updates, "validation": validations + 1, "save": saves})
 
     def between_updates(self) -> None:
         """Stop where any rank was asked to; save where `training.save_minutes` have passed."""
@@ -169,7 +184,7 @@ class Trainer:
 
     def end_epoch(self) -> None:
         """Validate, keep the best weights, write the figures, save: as is due."""
-        state, training = self.state, self.config.training
+        state = self.state
         row = self._row()
         if self._is_validated(state.epoch + 1):
             figures = self.validate(f"epoch {state.epoch + 1}")
@@ -179,15 +194,16 @@ class Trainer:
         state.rows.append(row)
         state.epoch += 1
         state.losses, state.images, state.seconds = {}, 0, 0.0
-        log.info("%s", self.table.row(state.epoch, row))
+        log.info("%s", self.table.row(state.epoch, row, self.time_left()))
         if self._is_stale():
             log.info("no better in %d validations (training.patience): the end", state.stale)
         if self.recorder is not None:
             with checkpoints.disk_errors(self.folder):
                 self.recorder.log_epoch(state.rows)
-        if self.is_finished() or state.epoch % training.save_every == 0:
-            self._save_weights("last")
-            self.save()
+        if self.is_finished() or self._is_saved(state.epoch):
+            with self.pace.timed("save"):
+                self._save_weights("last")
+                self.save()
 
     def _row(self) -> Figures:
         """Return the epoch's row of metrics.csv, before its validation."""
@@ -203,13 +219,17 @@ class Trainer:
     def _is_validated(self, epoch: int) -> bool:
         return epoch % self.config.evaluation.every == 0 or epoch == self.config.training.epochs
 
+    def _is_saved(self, epoch: int) -> bool:
+        training = self.config.training
+        return epoch % training.save_every == 0 or epoch == training.epochs
+
     def validate(self, title: str) -> Figures:
         """Return the figures of the weights as they are now; every rank scores its share.
 
         Raises:
             Stopped: on all ranks, where a signal reached one of them.
         """
-        with self._averaged_weights():
+        with self.pace.timed("validation"), self._averaged_weights():
             predictor = Predictor(self.model, self.config.model, self.precision)
             return score_dataset(
                 predictor,
@@ -218,6 +238,7 @@ class Trainer:
                 title,
                 check=self.stop.check,
                 ranks=ranks_of(self.accelerator),
+                time_left=self.time_left,
             ).figures
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:

@@ -26,7 +26,7 @@ from app.config.schema import ModelConfig
 from app.errors import UserError
 from app.model import weights
 from app.model.upstream import fixes
-from app.training.output_folder import free_folder
+from app.training.prepare import unnamed_folder
 from app.upstream_trainer.fixes import apply_trainer_fixes
 
 log = logging.getLogger("app")
@@ -121,7 +121,7 @@ def _apply(config: DictConfig, flags: dict[str, str], lr: float | None) -> None:
         config.scratch.lr_scale = lr / 8e-4
     accumulated = int(flags.pop("training.grad_accum", 1))
     if "output_dir" not in flags and not config.launcher.get("experiment_log_dir"):
-        flags["output_dir"] = str(free_folder(Path("outputs/train")))
+        flags["output_dir"] = str(unnamed_folder(Path("outputs/train"), None))
     known = sorted(_names(OmegaConf.to_container(config, resolve=False)))
     for key, value in flags.items():
         if key.startswith("dataset."):
