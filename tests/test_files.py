@@ -18,6 +18,8 @@ from app.files import (
     atomic_path,
     exists_problem,
     flatten,
+    free_folder,
+    last_folder,
     locked,
     read_json,
     short_hash,
@@ -222,3 +224,18 @@ def test_what_to_do_about_an_output_that_exists() -> None:
         "--output out: is full. Go on with --resume, replace it with --overwrite, or name another "
         "folder."
     )
+
+
+def test_outputs_that_nobody_named_are_numbered(tmp_path: Path) -> None:
+    """What is missing or empty is free; the last one is the newest that is not."""
+    folder = tmp_path / "train"
+    assert free_folder(folder) == folder
+    assert last_folder(folder) is None
+    for name in ("train", "train-2", "train-3"):
+        assert free_folder(folder) == tmp_path / name
+        (tmp_path / name).mkdir()
+        assert free_folder(folder) == tmp_path / name  # made, and nothing is in it yet
+        (tmp_path / name / "file").touch()
+        assert last_folder(folder) == tmp_path / name
+    (tmp_path / "train-2" / "file").unlink()
+    assert free_folder(folder) == tmp_path / "train-2"

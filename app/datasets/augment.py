@@ -1,4 +1,4 @@
-"""Flip, scale, crop, rotation and colour, with boxes and masks in step.
+"""Flip, scale, crop and rotation, with boxes and masks in step; and colour.
 
 Upstream's own transforms lose objects without a mask (basic_for_api.py:1075), print warnings, and
 resample once for each change; here one warp makes all of them.
@@ -33,7 +33,6 @@ class Augment:
         scale: least and most size of an object beside its own; above 1 the image is cropped, below
             1 it has a border.
         rotate: degrees, most, either way.
-        color: 0..1, most change of brightness, contrast and saturation; hue takes a fifth of it.
         min_visible: 0..1, of an object's area.
     """
 
@@ -44,19 +43,15 @@ class Augment:
         flip_vertical: float,
         scale: tuple[float, float],
         rotate: float,
-        color: float,
         min_visible: float,
     ) -> None:
         self.flip, self.flip_vertical = flip, flip_vertical
         self.scale = scale
         self.rotate = rotate
         self.min_visible = min_visible
-        self.jitter = v2.ColorJitter(color, color, color, color / 5) if color else None
 
     def __call__(self, datapoint: Datapoint, **_: Any) -> Datapoint:
         image = datapoint.images[0]
-        if self.jitter is not None:
-            image.data = self.jitter(image.data)
         matrix, (width, height) = self._draw(*image.data.size)
         if _is_identity(matrix, (width, height), image.data.size):
             return datapoint
@@ -82,6 +77,24 @@ class Augment:
         if not self.rotate:
             offset = np.round(offset)  # whole pixels: nothing is resampled
         return np.column_stack([linear, offset]), window
+
+
+class Recolor:
+    """A transform after the resize, where there are the fewest pixels to change.
+
+    Args:
+        color: 0..1, most change of brightness, contrast and saturation; hue takes a fifth of it.
+    """
+
+    def __init__(self, color: float) -> None:
+        self.jitter = v2.ColorJitter(color, color, color, color / 5) if color else None
+
+    def __call__(self, datapoint: Datapoint, **_: Any) -> Datapoint:
+        """Change the image's pixels, (3, R, R) float32 in 0..1."""
+        if self.jitter is not None:
+            image = datapoint.images[0]
+            image.data = self.jitter(image.data)
+        return datapoint
 
 
 def _is_identity(matrix: Matrix, window: tuple[int, int], size: tuple[int, int]) -> bool:

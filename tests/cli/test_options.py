@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import FrozenInstanceError, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from app.cli import options
+from app.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -80,3 +82,27 @@ def test_flags_that_were_given_win_over_overrides() -> None:
         "dataset.format=yolo",
     ]
     assert options.to_overrides(None, options.SourceFlags().by_key()) == []
+
+
+def test_last_is_the_run_that_wrote_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its best weights, whatever their kind; a file called so is meant by name."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no run in outputs has weights"):
+        options.last_weights("last")
+    for age, file in enumerate(
+        (
+            "outputs/sub/train-2/weights/best/adapter_model.safetensors",
+            "outputs/train/weights/best/model.safetensors",
+            "outputs/train-3/weights/last/model.safetensors",  # killed before its first validation
+        )
+    ):
+        Path(file).parent.mkdir(parents=True)
+        Path(file).touch()
+        os.utime(file, (1000 - age, 1000 - age))
+    best = "outputs/sub/train-2/weights/best"
+    assert options.last_weights("last") == best
+    assert options.last_weights(Path("last")) == Path(best)
+    assert options.last_weights("elsewhere") == "elsewhere"
+    assert options.last_weights(None) is None
+    Path("last").mkdir()
+    assert options.last_weights("last") == "last"

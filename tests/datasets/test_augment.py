@@ -17,16 +17,15 @@ from sam3.train.data.sam3_image_dataset import Image as DatapointImage
 from torch.utils.data import DataLoader
 
 from app.config.compose import load_config
-from app.datasets.augment import Augment
+from app.datasets.augment import Augment, Recolor
 from app.datasets.build import load_splits
-from app.datasets.queries import QueryDataset, collate
+from app.datasets.queries import QueryDataset, ToSquare, collate
 
 PLAIN = {
     "flip": 0.0,
     "flip_vertical": 0.0,
     "scale": (1.0, 1.0),
     "rotate": 0.0,
-    "color": 0.0,
     "min_visible": 0.0,
 }
 
@@ -144,10 +143,15 @@ def test_nothing_is_touched_without_a_change() -> None:
 
 def test_colour_changes_pixels_and_nothing_else() -> None:
     torch.manual_seed(0)
-    datapoint = Augment(**{**PLAIN, "color": 0.5})(_datapoint(30, 30, (5, 5, 20, 20), mask=True))
-    assert datapoint.images[0].objects[0].bbox.tolist() == [5, 5, 20, 20]
-    block = np.asarray(datapoint.images[0].data)[10, 10].tolist()
-    assert block != [0, 255, 0]
+    plain, datapoint = (ToSquare(30)(_datapoint(30, 30, (5, 5, 20, 20), mask=True)) for _ in "ab")
+    recolored = Recolor(0.5)(datapoint).images[0]
+    assert torch.equal(recolored.objects[0].bbox, plain.images[0].objects[0].bbox)
+    assert torch.equal(recolored.objects[0].segment, plain.images[0].objects[0].segment)
+    pixels = plain.images[0].data
+    assert recolored.data.shape == pixels.shape
+    assert 0 <= recolored.data.min() <= recolored.data.max() <= 1
+    assert (recolored.data - pixels).abs().mean() > 0.02
+    assert Recolor(0.0)(plain).images[0].data is pixels
 
 
 @pytest.mark.parametrize("name", ["none", "light", "strong"])

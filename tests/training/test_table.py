@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
-
 from app.training.table import AGAIN, Table
 
 
 def test_figures_stand_under_their_headings() -> None:
-    table = Table(epochs=20, done=0)
+    table = Table(epochs=20)
     heading, before = table.row(0, {"bbox/AP": 0.25, "off_prompt/firing": 1.5}).split("\n")
     row = table.row(3, {"train/loss": 12.346, "segm/AP50": 0.5, "train/loss_mask": 0.01})
     assert "\n" not in row
@@ -23,15 +21,13 @@ def test_figures_stand_under_their_headings() -> None:
     assert before.split() == ["0/20", "0.250", "1.50"]  # what is not known is left empty
 
 
-def test_time_left_is_of_this_process() -> None:
-    """Two epochs took what they took; of a resumed run only its own count."""
-    table = Table(epochs=12, done=8)
-    table._begun = time.monotonic() - 30.0
-    assert table.row(10, {}).endswith("30 s")
-    assert table.row(12, {}).endswith("0 s")
+def test_time_left_stands_at_the_end() -> None:
+    table = Table(epochs=12)
+    assert table.row(10, {}, 30.0).endswith("  30 s")
+    assert table.row(11, {"bbox/AP": 0.5}, 75.0).endswith("  1 min 15 s")
 
 
 def test_headings_come_again() -> None:
-    table = Table(epochs=100, done=0)
+    table = Table(epochs=100)
     rows = [table.row(epoch, {}) for epoch in range(1, 2 * AGAIN + 1)]
     assert [n for n, row in enumerate(rows) if "box AP" in row] == [0, AGAIN]
