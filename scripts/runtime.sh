@@ -70,15 +70,29 @@ make_venv() {
   mv "$stamp.part" "$stamp"
 }
 
+# `import app` then works in .venv whatever the current folder. A .venv of another tree stays as it is.
+link_app() {
+  local link
+  if [ -L "$venv" ]; then return; fi
+  for link in "$venv"/lib/python3*/site-packages; do
+    link="$link/sam3-finetuning.pth"
+    if [ ! -f "$link" ] || [ "$(cat "$link")" != "$root" ]; then printf '%s\n' "$root" >"$link"; fi
+  done
+}
+
 # Two scripts started at once must not both install. macOS has no flock and goes without.
 ensure_venv() {
-  if venv_is_current; then return; fi
+  if venv_is_current; then
+    link_app
+    return
+  fi
   (
     if command -v flock >/dev/null && ! flock --nonblock 9; then
       say "waiting for another script that is making .venv"
       flock 9
     fi
     venv_is_current || make_venv
+    link_app
   ) 9>"$root/.venv.lock"
 }
 

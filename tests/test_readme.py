@@ -1,4 +1,4 @@
-"""Every command of the README: its flags are known, and it runs as it stands on less.
+"""Every command of README and docs: its flags are known, and it runs as it stands on less.
 
 Less is fewer images and fewer pixels.
 """
@@ -16,40 +16,61 @@ import pytest
 
 from app.deploy.runtime.cli import main as run_deployed
 from app.deploy.runtime.cli import make_parser
-from tests.helpers import REPOSITORY, SHARED, TINY, Command
+from tests.helpers import REPOSITORY, TINY, Command
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+README, *DOCS = (page.read_text(encoding="utf-8") for page in PAGES)
+WORDS = "\n".join(
+    [README, *(text for page, text in zip(PAGES[1:], DOCS, strict=True) if page.stem != "jetson")]
+)
+BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", WORDS, flags=re.DOTALL))
 COMMANDS = [line.partition("  #")[0].strip() for line in BLOCKS.splitlines() if line.strip()]
-TABLED = re.findall(r"\| `((?:\./train\.sh|\.venv/bin/python -m app) [^`]*)`", README)
+TABLED = re.findall(r"\| `((?:\./train\.sh|\.venv/bin/python -m app) [^`]*)`", WORDS)
 TRAINING = [c for c in COMMANDS if c.startswith("./train.sh")]
 PREDICTING = [c for c in COMMANDS if c.startswith("./infer.sh")]
 TRACKING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app track")]
 CUTTING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app compact")]
 EXPORTING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app export")]
+SCORING = [
+    c for c in COMMANDS if re.match(r"\.venv/bin/python -m app (evaluate|report|compare|merge)", c)
+]
 DEPLOYED = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app.deploy.runtime")]
+OURS = [*TRAINING, *PREDICTING, *SCORING, *TRACKING, *CUTTING, *EXPORTING, *TABLED]
 IN_AN_ENGINE = {"docker compose up -d mlflow"}  # tests/container runs it
 LESS = ["dataset.limit=2", "dataset.shapes.train=2", "dataset.shapes.valid=1"]
 
 
 def _words(line: str) -> list[str]:
-    if "../shared" in line and not SHARED.is_dir():
-        pytest.skip("../shared/datasets is not on this machine")
     return shlex.split(line)[1:]
 
 
-def test_the_readme_has_commands() -> None:
+def test_the_first_screen_is_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_nothing_that_users_read_names_what_they_lack() -> None:
+    """The folder of data beside this repository, which strangers do not have."""
+    done = subprocess.run(
+        ["git", "grep", "-nF", "../shared", "--", ":!tests", ":!CONTRIBUTING.md"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode not in (0, 1):
+        pytest.skip(f"no git repository: {done.stderr}")
+    assert done.stdout == ""
+
+
+def test_they_have_commands() -> None:
     assert len(TABLED) == 7
     assert len(TRAINING) >= 3
     assert len(PREDICTING) >= 2
     assert len(TRACKING) == 1
     assert len(CUTTING) == len(EXPORTING) == 2
     assert len(DEPLOYED) == 1
-    rest = set(COMMANDS) - {*TRAINING, *PREDICTING, *TRACKING, *CUTTING, *EXPORTING, *DEPLOYED}
+    assert len(SCORING) == 4
+    rest = set(COMMANDS) - {*OURS, *DEPLOYED}
     assert rest == {"./build.sh", "./test.sh", *IN_AN_ENGINE}
-
-
-OURS = [*TRAINING, *PREDICTING, *TRACKING, *CUTTING, *EXPORTING, *TABLED]
 
 
 @pytest.mark.parametrize("line", [*OURS, "./train.sh --epoch 3", "./infer.sh --prompt"])
@@ -100,8 +121,6 @@ def test_the_sources(command: Command, tmp_path: Path, monkeypatch, line: str) -
     if line.startswith("./train.sh"):
         less = [part for part in LESS if "shapes" in part or "dataset-dir" in line]
         words = ["train", *_words(line), *less, *TINY, "evaluation.pictures=0", "--epochs", "1"]
-    elif "../shared" in line and not SHARED.is_dir():
-        pytest.skip("../shared/datasets is not on this machine")
     done = command(*words, "--output-dir", tmp_path / "out")
     if "--hf-dataset" in line:
         assert done.code == 2
@@ -135,7 +154,29 @@ def test_prediction(command: Command, tiny_run: Path, tmp_path: Path, monkeypatc
     best = ("--checkpoint", tiny_run / "weights" / "best")
     done = command("infer", *_words(line), *best, "--output-dir", tmp_path / "out")
     assert done.code == 0, done.err
-    assert len(list((tmp_path / "out").glob("*.png"))) == (5 if "potholes" in line else 1)
+    assert len(list((tmp_path / "out").glob("*.png"))) == (8 if "potholes" in line else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", SCORING)
+def test_scoring(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, line: str) -> None:
+    """Each on a run of its own, with a LoRA where it is merged."""
+    monkeypatch.chdir(REPOSITORY)
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(tiny_run, run)
+    verb, *words = shlex.split(line)[3:]
+    if verb == "merge":
+        data = ("--dataset-dir", "examples/potholes", *LESS, *TINY, "evaluation.pictures=0")
+        lora = command("train", *data, "--method", "lora", "--epochs", 1, "--output-dir", run / "l")
+        assert lora.code == 0, lora.err
+        words = [str(run / "l" / "weights" / "best"), "--output-dir", str(out)]
+    elif verb == "evaluate":
+        best = ("--checkpoint", str(run / "weights" / "best"), "--output-dir", str(out))
+        words = [*words, *best]
+    else:
+        words = [str(run) for _ in words]
+    done = command(verb, *words)
+    assert done.code == 0, done.err
 
 
 @pytest.mark.slow
@@ -182,7 +223,7 @@ def test_exporting(command: Command, shapes: Path, tmp_path: Path, monkeypatch) 
     with pytest.raises(SystemExit) as ended:
         run_deployed([str(word) for word in words])
     assert ended.value.code == 0
-    assert len(list(found.glob("*.png"))) == 5
+    assert len(list(found.glob("*.png"))) == 8
 
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("./")])
@@ -202,7 +243,9 @@ def test_the_scripts_take_it(tmp_path: Path, line: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_what_it_names_is_there() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (REPOSITORY / target).exists(), target
-    assert "@" not in README.replace("@champion", "")
+def test_what_they_name_is_there() -> None:
+    for page, text in zip(PAGES, (README, *DOCS), strict=True):
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            if not target.startswith("https://"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+        assert "@" not in text.replace("@champion", "")

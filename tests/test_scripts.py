@@ -184,6 +184,10 @@ def test_the_life_of_a_venv(machine: Machine, copy: Path) -> None:
     assert installs()
     marker.touch()
     assert not installs(), "a current .venv is reused"
+    python, elsewhere = copy / ".venv/bin/python", machine.cwd.parent
+    asked = [python, "-c", "import app; print(*app.__path__)"]
+    found = subprocess.run(asked, cwd=elsewhere, capture_output=True, text=True, check=True)
+    assert found.stdout == f"{copy}/app\n", "it is imported from any folder"
 
     stamp.unlink()
     assert installs()

@@ -16,7 +16,7 @@ Figures = Mapping[str, float]
 
 
 def gain_in_words(
-    before: Figures, now: Figures, dataset: Dataset, results: Sequence[Mapping[str, Any]]
+    before: Figures, now: Figures, dataset: Dataset, results: Sequence[dict[str, Any]]
 ) -> list[str]:
     """Return the lines that tell what training has brought.
 
@@ -45,9 +45,9 @@ def gain_in_words(
     return lines
 
 
-def interval(dataset: Dataset, results: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+def interval(dataset: Dataset, results: Sequence[dict[str, Any]]) -> tuple[float, float]:
     """Return the 95 % interval of box AP, by a bootstrap over images."""
-    nothing, ours = (accumulate(dataset, each, "bbox") for each in ([], list(results)))
+    nothing, ours = (accumulate(dataset, each, "bbox") for each in ([], results))
     compared = hotcoco.compare(nothing, ours, n_bootstrap=RESAMPLINGS)  # nothing has an AP of 0
     bounds = (compared["ci"] or {}).get("AP") or {"lower": 0.0, "upper": 0.0}
     return bounds["lower"], bounds["upper"]

@@ -286,6 +286,43 @@ def test_backgrounds_differ(tmp_path):
     assert min(mixed) == 1 < max(mixed)
 
 
+@pytest.mark.parametrize("fill", ["outline", "hatched"])
+def test_a_fill_changes_no_mask(tmp_path, fill):
+    """Of a shape part has its color, with its edge for an outline; the rest shows the ground."""
+    size = {"train": 6, "valid": 0, "width": 320, "height": 240, "min_shapes": 1, "max_shapes": 1}
+    for name in ("solid", fill):
+        make_shapes(tmp_path / name, fill=name, kinds=KINDS[:5], background="plain", **size)
+    pairs = zip(
+        things(tmp_path / "solid" / "train"), things(tmp_path / fill / "train"), strict=True
+    )
+    for (name, mask, solid), (same, drawn_mask, drawn) in pairs:
+        assert name == same
+        assert (mask == drawn_mask).all()
+        color, ground = solid[mask][0], solid[~mask][0]
+        inked = (drawn == color).all(axis=-1)
+        assert ((drawn == ground).all(axis=-1) == ~inked).all()
+        assert not inked[~mask].any()
+        assert 0.1 < inked.sum() / mask.sum() < 0.9
+        if fill == "outline":
+            inner = np.zeros_like(mask)
+            inner[1:-1, 1:-1] = mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
+            assert inked[mask & ~inner].all()
+
+
+def test_mixed_fills_take_each(tmp_path):
+    size = {"train": 12, "valid": 0, "width": 320, "height": 240, "min_shapes": 1, "max_shapes": 1}
+    for name in ("solid", "mixed"):
+        make_shapes(tmp_path / name, fill=name, background="plain", **size)
+    shares = []
+    pairs = zip(
+        things(tmp_path / "solid" / "train"), things(tmp_path / "mixed" / "train"), strict=True
+    )
+    for (_, mask, solid), (_, _, drawn) in pairs:
+        shares.append((drawn == solid[mask][0]).all(axis=-1).sum() / mask.sum())
+    assert {round(share) for share in shares if share > 0.9} == {1}
+    assert min(shares) < 0.7
+
+
 def test_workers_change_no_byte(tmp_path):
     words = {"kinds": KINDS, "colors": list(COLORS), "label_by": "both", "train": 22, "valid": 3}
     for workers in (1, 2, 5):
