@@ -73,7 +73,8 @@ def train(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="auto: by the number of images; or a YAML of configs/recipe by its name",
+            help="auto: by the number of images; none: configs/train.yaml as it is; or a YAML of "
+            "configs/recipe by its name  [default: auto for nano, else none]",
             rich_help_panel=METHOD,
         ),
     ] = None,

@@ -48,7 +48,8 @@ class Request:
         overrides: `KEY=VALUE`s of configs/train.yaml.
         size: of the model, or auto.
         file: YAML in our schema.
-        recipe: auto, or a YAML of configs/recipe by its name.
+        recipe: auto, none, or a YAML of configs/recipe by its name; None: auto for nano from
+            its own weights, as it is only from these that they were chosen.
         lr: learning rate of the detector; the others keep their ratio.
         eval_only: score the split `evaluation.split`, do not train.
         download: get Meta's weights where they are meant and not at hand.
@@ -135,7 +136,7 @@ def prepare(request: Request, *, in_job: bool = False) -> Prepared:
     Raises:
         UserError: whatever the user must mend, before anything is written.
     """
-    if request.recipe not in (None, "auto"):
+    if request.recipe not in (None, "auto", "none"):
         request = replace(request, file=recipe_file(str(request.recipe)))
     config, pretrained_path = configure(request)
     elsewhere = config.cluster.name == "slurm" and not in_job
@@ -153,7 +154,7 @@ def prepare(request: Request, *, in_job: bool = False) -> Prepared:
         meta_model=meta_model,
         elsewhere=elsewhere,
     )
-    if request.recipe == "auto":
+    if takes_auto_recipe(prepared):
         prepared = _with_auto_recipe(prepared)
     if request.eval_only:
         choose_split(prepared.config, splits)
@@ -168,6 +169,15 @@ def prepare(request: Request, *, in_job: bool = False) -> Prepared:
         f"dataset.views={json.dumps(config.dataset.views)}",
     )
     return replace(prepared, config=config, decided=decided)
+
+
+def takes_auto_recipe(prepared: Prepared) -> bool:
+    """Return whether settings are chosen by the number of images: where asked, and for nano."""
+    request = prepared.request
+    if request.recipe is not None or request.file is not None:
+        return request.recipe == "auto"
+    is_pretrained = prepared.pretrained_path is not None
+    return prepared.config.model.name == "nano" and is_pretrained and not request.eval_only
 
 
 def _with_auto_recipe(prepared: Prepared) -> Prepared:

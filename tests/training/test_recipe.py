@@ -10,7 +10,7 @@ import pytest
 
 from app.config.compose import load_config, read_yaml
 from app.training.recipe import TIERS, auto
-from tests.helpers import Command
+from tests.helpers import TINY, Command
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_tiers(images: int, epochs: int, rank: int) -> None:
 
 
 def test_few_images_follow_the_paper() -> None:
-    config = load_config(auto(5, "nano", [], pretrained=True))
+    config = load_config(auto(5, "small", [], pretrained=True))
     assert (config.training.epochs, config.training.batch_size) == (40, 2)
     assert config.optim.lr_scale == 0.1
     assert config.loss.criterion["loss_fn_semantic_seg"] is None
@@ -75,14 +75,38 @@ def test_random_weights_keep_the_full_rate() -> None:
     assert config.method.name == "full"
 
 
-def test_a_run_says_and_takes_it(shapes: Path, tiny_run: Path, tmp_path: Path, command: Command):
+@pytest.mark.parametrize(
+    ("images", "epochs", "every"),
+    [(1, 60, 4), (20, 60, 4), (43, 55, 4), (240, 10, 1), (9000, 10, 1)],
+)
+def test_nano_sees_as_much_of_few_images_as_of_many(images: int, epochs: int, every: int) -> None:
+    config = load_config(auto(images, "nano", [], pretrained=True))
+    assert (config.training.epochs, config.training.batch_size) == (epochs, 4)
+    assert (config.evaluation.every, config.training.save_every) == (every, every)
+    assert (config.optim.lr_scale, config.optim.layer_decay) == (0.5, 1)
+    own = load_config([*auto(images, "nano", ["training.epochs=3"], pretrained=True)])
+    assert (own.evaluation.every, own.training.save_every) == (1, 1)
+    lora = load_config([*auto(images, "nano", ["method=lora"], pretrained=True), "method=lora"])
+    assert lora.optim.lr_scale is None
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        ([], 0.5),
+        (["--recipe", "none"], None),
+        (["optim.lr_scale=0.2"], 0.2),
+        (["--checkpoint", "none"], None),
+    ],
+)
+def test_nano_takes_it_unasked_from_its_own_weights(
+    shapes: Path, tmp_path: Path, command: Command, words: list[str], rate: float | None
+) -> None:
     done = command(
-        *("train", "--dataset-dir", shapes, "--checkpoint", tiny_run / "weights" / "best"),
-        *("--recipe", "auto", "--epochs", 1, "--output-dir", tmp_path / "out"),
-        "evaluation.pictures=0",
+        *("train", "--model", "nano", "--dataset-dir", shapes, "--epochs", 1, *TINY, *words),
+        *("--output-dir", tmp_path / "out", "evaluation.pictures=0"),
     )
     assert done.code == 0, done.err
-    assert "recipe auto for 4 training images (up to 10): training.batch_size=2" in done.out
-    settings = read_yaml(tmp_path / "out" / "config_resolved.yaml")
-    assert settings["training"]["epochs"] == 1
-    assert settings["optim"]["lr_scale"] == 0.1
+    said = "recipe auto for 4 training images: training.batch_size=4"
+    assert (said in done.out) == (rate is not None)
+    assert read_yaml(tmp_path / "out" / "config_resolved.yaml")["optim"]["lr_scale"] == rate
