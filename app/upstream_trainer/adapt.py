@@ -7,12 +7,13 @@ Meta's paths. Each function below that changes the configuration logs what it ch
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from sam3.train.utils.train_utils import register_omegaconf_resolvers
 
 from app.config.compose import (
@@ -20,14 +21,14 @@ from app.config.compose import (
     load_model_config,
     model_config,
     nearest_key,
-    read_yaml,
 )
 from app.config.schema import ModelConfig
 from app.errors import UserError
 from app.model import weights
 from app.model.upstream import fixes
-from app.training.prepare import unnamed_folder
+from app.training.prepare import Request, default_weights, unnamed_folder
 from app.upstream_trainer.fixes import apply_trainer_fixes
+from app.upstream_trainer.schema import read_upstream
 
 log = logging.getLogger("app")
 _BUILDER = "sam3.model_builder.build_sam3_image_model"
@@ -43,21 +44,33 @@ _KEYS = {
 }
 # Modules that upstream's YAMLs name and no release has.
 _RENAMED = {"onevision.losses.": "sam3.train.loss.", "sam3.losses.": "sam3.train.loss."}
+# Keys of `trainer` that a run needs, in every mode and in each.
+_NEEDED = ["model", "data", "logging", "checkpoint", "max_epochs"]
+_TRAINING = ["data.train", "optim.optimizer", "loss.all"]
+_NEEDED_BY = {"train": _TRAINING, "train_only": _TRAINING, "val": ["data.val"]}
+_UPSTREAM_RESOLUTION = 1008  # pixels, for which upstream's YAMLs are written
 
 
-def prepare(file: Path, flags: dict[str, str], size: str, lr: float | None) -> DictConfig:
+def prepare(request: Request, flags: dict[str, str]) -> DictConfig:
     """Return the YAML with the user's flags in it, made to run here."""
+    assert request.file is not None
     fixes.apply_fixes()
     apply_trainer_fixes()
     if not OmegaConf.has_resolver("times"):
         register_omegaconf_resolvers()
-    config = _read(file)
-    _replace_builder(config, size, flags)
-    _apply(config, flags, lr)
+    config = _read(request.file)
+    trains = _decide_mode(config, flags, request.eval_only)
+    if "scratch.resolution" in flags:  # the model has to know it too
+        flags["model.resolution"] = flags.pop("scratch.resolution")
+    resolution = int(config.scratch.get("resolution", _UPSTREAM_RESOLUTION))
+    _replace_builder(config, request.size, flags)
+    _apply(config, flags, request.lr)
+    _fit_sizes(config, resolution)
+    _fit_validation(config)
     _fit_device(config)
     _fit_launcher(config)
     _fit_targets(config)
-    if config.trainer.skip_saving_ckpts:
+    if trains and config.trainer.skip_saving_ckpts:
         log.info("note: skip_saving_ckpts is set to false, or the run would leave no weights")
         config.trainer.skip_saving_ckpts = False
     return config
@@ -69,10 +82,7 @@ def model_size(size: str, resolution: int, segmentation: bool) -> ModelConfig:
 
 
 def _read(file: Path) -> DictConfig:
-    content = read_yaml(file)
-    content.pop("defaults", None)  # of Hydra's composition inside upstream's package
-    config = OmegaConf.create(content)
-    assert isinstance(config, DictConfig)
+    config = read_upstream(file)
     for section in ("launcher", "scratch", "paths"):
         config.setdefault(section, {})
     config.trainer.setdefault("skip_saving_ckpts", False)
@@ -80,17 +90,44 @@ def _read(file: Path) -> DictConfig:
     return config
 
 
+def _decide_mode(config: DictConfig, flags: dict[str, str], eval_only: bool) -> bool:
+    """Set `trainer.mode`, and refuse a YAML without what it needs; return whether it trains."""
+    mode = "val" if eval_only else flags.pop("trainer.mode", config.trainer.mode)
+    if mode not in _NEEDED_BY:
+        raise UserError(f"trainer.mode: '{mode}' is none of {', '.join(_NEEDED_BY)}")
+    config.trainer.mode = mode
+    missing = [
+        f"trainer.{key}: not in this YAML, and trainer.mode {mode} needs it; add it, or take a "
+        "YAML that builds on this one"
+        for key in (*_NEEDED, *_NEEDED_BY[mode])
+        if OmegaConf.select(config, f"trainer.{key}") is None
+    ]
+    if missing:
+        raise UserError(missing)
+    if mode == "val":
+        log.info("note: trainer.mode is val: nothing is trained")
+    return mode != "val"
+
+
 def _replace_builder(config: DictConfig, size: str, flags: dict[str, str]) -> None:
     """Ours builds the same model at size sam3, and others, on any device, and loads strictly."""
     node = config.trainer.model
-    wanted = flags.pop("checkpoint", None) or node.get("checkpoint_path") or "auto"
-    path = None if wanted in ("none", "auto") else wanted
-    described = weights.describe(Path(path), None if size == "auto" else size) if path else None
+    target = str(node.get("_target_"))
+    if target != _BUILDER and not target.startswith("app."):
+        raise UserError(
+            f"trainer.model._target_: '{target}' is not built here: the image model alone is, "
+            f"{_BUILDER}; run this YAML in upstream's repository"
+        )
+    wanted = str(flags.pop("checkpoint", None) or node.get("checkpoint_path") or "auto")
+    path = None if wanted in ("none", "auto") else Path(wanted)
+    described = weights.describe(path, None if size == "auto" else size) if path else None
     name = described.model.name if described else size
     name = str(node.get("size", "sam3")) if name == "auto" else name
-    if wanted == "auto" and name == "sam3":
-        path = weights.published_sam3()
     default = described.model if described else load_model_config(name)
+    if path is None:
+        path = default_weights(name, random=wanted == "none", download=True)[1]
+        if path is not None:
+            default = weights.describe(path, name).model
     if node.get("_target_") == _BUILDER or name != node.get("size"):
         log.info("model: size %s, built by app.model.build", name)
     if "num_queries" in config.scratch:
@@ -102,6 +139,11 @@ def _replace_builder(config: DictConfig, size: str, flags: dict[str, str]) -> No
     resolution = int(flags.get("model.resolution", config.scratch.get("resolution", 1008)))
     segmentation = node.get("enable_segmentation", node.get("segmentation", True))
     model_size(name, resolution, bool(segmentation))  # or it is refused here
+    if path and segmentation and not default.segmentation:
+        raise UserError(
+            f"trainer.model: wants masks, and {path} has no mask head; set "
+            "scratch.enable_segmentation=false, or give other weights"
+        )
     config.trainer.model = {
         "_target_": "app.upstream_trainer.run.build",
         "size": name,
@@ -120,8 +162,10 @@ def _apply(config: DictConfig, flags: dict[str, str], lr: float | None) -> None:
             )
         config.scratch.lr_scale = lr / 8e-4
     accumulated = int(flags.pop("training.grad_accum", 1))
-    if "output_dir" not in flags and not config.launcher.get("experiment_log_dir"):
-        flags["output_dir"] = str(unnamed_folder(Path("outputs/train"), None))
+    folder = config.launcher.get("experiment_log_dir")
+    if "output_dir" not in flags and (not folder or "<" in folder):  # <YOUR EXPERIMENT LOG_DIR>
+        default = "outputs/eval" if config.trainer.mode == "val" else "outputs/train"
+        flags["output_dir"] = str(unnamed_folder(Path(default), None))
     known = sorted(_names(OmegaConf.to_container(config, resolve=False)))
     for key, value in flags.items():
         if key.startswith("dataset."):
@@ -143,7 +187,9 @@ def _names(node: Any, prefix: str = "") -> list[str]:
 
 def _accumulate(config: DictConfig, steps: int) -> None:
     """Accumulate over the chunks of one batch, as upstream does, which another collator makes."""
-    train = config.trainer.data.train
+    train = config.trainer.data.get("train")
+    if train is None:
+        raise UserError("--grad-accum: this YAML has no trainer.data.train; leave it out")
     train.batch_size = int(train.batch_size) * steps
     train.collate_fn["_target_"] = "sam3.train.data.collator.collate_fn_api_with_chunking"
     train.collate_fn.num_chunks = steps
@@ -173,29 +219,79 @@ def _fit_launcher(config: DictConfig) -> None:
         log.info("note: launcher.gpus_per_node %d → %d, all there are", processes, gpus)
     config.launcher.gpus_per_node = min(processes, gpus) if torch.cuda.is_available() else 1
     limit = OmegaConf.select(config, "trainer.data.train.dataset.limit_ids")
-    if limit:
+    if limit and config.trainer.mode != "val":
         log.info("note: limit_ids: only %s training images are used", limit)
 
 
+def _fit_sizes(config: DictConfig, resolution: int) -> None:
+    """Scale the sizes that images are resized to, where the model is of another resolution.
+
+    Args:
+        resolution: that the YAML is written for, in pixels.
+    """
+    for node in list(_parts(config)):
+        if not str(node["_target_"]).endswith(".get_random_resize_scales"):
+            continue
+        size, smallest = int(node.size), int(node.min_size)
+        if size == resolution and smallest <= size:
+            continue
+        part = smallest / max(resolution, _UPSTREAM_RESOLUTION)
+        log.info("note: images are resized to %d px or more, and not %d", part * size, smallest)
+        for key in list(node):
+            del node[key]
+        node.update(
+            {
+                "_target_": "app.datasets.queries.resize_sizes",
+                "resolution": size,
+                "smallest": part,
+            }
+        )
+
+
+def _fit_validation(config: DictConfig) -> None:
+    """Drop a validation that never runs; load no masks where no transform decodes them."""
+    val = config.trainer.data.get("val")
+    if val is None or config.trainer.mode == "train_only":
+        config.trainer.data.val = config.trainer.meters = None
+    elif val.dataset.get("load_segmentation") and "DecodeRle" not in str(val.dataset.transforms):
+        log.info("note: validation loads no masks: its transforms have no DecodeRle")
+        val.dataset.load_segmentation = False  # or a resize raises KeyError (None, None)
+
+
 def _fit_targets(config: DictConfig) -> None:
-    """Mend the names and arguments that upstream's published YAMLs get wrong, then check all."""
-    _walk(config)
-    problems = check_targets(OmegaConf.to_container(config, resolve=False), "config")
+    """Mend what upstream's published YAMLs get wrong, then check all that is instantiated."""
+    for node in _parts(config):
+        _mend(node, str(node["_target_"]))
+    used = OmegaConf.to_container(config.trainer, resolve=True)
+    problems = check_targets(used, "trainer")
+    resolution = int(config.trainer.model.resolution)
+    for part in _parts(OmegaConf.create({"trainer": used})):
+        target = str(part["_target_"])
+        sizes = part.get("sizes") if target.endswith(".RandomResizeAPI") else None
+        largest = max(sizes) if isinstance(sizes, ListConfig) else sizes
+        if isinstance(largest, int) and largest > resolution:
+            problems.append(_misfit(part._get_full_key("sizes"), largest, resolution))
+        if target.endswith(".PadToSizeAPI") and part.size != resolution:
+            problems.append(_misfit(part._get_full_key("size"), part.size, resolution))
     if problems:
         raise UserError(problems)
 
 
-def _walk(node: Any) -> None:
+def _misfit(place: str, size: int, resolution: int) -> str:
+    return f"{place}: {size} px, and the model takes {resolution}; write ${{scratch.resolution}}"
+
+
+def _parts(node: Any) -> Iterator[DictConfig]:
+    """Yield every node that has a `_target_`, where it stands itself, without interpolations."""
     if isinstance(node, DictConfig):
-        target = node._get_node("_target_")
-        if target is not None:
-            _mend(node, str(node["_target_"]))
+        if node._get_node("_target_") is not None:
+            yield node
         children = [node._get_node(key) for key in node]
     else:
         children = [node._get_node(i) for i in range(len(node))]
     for child in children:
         if OmegaConf.is_config(child):
-            _walk(child)
+            yield from _parts(child)
 
 
 def _mend(node: DictConfig, target: str) -> None:

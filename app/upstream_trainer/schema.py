@@ -1,17 +1,47 @@
-"""Recognise a YAML in the schema of upstream's Trainer."""
+"""Recognise a YAML in the schema of upstream's Trainer, and read it with what it builds on."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from omegaconf import DictConfig, OmegaConf
+
 from app.config.compose import CONFIGS, read_yaml
+from app.errors import UserError
 
 BASE_CONFIG = CONFIGS / "upstream" / "full_finetune.yaml"
 
 
 def is_upstream_schema(file: Path) -> bool:
-    """Return whether a YAML has upstream's schema, told by `trainer._target_`."""
+    """Return whether a YAML has upstream's schema, told by its parts of upstream's in `trainer`."""
     content = read_yaml(file)
     trainer = content.get("trainer") if isinstance(content, dict) else None
-    target = trainer.get("_target_", "") if isinstance(trainer, dict) else ""
-    return str(target).startswith("sam3.train.")
+    return "sam3.train." in str(trainer)
+
+
+def read_upstream(file: Path) -> DictConfig:
+    """Read a YAML over those that its `defaults` name.
+
+    Hydra would look for them in upstream's package; here they lie in the folders above the file.
+
+    Raises:
+        UserError: one of them is not there.
+    """
+    content = read_yaml(file)
+    bases = [str(name) for name in content.pop("defaults", []) if name != "_self_"]
+    merged = OmegaConf.merge(*(read_upstream(_find(name, file)) for name in bases), content)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _find(name: str, file: Path) -> Path:
+    relative = Path(name.strip("/").removesuffix(".yaml") + ".yaml")
+    folders = file.resolve().parents
+    places = [folders[0] / relative.name, *(folder / relative for folder in folders)]
+    found = [place for place in places if place.is_file() and place != file.resolve()]
+    if not found:
+        raise UserError(
+            f"{file}: builds on '{name}', and no folder above it holds {relative}; keep both where "
+            f"upstream has them, or lay {relative.name} beside it"
+        )
+    return found[0]

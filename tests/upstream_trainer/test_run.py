@@ -21,7 +21,7 @@ from tests.helpers import PATIENCE, REPOSITORY, TINY
 SMALL = ["scratch.num_workers=0", "scratch.mask_points=64"]
 
 
-def _run(*words: object, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
+def run(*words: object, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     """In a process of its own: upstream joins a process group and sets up logging."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_TOKEN": "hf_canary"}
     command = [sys.executable, "-m", "app", *map(str, words)]
@@ -51,7 +51,7 @@ def _check_loadable(folder: Path, shapes: Path, tmp_path: Path, weights: str, co
 @pytest.mark.slow
 def test_the_base_config_runs_through_upstreams_trainer(command, shapes, tmp_path) -> None:
     folder = tmp_path / "out"
-    done = _run(
+    done = run(
         *("train", "--use-base-config", "--model", "nano", "--dataset-dir", shapes),
         *("--epochs", 2, "--batch-size", 2, "--resolution", 64, "--output-dir", folder, *SMALL),
     )
@@ -110,7 +110,7 @@ def test_a_yaml_in_upstreams_schema_with_its_traps(command, shapes, tmp_path, mo
     folder = tmp_path / "out"
     (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(_users_yaml(shapes, folder)))
     assert is_upstream_schema(tmp_path / "theirs.yaml")
-    done = _run("train", "--config", tmp_path / "theirs.yaml", "--model", "nano", cwd=tmp_path)
+    done = run("train", "--config", tmp_path / "theirs.yaml", "--model", "nano", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for said in ("valid/_annotations.coco.json", "skip_saving_ckpts", "use_cluster", "no GPU"):
         assert said in done.stdout
