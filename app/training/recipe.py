@@ -39,7 +39,6 @@ NANO = {
     "training.batch_size": 4,
     "training.grad_accum": 1,
     "optim.lr_scale": 0.5,
-    "optim.lr_vision": 8e-4,
     "optim.layer_decay": 1.0,
     "optim.max_grad_norm": 1.0,
     "optim.schedule.name": "linear",

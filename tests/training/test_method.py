@@ -222,7 +222,7 @@ def train(command: Command, shapes: Path, base: Path, tmp_path: Path):
 
 
 def test_a_run_with_lora(train, command, shapes, base: Path, tmp_path: Path) -> None:
-    done = train("--method", "lora", "--epochs", 1)
+    done = train("--method", "lora", "--epochs", 1, "--batch-size", 2)
     assert done.code == 0, done.err
     assert "method lora: 0.12 M of 5.37 M parameters trained" in done.out
     assert "text: 3.30 M frozen" in done.out
@@ -253,7 +253,8 @@ def test_a_run_with_lora(train, command, shapes, base: Path, tmp_path: Path) -> 
 
 
 def test_a_stopped_lora_run_resumes_to_the_same_weights(train, tiny_run, tmp_path: Path) -> None:
-    words = ("--method", "lora-minimal", "method.lora.parts.vision=true", "--epochs", 3)
+    words = ("--method", "lora-minimal", "--batch-size", 2, "--epochs", 3)
+    words = (*words, "method.lora.parts.vision=true")
     words = (*words, "--checkpoint", tiny_run / "weights" / "best")
     assert train(*words).code == 0
     shutil.copytree(tmp_path / "out", tmp_path / "cut")

@@ -69,8 +69,8 @@ def test_what_is_recomputed_is_of_training_not_of_weights(tmp_path: Path) -> Non
     size = load_config(["model.activation_checkpointing=true"]).model
     weights.save(build_model(size), tmp_path, weights.Header(model=size))
     for more, expected in (
-        ([], ["vision", "masks"]),
-        (["model.activation_checkpointing=false"], False),
+        ([], False),
+        (["model.activation_checkpointing=[vision]"], ["vision"]),
     ):
         config, _ = configure(Request([f"checkpoint={tmp_path}", *more]))
         assert config.model.activation_checkpointing == expected
