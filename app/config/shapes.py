@@ -18,8 +18,8 @@ COLOR_NAMES = (
 # fmt: on
 LABEL_BY = ("kind", "color", "both", "all")
 BACKGROUNDS = ("plain", "gradient", "texture")
-FILLS = ("solid", "outline", "hatched")
 MOST_RADIUS = 0.45  # of the image's shorter side
+MOST_FOG = 0.9  # beyond it, shapes are within rounding of what is behind them
 _KEY = "dataset.shapes"
 
 
@@ -45,8 +45,7 @@ class ShapesConfig(BaseModel):
             with "all" each shape is labelled three times, once for each of these.
         exclude: pairs never drawn, as "red circle".
         background: its style, or mixed: each image takes one.
-        fill: how a shape is drawn, of `FILLS`, or mixed: each shape takes one. Its mask is the
-            whole of it, also where the background shows through.
+        fog: share of each pixel that is a light gray; it takes as much of all contrast.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,7 +63,7 @@ class ShapesConfig(BaseModel):
     label_by: str = "kind"
     exclude: list[str] = []
     background: str = "mixed"
-    fill: str = "solid"
+    fog: float = 0.0
 
     @model_validator(mode="after")
     def _check(self) -> ShapesConfig:
@@ -82,6 +81,7 @@ class ShapesConfig(BaseModel):
             "min_shapes": (1, self.max_shapes),
             "max_shapes": (1, 12),
             "turn": (0, 180),
+            "fog": (0, MOST_FOG),
         }
         problems = [
             f"{key} is {getattr(self, key)}: must be {low} to {high}"
@@ -98,12 +98,7 @@ class ShapesConfig(BaseModel):
         problems = _list_problems("kinds", self.kinds, KINDS)
         if self.colors is not None:
             problems += _list_problems("colors", self.colors, COLOR_NAMES)
-        choices_of = {
-            "label_by": LABEL_BY,
-            "background": (*BACKGROUNDS, "mixed"),
-            "fill": (*FILLS, "mixed"),
-        }
-        for key, choices in choices_of.items():
+        for key, choices in (("label_by", LABEL_BY), ("background", (*BACKGROUNDS, "mixed"))):
             if (value := getattr(self, key)) not in choices:
                 problems.append(
                     f"{key} is '{value}': must be one of {', '.join(choices)}."

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from app.config.shapes import FILLS, Thing
+from app.config.shapes import Thing
 
 COLORS = {  # RGB
     "red": (220, 30, 30),
@@ -42,14 +41,13 @@ PLACEMENTS = 200  # tries a shape before the image is begun anew, with smaller o
 SHRINK = 0.9
 CONTRAST = 40  # levels in some channel, between colors that differ
 JITTER = 12  # levels a channel, around a named color
+FOG = (200, 205, 210)  # RGB
 JITTER_APART = 6  # levels in some channel, between shapes of one named color
 SPREAD = {"plain": 0, "gradient": 40, "texture": 20}  # most levels around the background's color
 CANDIDATES = 64  # colors tried for the background
 GRADIENT_STEPS = 256  # colors between its ends
 TEXTURE_CELLS = 32  # of a texture's tile, across and down
 TEXTURE_CELL = (1, 2, 4, 8)  # pixels
-LINE = (0.06, 0.14)  # least and most, of an outline or a hatch, as shares of the radius
-LEAST_LINE = 2  # pixels
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]  # (height, width)
@@ -106,7 +104,7 @@ def draw_image(
     radius: tuple[float, float],
     turn: float,
     random: np.random.Generator,
-    fill: str = "solid",
+    fog: float = 0.0,
 ) -> tuple[Pixels, list[Mask]]:
     """Draw one image; return it with the visible pixels of each thing, later ones on top.
 
@@ -117,7 +115,7 @@ def draw_image(
         shun: named colors that the background keeps away from, whether drawn or not.
         radius: least and most, of the image's shorter side.
         turn: degrees, most, either way.
-        fill: one of FILLS, or mixed.
+        fog: 0..1, how much of each pixel is FOG.
     """
     frame = Frame(width, height, radius, turn)
     while (placed := _place(things, frame, random)) is None:
@@ -127,12 +125,10 @@ def draw_image(
     colors = _shape_colors(things, random)
     others = [*colors, *(np.array(COLORS[name]) for name in shun)]
     pixels = _background(background, width, height, others, random)
-    ground = pixels.copy()
     for (rows, columns, mask), color in zip(stamps, colors, strict=True):
-        style = FILLS[random.integers(len(FILLS))] if fill == "mixed" else fill
-        window = pixels[rows, columns]
-        window[mask] = ground[rows, columns][mask]
-        window[mask & _inked(style, mask, random)] = color
+        pixels[rows, columns][mask] = color
+    if fog:
+        pixels = np.rint((1 - fog) * pixels + fog * np.array(FOG)).astype(np.uint8)
     return pixels, [top == index for index in range(1, len(things) + 1)]
 
 
@@ -177,23 +173,6 @@ def _random_shape(kind: str, frame: Frame, random: np.random.Generator) -> Shape
     y = random.uniform(radius + 1, frame.height - 2 - radius)
     turn = math.radians(random.uniform(-frame.turn, frame.turn))
     return Shape(kind, x, y, radius, turn, random.uniform(*RATIOS.get(kind, (1, 1))))
-
-
-def _inked(fill: str, mask: Mask, random: np.random.Generator) -> Mask:
-    """Return which pixels of a shape's window have its color, inside of the shape."""
-    if fill == "solid":
-        return mask
-    line = max(LEAST_LINE, round(random.uniform(*LINE) * max(mask.shape) / 2))
-    if fill == "outline":
-        kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * line + 1, 2 * line + 1))
-        inner = cv2.erode(
-            mask.astype(np.uint8), kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0
-        )
-        return inner == 0
-    turn = random.uniform(0, math.pi)
-    rows, columns = np.ogrid[: mask.shape[0], : mask.shape[1]]
-    across = columns * math.cos(turn) + rows * math.sin(turn)
-    return np.floor(across / line).astype(int) % 2 == 0
 
 
 def _circle(along: Floats, across: Floats, radius: float, _: float) -> Mask:

@@ -138,7 +138,7 @@ def _write_image(
         radius=(config.radius[0], config.radius[1]),
         turn=config.turn,
         random=random,
-        fill=config.fill,
+        fog=config.fog,
     )
     PILImage.fromarray(pixels).save(path, compress_level=COMPRESSION)
     return [_describe(mask) for mask in masks]
