@@ -55,7 +55,7 @@ def _replay(work: list[Piece]) -> Iterator[Told]:
                 now += seconds
         remaining[kind] -= 1
         left = pace.left(remaining)
-        if left is not None:
+        if left is not None and kind != "end":  # nothing is told any more
             yield Told(now, left, end - now)
 
 
@@ -69,13 +69,13 @@ def _lines(told: list[Told]) -> list[Told]:
 
 
 def test_a_recorded_run() -> None:
-    """Within a quarter of the truth from a tenth on, until the last seconds, which lines round."""
+    """Within a quarter of the truth from a tenth on; within 3 seconds in the last, of the report."""
     work = _recorded()
     end = sum(piece.before + piece.seconds for piece in work)
     told = [each for each in _replay(work) if each.at >= end / 10]
     assert len(told) > 100
     for each in told:
-        assert each.left == pytest.approx(each.truth, rel=0.25, abs=2.0)
+        assert each.left == pytest.approx(each.truth, rel=0.25, abs=3.0)
 
 
 @pytest.mark.parametrize("seed", range(5))
