@@ -69,7 +69,7 @@ def _lines(told: list[Told]) -> list[Told]:
 
 
 def test_a_recorded_run() -> None:
-    """Within a quarter of the truth from a tenth on; at the end, of the report, within 3 seconds."""
+    """Within a quarter of the truth from a tenth on; within 3 s at the end, which is the report."""
     work = _recorded()
     end = sum(piece.before + piece.seconds for piece in work)
     told = [each for each in _replay(work) if each.at >= end / 10]
