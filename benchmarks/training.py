@@ -40,9 +40,11 @@ from app.model.device import choose_device, choose_precision
 from app.training import checkpoints, features, method
 from app.training.batches import Batches
 from app.training.losses import LabelLosses
+from app.training.prepare import Request
 from app.training.step import Step, StepResult, build_accelerator
-from app.upstream_trainer import run as upstream_trainer
 from app.upstream_trainer.adapt import prepare
+from app.upstream_trainer.data import read_datasets, write_datasets
+from app.upstream_trainer.run import join_process_group
 from app.upstream_trainer.schema import BASE_CONFIG
 from benchmarks.init import query_dataset
 
@@ -53,13 +55,18 @@ SAVING = 0.02  # of an epoch
 EPOCH = 300  # images, for what an epoch takes
 PLANNED = 0.15  # of what was measured
 PLANNING = 20  # seconds
+NOT_RECOMPUTING = "full, not recomputing"
 ROUNDS = 2  # of each measurement that another is compared with; the better counts
 
 
 def methods(arguments: argparse.Namespace, folder: Path) -> Iterator[bool]:
-    """Measure a step by each method."""
+    """Measure a step by each method.
+
+    Each recomputes in the backward pass, as upstream does, but for one: nano's default.
+    """
     best = {}
-    for name in ("upstream", *METHODS):
+    nano = [NOT_RECOMPUTING] if arguments.size == "nano" else []
+    for name in ("upstream", *METHODS, *nano):
         runs = [_child("step", arguments, folder, name) for _ in range(ROUNDS)]
         best[name] = {key: min(run[key] for run in runs) for key in runs[0]}
         seconds, peak = best[name]["seconds"], best[name]["peak_mb"]
@@ -168,7 +175,10 @@ def _step(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, f
     if name == "upstream":
         epoch = _upstream_epoch(arguments, folder)
     else:
-        step, batches = _updates(load_config([*_settings(arguments), f"method={name}"]), folder)
+        settings = ["method=full"] if name == NOT_RECOMPUTING else [f"method={name}"]
+        if arguments.size == "nano" and name != NOT_RECOMPUTING:
+            settings.append("model.activation_checkpointing=[vision,masks]")
+        step, batches = _updates(load_config([*_settings(arguments), *settings]), folder)
         epoch = lambda: len(_seconds(step, batches))  # noqa: E731
     epoch()
     begun = time.perf_counter()
@@ -185,19 +195,20 @@ def _upstream_epoch(arguments: argparse.Namespace, folder: Path) -> Callable[[],
         "scratch.num_workers": "0",
         "trainer.mode": "train_only",
         "model.resolution": str(model.resolution),
+        "checkpoint": "none",
     }
-    config = prepare(BASE_CONFIG, flags, arguments.size, None)
+    config = prepare(Request([], size=arguments.size, file=BASE_CONFIG), flags)
     for transform in config.scratch.train_transforms:
         if "sizes" in transform:
             transform.sizes.smallest = 1.0
-    splits = upstream_trainer.read_splits(config, flags)
-    upstream_trainer.write_dataset(config, splits, folder / "upstream")
-    upstream_trainer.join_process_group()
+    datasets = read_datasets(config, flags)
+    write_datasets(config, datasets, folder / "upstream")
+    join_process_group()
     trainer = instantiate(config.trainer, _recursive_=False)
 
     def epoch() -> int:
         trainer.train_epoch(trainer.train_dataset.get_loader(epoch=0))
-        return len(splits.train.images) // arguments.batch
+        return len(datasets["train"].images) // arguments.batch
 
     return epoch
 
