@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, sides = Path(name) / "set", {"width": 1024, "height": 768}
-        make_shapes(folder, train=options.images + 1, valid=0, seed=0, **sides)
+        make_shapes(folder, train=options.images + 1, valid=0, fog=0, seed=0, **sides)
         missed = [p for p, goal in GOALS.items() if compare(options, folder, p) < goal]
     sys.exit(1 if masks_alone() > MASKS_MS or missed else 0)
 

@@ -56,7 +56,7 @@ def main() -> int:
     )
     begun, finite = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder:
-        make_shapes(Path(folder) / "set", train=2, valid=1, width=96, height=64)
+        make_shapes(Path(folder) / "set", train=2, valid=1, fog=0, width=96, height=64)
         data = query_dataset(config, Path(folder) / "set")
         for seed in range(arguments.seeds):
             finite += first_step_is_finite(config, data, seed)

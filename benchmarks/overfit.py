@@ -27,7 +27,13 @@ GOAL_SECONDS = 240
 
 def overfit(folder: Path, *, images: int, epochs: int, overrides: list[str]) -> dict[str, float]:
     """Train on a few shape images and validate on the same ones; returns the figures."""
-    settings = {"background": "plain", "radius": [0.06, 0.18], "turn": 180}
+    settings = {
+        "fog": 0,
+        "max_shapes": 5,
+        "background": "plain",
+        "radius": [0.06, 0.18],
+        "turn": 180,
+    }
     make_shapes(folder / "shapes", train=images, valid=1, seed=0, **settings)
     splits = load_splits(folder / "shapes")
     config = load_config(

@@ -120,7 +120,7 @@ def measure(start: Start, trees: Sequence[Path], folder: Path, times: int) -> li
     """Return the least seconds of each tree, which take turns; a first round is not counted."""
     data = folder / "shapes"
     if not data.exists():
-        make_shapes(data, train=4, valid=1, width=96, height=64, seed=3)
+        make_shapes(data, train=4, valid=1, fog=0, width=96, height=64, seed=3)
     image = next((data / "valid" / "images").iterdir())
     rounds = []
     for _ in range(times + 1):

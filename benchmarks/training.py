@@ -326,7 +326,7 @@ def main() -> int:
     reached = True
     for name in arguments.parts or [name for name in PARTS if name != "cached"]:
         with tempfile.TemporaryDirectory() as folder:
-            make_shapes(Path(folder) / "set", train=arguments.images, valid=1)
+            make_shapes(Path(folder) / "set", train=arguments.images, valid=1, fog=0)
             reached &= all(list(PARTS[name](arguments, Path(folder))))
     return 0 if reached else 1
 

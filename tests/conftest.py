@@ -67,6 +67,7 @@ def _save_blank(_: Figure, file: Path | IO[Any], format: str = "png", **__: obje
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four training and two validation images of shapes."""
     drawn = {"train": 4, "valid": 2, "width": 96, "height": 64, "seed": 3}
+    drawn |= {"fog": 0, "radius": [0.08, 0.25], "max_shapes": 5}
     return once(tmp_path_factory, "shapes", lambda folder: make_shapes(folder, **drawn))
 
 

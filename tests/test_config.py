@@ -142,7 +142,7 @@ def test_a_part_takes_what_its_signature_reads() -> None:
         ("dataset.shapes.kinds=[]", "kinds is empty"),
         ("dataset.shapes.background=plaid", "Did you mean 'plain'"),
         ("dataset.shapes.label_by=both", "needs colors"),
-        ("dataset.shapes.min_shapes=6", "min_shapes is 6: must be 1 to 5"),
+        ("dataset.shapes.min_shapes=6", "min_shapes is 6: must be 1 to 3"),
     ],
 )
 def test_what_no_one_reads_is_refused(override: str, said: str) -> None:

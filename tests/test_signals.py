@@ -132,7 +132,7 @@ def test_a_second_signal_ends_at_once(start, tmp_path: Path) -> None:
 @pytest.mark.system
 def test_a_second_signal_ends_all_processes_at_once(start, tmp_path: Path) -> None:
     """In an update that takes long; torchrun, which alone is told, hands each of the two on."""
-    make_shapes(tmp_path / "set", train=160, valid=1, width=64, height=64, seed=0)
+    make_shapes(tmp_path / "set", train=160, valid=1, fog=0, width=64, height=64, seed=0)
     process = start(
         *("--dataset-dir", tmp_path / "set", "--num-gpus", 2, "training.device=cpu"),
         *("--batch-size", 1, "--grad-accum", 80, "--warm-start", "pixels"),

@@ -55,15 +55,15 @@ class ShapesConfig(BaseModel):
     width: int = 640
     height: int = 480
     min_shapes: int = 2
-    max_shapes: int = 5
-    radius: list[float] = [0.08, 0.25]
+    max_shapes: int = 3
+    radius: list[float] = [0.15, 0.3]
     turn: float = 15.0
     kinds: list[str] = ["circle", "rectangle", "triangle"]
     colors: list[str] | None = None
     label_by: str = "kind"
     exclude: list[str] = []
     background: str = "mixed"
-    fog: float = 0.0
+    fog: float = 0.8
 
     @model_validator(mode="after")
     def _check(self) -> ShapesConfig:

@@ -191,7 +191,7 @@ def _pictures(images: str | None, valid: Dataset | None, most: int) -> Iterator[
     else:
         with tempfile.TemporaryDirectory() as folder:
             drawn = Path(folder) / "set"
-            make_shapes(drawn, train=DRAWN, valid=0)
+            make_shapes(drawn, train=DRAWN, valid=0, fog=0)
             log.info("compared on %d drawn images; --images DIR takes yours", DRAWN)
             yield [open_image(file) for file in sorted((drawn / "train" / "images").iterdir())]
         return

@@ -89,6 +89,7 @@ class Trainer:
         self.precision, self.recorder, self.stop = precision, recorder, stop
         self.folder = Path(config.output_dir)
         self.state = RunState()
+        self.pace = Pace(self.state.durations)
         self._saved_at = time.monotonic()
 
     def run(self) -> None:
@@ -100,7 +101,6 @@ class Trainer:
             UserError: the disk is full; the last checkpoint is whole.
         """
         self.table = Table(self.config.training.epochs)
-        self.pace = Pace(self.state.durations)
         with self.stop.deferred():
             try:
                 if not self.state.baseline:
@@ -283,6 +283,7 @@ class Trainer:
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint of the same run, whose weights the model has already."""
         self.state = checkpoints.restore(checkpoint, self.step, self.accelerator.process_index)
+        self.pace = Pace(self.state.durations)
         validated = [row for row in self.state.rows if THRESHOLD in row]
         self._set_threshold(validated[-1] if validated else {})
 

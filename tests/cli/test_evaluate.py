@@ -162,8 +162,8 @@ def test_weights_on_a_split(command: Command, tiny_run: Path, shapes: Path, tmp_
 def three_splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of shapes; what is drawn for testing is in no other split."""
     folder = tmp_path_factory.mktemp("splits")
-    make_shapes(folder / "set", train=2, valid=2, width=160, height=120, seed=1)
-    make_shapes(folder / "more", train=3, valid=0, width=160, height=120, seed=2)
+    make_shapes(folder / "set", train=2, valid=2, fog=0, width=160, height=120, seed=1)
+    make_shapes(folder / "more", train=3, valid=0, fog=0, width=160, height=120, seed=2)
     (folder / "more" / "train").rename(folder / "set" / "test")
     return folder / "set"
 

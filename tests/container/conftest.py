@@ -177,7 +177,7 @@ def _prepare(caller: Caller) -> None:
     else:
         from app.datasets.synthetic.shapes import make_shapes
 
-        make_shapes(caller.dataset, train=8, valid=4, width=96, height=64, seed=3)
+        make_shapes(caller.dataset, train=8, valid=4, fog=0, width=96, height=64, seed=3)
     for folder in (caller.repository, caller.dataset):
         subprocess.run(["chmod", "-R", "a+rX,u+w", str(folder)], check=True)
     private = caller.repository / "configs" / "train.yaml"  # as where the umask is 077

@@ -35,7 +35,7 @@ from app.model.bundled import NANO
 from tests.helpers import REPOSITORY, Command, finish, once
 
 PROMPTS = ("circle", "rectangle", "triangle")
-SCENE = REPOSITORY / "docs" / "images" / "scene.png"
+SCENE = REPOSITORY / "examples" / "scene.png"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,7 +18,7 @@ from app.evaluation.summary import gain_in_words, interval
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     folder = tmp_path_factory.mktemp("shapes") / "set"
-    make_shapes(folder, train=12, valid=1, width=96, height=64, seed=1)
+    make_shapes(folder, train=12, valid=1, fog=0, width=96, height=64, seed=1)
     return load_splits(folder).train
 
 

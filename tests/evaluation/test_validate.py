@@ -33,7 +33,7 @@ IMAGES = 7  # two ranks with batches of two: the last round has one image, and n
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "shapes"
-    make_shapes(folder, train=1, valid=IMAGES, width=96, height=64, seed=3)
+    make_shapes(folder, train=1, valid=IMAGES, fog=0, width=96, height=64, seed=3)
     return folder
 
 

@@ -298,7 +298,7 @@ def test_a_file_that_no_run_made_is_in_the_way_of_a_new_image(
 @pytest.fixture
 def seeing(tmp_path: Path) -> list[object]:
     """Of a prediction that finds circles, in masks that overlap, in the images of `set`."""
-    make_shapes(tmp_path / "set", train=3, valid=0, width=120, height=80)
+    make_shapes(tmp_path / "set", train=3, valid=0, fog=0, width=120, height=80)
     (folder,) = {path.parent for path in (tmp_path / "set").rglob("*.png")}
     folder.rename(tmp_path / "seen")
     return [

@@ -13,7 +13,7 @@ from app.inference import Predictor
 from tests.helpers import REPOSITORY, Command
 
 NANO = REPOSITORY / "app" / "assets" / "nano"
-SCENE = REPOSITORY / "docs" / "images" / "scene.png"
+SCENE = REPOSITORY / "examples" / "scene.png"
 
 
 def test_what_is_found_are_the_labels(tmp_path: Path, command: Command) -> None:

@@ -41,9 +41,9 @@ def _detections(**changes) -> Detections:
 def test_an_overlay_changes_what_is_found_and_keeps_the_rest() -> None:
     image = Image.new("RGB", (60, 40), (100, 100, 100))
     drawn = np.array(draw_detections(image, _detections()))
-    expected = 100 * (1 - 0.45) + np.array(color_of(1)) * 0.45
+    expected = 100 * (1 - 0.15) + np.array(color_of(1)) * 0.15
     assert np.allclose(drawn[25, 20], expected, atol=1)  # inside the mask
-    assert tuple(drawn[20, 12]) == color_of(1)  # on the box
+    assert (drawn == color_of(1)).all(axis=-1).any()  # its outline
     assert tuple(drawn[35, 50]) == (100, 100, 100)
     assert np.array_equal(np.array(image), np.full((40, 60, 3), 100))  # the original is untouched
 

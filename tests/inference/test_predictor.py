@@ -130,7 +130,7 @@ def test_the_python_interface(tiny_run, image) -> None:
 def test_the_command_finds_what_the_python_interface_finds(command, tmp_path) -> None:
     """With the classes and the threshold of the weights, and with each way of looking."""
     header = weights.read_header(NANO)
-    make_shapes(tmp_path / "set", train=1, valid=0, width=200, height=120)
+    make_shapes(tmp_path / "set", train=1, valid=0, fog=0, width=200, height=120)
     (file,) = (tmp_path / "set").rglob("*.png")
     loaded, seen = Predictor.load(NANO, device="cpu"), []
     ways = {"plain": {}, "nms": {"nms": 0.3}, "tile": {"tile": 128, "overlap": 0.4}}

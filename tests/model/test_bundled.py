@@ -59,6 +59,7 @@ def test_a_run_starts_from_what_is_carried(
     packed: Path, shapes: Path, tmp_path: Path, command: Command
 ) -> None:
     words = ["train", "--dataset-dir", shapes, "--epochs", 1, "evaluation.pictures=0"]
+    words += ["--recipe", "none"]
     small = ["model.resolution=64", "model.mask_points=64"]
     done = command(*words, *small, "--output-dir", tmp_path / "out")
     assert done.code == 0, done.err

@@ -28,7 +28,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_stored_prompts_are_answered_as_before(stored) -> None:
-    image = open_image(REPOSITORY / "docs" / "images" / "scene.png")
+    image = open_image(REPOSITORY / "examples" / "scene.png")
     whole, small = Predictor.load(NANO), Predictor.load(stored)
     assert small.prompts == tuple(PROMPTS)
     for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS[1:2]):
@@ -56,12 +56,12 @@ def test_the_text_encoder_is_gone(stored) -> None:
 
 
 def test_other_prompts_are_refused_with_those_that_are(stored, command, tmp_path) -> None:
-    image = open_image(REPOSITORY / "docs" / "images" / "scene.png")
+    image = open_image(REPOSITORY / "examples" / "scene.png")
     said = "'circel': is not in the vocabulary .*: circle, red thing, blue cross. Did you mean"
     with pytest.raises(UserError, match=said):
         Predictor.load(stored).predict(image, ["circle", "circel"])
     done = command(
-        *("infer", "--checkpoint", stored, "--input", REPOSITORY / "docs" / "images" / "scene.png"),
+        *("infer", "--checkpoint", stored, "--input", REPOSITORY / "examples" / "scene.png"),
         *("--prompt", "circel", "--prompt", "dog", "--output-dir", tmp_path / "found"),
     )
     assert done.code == 2

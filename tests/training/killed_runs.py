@@ -71,7 +71,7 @@ def outcome(folder: Path) -> tuple[list[bytes], list[dict[str, str]]]:
 
 def main() -> None:
     folder, wanted = Path(sys.argv[1]), int(sys.argv[2])
-    make_shapes(folder / "set", train=4, valid=1, width=64, height=64, seed=0)
+    make_shapes(folder / "set", train=4, valid=1, fog=0, width=64, height=64, seed=0)
     operations = run(folder, "untouched")
     assert operations is not None
     expected = outcome(folder / "untouched")

@@ -38,7 +38,7 @@ def main() -> None:
     logging.disable()
     torch.set_num_threads(1)
     config = load_config(MICRO)
-    make_shapes(folder / "set", train=2, valid=1, width=64, height=64, seed=0)
+    make_shapes(folder / "set", train=2, valid=1, fog=0, width=64, height=64, seed=0)
     transforms = [instantiate(node) for node in config.transforms.train]
     data = QueryDataset(load_splits(folder / "set").train, transforms, seed=0)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))

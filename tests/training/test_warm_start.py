@@ -36,7 +36,7 @@ def _config(**changes) -> WarmStartConfig:
 
 def test_targets_are_the_shares_of_the_masks(tmp_path: Path) -> None:
     """Whole over the image, each class's share is its masks' area, mirrored or not."""
-    make_shapes(tmp_path / "s", train=3, valid=1, width=96, height=64, background="plain")
+    make_shapes(tmp_path / "s", train=3, valid=1, fog=0, width=96, height=64, background="plain")
     dataset = load_splits(tmp_path / "s").train
     truth = set()
     for image in dataset.images:

@@ -12,11 +12,17 @@ from pycocotools import mask as coco_mask
 
 from app.config.shapes import KINDS
 from app.datasets.coco import Category, read
+from app.datasets.synthetic import shapes
 from app.datasets.synthetic.drawing import COLORS, JITTER, Shape
-from app.datasets.synthetic.shapes import make_shapes
 from app.errors import UserError
 
+# Crowded, small and clear, where the defaults are few, large and in fog.
+PLAIN = {"fog": 0.0, "radius": [0.08, 0.25], "max_shapes": 5}
 SMALL = {"train": 4, "valid": 2, "width": 120, "height": 90}
+
+
+def make_shapes(output: Path, **settings) -> None:
+    shapes.make_shapes(output, **(PLAIN | settings))
 
 
 def read_split(folder: Path):

@@ -36,7 +36,7 @@ from tests.helpers import REPOSITORY, once
 
 WORDS = ("circle", "red thing", "blue triangle", "ellipse", "dog")
 A_PASS = 2
-SCENE = REPOSITORY / "docs" / "images" / "scene.png"
+SCENE = REPOSITORY / "examples" / "scene.png"
 # Whatever is installed is refused but what a device has: numpy, Pillow, ONNX Runtime and its own.
 ALONE = """
 import json, sys
