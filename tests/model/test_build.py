@@ -136,7 +136,8 @@ def test_rope_is_that_of_the_resolution(resolution: int) -> None:
 def test_activation_checkpointing_leaves_gradients_as_they_are(shapes) -> None:
     grads = []
     for checkpointing in ("true", "false", "[vision,masks]"):
-        config = load_config([*TINY, f"model.activation_checkpointing={checkpointing}"])
+        words = ["transforms=none", f"model.activation_checkpointing={checkpointing}"]
+        config = load_config([*TINY, *words])
         torch.manual_seed(0)
         model = build_model(config.model, matcher=instantiate(config.loss.matcher))
         batch = collate([query_dataset(config, shapes)[0]])
