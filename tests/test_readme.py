@@ -21,7 +21,14 @@ from tests.helpers import REPOSITORY, TINY, Command
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 README, *DOCS = (page.read_text(encoding="utf-8") for page in PAGES)
 WORDS = "\n".join(
-    [README, *(text for page, text in zip(PAGES[1:], DOCS, strict=True) if page.stem != "jetson")]
+    [
+        README,
+        *(
+            text
+            for page, text in zip(PAGES[1:], DOCS, strict=True)
+            if page.stem not in ("jetson", "figures")
+        ),
+    ]
 )
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", WORDS, flags=re.DOTALL))
 COMMANDS = [line.partition("  #")[0].strip() for line in BLOCKS.splitlines() if line.strip()]
