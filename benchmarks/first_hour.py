@@ -5,8 +5,8 @@
     pip download --no-deps --dest WHEELS stardist==0.9.2         # for a third kind of thing: nuclei
     .venv/bin/python -m benchmarks.first_hour nuclei --wheels WHEELS
 
-The defaults of small models are chosen on all three, so that they are fitted to none. Nuclei are of
-stardist's sample image (of the 2018 Data Science Bowl), cut into 16 tiles; they have no goal.
+The defaults of nano were chosen on shapes and potholes. Nuclei, on which they were not, say whether
+they are fitted to these: they are of stardist's sample image, cut into 16 tiles, and have no goal.
 """
 
 from __future__ import annotations

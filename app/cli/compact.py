@@ -20,12 +20,7 @@ CUT = "What stays"
 @options.with_flags
 def compact(
     *,
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            help="weights folder or file; last: of the newest run", callback=options.last_weights
-        ),
-    ],
+    checkpoint: options.Weights,
     overrides: options.Overrides = None,
     output_dir: Annotated[
         Path, typer.Option(help="folder for the smaller weights", rich_help_panel=OUTPUT)

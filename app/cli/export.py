@@ -126,12 +126,7 @@ class OnnxFlags:
 @options.with_flags
 def export(
     *,
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            help="weights folder or file; last: of the newest run", callback=options.last_weights
-        ),
-    ],
+    checkpoint: options.Weights,
     overrides: options.Overrides = None,
     output_dir: Annotated[
         Path,

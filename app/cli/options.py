@@ -74,6 +74,12 @@ def last_weights(weights: Any) -> Any:
     return type(weights)(folder)
 
 
+Weights = Annotated[
+    Path,
+    typer.Argument(help="weights folder or file; last: of the newest run", callback=last_weights),
+]
+
+
 @dataclass(frozen=True)
 class SourceFlags:
     """Hold the flags that say where labelled images come from; without any: synthetic shapes."""

@@ -16,12 +16,7 @@ cli = typer.Typer(add_completion=False)
 
 @cli.command()
 def pack(
-    weights: Annotated[
-        Path,
-        typer.Argument(
-            help="weights folder or file of a run; last: the newest", callback=options.last_weights
-        ),
-    ],
+    weights: options.Weights,
     output_dir: Annotated[Path, typer.Option(help="folder for the packed ones")],
 ) -> None:
     """Write weights as float16: half as large, with their SHA-256 beside."""

@@ -33,8 +33,8 @@ TIERS = (
 )
 
 
-# nano from its own weights, measured on three kinds of things (benchmarks/first_hour.py): all of it
-# moves, and fast. Its trunk knows drawn shapes alone, so that it has as much to learn as DETR has.
+# nano from its own weights, measured on shapes and on photographs of potholes: all of it moves, and
+# fast. Its trunk knows drawn shapes alone, so that it has as much to learn as DETR has.
 NANO = {
     "training.batch_size": 4,
     "training.grad_accum": 1,
