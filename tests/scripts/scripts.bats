@@ -11,6 +11,7 @@ setup_file() {
   mkdir -p "$copy/app" "$stubs"
   cp -r "$repository"/{train,infer,build,test}.sh "$repository"/scripts "$repository"/requirements.lock "$copy"
   ln -s "$repository/.venv" "$copy/.venv"
+  : >"$copy/app/__init__.py" # without it the package that .venv links to would be taken
   printf 'import sys\nprint(*sys.argv[1:], sep="\\n")\n' >"$copy/app/__main__.py"
   printf '#!/bin/sh\nexit 1\n' >"$stubs/nvidia-smi"
   chmod +x "$stubs/nvidia-smi"
