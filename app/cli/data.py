@@ -24,24 +24,32 @@ cli = typer.Typer(
 )
 
 
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(min=0, max=1, help="most left out as faulty; 0.01 unless given"),
+]
+
+
 @cli.command()
+@options.with_flags
 def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of labelled images")],
+    *,
     format: Annotated[str, typer.Option(help="of DIR, decided by hand")] = "auto",
     output_dir: Annotated[Path, typer.Option(help="folder for dataset_report.html")] = Path(
         "outputs/data-check"
     ),
-    max_drop: Annotated[
-        float,
-        typer.Option(min=0, max=1, help="most images and annotations left out as faulty, 0 to 1"),
-    ] = 0.01,
+    max_drop: MaxDrop = None,
+    labels: options.LabelFlags,
 ) -> None:
     """Find every fault of a dataset; exit 2 where it could not be trained on as it is."""
+    from app.config.compose import load_config
     from app.datasets import checked_copy
     from app.datasets.faults import Action
 
+    dataset = load_config(_overrides(labels, max_drop)).dataset
     checked_copy.require_apart(output_dir, folder)
-    report = checked_copy.check(folder, format)
+    report = checked_copy.check(folder, format, dataset.reading)
     page = report.write(output_dir)
     show(report.faults)
     for line in report.lines():
@@ -49,9 +57,33 @@ def check(
     log.info("report: %s", page)
     if refused := sum(fault.action is Action.REFUSED for fault in report.faults):
         raise UserError(f"{folder}: {refused} of the faults above must be mended by hand")
-    if over := report.survey.tally.over(max_drop):
+    if over := report.survey.tally.over(dataset.max_drop):
         raise UserError(over)
     log.info("%s: %s", folder, "can be trained on as it is" if report.survey.faults else "sound")
+
+
+@cli.command()
+@options.with_flags
+def fix(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder of labelled images")],
+    *,
+    output_dir: Annotated[Path, typer.Option(help="folder that the mended copy is written to")],
+    overwrite: options.Overwrite = False,
+    max_drop: MaxDrop = None,
+    labels: options.LabelFlags,
+) -> None:
+    """Write a mended copy of a dataset; what needs a decision is decided by these flags."""
+    from app.config.compose import load_config
+    from app.datasets import checked_copy
+
+    checked_copy.require_free(output_dir, overwrite=overwrite)
+    checked_copy.require_apart(output_dir, folder)
+    checked_copy.build(folder, output_dir, load_config(_overrides(labels, max_drop)))
+
+
+def _overrides(labels: options.LabelFlags, max_drop: float | None) -> list[str]:
+    flags = {"dataset.max_drop": max_drop, **labels.decisions()}
+    return options.to_overrides(None, flags)
 
 
 @cli.command()
@@ -67,12 +99,7 @@ def build(
     seed: Annotated[
         int | None, typer.Option(help="of splits that are made", rich_help_panel=DATA)
     ] = None,
-    max_drop: Annotated[
-        float | None,
-        typer.Option(
-            min=0, max=1, help="most left out as faulty; 0.01 unless given", rich_help_panel=DATA
-        ),
-    ] = None,
+    max_drop: MaxDrop = None,
 ) -> None:
     """Write a checked copy of a dataset: faults mended, splits made, images upright RGB."""
     from app.config.compose import load_config

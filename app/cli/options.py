@@ -17,7 +17,7 @@ from app.errors import UserError
 log = logging.getLogger("app")
 
 # Panels of a command's help.
-DATA, MODEL, METHOD, SCHEDULE = "Data", "Model", "Method", "Schedule"
+DATA, LABELS, MODEL, METHOD, SCHEDULE = "Data", "Labels", "Model", "Method", "Schedule"
 OUTPUT, CLUSTER, PROMPTS, DETECTION = "Output", "Cluster", "Prompts", "Detection"
 
 Overrides = Annotated[
@@ -81,7 +81,41 @@ Weights = Annotated[
 
 
 @dataclass(frozen=True)
-class SourceFlags:
+class LabelFlags:
+    """Hold the flags that decide what labels mean where their files leave it open."""
+
+    boxes: Annotated[
+        str | None,
+        typer.Option(
+            help="COCO's: xywh, xyxy, cxcywh, shares, cxcywh-shares, or masks: those of the masks",
+            rich_help_panel=LABELS,
+        ),
+    ] = None
+    crowd: Annotated[
+        str | None,
+        typer.Option(help="crowds: ignore, or instances (objects)", rich_help_panel=LABELS),
+    ] = None
+    void: Annotated[
+        int | None,
+        typer.Option(help="value of mask pixels of no object", rich_help_panel=LABELS),
+    ] = None
+    attribute: Annotated[
+        str | None,
+        typer.Option(help="the one of several that says the class", rich_help_panel=LABELS),
+    ] = None
+    masks: Annotated[
+        str | None,
+        typer.Option(help="numbers in mask PNGs: objects or classes", rich_help_panel=LABELS),
+    ] = None
+
+    def decisions(self) -> dict[str, object]:
+        """Return the flags by their keys in configs/train.yaml."""
+        keys = ("boxes", "crowd", "void", "attribute", "masks")
+        return {f"dataset.reading.{key}": getattr(self, key) for key in keys}
+
+
+@dataclass(frozen=True)
+class SourceFlags(LabelFlags):
     """Hold the flags that say where labelled images come from; without any: synthetic shapes."""
 
     dataset_dir: Annotated[
@@ -133,6 +167,7 @@ class SourceFlags:
             "dataset.huggingface.columns": self.columns,
             "dataset.roboflow": self.roboflow,
             "dataset.format": self.format,
+            **self.decisions(),
         }
 
 

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from app.config.reading import ReadingConfig
 from app.config.shapes import ShapesConfig
 
 Node = dict[str, Any]  # a part named by `_target_`, made by hydra.utils.instantiate
@@ -138,6 +139,7 @@ class DatasetConfig(_Strict):
     near_misses: list[str]
     views: int | None = Field(ge=1)
     bad_images: Literal["stop", "skip"]
+    reading: ReadingConfig
     shapes: ShapesConfig
 
     @model_validator(mode="after")

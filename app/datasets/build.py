@@ -9,6 +9,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from app.config.reading import AS_WRITTEN, ReadingConfig
 from app.config.shapes import ShapesConfig
 from app.console import progress
 from app.datasets.coco import Category, Dataset, Reading
@@ -26,6 +27,7 @@ from app.datasets.faults import (
 )
 from app.datasets.formats import COCO, Source, choose
 from app.datasets.formats.coco import JSON_NAMES
+from app.datasets.settling import settle, unread_files
 from app.datasets.splitting import stratify
 from app.datasets.synthetic.shapes import check_shapes, info, is_shapes, make_shapes
 from app.errors import UserError
@@ -73,6 +75,7 @@ def load_splits(
     seed: int = 0,
     limit: int | None = None,
     max_drop: float = MAX_DROP,
+    reading: ReadingConfig = AS_WRITTEN,
 ) -> Splits:
     """Read the dataset in `folder`: its train, valid (or val) and test folders, or itself.
 
@@ -88,12 +91,13 @@ def load_splits(
         seed: of that choice, and of `limit`'s.
         limit: train on that many images, chosen at random; None for all.
         max_drop: most of the images and of the annotations that may be left out, 0 to 1.
+        reading: what the user decided about labels that leave it open.
 
     Raises:
         UserError: with every problem of every split, or with what was looked for and not found.
     """
     _check_arguments(valid_fraction, test_fraction, limit)
-    surveyed = survey(folder, format)
+    surveyed = survey(folder, format, reading)
     surveyed.require_sound(max_drop)
     splits = make_splits(
         surveyed, valid_fraction=valid_fraction, test_fraction=test_fraction, seed=seed
@@ -108,28 +112,39 @@ def load_splits(
             f"{folder}: the {len(splits.train.images)} images left to train on have no "
             "annotations; raise limit, lower valid_fraction, or take another seed"
         )
+    splits = replace(splits, train=_askable(splits.train))
     advice = [fault.remedy for fault in advise(splits, folder)]
     return replace(splits, notes=(*splits.notes, *notes(surveyed.faults), *advice))
 
 
-def survey(folder: Path, format: str = "auto") -> Survey:
+def _askable(train: Dataset) -> Dataset:
+    """Leave out the images that have crowds of every class: there is nothing to ask of them."""
+    classes = {category.id for category in train.categories}
+    crowded: dict[int, set[int]] = {}
+    for annotation in train.annotations:
+        if annotation.iscrowd:
+            crowded.setdefault(annotation.image_id, set()).add(annotation.category_id)
+    full = {image_id for image_id, ids in crowded.items() if ids == classes}
+    return train.subset(image.id for image in train.images if image.id not in full)
+
+
+def survey(folder: Path, format: str = "auto", reading: ReadingConfig = AS_WRITTEN) -> Survey:
     """Read every split of the dataset in `folder`, with every fault of its labels and headers.
 
     Raises:
         UserError: there is no dataset, or no saying where its splits are.
     """
-    sources, notes = _find_sources(folder, format)
-    readings = {split: _read(source) for split, source in sources.items()}
-    faults = [fault for reading in readings.values() for fault in reading.faults]
-    for split, reading in readings.items():
-        refused = any(fault.action is Action.REFUSED for fault in reading.faults)
-        faults += [] if refused else _emptiness(split, reading, sources[split].where)
-    return Survey(
-        {split: reading.dataset for split, reading in readings.items()},
-        tuple(faults),
-        sum((reading.tally for reading in readings.values()), Tally()),
-        tuple(notes),
-    )
+    sources, notes = _find_sources(folder, format, reading)
+    readings = {split: settle(_read(source), reading) for split, source in sources.items()}
+    faults = [fault for read in readings.values() for fault in read.faults]
+    for split, read in readings.items():
+        refused = any(fault.action is Action.REFUSED for fault in read.faults)
+        faults += [] if refused else _emptiness(split, read, sources[split].where)
+    splits = {split: read.dataset for split, read in readings.items()}
+    files = {path for read in readings.values() for path in read.files}
+    faults += unread_files(folder, splits, files)
+    tally = sum((read.tally for read in readings.values()), Tally())
+    return Survey(splits, tuple(faults), tally, tuple(notes))
 
 
 def decode(surveyed: Survey, folder: Path, on_image: Callable[[int], None]) -> Survey:
@@ -162,12 +177,22 @@ def _read(source: Source) -> Reading:
 
 
 def _emptiness(split: str, reading: Reading, where: Path) -> list[Fault]:
-    findings = Findings(str(where))
-    if not reading.dataset.images:
-        remedy = "lists no images; add some, or remove this split"
-        findings.add("empty", "'images'", list(reading.dataset.images), remedy)
-    elif split == "train" and not reading.tally.annotations:
-        findings.add("empty", "'annotations'", [], "has no annotations; label the images first")
+    """Report a split that there is nothing to train on, or nothing to score."""
+    findings, dataset, tally = Findings(str(where)), reading.dataset, reading.tally
+    objects = [annotation for annotation in dataset.annotations if not annotation.iscrowd]
+    if not dataset.images:
+        if not tally.images:  # else it is said of each why it is left out
+            findings.add("empty", "'images'", [], "lists no images; add some, or remove this split")
+    elif dataset.annotations and not objects:
+        remedy = (
+            f"all {len(dataset.annotations)} objects are crowds (iscrowd 1), which name no single "
+            "object: --crowd instances reads each as one object"
+        )
+        findings.add("empty", f"{split}: 'annotations'", "only crowds", remedy)
+    elif not objects and not tally.annotations:
+        purpose = "to train on" if split == "train" else "to score; or remove this split"
+        remedy = f"has no annotations; label the images first: there is nothing {purpose}"
+        findings.add("empty", f"{split}: 'annotations'", [], remedy)
     return findings.faults
 
 
@@ -206,6 +231,7 @@ def advise(splits: Splits, folder: Path) -> list[Fault]:
             remedy = f"{title} has objects of {classes}, which no training image has"
             findings.add("untrained class", title, missing, remedy)
     train = splits.train
+    findings.faults += _crowds(splits, folder)
     if len(train.categories) == 1 and all(train.annotations_by_image.values()):
         name = train.class_names[0]
         remedy = (
@@ -215,6 +241,26 @@ def advise(splits: Splits, folder: Path) -> list[Fault]:
             "with no annotations)"
         )
         findings.add("no negatives", "categories", name, remedy)
+    return findings.faults
+
+
+def _crowds(splits: Splits, folder: Path) -> list[Fault]:
+    """Report how many objects are crowds, and the classes that have nothing else in training."""
+    findings = Findings(str(folder))
+    parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
+    objects = [annotation for part in parts for annotation in part.annotations]
+    crowds = sum(annotation.iscrowd for annotation in objects)
+    if crowds:
+        remedy = (
+            f"{crowds} of {len(objects)} objects are crowds (iscrowd 1): an image that has one is "
+            "not asked for its class; --crowd instances reads each as one object"
+        )
+        plain = {a.category_id for a in splits.train.annotations if not a.iscrowd}
+        marked = {a.category_id for a in splits.train.annotations} - plain
+        names = [f"'{c.name}'" for c in splits.train.categories if c.id in marked]
+        if names:
+            remedy += f". {', '.join(names)}: crowds alone, so it is not trained at all"
+        findings.add("crowd", "annotations", crowds, remedy)
     return findings.faults
 
 
@@ -265,12 +311,14 @@ def _check_arguments(valid_fraction: float, test_fraction: float, limit: int | N
         raise UserError(wrong)
 
 
-def _find_sources(folder: Path, key: str) -> tuple[dict[str, Source], list[str]]:
+def _find_sources(
+    folder: Path, key: str, reading: ReadingConfig
+) -> tuple[dict[str, Source], list[str]]:
     """Return each split that is there, `train` always, and a note where the format is not COCO."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the one that holds the dataset")
     format = choose(folder, key)
-    sources = format.sources(folder)
+    sources = format.sources(folder, reading)
     if "train" not in sources:
         there = ", ".join(f"'{source.where.name}'" for source in sources.values())
         raise UserError(f"{folder}: no 'train' folder to train on; there is {there}")
@@ -314,6 +362,8 @@ def _set_aside(
         only = {"train": train, "valid": train}
         return only, [f"{note}, so the figures say nothing about new images"]
     chosen, alike = _assign(train, _sizes(total, fractions), seed)
+    labelled = {a.image_id for a in train.annotations if not a.iscrowd}
+    lacking = _give_objects(chosen, labelled)
     datasets = {split: train.subset(ids) for split, ids in chosen.items() if ids}
     notes = []
     for split, fraction in fractions.items():
@@ -324,6 +374,9 @@ def _set_aside(
             notes.append(f"no {title} split: {count} {share}")
         elif fraction:
             notes.append(f"no {title} split: {total} images are too few to set any aside")
+    if lacking:
+        note = "one training image has objects: it is validated on as well"
+        notes.append(f"{note}, so the figures say nothing about new images")
     if alike:
         notes.append("the images are too much alike to keep near-duplicates out of validation")
     return datasets, notes
@@ -338,7 +391,8 @@ def _assign(
     """
     images = sorted(train.images, key=lambda image: (image.path.name, image.id))
     classes = [
-        frozenset(a.category_id for a in train.annotations_by_image[image.id]) for image in images
+        frozenset(a.category_id for a in train.annotations_by_image[image.id] if not a.iscrowd)
+        for image in images
     ]
     with progress("near-duplicates: image", len(images)) as advance:
         groups = group([image.path for image in images], lambda done: advance(done, ""))
@@ -350,6 +404,32 @@ def _assign(
     for image, part in zip(images, parts, strict=True):
         chosen[part].add(image.id)
     return chosen, alike
+
+
+def _give_objects(chosen: dict[str, set[int]], labelled: set[int]) -> bool:
+    """Move images so that what is made to be scored has objects; change `chosen` in place.
+
+    A split that lacks them takes an image with objects from the training images for one without.
+    Where those have none to spare, a test set goes back to them, and validation shares their one.
+
+    Returns:
+        Whether an image is both trained and validated on.
+    """
+    train = chosen["train"]
+    for split in [name for name in ("valid", "test") if name in chosen]:
+        spare = sorted(train & labelled)
+        if not chosen[split] or chosen[split] & labelled:
+            continue
+        if len(spare) > 1:
+            given = min(chosen[split])
+            chosen[split] ^= {given, spare[0]}
+            train ^= {given, spare[0]}
+        elif split == "test":
+            train |= chosen.pop(split)
+        else:
+            chosen[split].update(spare)
+            return bool(spare)
+    return False
 
 
 def _sizes(total: int, fractions: Mapping[str, float]) -> dict[str, int]:

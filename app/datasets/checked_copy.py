@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.config.compose import load_config
+from app.config.reading import AS_WRITTEN, ReadingConfig
 from app.config.schema import Config
 from app.console import progress
 from app.datasets.build import Splits, Survey, advise, decode, make_splits, many_classes, survey
@@ -46,16 +47,17 @@ class Check:
         return list(lines(fault for _, group in by_kind(self.faults) for fault in group))
 
 
-def check(folder: Path, format: str) -> Check:
+def check(folder: Path, format: str, reading: ReadingConfig = AS_WRITTEN) -> Check:
     """Read a dataset, decode every image, and collect faults and advice.
 
     Args:
         format: of the labels, or auto.
+        reading: what the user decided.
 
     Raises:
         UserError: the folder holds no dataset.
     """
-    surveyed = _survey_whole(folder, format)
+    surveyed = _survey_whole(folder, format, reading)
     empty = Dataset((), (), ())
     train = surveyed.splits.get("train", empty)
     valid, test = surveyed.splits.get("valid", empty), surveyed.splits.get("test")
@@ -72,7 +74,7 @@ def build(folder: Path, output: Path, config: Config) -> Splits:
         UserError: with every problem, where mending would be guessing or would drop too much.
     """
     dataset = config.dataset
-    surveyed = _survey_whole(folder, dataset.format)
+    surveyed = _survey_whole(folder, dataset.format, dataset.reading)
     surveyed.require_sound(dataset.max_drop)
     splits = make_splits(
         surveyed,
@@ -102,9 +104,9 @@ def build(folder: Path, output: Path, config: Config) -> Splits:
     return splits
 
 
-def _survey_whole(folder: Path, format: str) -> Survey:
+def _survey_whole(folder: Path, format: str, reading: ReadingConfig) -> Survey:
     """Read labels and headers, and then decode every image whole."""
-    surveyed = survey(folder, format)
+    surveyed = survey(folder, format, reading)
     total = sum(len(part.images) for part in surveyed.splits.values())
     with progress("decoding: image", total) as advance:
         return decode(surveyed, folder, lambda done: advance(done, ""))

@@ -16,11 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from app.datasets import corners
+from app.config.reading import AS_WRITTEN, ReadingConfig
+from app.datasets import conventions
 from app.datasets.check import Entry, check, is_area, is_id, keep_doubled, listed
+from app.datasets.conventions import TO_XYWH
 from app.datasets.faults import MAX_DROP, Fault, Findings, Tally, problems
-from app.datasets.geometry import clip_box, decode_counts, is_absent
+from app.datasets.geometry import clip_box, decode_counts, is_absent, is_number
 from app.datasets.image_files import find_files
+from app.datasets.names import Names
 from app.errors import UserError
 from app.files import read_json, write_json
 
@@ -138,11 +141,13 @@ class Reading:
 
     Attributes:
         tally: how much the split lists, and how much of that is in `dataset`.
+        files: the image files that the labels name, sound or not.
     """
 
     dataset: Dataset
     faults: tuple[Fault, ...]
     tally: Tally
+    files: frozenset[Path] = frozenset()
 
     def sound(self, max_drop: float = MAX_DROP) -> Dataset:
         """Return the dataset; raise UserError with every problem where it must not be used."""
@@ -156,31 +161,50 @@ def read(json_path: Path, image_roots: Sequence[Path], max_drop: float = MAX_DRO
 
     Args:
         json_path: the COCO JSON.
-        image_roots: folders in which its images are looked for, as the JSON names them, then
-            under `images/`.
+        image_roots: folders in which its images are looked for; the first at any depth, and none
+            of them may be left.
         max_drop: most of the images and of the annotations that may be left out, 0 to 1.
 
     Raises:
         UserError: with every problem of the file and of its images.
     """
-    return examine(json_path, image_roots).sound(max_drop)
+    return examine(json_path, Names(image_roots)).sound(max_drop)
 
 
-def examine(json_path: Path, image_roots: Sequence[Path] | None) -> Reading:
+def examine(json_path: Path, names: Names | None, reading: ReadingConfig = AS_WRITTEN) -> Reading:
     """Read like `read`, but return the faults with what is sound instead of raising them.
 
-    Polygons and uncompressed RLE become compressed RLE. Without roots the images need not be
-    there: their paths are as the JSON names them, from its own folder.
+    Polygons and uncompressed RLE become compressed RLE.
+
+    Args:
+        names: finds the images. With None they need not be there: their paths are as the JSON names
+            them, from its own folder.
+        reading: what the user decided.
     """
     findings = Findings(str(json_path))
     document = _parse(json_path, findings)
     if document is None:
         return Reading(Dataset((), (), ()), tuple(findings.faults), Tally())
+    return examine_document(document, findings, names or json_path.parent, reading)
+
+
+def examine_document(
+    document: object, findings: Findings, names: Names | Path, reading: ReadingConfig
+) -> Reading:
+    """Check a parsed COCO JSON, find its images, and return what is sound beside every fault.
+
+    Args:
+        names: finds the images, or the folder from which their paths are as the JSON names them.
+    """
+    _convert_boxes(document, reading.boxes)
     sound = check(document, findings)
-    if image_roots is not None:
-        files = find_files(sound.images, image_roots, findings)
+    if isinstance(names, Names):
+        files, named = find_files(sound.images, names, findings)
+        faulty = [entry for entry in listed(document, "images") if isinstance(entry, dict)]
+        named |= names.paths(entry.get("file_name") for entry in faulty)
     else:
-        files = {entry["id"]: json_path.parent / entry["file_name"] for _, entry in sound.images}
+        files = {entry["id"]: names / entry["file_name"] for _, entry in sound.images}
+        named = set()
     images = tuple(
         Image(entry["id"], files[entry["id"]], entry["width"], entry["height"])
         for _, entry in sound.images
@@ -199,7 +223,27 @@ def examine(json_path: Path, image_roots: Sequence[Path] | None) -> Reading:
     dataset = Dataset(images, annotations, categories)
     total, labelled = (len(listed(document, key)) for key in ("images", "annotations"))
     tally = Tally(total, labelled, len(images), len(annotations))
-    return Reading(dataset, tuple(findings.faults), tally)
+    return Reading(dataset, tuple(findings.faults), tally, frozenset(named))
+
+
+def _convert_boxes(document: object, convention: str) -> None:
+    """Make the document's boxes x y width height, in place; `masks` leaves the masks' boxes."""
+    if convention == "xywh":
+        return
+    images = (entry for entry in listed(document, "images") if isinstance(entry, dict))
+    sizes = {entry.get("id"): (entry.get("width"), entry.get("height")) for entry in images}
+    for entry in listed(document, "annotations"):
+        if not isinstance(entry, dict):
+            continue
+        box, image_id = entry.get("bbox"), entry.get("image_id")
+        size = sizes.get(image_id) if is_id(image_id) else None
+        if convention == "masks":
+            if not is_absent(entry.get("segmentation")):
+                entry["bbox"] = None
+        elif (
+            isinstance(box, list) and len(box) == 4 and size and all(map(is_number, [*box, *size]))
+        ):
+            entry["bbox"] = TO_XYWH[convention](box, size)
 
 
 def _parse(json_path: Path, findings: Findings) -> Any:
@@ -226,30 +270,29 @@ def _read_annotations(
         for _, entry in entries
         if is_absent(entry.get("segmentation"))
     ]
-    suspects = corners.are_corners(plain)
+    of_all = conventions.convention(plain)
     annotations = []
     for (place, entry), id in zip(entries, _free_ids(entries), strict=True):
-        annotation = _read_annotation(entry, id, *sizes[entry["image_id"]])
-        if annotation.segmentation is not None and not coco_mask.area(annotation.segmentation):
+        size = sizes[entry["image_id"]]
+        annotation = _read_annotation(entry, id, *size)
+        mask, box = annotation.segmentation, entry.get("bbox")
+        if mask is not None and not coco_mask.area(mask):
             remedy = "covers no pixel; delete it"
             findings.add("zero area", f"{place}.segmentation", entry["segmentation"], remedy)
-        elif _is_corners(annotation, box := entry.get("bbox"), suspects):
-            remedy = "is two corners, as it seems: COCO's boxes are x, y, width, height"
-            findings.add("xyxy", f"{place}.bbox", box, remedy)
+        elif not is_absent(box) and (
+            fault := of_all if mask is None else conventions.misfit(box, _box_of(mask), size)
+        ):
+            findings.add("box convention", f"{place}.bbox", box, fault)
         else:
-            if box and corners.leaves(box, sizes[annotation.image_id]):
+            if box and conventions.leaves(box, size):
                 findings.add("bbox clipped", f"{place}.bbox", box, "is cut off at the image's edge")
             annotations.append(annotation)
     return tuple(annotations)
 
 
-def _is_corners(annotation: Annotation, box: Any, suspects: bool) -> bool:
-    """Return whether a box is two corners, by its mask or else by all boxes of the file."""
-    if is_absent(box):
-        return False
-    if annotation.segmentation is None:
-        return suspects
-    return corners.is_corners_of(box, coco_mask.toBbox(annotation.segmentation).tolist())
+def _box_of(mask: dict[str, Any]) -> list[float]:
+    box: list[float] = coco_mask.toBbox(mask).tolist()
+    return box
 
 
 def _free_ids(entries: Sequence[Entry]) -> list[int]:
@@ -272,7 +315,7 @@ def _free_ids(entries: Sequence[Entry]) -> list[int]:
 
 def _read_annotation(entry: dict[str, Any], id: int, width: int, height: int) -> Annotation:
     segmentation = compress(entry.get("segmentation"), width, height)
-    box: list[float] = entry.get("bbox") or coco_mask.toBbox(segmentation).tolist()
+    box: list[float] = entry.get("bbox") or _box_of(segmentation or {})
     bbox_xywh = clip_box(box, width, height)
     area = entry.get("area")
     if not is_area(area):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -68,35 +69,44 @@ KINDS = {
             JSON="broken, cut short, not UTF-8: export it again",
             root="no COCO object with images, annotations and categories: export it again",
             duplicate_key="a key twice in one object: which of them holds is not known",
-            entry="no JSON object where one must be",
-            empty="no images, annotations or categories, or a split without any: add some",
+            empty="no images or categories, or nothing to train on or to score: add some",
             image_id="missing, no whole number, or taken: annotations point to it",
-            image_size="width or height missing, 0, negative or enormous",
-            other_size="the file has other pixels than the JSON says: export it again",
-            file_name="empty, absolute, with '..' or NUL: a path inside the dataset",
-            link="leads out of the dataset: copy the file there",
             listed_twice="two entries for one file: list each image once",
             category_id="missing, no whole number, or taken: annotations point to it",
             category_name="empty, no text, or too long: a short name, as you would say it",
             alike_names="the same but for case or space: merge or rename",
-            xyxy="boxes are corners (x1 y1 x2 y2), not COCO's x y width height: convert all",
+            one_prompt="two classes that the model reads as one: shorten or rename",
+            names="the classes' names are missing, doubled or no text: mend the list",
+            split="a split that cannot be found: mend the path",
+            attribute="more than one attribute could be the class: --attribute names it",
         ),
         *_kinds(
             Action.DROPPED,
             image_missing="no such file",
+            ambiguous_name="several files could be meant: the folder is missing in the name",
             image_empty="a file of 0 bytes",
-            no_image="a web page, SVG, HEIC or anything else that is no image: convert it",
+            no_image="a web page, SVG or anything else that is no image: convert it",
             image_damaged="cut short or broken: a full decode fails",
             image_enormous="more pixels than an image has: a decompression bomb",
             image_tiny="under 10 pixels a side",
+            image_size="width or height no number of pixels, or enormous",
+            other_size="the file has other pixels than its labels say: export it again",
+            file_name="no text: a path inside the dataset",
+            link="leads out of the dataset: copy the file there",
             in_two_splits="the same pixels in two splits: left out of train, else of test",
+            label_file="labels of one image that cannot be read: the image is left out",
+            orphan="labels that belong to no image: add it, or mend their name",
+            entry="no JSON object where one must be",
             image_reference="annotation of an image that is not listed",
             category_reference="annotation of a category that is not listed",
             iscrowd="neither 0 nor 1",
+            label="a line or an entry that is no object of a class that there is",
+            shape="a shape that is none, or of a kind that is not read",
             no_geometry="neither box nor mask",
             bbox="not four finite numbers",
             bbox_empty="no width or no height",
             bbox_outside="wholly outside its image",
+            box_convention="not x y width height in pixels, or far from its mask: see --boxes",
             segmentation="neither polygons nor RLE",
             polygon="not finite, odd, fewer than six numbers, or far outside its image",
             RLE="too short, too long, damaged, or of another size than its image",
@@ -105,22 +115,32 @@ KINDS = {
         *_kinds(
             Action.MENDED,
             BOM="byte order mark: passed over",
+            other_name="the one file that can be meant: see docs/data.md, Names",
             annotation_id="missing or taken: numbered",
             no_iscrowd="0, as COCO's default is",
             no_area="missing or no number of pixels: the mask's, else the box's",
             no_bbox="the mask's",
             bbox_clipped="cut off at the image's edge",
             space_in_name="space around a class's name: cut off",
-            placeholder="a category that names no class, as Roboflow adds: left out",
+            placeholder="a name for what is no class, such as __ignore__: left out",
+            void="pixels of no object in a mask: left out",
+            same_object="the same object twice: once",
             EXIF="turned upright once; labels are those of the upright image",
             CMYK="converted to RGB",
             palette="converted to RGB",
             alpha="transparency left out",
-            bits="16 bits a pixel: scaled to 8",
+            bits="more than 8 bits a pixel: the dataset's range is scaled to 8",
         ),
         *_kinds(
             Action.WARNED,
+            crowd="not asked for in training, passed over in figures: --crowd instances reads it",
             image_twice="the same pixels twice in one split",
+            unlabelled="images without a label file: they are taken to show no object",
+            unlisted="images beside others that no label names: not used",
+            not_read="files that are not read, in a folder of images",
+            dark="nearly black once scaled to 8 bits",
+            numbers="classes that are called by numbers: a prompt is a noun phrase",
+            many_objects="more objects in an image than the model finds",
             no_negatives="a model tuned on one class that every image has answers any prompt",
             many_classes="more classes than prompts an image and step",
             untrained_class="evaluated and never trained on",
@@ -141,8 +161,8 @@ class Fault:
 
     @property
     def action(self) -> Action:
-        """Return the consequence; kinds of a single format, which the table lacks, are refused."""
-        return KINDS[self.kind].action if self.kind in KINDS else Action.REFUSED
+        """Return the consequence."""
+        return KINDS[self.kind].action
 
     def __str__(self) -> str:
         return f"{self.where}: {self.place} is {self.value}: {self.remedy}"
@@ -201,12 +221,21 @@ class Tally:
             "annotations": (self.annotations - self.kept_annotations, self.annotations),
         }
         return [
-            f"{dropped} of {total} {what} would be left out ({dropped / total * 100:.3g} %), and "
-            f"{max_drop * 100:g} % may be: mend them, or allow it with --max-drop "
-            f"{min(1.0, dropped / total + 0.005):.2f} (in training dataset.max_drop)"
+            f"{dropped} of {total} {what} would be left out ({dropped / total * 100:.3g} %)"
+            + _advice(dropped / total, max_drop)
             for what, (dropped, total) in pairs.items()
-            if dropped > max_drop * total
+            if dropped > max_drop * total or dropped == total > 0
         ]
+
+
+def _advice(share: float, max_drop: float) -> str:
+    if share == 1:
+        return ": nothing would remain; mend them"
+    needed = f"{math.ceil(share * 100) / 100:.2f}"
+    return (
+        f", and {max_drop * 100:g} % may be: mend them, or allow it with --max-drop {needed} "
+        f"(./train.sh: dataset.max_drop={needed})"
+    )
 
 
 def problems(faults: Sequence[Fault], tally: Tally, max_drop: float) -> list[str]:

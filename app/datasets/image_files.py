@@ -3,45 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from app.datasets.faults import Findings
 from app.datasets.geometry import MAX_SIDE
 from app.datasets.images import Header, ImageError, read_header
+from app.datasets.names import Names
 
 MIN_SIDE = 10  # pixels; in less there is nothing to see
 
 
 def find_files(
-    entries: Iterable[tuple[str, dict[str, Any]]], roots: Sequence[Path], findings: Findings
-) -> dict[int, Path]:
-    """Return absolute paths by image id; report what cannot be used. Only headers are read.
+    entries: Iterable[tuple[str, dict[str, Any]]], names: Names, findings: Findings
+) -> tuple[dict[int, Path], set[Path]]:
+    """Return usable files by image id, and all that are named; report what cannot be used.
+
+    Only headers are read.
 
     Args:
         entries: place in the JSON, and sound entry of `images`.
-        roots: folders in which the files are looked for, and which they must not leave.
+        names: finds the files.
     """
-    files, owners = dict[int, Path](), dict[Path, str]()
+    files, owners, named = dict[int, Path](), dict[Path, str](), set[Path]()
     for place, image in entries:
         place, name = f"{place}.file_name", image["file_name"]
-        path = find_image(name, roots)
+        path = names.locate(name, place, findings)
         if path is None:
-            folders = ", ".join(f"{root} and {root / 'images'}" for root in roots)
-            findings.add("image missing", place, name, f"no such file in {folders}")
-        elif not any(path.is_relative_to(root.resolve()) for root in roots):
-            remedy = f"is a link that leads out of the dataset, to {path}; copy the file there"
-            findings.add("link", place, name, remedy)
-        elif path in owners:
+            continue
+        named.add(path)
+        if path in owners:
             remedy = f"is the same file as {owners[path]}; list each image once"
             findings.add("listed twice", place, name, remedy)
         elif header := usable_header(path, place, name, findings):
-            if fault := _other_size(header, (image["width"], image["height"])):
+            if fault := other_size(header, (image["width"], image["height"])):
                 findings.add("other size", place, name, fault)
             else:
                 files[image["id"]], owners[path] = path, f"{place}"
-    return files
+    return files, named
 
 
 def usable_header(path: Path, place: str, name: str, findings: Findings) -> Header | None:
@@ -64,36 +64,21 @@ def usable_header(path: Path, place: str, name: str, findings: Findings) -> Head
     return header
 
 
-def _other_size(header: Header, size: tuple[int, int]) -> str | None:
+def other_size(header: Header, size: tuple[int, int]) -> str | None:
+    """Return how the file's pixels differ from what its labels say; None where they do not."""
     if header.size == size:
         return None
     note = " once turned as its EXIF orientation says" if header.size != header.stored else ""
     return (
-        f"the file has {header.size[0]} x {header.size[1]} pixels{note}, and the JSON says "
+        f"the file has {header.size[0]} x {header.size[1]} pixels{note}, and its labels say "
         f"{size[0]} x {size[1]}; export the dataset again"
     )
 
 
-def find_image(name: str, roots: Sequence[Path]) -> Path | None:
-    """Find the first file under the roots: as written, under images/, or there by its last name."""
-    for root in roots:
-        for candidate in (root / name, root / "images" / name, root / "images" / Path(name).name):
-            try:
-                if candidate.is_file():
-                    return candidate.resolve()
-            except OSError:  # a name too long, or a folder that may not be read: not to be had
-                continue
-    return None
-
-
 def name_fault(name: object) -> str | None:
-    """Return what is wrong with a file's name; None where it is a path inside the dataset."""
-    if not isinstance(name, str) or not name.strip() or not is_unicode(name):
+    """Return why a value names no file; None where it may."""
+    if not isinstance(name, str) or not name.strip() or "\0" in name or not is_unicode(name):
         return "must be the image's path, as text"
-    if "\0" in name or name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:[\\/]", name):
-        return "must be a path relative to the dataset's folder"
-    if ".." in re.split(r"[\\/]", name):
-        return "must not lead out of the dataset's folder by '..'"
     return None
 
 

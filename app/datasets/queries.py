@@ -52,9 +52,10 @@ class PromptChoice:
 class QueryDataset(TorchDataset):
     """A dataset with one item an image: upstream's `Datapoint`, with a query for each prompt.
 
-    Every class is a prompt; those that the image lacks are its negatives. Beyond `choice.most`,
-    present classes come first, and which of them is drawn anew each time. The same seed, epoch and
-    index give the same item, whatever the number of workers.
+    Every class is a prompt; those that the image lacks are its negatives. A class of which the
+    image has a crowd is no prompt: a crowd is no answer, and shows that the class is not absent.
+    Beyond `choice.most`, present classes come first, and which of them is drawn anew each time. The
+    same seed, epoch and index give the same item, whatever the number of workers.
 
     Args:
         dataset: a checked dataset.
@@ -138,8 +139,9 @@ class QueryDataset(TorchDataset):
     def _prompts(self, annotations: Sequence[Annotation]) -> list[tuple[int, str]]:
         """Return the category id (NO_CLASS for none) and words of each prompt."""
         classes = self._classes
-        present = sorted({annotation.category_id for annotation in annotations})
-        absent = [category_id for category_id in classes if category_id not in present]
+        crowded = {annotation.category_id for annotation in annotations if annotation.iscrowd}
+        present = sorted({annotation.category_id for annotation in annotations} - crowded)
+        absent = [id for id in classes if id not in present and id not in crowded]
         random.shuffle(absent)
         lacking = self._lacking(absent)
         room = max(self.choice.most - len(lacking), 1)

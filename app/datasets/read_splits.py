@@ -29,6 +29,7 @@ def read_splits(config: Config) -> Splits:
         valid_fraction=dataset.valid_fraction,
         test_fraction=dataset.test_fraction,
         max_drop=dataset.max_drop,
+        reading=dataset.reading,
         seed=config.seed,
         limit=dataset.limit,
     )

@@ -22,6 +22,7 @@ from app.datasets.faults import KINDS, Action, Findings, lines, page
 from app.datasets.geometry import clip_box, decode_counts
 from app.datasets.image_files import find_files
 from app.datasets.images import open_image
+from app.datasets.names import Names
 from tests.datasets.conftest import SQUARE, noise, sound_document
 from tests.helpers import REPOSITORY
 
@@ -78,11 +79,7 @@ BAD_VALUES = [
     ("images.0.file_name", None, "must be the image's path"),
     ("images.0.file_name", "", "must be the image's path"),
     ("images.0.file_name", "\ud800.png", "must be the image's path"),
-    ("images.0.file_name", "/etc/a.png", "relative"),
-    ("images.0.file_name", "C:\\a.png", "relative"),
-    ("images.0.file_name", "a\0.png", "relative"),
-    ("images.0.file_name", "x/../../a.png", "'..'"),
-    ("images.0.file_name", "x\\..\\a.png", "'..'"),
+    ("images.0.file_name", "a\0.png", "must be the image's path"),
     ("categories.0.id", None, "whole number"),
     ("categories.0.id", 4, "taken by categories[0]"),
     ("categories.0.name", " ", "class's name"),
@@ -203,7 +200,7 @@ def test_decode_counts_takes_only_strings_that_fill_the_mask(counts):
 def files_problems(folder: Path, document: dict[str, Any]) -> list[str]:
     found = Findings("f.json")
     entries = [(f"images[{i}]", entry) for i, entry in enumerate(document["images"])]
-    find_files(entries, [folder], found)
+    find_files(entries, Names([folder]), found)
     return lines(fault for fault in found.faults if fault.action in (DROPPED, REFUSED))
 
 
@@ -227,7 +224,7 @@ def test_an_image_of_another_size(document, save):
     folder = save(document)
     Image.new("L", (41, 30)).save(folder / "a.png")
     (problem,) = files_problems(folder, document)
-    assert "41 x 30 pixels, and the JSON says 40 x 30" in problem
+    assert "41 x 30 pixels, and its labels say 40 x 30" in problem
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -313,10 +310,10 @@ EACH_FAULT = [
         changed("annotations.0.segmentation", {"size": [40, 30], "counts": [600, 600]}),
         *("RLE", "dropped", MASKS),
     ),
-    (changed("images.0.width", 0), "image size", "refused", "images[0].width"),
-    (changed("images.0.height", -30), "image size", "refused", "images[0].height"),
-    (changed("images.0.width", 10**9), "image size", "refused", "images[0].width"),
-    (changed("images.1.width", 41), "other size", "refused", "images[1].file_name"),
+    (changed("images.0.width", 0), "image size", "dropped", "images[0].width"),
+    (changed("images.0.height", -30), "image size", "dropped", "images[0].height"),
+    (changed("images.0.width", 10**9), "image size", "dropped", "images[0].width"),
+    (changed("images.1.width", 41), "other size", "dropped", "images[1].file_name"),
     (
         changed("annotations.0.segmentation", {**RLE, "counts": [1200]}),
         *("zero area", "dropped", MASKS),
@@ -333,9 +330,12 @@ EACH_FAULT = [
     (changed("annotations.0.bbox", [10, 5, -10, 10]), "bbox empty", "dropped", BOXES),
     (changed("annotations.0.bbox", [10, 5, 0, 10]), "bbox empty", "dropped", BOXES),
     (changed("annotations.0.bbox", [50, 5, 9, 9]), "bbox outside", "dropped", BOXES),
-    (changed("annotations.0.bbox", [-5, 5, 25, 10]), "bbox clipped", "mended", BOXES),
+    (
+        changed("annotations.2.bbox", [-5, 5, 25, 10]),
+        *("bbox clipped", "mended", "annotations[2].bbox"),
+    ),
     (changed("annotations.0.bbox", [1, NAN, 3, 4]), "bbox", "dropped", BOXES),
-    (changed("annotations.0.bbox", CORNERS), "xyxy", "refused", BOXES),
+    (changed("annotations.0.bbox", CORNERS), "box convention", "dropped", BOXES),
     (changed("images.1.id", 1), "image id", "refused", "images[1].id"),
     (removed("images.1.id"), "image id", "refused", "images[1].id"),
     (changed("categories.1.id", 3), "category id", "refused", "categories[1].id"),
@@ -348,7 +348,7 @@ EACH_FAULT = [
         *("category reference", "dropped", "annotations[0].category_id"),
     ),
     (changed("images", []), "empty", "refused", "'images'"),
-    (changed("annotations", []), "empty", "refused", "'annotations'"),
+    (changed("annotations", []), "empty", "refused", "train: 'annotations'"),
     (changed("categories", []), "empty", "refused", "'categories'"),
     (removed("images"), "root", "refused", "'images'"),
     (removed("annotations"), "root", "refused", "'annotations'"),
@@ -358,9 +358,9 @@ EACH_FAULT = [
     (changed("categories.0.name", "cat"), "alike names", "refused", "categories[1].name"),
     (changed("categories.1.name", "DOG"), "alike names", "refused", "categories[1].name"),
     (changed("categories.0.name", "dog "), "space in name", "mended", "categories[0].name"),
-    (changed("images.0.file_name", "../a.png"), "file name", "refused", "images[0].file_name"),
-    (changed("images.0.file_name", "/a.png"), "file name", "refused", "images[0].file_name"),
-    (changed("images.0.file_name", "a\0.png"), "file name", "refused", "images[0].file_name"),
+    (changed("images.0.file_name", "../a.png"), "other name", "mended", "images[0].file_name"),
+    (changed("images.0.file_name", "/x/a.png"), "other name", "mended", "images[0].file_name"),
+    (changed("images.0.file_name", "a\0.png"), "file name", "dropped", "images[0].file_name"),
     (changed("images.0.file_name", "c.png"), "image missing", "dropped", "images[0].file_name"),
     (changed("images.0.file_name", "b.png"), "listed twice", "refused", "images[1].file_name"),
     (
@@ -376,7 +376,7 @@ def test_each_fault_of_a_json_has_its_kind(complete, save, change, kind, action,
     change(complete)
     (folder / "_annotations.coco.json").write_text(json.dumps(complete))
     assert (kind, action, place) in faults_of(folder)
-    others = {found[0] for found in faults_of(folder)} - {kind}
+    others = {found[0] for found in faults_of(folder)} - {kind, "unlisted"}
     # a second id for one image makes the annotations of the id that is gone dangle
     assert others <= {"image reference", "category reference"}
 
@@ -402,7 +402,7 @@ def test_corners_without_masks_are_told_from_the_whole_file(complete, save):
         {**template, "id": i + 1, "bbox": box.tolist()} for i, box in enumerate(corners)
     ]
     assert {(kind, action) for kind, action, _ in faults_of(save(complete))} == {
-        ("xyxy", "refused")
+        ("box convention", "dropped")
     }
     for annotation in complete["annotations"]:
         x1, y1, x2, y2 = annotation["bbox"]
@@ -418,7 +418,7 @@ RAW = [
     ("null", "root", "refused"),
     ('{"images": [], "images": [], "annotations": []}', "duplicate key", "refused"),
     ('{"images": [{"id": 1, "id": 2}], "annotations": []}', "duplicate key", "refused"),
-    ('{"images": [7], "annotations": [], "categories": []}', "entry", "refused"),
+    ('{"images": [7], "annotations": [], "categories": []}', "entry", "dropped"),
 ]
 
 
@@ -494,7 +494,7 @@ def test_exif_is_mended_and_a_link_out_is_refused(complete, save, tmp_path):
     assert faults_of(folder) == [("EXIF", "mended", "images[0].file_name")]
     (folder / "a.png").rename(tmp_path / "a.png")
     (folder / "a.png").symlink_to(tmp_path / "a.png")
-    assert faults_of(folder) == [("link", "refused", "images[0].file_name")]
+    assert faults_of(folder) == [("link", "dropped", "images[0].file_name")]
 
 
 def test_one_image_in_two_splits_is_told_by_its_pixels(complete, save, tmp_path):

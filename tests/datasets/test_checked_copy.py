@@ -147,7 +147,7 @@ def plant(folder: Path) -> list[tuple[str, str]]:
         ("zero area", "annotations[4].segmentation"),
         ("no iscrowd", "annotations[5].iscrowd"),
         ("bbox empty", "annotations[6].bbox"),
-        ("xyxy", "annotations[7].bbox"),
+        ("box convention", "annotations[7].bbox"),
         ("image reference", "annotations[8].image_id"),
         ("category reference", "annotations[9].category_id"),
         ("image size", f"images[{spare[0]}].width"),
@@ -201,7 +201,10 @@ def test_mended_faults_are_counted_and_gone_from_the_build(command, split_set, t
 def test_what_is_dropped_is_capped_and_counted(command, split_set, tmp_path):
     document = load(split_set / "train")
     for index in range(100):
-        document["annotations"].append({**document["annotations"][2], "id": 10 + index})
+        box = [1 + index / 10, 0, 5, 6]
+        document["annotations"].append(
+            {**document["annotations"][2], "id": 10 + index, "bbox": box}
+        )
     document["annotations"][5] = {**document["annotations"][5], "bbox": [0, 0, 0, 5]}
     document["annotations"][6] = {**document["annotations"][6], "image_id": 77}
     store(split_set / "train", document)
@@ -241,6 +244,8 @@ def test_a_build_of_one_folder_has_three_splits_whatever_the_order(command, save
     document["images"] = [
         {"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in range(1, 21)
     ]
+    template = document["annotations"][2]
+    document["annotations"] = [{**template, "id": i, "image_id": i} for i in range(1, 21)]
     words = ("data", "build", "seed=3", "--dataset-dir")
     assert command(*words, save(document), "--output-dir", tmp_path / "one").code == 0
     names = [[i["file_name"] for i in load(tmp_path / "one" / s)["images"]] for s in SPLITS]

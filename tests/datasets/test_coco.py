@@ -42,14 +42,15 @@ def test_missing_fields_are_mended(document, save):
 
 def test_polygons_of_one_object_are_joined(document, save):
     other = [30, 20, 34, 20, 34, 24, 30, 24]
+    document["annotations"][0].update(bbox=[10, 5, 24, 19])
     document["annotations"][0]["segmentation"].append(other)
     mask = coco_mask.decode(read_folder(save(document)).annotations[0].segmentation)
     assert mask.sum() == 100 + 16
 
 
 def test_boxes_beyond_the_image_are_clipped(document, save):
-    document["annotations"][0]["bbox"] = [35, -10, 100, 20]
-    assert read_folder(save(document)).annotations[0].bbox_xywh == (35, 0, 5, 10)
+    document["annotations"][2]["bbox"] = [35, -10, 100, 20]
+    assert read_folder(save(document)).annotations[2].bbox_xywh == (35, 0, 5, 10)
 
 
 def test_compressed_rle_is_kept_and_empty_runs_are_joined(document, save):
@@ -57,6 +58,7 @@ def test_compressed_rle_is_kept_and_empty_runs_are_joined(document, save):
     mask[3:9, 5:30] = 1
     counts = coco_mask.encode(mask)["counts"].decode()
     document["annotations"][0]["segmentation"] = {"size": [30, 40], "counts": counts}
+    document["annotations"][0]["bbox"] = [5, 3, 25, 6]
     # the same six pixels as the sound document's, in needlessly many runs
     padded = [0, 0, 32, 1, 0, 2, 27, 0, 0, 3, 1135, 0]
     document["annotations"][1]["segmentation"]["counts"] = padded

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from app.config.reading import ReadingConfig
 from app.config.schema import FormatName
 from app.datasets.coco import Reading, examine
 from app.datasets.folders import split_folders
@@ -35,7 +36,7 @@ class Format:
     name: str
     layout: str
     recognises: Callable[[Path], bool]
-    sources: Callable[[Path], dict[str, Source]]
+    sources: Callable[[Path, ReadingConfig], dict[str, Source]]
 
 
 def detect(folder: Path) -> Format | None:
@@ -73,14 +74,14 @@ def _nothing_found(folder: Path, formats: Sequence[Format]) -> str:
     )
 
 
-def _coco_sources(folder: Path) -> dict[str, Source]:
+def _coco_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
     return {
-        split: Source(path, partial(examine, path, coco.image_roots(folder, path)))
+        split: Source(path, partial(examine, path, coco.image_names(folder, path), reading))
         for split, path in coco.find_jsons(folder).items()
     }
 
 
-def _yolo_sources(folder: Path) -> dict[str, Source]:
+def _yolo_sources(folder: Path, _: ReadingConfig) -> dict[str, Source]:
     config = yolo.read_config(folder)
     return {
         split: Source(config.path, partial(yolo.read, config, split)) for split in config.splits
@@ -92,21 +93,22 @@ def _by_folder(
     name: str,
     layout: str,
     recognises: Callable[[Path], bool],
-    read: Callable[[Path, Path], Reading],
+    read: Callable[[Path, Path, ReadingConfig], Reading],
 ) -> Format:
     """Make a format in which each split has a folder, or the dataset is one such folder.
 
     Args:
-        read: of a split's folder and the dataset's, which its images must not leave.
+        read: of a split's folder, the dataset's, which its images must not leave, and what the user
+            decided.
     """
 
     def recognises_any(folder: Path) -> bool:
         return recognises(folder) or any(map(recognises, split_folders(folder).values()))
 
-    def sources(folder: Path) -> dict[str, Source]:
+    def sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
         parts = {} if recognises(folder) else split_folders(folder)
         return {
-            split: Source(part, partial(read, part, folder))
+            split: Source(part, partial(read, part, folder, reading))
             for split, part in (parts or {"train": folder}).items()
         }
 
@@ -122,7 +124,13 @@ COCO = Format(
 )
 FORMATS = (
     COCO,
-    Format("yolo", "YOLO", "data.yaml, images/ and labels/", yolo.is_yolo, _yolo_sources),
+    Format(
+        "yolo",
+        "YOLO",
+        "data.yaml, obj.data or classes.txt, images/ and labels/",
+        yolo.is_yolo,
+        _yolo_sources,
+    ),
     _by_folder(
         "via",
         "VGG Image Annotator",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app.datasets.folders import FOLDERS, split_folders
+from app.datasets.names import Names
 from app.errors import UserError
 from app.files import read_json
 
@@ -110,7 +111,13 @@ def _subset(path: Path) -> str:
     return path.stem.partition("_")[2]
 
 
-def image_roots(folder: Path, path: Path) -> list[Path]:
-    """Return the folders with images: the subset's, the JSON's, the dataset's."""
+def image_names(folder: Path, path: Path) -> Names:
+    """Return where the images of a JSON of the dataset in `folder` are looked for.
+
+    Its subset's folder, its own, the dataset's; at any depth the first of these that is not the
+    dataset's while other splits lie in it.
+    """
     subset = [folder / "images" / _subset(path), folder / _subset(path)]
-    return list(dict.fromkeys([*(root for root in subset if root.is_dir()), path.parent, folder]))
+    roots = list(dict.fromkeys([*(root for root in subset if root.is_dir()), path.parent, folder]))
+    own = [root for root in roots if root != folder and root.name != "annotations"]
+    return Names(roots, folder, own[0] if own else folder)

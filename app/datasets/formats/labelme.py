@@ -6,9 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from app.config.reading import ReadingConfig
 from app.datasets.coco import Image, Reading
 from app.datasets.formats.draft import Draft
 from app.datasets.formats.outlines import Rle, ellipse_mask, polygon_mask, union
+from app.datasets.names import Names
 from app.errors import UserError
 from app.files import read_json
 
@@ -25,7 +27,7 @@ def is_labelme(folder: Path) -> bool:
     return isinstance(document, dict) and isinstance(document.get("shapes"), list)
 
 
-def read(folder: Path, root: Path) -> Reading:
+def read(folder: Path, root: Path, _: ReadingConfig) -> Reading:
     """Read every JSON in `folder`; images without one are not part of the dataset.
 
     Shapes of one label and one `group_id` are parts of one object. An object of rectangles alone
@@ -34,7 +36,7 @@ def read(folder: Path, root: Path) -> Reading:
     Returns:
         What is sound, and every fault of every file.
     """
-    draft = Draft(root)
+    draft = Draft(root, names=Names([folder.resolve()], root.resolve()))
     for path in sorted(folder.resolve().glob("*.json")):
         document = draft.read_object(path)
         if document is not None:
@@ -45,15 +47,14 @@ def read(folder: Path, root: Path) -> Reading:
 def _read_document(draft: Draft, path: Path, document: dict[str, Any]) -> None:
     place, name, shapes = draft.place(path), document.get("imagePath"), document.get("shapes")
     if not isinstance(name, str) or not name:
-        draft.findings.add("image", f"{place}: imagePath", name, "must name the image")
+        draft.drop_file("file name", f"{place}: imagePath", name, "must name the image")
         return
     if not isinstance(shapes, list):
-        draft.findings.add(
-            "shapes", f"{place}: shapes", shapes, "must be a list, as LabelMe has it"
+        draft.drop_file(
+            "label file", f"{place}: shapes", shapes, "must be a list, as LabelMe has it"
         )
         return
-    # LabelMe on Windows writes backslashes
-    image = draft.add_image(path.parent / name.replace("\\", "/"), f"{place}: imagePath")
+    image = draft.add_named(name, f"{place}: imagePath")
     if image is None:
         return
     size = (document.get("imageWidth"), document.get("imageHeight"))
@@ -71,7 +72,7 @@ def _group(
         spot = f"{place}: shapes[{index}]"
         label = shape.get("label") if isinstance(shape, dict) else None
         if not isinstance(label, str) or not label.strip():
-            draft.findings.add("label", f"{spot}.label", label, "must be the class's name, as text")
+            draft.drop_object("label", f"{spot}.label", label, "must be the class's name, as text")
             continue
         group = shape.get("group_id")
         key = (label, "alone", index) if group is None else (label, "group", repr(group))
@@ -93,7 +94,7 @@ def _add_object(
             else:
                 masks.append(_mask(shape.get("shape_type", "polygon"), points, image))
         except ValueError as fault:
-            draft.findings.add("shape", spot, shape.get("points"), str(fault))
+            draft.drop_object("shape", spot, shape.get("points"), str(fault))
             return
     if boxes_only:
         (left, top), (right, bottom) = _rectangle(corners)

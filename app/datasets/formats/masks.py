@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
+from app.config.reading import ReadingConfig
 from app.datasets.coco import Image, Reading
-from app.datasets.formats.draft import Draft, images_in
+from app.datasets.formats.draft import Draft
 from app.datasets.formats.outlines import encode
+from app.datasets.names import walk_images
 
 DEFAULT_CLASS = "object"
 ONE_CHANNEL = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's modes of whole numbers
@@ -21,7 +23,7 @@ def is_masks(folder: Path) -> bool:
     return (folder / "images").is_dir() and any((folder / "masks").rglob("*.png"))
 
 
-def read(folder: Path, root: Path, class_name: str = DEFAULT_CLASS) -> Reading:
+def read(folder: Path, root: Path, _: ReadingConfig, class_name: str = DEFAULT_CLASS) -> Reading:
     """Read each image of `images/` with the mask of its name: an object for each number but 0.
 
     An image without a mask has no objects.
@@ -38,10 +40,10 @@ def read(folder: Path, root: Path, class_name: str = DEFAULT_CLASS) -> Reading:
     for path in sorted(top.rglob("*.png")):
         masks.setdefault(path.stem, []).append(path)
     stems: dict[str, Path] = {}
-    for path in images_in(folder.resolve() / "images"):
+    for path in walk_images(folder.resolve() / "images"):
         if path.stem in stems:
             remedy = f"has the name of {stems[path.stem].name}, and so its masks; rename one"
-            draft.findings.add("image", draft.place(path), path.name, remedy)
+            draft.findings.add("listed twice", draft.place(path), path.name, remedy)
         stems[path.stem] = path
         image = draft.add_image(path, draft.place(path))
         for mask in masks.get(path.stem, []) if image else []:
@@ -50,7 +52,7 @@ def read(folder: Path, root: Path, class_name: str = DEFAULT_CLASS) -> Reading:
     for stem in sorted(masks.keys() - stems.keys()):
         for mask in masks[stem]:
             remedy = f"has no image {stem}.* in images/; add it or remove the mask"
-            draft.findings.add("mask", draft.place(mask), mask.name, remedy)
+            draft.drop_file("orphan", draft.place(mask), mask.name, remedy)
     return draft.finish()
 
 
@@ -61,7 +63,7 @@ def _read_mask(draft: Draft, image: Image | None, path: Path, name: str) -> None
     try:
         numbers = read_numbers(path, image.width, image.height)
     except ValueError as fault:
-        draft.findings.add("mask", place, path.name, str(fault))
+        draft.drop_image(image, "label file", place, path.name, str(fault))
         return
     for number in np.unique(numbers[numbers != 0]):
         draft.add_mask(image, name, encode(numbers == number), f"{place} object {number}")

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from app.config.reading import ReadingConfig
 from app.datasets.coco import Image, Reading
 from app.datasets.formats.draft import Draft
 from app.datasets.formats.outlines import ellipse_mask, polygon_mask
-from app.datasets.image_files import find_image, name_fault
+from app.datasets.names import Names
 from app.errors import UserError
 from app.files import read_json
 
@@ -29,7 +30,7 @@ def is_via(folder: Path) -> bool:
     return _find(folder) is not None
 
 
-def read(folder: Path, root: Path) -> Reading:
+def read(folder: Path, root: Path, reading: ReadingConfig) -> Reading:
     """Read the VIA JSON or CSV in `folder`; its images lie beside it or in images/.
 
     Polygons, circles and ellipses are masks, rects boxes alone. An object's class is the value of
@@ -38,17 +39,19 @@ def read(folder: Path, root: Path) -> Reading:
     Returns:
         What is sound, and every fault of every region.
     """
-    path, draft = _find(folder.resolve()), Draft(root)
+    folder = folder.resolve()
+    path, draft = _find(folder), Draft(root, names=Names([folder], root.resolve()))
     if path is None:
         metadata: dict[str, Any] = {}
     elif path.suffix == ".csv":
         metadata = _read_csv(draft, path)
     else:
-        metadata = _metadata(draft.read_object(path) or {})
+        metadata = _metadata(draft.read_object(path, "JSON") or {})
     entries = list(_entries(draft, metadata))
-    attribute = _class_attribute(draft, [region for _, regions in entries for region in regions])
+    every = [region for _, regions in entries for region in regions]
+    attribute = _class_attribute(draft, every, reading.attribute)
     for entry, regions in entries:
-        image = _add_image(draft, entry, folder.resolve())
+        image = draft.add_named(entry.get("filename"), "filename")
         for place, region in regions if image else []:
             _add_region(draft, image, place, region, attribute)
     return draft.finish()
@@ -101,14 +104,14 @@ def _read_csv(draft: Draft, path: Path) -> dict[str, Any]:
                 _add_row(draft, metadata, row, f"{draft.place(path)} line {rows.line_num}")
     except csv.Error as error:
         remedy = "must be CSV as VIA writes it; export JSON instead"
-        draft.findings.add("CSV", f"{draft.place(path)} line {rows.line_num}", str(error), remedy)
+        draft.drop_object("label", f"{draft.place(path)} line {rows.line_num}", str(error), remedy)
     return metadata
 
 
 def _add_row(draft: Draft, metadata: dict[str, Any], row: list[str], place: str) -> None:
     if len(row) != len(CSV_HEADER):
-        draft.findings.add(
-            "CSV", place, row, f"must have the {len(CSV_HEADER)} columns of its header"
+        draft.drop_object(
+            "label", place, row, f"must have the {len(CSV_HEADER)} columns of its header"
         )
         return
     name, *_, shape, attributes = row
@@ -120,7 +123,7 @@ def _add_row(draft: Draft, metadata: dict[str, Any], row: list[str], place: str)
         }
     except (ValueError, RecursionError):
         remedy = "must be JSON in the last two columns; export it again"
-        draft.findings.add("CSV", place, [shape, attributes], remedy)
+        draft.drop_object("label", place, [shape, attributes], remedy)
         return
     if region["shape_attributes"]:
         regions.append(region)
@@ -134,7 +137,7 @@ def _entries(
         regions = entry.get("regions") if isinstance(entry, dict) else None
         listed = list(regions.values()) if isinstance(regions, dict) else regions
         if not isinstance(listed, list):
-            draft.findings.add("entry", f"'{key}'", entry, "must have a filename and regions")
+            draft.drop_file("entry", f"'{key}'", entry, "must have a filename and regions")
             continue
         sound = []
         for index, region in enumerate(listed):
@@ -142,7 +145,7 @@ def _entries(
             if isinstance(region, dict) and isinstance(region.get("shape_attributes"), dict):
                 sound.append((place, region))
             else:
-                draft.findings.add("region", place, region, "must have shape_attributes")
+                draft.drop_object("shape", place, region, "must have shape_attributes")
         yield entry, sound
 
 
@@ -151,25 +154,19 @@ def _attributes(region: dict[str, Any]) -> dict[str, Any]:
     return attributes if isinstance(attributes, dict) else {}
 
 
-def _class_attribute(draft: Draft, regions: list[Region]) -> str | None:
-    """Return the name of the only region attribute; None where there is none."""
+def _class_attribute(draft: Draft, regions: list[Region], chosen: str | None) -> str | None:
+    """Return the name of the region attribute that says the class; None where there is none."""
     names = sorted({name for _, region in regions for name in _attributes(region)})
-    if len(names) > 1:
-        remedy = "must be one attribute, that says the class; delete the others in VIA"
-        draft.findings.add("attribute", "region_attributes", ", ".join(names), remedy)
-    return names[0] if names else None
-
-
-def _add_image(draft: Draft, entry: dict[str, Any], folder: Path) -> Image | None:
-    name = entry.get("filename")
-    if fault := name_fault(name):
-        draft.findings.add("image", "filename", name, fault)
-        return None
-    path = find_image(str(name), [folder])
-    if path is None:
-        draft.findings.add("image", "filename", name, f"no such file in {folder} or its images/")
-        return None
-    return draft.add_image(path, str(name))
+    listed = ", ".join(names)
+    if chosen is not None and chosen not in names:
+        remedy = f"is no region attribute of this file; there is {listed or 'none'}"
+        draft.findings.add("attribute", "--attribute", chosen, remedy)
+    elif chosen is None and len(names) > 1:
+        remedy = (
+            f"must be one attribute, that says the class: --attribute {names[0]} takes that one"
+        )
+        draft.findings.add("attribute", "region_attributes", listed, remedy)
+    return chosen or (names[0] if names else None)
 
 
 def _add_region(
@@ -180,7 +177,7 @@ def _add_region(
     name = DEFAULT_CLASS if attribute is None else _class(_attributes(region).get(attribute))
     if name is None:
         value = _attributes(region).get(attribute or "")
-        draft.findings.add("class", f"{place}.{attribute}", value, "must be one class's name")
+        draft.drop_object("label", f"{place}.{attribute}", value, "must be one class's name")
     elif shape.get("name") == "rect":
         box = [shape.get(key) for key in ("x", "y", "width", "height")]
         draft.add_box(image, name, box, place)
@@ -188,7 +185,7 @@ def _add_region(
         try:
             draft.add_mask(image, name, _mask(shape, image.width, image.height), place)
         except ValueError as fault:
-            draft.findings.add("shape", place, shape, str(fault))
+            draft.drop_object("shape", place, shape, str(fault))
 
 
 def _class(value: object) -> str | None:

@@ -9,6 +9,7 @@ from xml.parsers import expat
 import numpy as np
 from numpy.typing import NDArray
 
+from app.config.reading import ReadingConfig
 from app.datasets.coco import Image, Reading
 from app.datasets.formats.draft import Draft
 from app.datasets.formats.masks import read_numbers
@@ -26,7 +27,7 @@ def is_voc(folder: Path) -> bool:
         return False
 
 
-def read(folder: Path, root: Path) -> Reading:
+def read(folder: Path, root: Path, _: ReadingConfig) -> Reading:
     """Read every XML, its image, and its masks where there are any.
 
     Boxes are of whole pixels counted from 1, as VOC has them: xmin 1 and xmax W span the image.
@@ -42,7 +43,7 @@ def read(folder: Path, root: Path) -> Reading:
             try:
                 _read_xml(draft, folder, path)
             except ValueError as fault:
-                draft.findings.add("XML", draft.place(path), path.name, str(fault))
+                draft.drop_file("label file", draft.place(path), path.name, str(fault))
     return draft.finish()
 
 
@@ -74,7 +75,7 @@ def _read_xml(draft: Draft, folder: Path, path: Path) -> None:
     annotation, place = parse_xml(path.read_bytes()), draft.place(path)
     name = (annotation.findtext("filename") or "").strip()
     if not name or Path(name.replace("\\", "/")).name != name:
-        draft.findings.add("image", f"{place}: filename", name, "must be a file's name, no path")
+        draft.drop_file("file name", f"{place}: filename", name, "must be a file's name, no path")
         return
     places = [folder / "JPEGImages" / name, path.parent / name, folder / "images" / name]
     at = next((candidate for candidate in places if candidate.is_file()), places[0])
@@ -99,7 +100,7 @@ def _instances(draft: Draft, folder: Path, image: Image, at: Path) -> NDArray[np
     try:
         numbers = read_numbers(path, image.width, image.height)
     except ValueError as fault:
-        draft.findings.add("mask", draft.place(path), path.name, str(fault))
+        draft.drop_image(image, "label file", draft.place(path), path.name, str(fault))
         return None
     return np.where(numbers == VOID, 0, numbers)
 
@@ -112,7 +113,9 @@ def _read_objects(
 ) -> None:
     if numbers is not None and numbers.max() > len(objects):
         remedy = f"must be at most {len(objects)}, as many as its XML has objects"
-        draft.findings.add("mask", f"{image.path.stem}.png's number", int(numbers.max()), remedy)
+        draft.drop_image(
+            image, "label file", f"{image.path.stem}.png's number", int(numbers.max()), remedy
+        )
         return
     for index, element in enumerate(objects):
         place = f"{image.path.stem}.xml: object[{index}]"
@@ -122,7 +125,7 @@ def _read_objects(
             draft.add_box(image, name, list(box), place)
         elif not _crosses(mask, box):
             remedy = f"must be around number {index + 1} of its PNG in SegmentationObject/"
-            draft.findings.add("mask", f"{place}.bndbox", box, remedy)
+            draft.drop_object("box convention", f"{place}.bndbox", box, remedy)
         else:
             draft.add_mask(image, name, encode(mask), place)
 
