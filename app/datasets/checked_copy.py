@@ -10,7 +10,7 @@ from app.config.compose import load_config
 from app.config.reading import AS_WRITTEN, ReadingConfig
 from app.config.schema import Config
 from app.console import progress
-from app.datasets.build import Splits, Survey, advise, decode, make_splits, many_classes, survey
+from app.datasets.build import Splits, Survey, advise, decode, make_splits, settings_advice, survey
 from app.datasets.coco import Dataset
 from app.datasets.dataset_report import REPORT, by_kind, render
 from app.datasets.faults import Fault, counts_of, lines, notes
@@ -113,7 +113,7 @@ def _survey_whole(folder: Path, format: str, reading: ReadingConfig) -> Survey:
 
 
 def _advice(splits: Splits, folder: Path, config: Config) -> list[Fault]:
-    return [*advise(splits, folder), *many_classes(splits.train, config.dataset.max_prompts)]
+    return [*advise(splits, folder), *settings_advice(splits, config)]
 
 
 def require_apart(output: Path, source: Path) -> None:

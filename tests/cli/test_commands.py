@@ -44,7 +44,7 @@ def test_each_file_of_a_command_is_in_the_table() -> None:
     assert files == {*COMMANDS}
     data = _command("data")
     assert isinstance(data, TyperGroup)
-    assert [*data.commands] == ["check", "build"]
+    assert [*data.commands] == ["check", "fix", "build"]
 
 
 def test_help_lists_all_commands(command: Command) -> None:
@@ -76,11 +76,13 @@ def test_long_help_is_in_panels(name: str) -> None:
 def test_panels_of_train(command: Command) -> None:
     panels = _panels("train")
     assert {panels[flag] for flag in SOURCES} == {"Data"}
-    assert {*panels.values()} == {"Data", "Model", "Method", "Schedule", "Output", "Cluster"}
     shown = command("train", "--help").out
-    assert re.findall(r"^╭─ (\w+)", shown, flags=re.MULTILINE) == [
-        *("Arguments", "Options", "Data", "Model", "Method", "Schedule", "Output", "Cluster")
+    listed = re.findall(r"^╭─ (\w+)", shown, flags=re.MULTILINE)
+    assert listed == [
+        *("Arguments", "Options", "Data", "Labels", "Model", "Method", "Schedule", "Output"),
+        "Cluster",
     ]
+    assert {*panels.values()} == {*listed[2:]}
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "compact", "export"])
