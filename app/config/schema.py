@@ -19,7 +19,7 @@ FormatName = Literal["auto", "coco", "yolo", "labelme", "via", "voc", "masks"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class VisionConfig(_Strict):
