@@ -207,11 +207,12 @@ def lock(handle: int, *, wait: bool = True) -> bool | None:
 
 
 def claim(folder: Path) -> None:
-    """Keep other processes from writing to an output folder until this process ends.
+    """Keep other processes from writing to an output folder until this process ends; make it.
 
     Raises:
         UserError: another process has claimed it.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     file = open_own(folder / LOCK)
     try:
         # Of the process, as `flock` is not: a killed run's workers would hold that one for a while.

@@ -27,6 +27,8 @@ def read_yaml(file: Path) -> Any:
 
 def parse_yaml(text: str, place: str) -> Any:
     """Parse YAML that is data only; raise UserError whose line starts with `place`."""
+    if len(text) > MAX_BYTES:
+        raise UserError(f"{place}: has more than the {MAX_BYTES} characters that a YAML may have")
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, LookupError) as error:

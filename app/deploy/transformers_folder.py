@@ -59,7 +59,7 @@ def export(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
     check_output(folder, weights.find_file(path), overwrite=overwrite)
     header = weights.describe(path)
     config = to_config(header.model)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, replace=folder.exists()) as temporary:
         model, header = weights.load(path, merge=True)
         write_json(temporary / CONFIG, config)
         with atomic_path(temporary / weights.FILE) as file:  # save_file alone lets only us read it

@@ -14,7 +14,7 @@ from PIL import Image
 
 from app.datasets.images import EXTENSIONS
 from app.errors import UserError
-from app.files import read_text, short_hash
+from app.files import MAX_JSON_BYTES, read_text, short_hash
 from app.model.vocabulary import VISUAL_PROMPT
 
 LIST = ".txt"
@@ -103,7 +103,7 @@ def read_prompts(file: Path) -> list[str]:
 
 def _read_text(place: str, file: Path) -> str:
     try:
-        return read_text(file)
+        return read_text(file, MAX_JSON_BYTES)  # a list may name millions of images
     except UserError as error:
         raise UserError(f"{place}: {str(error).removeprefix(f'{file}: ')}") from None
 

@@ -167,7 +167,10 @@ class Journal:
         self._file.seek(start)
         entry: Entry = parse_json(self._file.readline().decode())
         prompts = max(1, len(self._settings["prompts"]))  # a box alone is a prompt of its own
-        whole = _is_entry(entry, prompts) and entry.get("state") == file_state(image)
+        try:
+            whole = _is_entry(entry, prompts) and entry.get("state") == file_state(image)
+        except FileNotFoundError:  # removed since it was listed
+            return None
         return entry if whole else None
 
     def _lock(self, folder: Path) -> None:

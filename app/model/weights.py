@@ -26,7 +26,7 @@ from app import __version__
 from app.config.compose import load_model_config, model_config, model_names
 from app.config.schema import ModelConfig, Prompt, problems_of
 from app.errors import UserError
-from app.files import atomic_path, exists_problem, flatten, hash_file
+from app.files import atomic_path, claim, exists_problem, flatten, hash_file
 from app.model import adapters
 from app.model.build import build_model
 from app.model.transformers.config import read_config
@@ -127,10 +127,17 @@ def merge(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
     """Write an adapter and its base as one plain `folder/model.safetensors`."""
     if not is_adapter(path):
         raise UserError(f"{path}: is no adapter (a folder with {adapters.FILE}); nothing to merge")
+    require_free(folder, overwrite=overwrite)
+    model, header = load(path, merge=True)
+    claim(folder)
+    require_free(folder, overwrite=overwrite)  # again, now that no other process writes here
+    return save(model, folder, header)
+
+
+def require_free(folder: Path, *, overwrite: bool) -> None:
+    """Raise UserError where a folder holds weights that may not be replaced."""
     if (folder / FILE).exists() and not overwrite:
         raise UserError(exists_problem(folder, f"holds {FILE} already"))
-    model, header = load(path, merge=True)
-    return save(model, folder, header)
 
 
 def describe(path: Path, size: str | None = None, resolution: int | None = None) -> Header:

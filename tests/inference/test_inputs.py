@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,10 @@ def test_prompts_of_a_file(tmp_path: Path, name: str, text: str) -> None:
         ("[a", "broken YAML"),
         ("7", "must be a list"),
         ("[[a], 3]", "must be a list"),
+        ("a: []", "must be a list of prompts, or class: prompt"),
+        ("a: 2024-13-45x\nb: {}", "must be a list"),
+        ("[" * 5000, "more than 64 deep"),
+        (f"- {'9' * 6000}", "a number of 6000 characters"),
         ("é", "UTF-8"),
     ],
 )
@@ -88,6 +93,12 @@ def test_bad_prompt_files(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "p.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=said):
         read_prompts(tmp_path / "p.yaml")
+
+
+def test_prompts_are_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.txt")
+    with pytest.raises(UserError, match=r"--prompts .*p\.txt: cannot be read \(is no regular"):
+        read_prompts(tmp_path / "p.txt")
 
 
 def test_names_of_outputs_stay_when_images_are_added() -> None:
