@@ -107,7 +107,8 @@ class _Size:
         relative = name.lstrip(".")
         dots = len(name) - len(relative)
         parts = [*path[:-dots], *_PARTS.split(relative)] if dots else _PARTS.split(relative)
-        node, at = self.content, ()
+        node: Any = self.content
+        at: Path = ()
         for part in filter(None, parts):
             children = _children(node)
             if part not in children:
