@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from app.errors import UserError
 
 log = logging.getLogger("app")
-LONGEST = 4000  # characters of a name or a problem that are shown
+LONGEST = 20_000  # characters of a name or a problem that are shown
 MOST_PROBLEMS = 1000
 EVERY = 10.0  # seconds between plain lines of progress
 TimeLeft = Callable[[], float | None]  # in seconds; None where it is not known yet

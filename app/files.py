@@ -274,7 +274,7 @@ def open_own(path: Path) -> BinaryIO:
     return os.fdopen(handle, "a+b")
 
 
-def check_no_links(folder: Path, names: Iterable[str]) -> None:
+def check_no_links(folder: Path, names: Sequence[str]) -> None:
     """Raise UserError where a file or folder of the output `folder` is a link.
 
     The output folder itself may be one: the user named it.
@@ -282,12 +282,15 @@ def check_no_links(folder: Path, names: Iterable[str]) -> None:
     Args:
         names: relative paths that will be written; each folder on their way is looked at.
     """
-    parts = {part for name in names for part in (Path(name), *Path(name).parents)} - {Path()}
-    links = [folder / part for part in sorted(parts) if (folder / part).is_symlink()]
+    if not folder.exists():
+        return
+    inner = {parent for name in names for parent in Path(name).parents} - {Path()}
+    places = [folder / name for name in (*sorted(inner), *names)]
     problems = [
-        f"{link}: is a link, and what is written there would land in {link.readlink()}; remove the "
-        "link, or name that folder as the output"
-        for link in links
+        f"{place}: is a link, and what is written there would land in {place.readlink()}; remove "
+        "the link, or name that folder as the output"
+        for place in places
+        if place.is_symlink()
     ]
     if problems:
         raise UserError(problems)

@@ -295,7 +295,7 @@ def _checked(
             [f"{name}: '${{…}}' is for configs/ alone; write the value itself" for name in foreign]
         )
     try:
-        content = OmegaConf.to_container(composed, resolve=True)
+        content: Any = OmegaConf.to_container(composed, resolve=True)
         return schema.model_validate(content if key is None else content[key])
     except OmegaConfBaseException as error:
         raise UserError(f"Configuration: {' '.join(str(error).split())}") from None

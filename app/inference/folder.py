@@ -23,6 +23,7 @@ from app.model.vocabulary import VISUAL_PROMPT
 
 log = logging.getLogger("app")
 SHOWN = 20  # files that are in the way
+CUTOUTS = PER_IMAGE["cutouts"].path.format("")
 
 
 def predict_folder(
@@ -53,8 +54,9 @@ def predict_folder(
     jobs = [Job(*pair) for pair in zip(images, output_names(images), strict=True)]
     files = _files(jobs, settings.save)
     _check_inputs(images, output, files)
+    earlier = read_contents(output)
     if not overwrite:
-        _check_clear(source, images, output, files, read_contents(output))
+        _check_clear(source, images, output, files, earlier)
     begun = time.monotonic()
     with (
         ended_by_sigterm(),
@@ -62,7 +64,7 @@ def predict_folder(
         unwritable_is_user_error(output),
         Journal(output, settings.identity(), overwrite=overwrite) as journal,
     ):
-        if not overwrite:  # again, now that no other run writes here
+        if not overwrite and journal.earlier != earlier:  # another run has been at work meanwhile
             _check_clear(source, images, output, files, journal.earlier)
         journal.begin(files)
         failed = _do_what_is_left(jobs, work, journal, batch_size)
@@ -132,6 +134,7 @@ def _check_inputs(images: Sequence[Path], output: Path, files: Sequence[str]) ->
             f"--output-dir {output}: {file} holds {other}, which is no cutout; move it, or name "
             "another folder"
             for file in files
+            if file.startswith(CUTOUTS)
             for other in foreign_cutouts(output / file)
         ]
     )
