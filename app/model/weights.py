@@ -25,6 +25,7 @@ from torch import Tensor
 from app import __version__
 from app.config.compose import load_model_config, model_config, model_names
 from app.config.schema import ModelConfig, Prompt, problems_of
+from app.console import command
 from app.errors import UserError
 from app.files import atomic_path, claim, exists_problem, flatten, hash_file
 from app.model import adapters
@@ -156,7 +157,7 @@ def describe(path: Path, size: str | None = None, resolution: int | None = None)
     if size is not None and header.model.name != size:
         raise UserError(
             f"{file} holds a model of size '{header.model.name}', not '{size}'. "
-            f"Use --model {header.model.name}, or weights of size {size}."
+            f"Use {command('--model', header.model.name)}, or weights of size {size}."
         )
     if resolution is not None:
         config = header.model.model_dump() | {"resolution": resolution}

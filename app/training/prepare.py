@@ -20,7 +20,7 @@ from app.config.compose import (
 )
 from app.config.schema import Config, Resume
 from app.config.yaml_data import read_yaml
-from app.console import Formatter
+from app.console import Formatter, command
 from app.datasets.build import Splits
 from app.datasets.coco import Dataset
 from app.datasets.read_splits import read_splits
@@ -338,8 +338,8 @@ def check_resume(prepared: Prepared, processes: int, open_keys: Sequence[str] = 
     if changed:
         raise UserError(
             f"--resume=weights: {newest} is of method {then['method.name']}, whose weights are no "
-            f"beginning for this one ({', '.join(changed)}). Give --checkpoint "
-            f"'{folder / 'weights' / 'best'}' and another --output-dir"
+            f"beginning for this one ({', '.join(changed)}). Give "
+            f"{command('--checkpoint', folder / 'weights' / 'best')} and another --output-dir"
         )
 
 

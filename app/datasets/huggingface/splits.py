@@ -9,6 +9,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from app.console import command
 from app.datasets.huggingface.hub import Repository, explained
 from app.errors import UserError, nearest
 from app.files import SETTINGS_BYTES, parse_json, read_json
@@ -196,7 +197,8 @@ def choose_splits(names: list[str], asked: str | None, where: str) -> dict[str, 
     for name in names:
         role = next((role for role, known in ROLES.items() if name.lower() in known), None)
         if role is None or role in chosen:
-            log.warning("%s: split '%s' is left out; --hf-split %s takes it", where, name, name)
+            flag = command("--hf-split", name)
+            log.warning("%s: split '%s' is left out; %s takes it", where, name, flag)
         else:
             chosen[role] = name
     if "train" not in chosen:
