@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from typing import Any
 
@@ -73,7 +74,7 @@ def main() -> None:
         show_problems(error)
         sys.exit(2)
     except BrokenPipeError:  # whoever read our output has ended, as `head` does
-        sys.stdout = None  # type: ignore[assignment]  # or Python would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain
         sys.exit(1)
     except OSError as error:  # a full disk, a read-only folder, a file that went while it was read
         where = "a file" if error.filename is None else error.filename

@@ -284,8 +284,8 @@ def check_no_links(folder: Path, names: Sequence[str]) -> None:
     """
     if not folder.exists():
         return
-    inner = {parent for name in names for parent in Path(name).parents} - {Path()}
-    places = [folder / name for name in (*sorted(inner), *names)]
+    inner = sorted({parent for name in names for parent in Path(name).parents} - {Path()})
+    places = [*(folder / parent for parent in inner), *(folder / name for name in names)]
     problems = [
         f"{place}: is a link, and what is written there would land in {place.readlink()}; remove "
         "the link, or name that folder as the output"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +44,32 @@ def find_images(source: str) -> list[Path]:
             raise UserError(
                 f"--input {source}: addresses are not fetched; download the image first"
             )
-        matches = (Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207
+        matches = (Path(name) for name in _matches(source))
         images = [p for p in matches if p.suffix.lower() in EXTENSIONS]
     if not images:
         what = "no images in this folder" if path.is_dir() else "no such file, folder or glob"
         raise UserError(f"--input {source}: {what} (images end in {', '.join(EXTENSIONS)})")
-    return sorted(images)
+    return sorted(set(images))
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """Yield what a glob stands for. `**` enters each folder once, so that circles of links end."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        yield from glob.glob(pattern)  # noqa: PTH207
+        return
+    at = parts.index("**")
+    tail = list(itertools.dropwhile("**".__eq__, parts[at:])) or ["*"]
+    tops = glob.glob("/".join([*parts[:at], ""])) if at else ["."]  # noqa: PTH207
+    seen: set[tuple[int, int]] = set()
+    for folder, inner, _ in (step for top in tops for step in os.walk(top, followlinks=True)):
+        state = Path(folder).stat()
+        if (state.st_dev, state.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        yield from _matches("/".join([glob.escape(folder), *tail]))
 
 
 def _listed(file: Path) -> list[Path]:
