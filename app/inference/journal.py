@@ -83,7 +83,11 @@ def _is_entry(value: Any, prompts: int) -> bool:
         and _are_numbers([result.get("score")], 1)
         and (
             (mask := result.get("segmentation")) is None
-            or (mask.get("size") == size and isinstance(mask.get("counts"), str))
+            or (
+                isinstance(mask, dict)
+                and mask.get("size") == size
+                and isinstance(mask.get("counts"), str)
+            )
         )
         for result in value["found"]
     )

@@ -127,6 +127,7 @@ def test_names_in_a_csv_are_no_formulas_and_need_not_be_utf8(images: Path, tmp_p
     [
         {"found": [{"category_id": 9, "bbox": [0, 0, 1, 1], "score": 1.0}]},
         {"found": [{"category_id": 1, "bbox": ["="], "score": 1.0}]},
+        {"found": [{"category_id": 1, "bbox": [0, 0, 1, 1], "score": 1, "segmentation": [1]}]},
         {"found": 3},
         {"found": None},
         {"width": "x"},

@@ -23,7 +23,7 @@ from PIL import Image
 from app.datasets.images import EXTENSIONS, ImageError, open_image
 from app.deploy.runtime.runtime import STAGES, Runtime
 from app.errors import UserError
-from app.files import check_no_links, exists_problem
+from app.files import check_no_links, claim, exists_problem
 from app.inference.detections import Detections
 from app.inference.folder import ended_by_sigterm, unwritable_is_user_error
 from app.inference.journal import file_state
@@ -187,7 +187,7 @@ def _open_lines(
     if output is None:
         return None
     with unwritable_is_user_error(output):
-        output.mkdir(parents=True, exist_ok=True)
+        claim(output)
         for kind in ("semantic", "yolo"):  # their legends need no frame
             if kind in settings.save:
                 path, write = TABLES[kind]
