@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -44,8 +45,8 @@ def keep_doubled(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     plain = dict(pairs)
     if len(plain) == len(pairs):
         return plain
-    doubled, keys = Doubled(plain), [key for key, _ in pairs]
-    doubled.twice = tuple(key for key in plain if keys.count(key) > 1)
+    doubled, counts = Doubled(plain), Counter(key for key, _ in pairs)
+    doubled.twice = tuple(key for key in plain if counts[key] > 1)
     return doubled
 
 

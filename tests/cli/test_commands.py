@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.core import TyperGroup
@@ -116,3 +118,15 @@ def test_help_imports_nothing_that_takes_long(words: tuple[str, ...]) -> None:
     )
     assert "--help" in done.stdout
     assert done.stderr.split() == []
+
+
+def test_modules_in_the_callers_folder_are_not_run(tmp_path: Path) -> None:
+    """It may be a dataset of others, in which somebody has put a module of a library's name."""
+    for name in ("typer", "difflib", "yaml", "safetensors"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not ours')")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment.pop("PYTHONSAFEPATH", None)
+    words = [sys.executable, "-m", "app", "merge", "--help"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout
