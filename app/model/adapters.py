@@ -261,7 +261,7 @@ def _check_tensors(model: Sam3Image, folder: Path, settings: peft.LoraConfig) ->
     They are compared before any is made, because a rank may be anything.
     """
     file = folder / FILE
-    targets = {*settings.target_modules, *(settings.target_parameters or [])}
+    targets = set(settings.target_modules or ()) | set(settings.target_parameters or ())
     parameters = (name for name, _ in model.named_parameters() if name.endswith(_PACKED))
     names = [name for name, _ in model.named_modules()] + list(parameters)
     modules = [name.removesuffix(_PACKED) for name in names if targets & _ends(name)]

@@ -433,7 +433,7 @@ def _hashes(data: bytes) -> bool:
     memo: dict[int, int | None] = {}
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name in ("GET", "BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
+            stack.append(memo[int(argument or 0)])
             continue
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
             memo[len(memo) if argument is None else argument] = stack[-1]
