@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from app.config.schema import Config, DatasetConfig, Node
-from app.console import duration
+from app.console import counted, duration
 from app.datasets.build import Splits
 from app.evaluation.report_page import HEADLINE, KIND, ONCE, number
 from app.files import read_json, write_text
@@ -34,7 +34,7 @@ def write_card(
     pretrained_path: Path | None,
     splits: Splits,
     *,
-    lr_scale: float,
+    learning_rates: Mapping[str, float],
     processes: int,
     precision: torch.dtype,
 ) -> Path:
@@ -43,7 +43,7 @@ def write_card(
     Args:
         pretrained_path: the weights that training started from; None for random ones.
         splits: the images that it trained and validated on.
-        lr_scale: factor of the learning rates.
+        learning_rates: part of the model that was trained → its highest rate.
     """
     folder = Path(config.output_dir)
     best = folder / "weights" / "best"
@@ -66,7 +66,7 @@ def write_card(
         f"validate on, from {_source(config.dataset)}",
         "training data, by content": f"`{header.data_hash}`",
         "precision": str(precision).removeprefix("torch."),
-        **_settings(config, lr_scale, processes),
+        **_settings(config, learning_rates, processes),
     }
     parts = [
         f"---\n{data.to_yaml()}\n---",
@@ -151,7 +151,8 @@ def _command(environment: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         command = f"```bash\n./train.sh {shlex.join(environment['command'][1:])}\n```\n\n"
         machine = environment["gpu"] or f"{environment['cpus']} CPU threads"
         machine = f" on {machine}, torch {environment['packages']['torch']}"
-    return f"{command}{figures['epochs']} epochs in {duration(figures['seconds'])}{machine}:"
+    epochs = counted(figures["epochs"], "epoch")
+    return f"{command}{epochs} in {duration(figures['seconds'])}{machine}:"
 
 
 def _origin(pretrained_path: Path | None) -> str:
@@ -185,17 +186,18 @@ def _source(dataset: DatasetConfig) -> str:
     return "the project's own generator of synthetic shapes"
 
 
-def _settings(config: Config, lr_scale: float, processes: int) -> dict[str, object]:
+def _settings(
+    config: Config, learning_rates: Mapping[str, float], processes: int
+) -> dict[str, object]:
     """Return the parts of the configuration that decide the weights, by readable names."""
-    training, optim = config.training, config.optim
-    rates = {"detector": optim.lr, "vision": optim.lr_vision, "text": optim.lr_text}
+    training = config.training
     return {
         "method": f"`{config.method.name}`",
         "transforms": _transforms(config.transforms.train),
         "losses, with their weights": _losses(config.loss.criterion),
-        "learning rates, at most": ", ".join(f"{k} {v * lr_scale:g}" for k, v in rates.items()),
-        "images an update": f"{training.batch_size} a step × {training.grad_accum} steps × "
-        f"{processes} processes",
+        "learning rates, at most": ", ".join(f"{k} {v:g}" for k, v in learning_rates.items()),
+        "images an update": f"{training.batch_size} a step × "
+        f"{counted(training.grad_accum, 'step')} × {counted(processes, 'process')}",
         "seed": config.seed,
     }
 

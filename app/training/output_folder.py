@@ -10,16 +10,18 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from omegaconf import OmegaConf
-
-from app.config.compose import to_yaml
 from app.config.schema import Config, Resume
-from app.datasets.build import Splits
 from app.errors import UserError
-from app.files import exists_problem, write_json, write_text
+from app.files import check_writable, exists_problem, write_json, write_text
 from app.model.upstream.pin import COMMIT
+
+if TYPE_CHECKING:
+    from app.datasets.build import Splits
+
+# torch and OmegaConf are imported where they are used: `check_folder` is called before all else,
+# so that a folder that is taken is told at once.
 
 log = logging.getLogger("app")
 
@@ -30,11 +32,15 @@ CONTENTS = (
     *("predictions", "plots", "tensorboard", "slurm", "dataset_report.html", "mlflow.json"),
     *("dataset", "dumps", "logs"),  # of upstream's Trainer
 )
+RESOLVED = "config_resolved.yaml"
 PACKAGES = ("torch", "torchvision", "sam3", "accelerate", "peft", "hotcoco", "numpy")
 
 
-def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> None:
-    """Make the output folder ready, or refuse: nothing is overwritten unasked.
+def check_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> list[str]:
+    """Refuse an output folder that is taken: nothing is overwritten unasked.
+
+    Returns:
+        What of a run is in it.
 
     Raises:
         UserError: a run is there and neither `resume` nor `overwrite` is given, none is there and
@@ -49,6 +55,13 @@ def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> N
     if present and not (resume or overwrite):
         state = f"holds a run already ({', '.join(present[:3])}, …)"
         raise UserError(exists_problem(folder, state, instead="Go on with --resume"))
+    check_writable(folder)
+    return present
+
+
+def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> None:
+    """Make the output folder ready; raise UserError as `check_folder` does."""
+    present = check_folder(folder, resume=resume, overwrite=overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
@@ -69,7 +82,12 @@ def write_settings(
     A resumed run keeps the files that it was started with: of these only config_resolved.yaml is
     written anew.
     """
-    write_text(folder / "config_resolved.yaml", to_yaml(config))
+    import torch
+    from omegaconf import OmegaConf
+
+    from app.config.compose import to_yaml
+
+    write_text(folder / RESOLVED, to_yaml(config))
     if resume in ("all", "auto") and (folder / "environment.json").is_file():
         return
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.from_dotlist(list(overrides))))
