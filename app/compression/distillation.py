@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.config.schema import Config, DistillConfig, ModelConfig
-from app.console import counted
 from app.inference.predictor import query_scores
 from app.model import weights
 from app.model.build import build_model
@@ -160,7 +159,7 @@ def note(config: Config) -> str | None:
         return None
     least = distill.trunk_epochs + distill.feature_epochs
     return (
-        f"{counted(epochs, 'epoch')} is too short for this teacher: the first "
+        f"--epochs {epochs} is too short for this teacher: the first "
         f"{distill.trunk_epochs} teach the trunk and the next {distill.feature_epochs} its "
         f"features, so that no answers are trained. Give --epochs above {least}, or "
         "distill.trunk_epochs=0 distill.feature_epochs=0"

@@ -26,6 +26,7 @@ CARD = "README.md"
 COLUMNS = {"baseline/": "before training", "": "these weights"}
 _TASKS = {"bbox": "object-detection", "segm": "image-segmentation"}
 _CODE = "SAM 3's code, which they need, is under the SAM License."
+_TRAINING = "## Training"
 SHOWN_PROMPTS = 60
 
 
@@ -78,7 +79,7 @@ def write_card(
         _prompts(header),
         "## Figures",
         _figures(figures),
-        "## Training",
+        _TRAINING,
         _command(environment, figures),
         "\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
         "## Limits",
@@ -93,6 +94,30 @@ def write_card(
     file = best / CARD
     write_text(file, "\n\n".join(parts) + "\n")
     return file
+
+
+def write_merged_card(adapter: Path, folder: Path) -> Path:
+    """Write the card of plain weights that a LoRA was merged into: that of the LoRA, and a line.
+
+    A LoRA without a card gets one that says what its header knows.
+
+    Args:
+        adapter: folder of the LoRA.
+        folder: of the merged weights.
+    """
+    merged = "These are plain weights: a LoRA, merged with the weights that it was trained on."
+    card = adapter / CARD
+    if card.is_file():
+        text = card.read_text(encoding="utf-8").replace(_TRAINING, f"{_TRAINING}\n\n{merged}", 1)
+    else:
+        header = weights.describe(folder)
+        metas = not header.model.name.startswith("nano")
+        data = ModelCardData(**licence(metas=metas), library_name="sam3-finetuning")
+        parts = [f"---\n{data.to_yaml()}\n---", f"# {folder.resolve().name}", merged]
+        parts += ["## What it finds", _prompts(header), "## Limits", _limits(header)]
+        text = "\n\n".join([*parts, "## Use", _use(header)]) + "\n"
+    write_text(folder / CARD, text)
+    return folder / CARD
 
 
 def licence(*, metas: bool) -> dict[str, Any]:

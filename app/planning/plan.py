@@ -147,7 +147,8 @@ def show(plan: Plan, splits: Splits) -> None:
         ),
         (
             "updates",
-            f"{plan.updates * epochs}: {plan.updates} an epoch, {counted(epochs, 'epoch')}",
+            f"{plan.updates * epochs}: {plan.updates} in {'each of ' if epochs > 1 else ''}"
+            f"{counted(epochs, 'epoch')}",
         ),
         ("parameters", f"{plan.parameters / 1e6:.2f} M, {plan.trained / 1e6:.2f} M trained"),
         (
