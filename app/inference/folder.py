@@ -120,7 +120,7 @@ def _notes(summary: Summary, settings: Settings, pages: Mapping[str, int]) -> It
     if not summary.objects and summary.best is not None and summary.best[0] > 0:
         score, file_name = summary.best
         yield (
-            f"nothing scores above the threshold of {settings.threshold:g}; the highest score is "
+            f"nothing scores above the threshold of {settings.threshold:.3g}; the highest score is "
             f"{score:.3g}, in {file_name}: --threshold {threshold_below(score)} --overwrite would "
             "show it"
         )
