@@ -128,6 +128,7 @@ def film_problem(path: Path) -> str:
 
 
 def _open(path: Path) -> Image.Image:
+    image: Image.Image
     try:
         image = Image.open(path, formats=FORMATS)
     except Exception:

@@ -60,12 +60,11 @@ class Sam3(PythonModel):
 
     def _predict_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         prompts, threshold = row.get("prompts"), row.get("threshold")
-        if not isinstance(prompts, str):
-            is_absent = prompts is None or isinstance(prompts, float)  # NaN
-            prompts = [] if is_absent else list(prompts)
+        if prompts is None or isinstance(prompts, float):  # NaN, where other rows have some
+            prompts = []
         detections = self.predictor.predict(
             _read_image(row.get("image")),
-            prompts,
+            prompts if isinstance(prompts, str) else list(prompts),
             threshold=None if threshold is None or pd.isna(threshold) else float(threshold),
         )
         return {

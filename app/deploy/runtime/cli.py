@@ -122,7 +122,7 @@ def _check(runtime: Runtime) -> None:
 def _settings(options: argparse.Namespace, runtime: Runtime) -> Settings:
     """Return the settings of the flags, checked against what the folder can be asked."""
     manifest = runtime.manifest
-    settings = RuntimeSettings(
+    settings: Settings = RuntimeSettings(
         checkpoint=str(options.folder),
         prompts=tuple(options.prompt),
         threshold=options.threshold,
