@@ -200,7 +200,7 @@ def train(
 
         # Before torch is imported. The other ranks come to a folder that the first writes to.
         named = [text.partition("=")[2] for text in overrides if text.startswith("output_dir=")]
-        if named and not (plan or eval_only) and os.environ.get("RANK", "0") == "0":
+        if named and not plan and not (eval_only and resume) and os.environ.get("RANK", "0") == "0":
             check_folder(Path(named[-1]), resume=resume, overwrite=overwrite)
         from app.cli import training
         from app.training.prepare import Request
