@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,6 +93,7 @@ def predict_images(
 
 def _entry(job: Job, detections: Detections) -> Entry:
     category_ids = range(1, len(detections.prompts) + 1)
+    best = detections.best_score
     return {
         "image": str(job.image),
         "state": file_state(job.image),
@@ -100,5 +102,5 @@ def _entry(job: Job, detections: Detections) -> Entry:
         "width": detections.width,
         "height": detections.height,
         "found": coco_results(detections, 0, category_ids),
-        "best_score": detections.best_score,
+        "best_score": best if best is not None and math.isfinite(best) else None,
     }

@@ -252,8 +252,8 @@ def describe(
     )
     method.describe(model, config.method.name)
     log.info(
-        "data: %s and %s; classes: %s",
-        counted(len(splits.train.images), "training image"),
+        "data: %d training and %s; classes: %s",
+        len(splits.train.images),
         counted(len(splits.valid.images), "validation image"),
         ", ".join(splits.train.class_names),
     )

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 from pycocotools import mask as mask_utils
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from app.datasets.synthetic.shapes import make_shapes
@@ -151,6 +152,22 @@ def test_where_nothing_is_found_the_best_score_is_told(command, tiny_run, images
     again = command(*words, *shown[1].split())
     assert again.code == 0, again.err
     assert "3 of 3 images, 0 objects" not in again.out
+
+
+def test_weights_that_score_nothing_find_nothing(command, tiny_run, images, tmp_path) -> None:
+    """A score that is no number fits neither the journal nor a sentence."""
+    whole = tiny_run / "weights" / "best" / "model.safetensors"
+    state = load_file(whole)
+    state["dot_prod_scoring.hs_proj.bias"].fill_(float("nan"))
+    with safe_open(whole, "pt") as opened:
+        save_file(state, tmp_path / "nan.safetensors", metadata=opened.metadata())
+    done = command(
+        *("infer", "--checkpoint", tmp_path / "nan.safetensors", "--input", images),
+        *("--prompt", "circle", "--output-dir", tmp_path / "out"),
+    )
+    assert done.code == 0, done.err
+    assert "3 of 3 images, 0 objects" in done.out
+    assert "nan" not in done.out.replace(str(tmp_path), "")
 
 
 def test_what_limits_the_results_is_said(command, tiny_run, images, tmp_path) -> None:
