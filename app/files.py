@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
+import errno
 import fcntl
 import glob
 import hashlib
@@ -265,7 +266,9 @@ def check_writable(folder: Path) -> None:
     if not there.is_dir():
         raise UserError(f"--output-dir {folder}: cannot be written ({there} is no folder)")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--output-dir {folder}: cannot be written (no permission in {there})")
+        is_read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+        reason = os.strerror(errno.EROFS if is_read_only else errno.EACCES)
+        raise UserError(f"--output-dir {folder}: cannot be written ({reason})")
 
 
 def free_folder(folder: Path) -> Path:

@@ -148,7 +148,8 @@ def _do_what_is_left(
     todo = [job for job in jobs if _read(journal, job) is None]
     before = len(jobs) - len(todo)
     if before:
-        log.info("%d of %s were done before", before, counted(len(jobs), "image"))
+        were = "was" if len(jobs) == 1 else "were"
+        log.info("%d of %s %s done before", before, counted(len(jobs), "image"), were)
     batches = [todo[at : at + batch_size] for at in range(0, len(todo), batch_size)]
     failed: list[str] = []
     pages: dict[str, int] = {}

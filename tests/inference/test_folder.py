@@ -135,7 +135,7 @@ def test_a_second_run_into_the_folder_of_the_images(command, tiny_run, tmp_path)
     assert (tmp_path / "in" / "a.png").is_file()
     again = command(*words)
     assert again.code == 0, again.err
-    assert "1 of 1 image were done before" in again.out
+    assert "1 of 1 image was done before" in again.out
     assert "of an earlier prediction (a.png, …)" in again.out
 
 
