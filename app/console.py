@@ -17,9 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from app.errors import UserError
 
 log = logging.getLogger("app")
@@ -119,6 +116,10 @@ def progress(
 def _bar(
     title: str, total: int, done: int, time_left: TimeLeft | None
 ) -> Iterator[Callable[[int, str], None]]:
+    # Here, because an exported folder's runtime is used from Python without rich.
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -154,6 +155,13 @@ def _lines(
 
 def _left(seconds: float | None) -> str:
     return "" if seconds is None else f"{duration(seconds)} left"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return "1 object", "2 objects", "1 class", "2 classes"."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}{'es' if noun.endswith(('s', 'x')) else 's'}"
 
 
 def duration(seconds: float) -> str:

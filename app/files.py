@@ -458,6 +458,21 @@ def nearest_existing(path: Path) -> Path:
     return next(each for each in (path, *path.absolute().parents) if each.exists())
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse an output folder that cannot be made or written, before any work is done.
+
+    Raises:
+        UserError: what is in the way.
+    """
+    there = nearest_existing(folder)
+    if not there.is_dir():
+        raise UserError(f"--output-dir {folder}: cannot be written ({there} is no folder)")
+    if not os.access(there, os.W_OK | os.X_OK):
+        is_read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+        reason = os.strerror(errno.EROFS if is_read_only else errno.EACCES)
+        raise UserError(f"--output-dir {folder}: cannot be written ({reason})")
+
+
 def free_folder(folder: Path) -> Path:
     """Return `folder`, or the first of folder-2, folder-3, … that is missing or empty.
 

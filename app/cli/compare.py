@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from app.console import counted
+
 if TYPE_CHECKING:
     from app.evaluation.compare import Comparison
 
@@ -24,6 +26,8 @@ def compare(
     from app.evaluation import compare as comparing
 
     show(comparing.compare(run, other), run, other)
+    for line in comparing.other_settings(run, other):
+        log.info("%s", line)
 
 
 def show(comparison: Comparison, one: Path, other: Path) -> None:
@@ -33,18 +37,27 @@ def show(comparison: Comparison, one: Path, other: Path) -> None:
     from rich.text import Text
 
     from app.console import plain
+    from app.evaluation.compare import label
 
+    log.info("first: %s", one)
+    log.info("second: %s", other)
     table = Table()
-    for heading in ("figure", str(one), str(other), "difference", "95 % of resamplings"):
-        table.add_column(Text(plain(heading)), overflow="fold")
+    for heading in ("figure", "first", "second", "difference", "95 % of resamplings"):
+        table.add_column(Text(heading), overflow="fold")
     for line in comparison.lines:
         interval = "" if line.interval is None else "{:+.3f}…{:+.3f}".format(*line.interval)
         sure = " *" if line.is_sure else ""
-        cells = (line.name, f"{line.one:.3f}", f"{line.other:.3f}", f"{line.difference:+.3f}")
+        cells = (
+            label(line.name),
+            f"{line.one:.3f}",
+            f"{line.other:.3f}",
+            f"{line.difference:+.3f}",
+        )
         table.add_row(*(Text(plain(cell)) for cell in (*cells, interval + sure)))
     Console(soft_wrap=True).print(table)
     log.info(
-        "* the interval, from %d resamplings of the %d images, leaves out 0",
+        "intervals: from %d resamplings of %s%s",
         comparison.resamplings,
-        comparison.images,
+        counted(comparison.images, "image"),
+        "; * leaves out 0" if any(line.is_sure for line in comparison.lines) else "",
     )

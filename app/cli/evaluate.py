@@ -72,6 +72,10 @@ def evaluate(
         "output_dir": output_dir,
     }
     with signals.watch():
+        from app.training.output_folder import check_folder
+
+        if output_dir is not None:  # before torch is imported
+            check_folder(output_dir, resume=None, overwrite=overwrite)
         from app.cli import training
         from app.training.prepare import Request
 

@@ -156,6 +156,9 @@ def export(
         raise UserError(
             f"--format {to_format}: there is {', '.join(FORMATS)}.{nearest(to_format, FORMATS)}"
         )
+    from app.deploy.output import check_output
+
+    check_output(output_dir, checkpoint, overwrite=overwrite)  # before torch is imported
     if to_format == "onnx":
         write_graphs(
             checkpoint, output_dir, given, flags, measure_on=measure_on, overwrite=overwrite

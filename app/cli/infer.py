@@ -108,9 +108,8 @@ def infer(
 ) -> None:
     """Find what the prompts name in images; the same command again does what a stop left over."""
     from app.files import free_folder
-    from app.inference.folder import predict_folder
-    from app.inference.settings import Settings, make_settings
-    from app.inference.worker import open_work
+    from app.inference.folder import list_jobs, predict_folder
+    from app.inference.settings import Settings, make_settings, with_defaults
 
     settings = Settings(
         checkpoint=checkpoint,
@@ -125,16 +124,21 @@ def infer(
         device=device,
         precision=precision,
     )
+    settings = make_settings(
+        settings,
+        prompts_file=prompts,
+        boxes=box or (),
+        negative_boxes=negative_box or (),
+        save=save or (),
+    )
+    output = output_dir or free_folder(Path("outputs/infer"))
+    jobs = list_jobs(input, output, settings.save, overwrite=overwrite)
+    from app.inference.worker import open_work  # torch: only where there is something to do
+
     failed = predict_folder(
-        input,
-        output_dir or free_folder(Path("outputs/infer")),
-        make_settings(
-            settings,
-            prompts_file=prompts,
-            boxes=box or (),
-            negative_boxes=negative_box or (),
-            save=save or (),
-        ),
+        jobs,
+        output,
+        with_defaults(settings),
         open_work,
         batch_size=batch_size,
         processes=num_gpus,

@@ -29,6 +29,9 @@ def merge(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Join a LoRA with its base into plain weights."""
+    from app.evaluation.model_card import write_merged_card
     from app.model import weights
 
-    log.info("weights: %s", weights.merge(adapter, output_dir, overwrite=overwrite).parent)
+    folder = weights.merge(adapter, output_dir, overwrite=overwrite).parent
+    write_merged_card(adapter, folder)
+    log.info("weights: %s", folder)

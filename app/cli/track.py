@@ -28,11 +28,12 @@ def track(
 ) -> None:
     """Send to MLflow what it has not of a run: after a server was down, or for the first time."""
     from app.tracking import mlflow as tracking
+    from app.tracking.state import registered
 
     uri, state = tracking.track(run, mlflow or "auto", register)
     log.info("MLflow: run %s at %s", state.run_id, uri)
     if state.version:
-        log.info("registered: %s", state.version)
+        log.info("%s", registered(state))
     if not state.complete:
         log.warning("not all was sent: %s", state.problem)
         raise typer.Exit(3)

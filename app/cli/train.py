@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -193,12 +194,19 @@ def train(
         "evaluation.split": split,
         "seed": seed,
     }
+    overrides = options.to_overrides(overrides, flags)
     with signals.watch() as stop:
+        from app.training.output_folder import check_folder
+
+        # Before torch is imported. The other ranks come to a folder that the first writes to.
+        named = [text.partition("=")[2] for text in overrides if text.startswith("output_dir=")]
+        if named and not plan and not (eval_only and resume) and os.environ.get("RANK", "0") == "0":
+            check_folder(Path(named[-1]), resume=resume, overwrite=overwrite)
         from app.cli import training
         from app.training.prepare import Request
 
         request = Request(
-            options.to_overrides(overrides, flags),
+            overrides,
             size=weights.model,
             file=config,
             recipe=recipe,

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from app.config.schema import PlanKind
+from app.console import counted
 from app.errors import UserError
 from app.model.device import is_main
 from app.signals import StopRequest
@@ -167,7 +168,7 @@ def fit_batch(prepared: Prepared, planner: Planner) -> Prepared:
                 "--batch-size auto: not even one image a step fits. --plan --batch-size 1 says "
                 "what would"
             )
-    log.info("batch size: %d images (the largest that fits)", size)
+    log.info("batch size: %s (the largest that fits)", counted(size, "image"))
     return prepared.with_batch_size(size)
 
 

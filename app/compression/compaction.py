@@ -26,6 +26,7 @@ from app.compression.goal import CutFlags, Goal, all_but, check_goal, make_goal
 from app.compression.importance import Measure, Width, WidthBy, choose_layers, choose_queries, most
 from app.config.compose import load_config, model_config
 from app.config.schema import Config, ModelConfig
+from app.console import counted
 from app.datasets import sources
 from app.datasets.coco import Category, Dataset, Image
 from app.datasets.images import open_image
@@ -154,7 +155,7 @@ class _Cutting:
         cache.parent.mkdir(parents=True, exist_ok=True)
         self.measure = Measure(self.config, self.model, images, self.precision, cache)
         by = "labels" if self.measure.labelled else "what the whole model answers"
-        log.info("what matters is measured on %d images, by %s", len(images.images), by)
+        log.info("what matters is measured on %s, by %s", counted(len(images.images), "image"), by)
 
     def cut(self, goal: Goal, by: WidthBy) -> None:
         """Do all steps of a goal, each measured on what the steps before it left."""

@@ -157,10 +157,12 @@ def note(config: Config) -> str | None:
     distill, epochs = config.distill, config.training.epochs
     if distill.teacher is None or distill.trunk_epochs + distill.feature_epochs < epochs:
         return None
+    least = distill.trunk_epochs + distill.feature_epochs
     return (
-        f"distill: {distill.trunk_epochs} trunk_epochs and {distill.feature_epochs} feature_epochs "
-        f"are all of the {epochs} epochs: the student learns the teacher's features, not its "
-        "outputs. More --epochs teach both"
+        f"--epochs {epochs} is too short for this teacher: the first "
+        f"{distill.trunk_epochs} teach the trunk and the next {distill.feature_epochs} its "
+        f"features, so that no answers are trained. Give --epochs above {least}, or "
+        "distill.trunk_epochs=0 distill.feature_epochs=0"
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from app.config.compose import load_config
 from app.config.reading import AS_WRITTEN, ReadingConfig
 from app.config.schema import Config
-from app.console import command, progress
+from app.console import command, counted, progress
 from app.datasets.build import Splits, Survey, advise, decode, make_splits, settings_advice, survey
 from app.datasets.coco import Dataset
 from app.datasets.dataset_report import REPORT, by_kind, render
@@ -19,6 +20,7 @@ from app.errors import UserError
 from app.files import atomic_folder, exists_problem, write_text
 
 log = logging.getLogger("app")
+SHOWN = 20  # classes in the line of a split
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,19 @@ class Check:
     def lines(self) -> list[str]:
         """Return a line for each fault, kind by kind; of many of a kind, the first ones."""
         return list(lines(fault for _, group in by_kind(self.faults) for fault in group))
+
+    def counts(self) -> list[str]:
+        """Return a line for each split: its images, its objects, and those of each class."""
+        told = []
+        for name, dataset in self.survey.splits.items():
+            objects = Counter(annotation.category_id for annotation in dataset.annotations)
+            classes = [f"{c.name} {objects[c.id]}" for c in dataset.categories]
+            more = [f"{len(classes) - SHOWN} more"] if len(classes) > SHOWN else []
+            told.append(
+                f"{name}: {counted(len(dataset.images), 'image')}, "
+                f"{counted(objects.total(), 'object')}: {', '.join([*classes[:SHOWN], *more])}"
+            )
+        return told
 
 
 def check(folder: Path, format: str, reading: ReadingConfig = AS_WRITTEN) -> Check:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image as PILImage
 from pycocotools import mask as coco_mask
 
+from app.console import counted
 from app.datasets.build import Splits
 from app.datasets.coco import Annotation, Dataset, Image
 from app.datasets.faults import KINDS, SHOWN_PER_KIND, Action, Fault
@@ -199,7 +200,8 @@ def _samples(split: str, dataset: Dataset) -> str:
 
 def _figure(image: Image, dataset: Dataset) -> str:
     annotations = dataset.annotations_by_image[image.id]
-    caption = f"{image.path.name}: {image.width} × {image.height}, {len(annotations)} objects"
+    caption = f"{image.path.name}: {image.width} × {image.height}, "
+    caption += counted(len(annotations), "object")
     try:
         drawn = draw_sample(image, annotations, dataset)
     except UserError:

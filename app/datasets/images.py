@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -14,12 +16,19 @@ from app.files import check_regular, open_file
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif"),
-    *(".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
+    *(".ppm", ".pgm", ".pbm", ".jp2", ".avif", ".heic", ".heif"),
 )
+FILMS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 # What Pillow may decode: some of its other decoders start programs, as that of EPS does.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 MAX_PIXELS = 2**27  # more is no photograph but a decompression bomb
 HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+FILM_BRANDS = (  # at byte 8 of MP4, MOV and AVI
+    *(b"isom", b"iso2", b"iso4", b"iso5", b"iso6", b"mp41", b"mp42", b"avc1", b"M4V ", b"qt  "),
+    *(b"3gp4", b"3gp5", b"AVI "),
+)
+FILM_STARTS = (b"\x1aE\xdf\xa3", b"\x00\x00\x01\xba")  # Matroska and WebM, MPEG
+PAGED = ("TIFF", "GIF", "WEBP")  # a JPEG's further pictures are a phone's depth, and thumbnails
 
 # `_open` refuses bombs itself: turning the warning into an error is not safe in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -72,7 +81,7 @@ def open_image(path: Path) -> Image.Image:
     """
     try:
         with _open(path) as image:
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # its decoders raise OSError, ValueError, SyntaxError, struct.error
         raise _explain(path, error) from None
 
@@ -82,17 +91,74 @@ def open_small(path: Path, side: int) -> Image.Image:
     try:
         with _open(path) as image:
             image.draft("RGB", (side, side))
-            return _to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:
         raise _explain(path, error) from None
 
 
+def count_pages(path: Path) -> int:
+    """Return how many pictures an image file holds, of which the first is read.
+
+    Smaller copies of the same picture, as a GeoTIFF has them, do not count.
+
+    Raises:
+        ImageError: as of `read_header`.
+    """
+    try:
+        with _open(path) as image:
+            count = getattr(image, "n_frames", 1) if image.format in PAGED else 1
+            if image.format != "TIFF":
+                return count
+            return 1 + sum(not _is_copy(image, page) for page in range(1, count))
+    except Exception as error:
+        raise _explain(path, error) from None
+
+
+def _is_copy(image: Image.Image, page: int) -> bool:
+    """Return whether a TIFF's page is a smaller copy or a mask of another (NewSubfileType)."""
+    image.seek(page)
+    return bool(image.tag_v2.get(254, 0) & 0b101)  # type: ignore[attr-defined]
+
+
+def film_problem(path: Path) -> str:
+    """Return that a film is not read, and how to make images of it."""
+    return (
+        f"{path}: films are not read yet; make images of it: mkdir frames && "
+        f"ffmpeg -i '{path}' frames/%06d.png"
+    )
+
+
 def _open(path: Path) -> Image.Image:
     check_regular(path)  # a pipe would be waited for without an end
-    image = Image.open(path, formats=FORMATS)
+    image: Image.Image
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except Exception:
+        if not _is_heic(path):
+            raise
+        image = _open_heic(path)
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     return image
+
+
+def _is_heic(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError:
+        return False
+    return head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS
+
+
+def _open_heic(path: Path) -> Image.Image:
+    """Open HEIC by pi-heif, which is imported for such files alone: a Jetson's image lacks it.
+
+    pi-heif is pillow-heif without its encoders, whose libx265 is under the GPL.
+    """
+    pi_heif: Any = importlib.import_module("pi_heif")
+    pi_heif.register_heif_opener()
+    return Image.open(path, formats=("HEIF",))
 
 
 def _conversions(image: Image.Image) -> tuple[str, ...]:
@@ -108,7 +174,7 @@ def _conversions(image: Image.Image) -> tuple[str, ...]:
     return tuple(kinds)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Convert to RGB; scale 16 bits, because Pillow clips them at 255 (its issue 3011)."""
     if image.mode.startswith("I"):
         levels = np.asarray(image).clip(0, 65535) / 257
@@ -134,7 +200,12 @@ def _explain(path: Path, error: Exception) -> ImageError:
         return ImageError("no image", path, "it is SVG; export it as PNG")
     if text.startswith((b"<!doctype html", b"<html", b"<head")):
         return ImageError("no image", path, "it is a web page (HTML); download the image itself")
-    if head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS:
-        return ImageError("no image", path, "it is HEIC; export it as JPEG")
-    kind = "no image" if isinstance(error, Image.UnidentifiedImageError) else "image damaged"
-    return ImageError(kind, path, " ".join(str(error).replace(str(path), "it").split()))
+    if isinstance(error, ImportError):
+        return ImageError("no image", path, "it is HEIC; export it as JPEG, or pip install pi-heif")
+    is_film = head[8:12] in FILM_BRANDS or head.startswith(FILM_STARTS)
+    if path.suffix.lower() in FILMS or is_film:
+        return ImageError("no image", path, "it is a film; make images of it by ffmpeg")
+    if isinstance(error, Image.UnidentifiedImageError):
+        return ImageError("no image", path, f"it is none of {', '.join(FORMATS)} and HEIC")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return ImageError("image damaged", path, " ".join(reason.replace(str(path), "file").split()))

@@ -79,11 +79,13 @@ def export(
         measure_on: the most images to compare on.
 
     Raises:
-        UserError: what cannot be exported, or graphs beyond their tolerance; names each miss.
+        UserError: what cannot be exported, or graphs beyond their tolerance; names each miss. A
+            precision that misses is left out of the export where another that was asked for passes.
     """
     source = weights.find_file(path)
     check_output(folder, source, overwrite=overwrite)
     wanted = wanted or Wanted()
+    asked = wanted.precisions
     header = weights.describe(source, resolution=wanted.resolution)
     wanted = check_wanted(wanted, header, has_images=images is not None or valid is not None)
     with (
@@ -111,10 +113,11 @@ def export(
             check_operators(file)
 
         manifest = _describe(temporary, header, wanted, source)
-        parity = measure(predictor, temporary, manifest, pictures, valid, max_detections)
+        parity = measure(predictor, temporary, manifest, asked, pictures, valid, max_detections)
         del predictor
         for file in temporary.glob(f"*{ROUNDED}.onnx*"):
             file.unlink()
+        manifest = keep_precisions(manifest, list(parity), temporary)
 
         _write_golden(temporary, manifest, pictures[0])
         files = {**manifest.files, GOLDEN: manifests.identity(temporary / GOLDEN)}
@@ -241,6 +244,26 @@ def _describe(folder: Path, header: weights.Header, wanted: Wanted, source: Path
             "data_hash": header.data_hash,
         },
         target=wanted.target or {},
+    )
+
+
+def keep_precisions(manifest: Manifest, names: Sequence[str], folder: Path) -> Manifest:
+    """Return the manifest with these precisions alone; remove the files of the others."""
+    graphs = {
+        graph: {precision: file for precision, file in files.items() if precision in names}
+        for graph, files in manifest.graphs.items()
+    }
+    dropped = {file for files in manifest.graphs.values() for file in files.values()} - {
+        file for files in graphs.values() for file in files.values()
+    }
+    gone = [name for name in manifest.files if name.startswith(tuple(dropped))]
+    for name in gone:
+        (folder / name).unlink()
+    return replace(
+        manifest,
+        graphs=graphs,
+        files={name: file for name, file in manifest.files.items() if name not in gone},
+        tolerances={name: manifest.tolerances[name] for name in names},
     )
 
 

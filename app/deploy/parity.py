@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from app.console import counted
 from app.datasets.coco import Dataset
 from app.datasets.square import to_square
 from app.deploy.graphs import FEATURES
@@ -29,6 +30,13 @@ from app.inference.predictor import Predictor, normalise, query_scores
 
 log = logging.getLogger("app")
 ROUNDED = ".rounded"  # in the names of graphs that are made to measure a half, and removed
+_REMEDIES = {  # of a precision that is too far from the model
+    "fp32": "fp32 should be the model itself: give --images of another kind, and report it.",
+    "fp16": "Instead of fp16: bf16, which has fp32's range, or fp32.",
+    "bf16": "Instead of bf16: fp16, which rounds less, or fp32.",
+    "int8": "For int8: calibrate on more of your images (--images DIR --measure-on 100), train for "
+    "longer, as weights of a short run round badly, or take fp16.",
+}
 Outputs = Mapping[str, NDArray[np.float32]]  # of a pass, by the names of `model_outputs`
 
 # Some three times the differences that were measured on nano and small.
@@ -161,23 +169,25 @@ def measure(
     predictor: Predictor,
     folder: Path,
     manifest: Manifest,
+    asked: Sequence[str],
     pictures: Sequence[Image.Image],
     valid: Dataset | None,
     max_detections: int,
 ) -> dict[str, Any]:
-    """Compare each precision with the model; return the differences and AP by precision.
+    """Compare each precision with the model; return the differences and AP of those that pass.
 
     Args:
         folder: the graphs, with the files that the manifest describes.
+        asked: precisions that the user wants; fp32 is always there.
         valid: labelled images, for AP.
 
     Raises:
-        UserError: a precision is beyond its tolerance; names each miss.
+        UserError: fp32, or all that was asked for, is beyond its tolerance; names each miss.
     """
     passes = prompts_by_pass(manifest.prompts or manifest.classes, manifest.prompts_a_pass)
     reference = _figures(predictor, valid, max_detections)
     parity: dict[str, Any] = {}
-    problems: list[str] = []
+    misses: dict[str, list[str]] = {}
     above = best = 0.0  # fp32, the first, must agree on every query; others on detections
     for precision in manifest.tolerances:
         runtime = load_precision(folder, manifest, precision)
@@ -192,25 +202,30 @@ def measure(
         line = (
             f"{precision}: features' cosine {difference.cosine:.6f}, scores within "
             f"{difference.scores:.2g}, boxes within {difference.boxes:.2g}, mask IoU "
-            f"{difference.mask_iou:.4f} of {difference.objects} objects on "
-            f"{difference.images} images"
+            f"{difference.mask_iou:.4f} of {counted(difference.objects, 'object')} on "
+            f"{counted(difference.images, 'image')}"
         )
         for key, value in _figures(runtime, valid, max_detections).items():
             row[key], row[f"model/{key}"] = value, reference[key]
             line += f", {key} {value:.3f} (the model's {reference[key]:.3f})"
         log.info("%s", line)
-        parity[precision] = row
-        misses = difference.misses(manifest.tolerances[precision])
-        problems += [f"{precision}: {miss}" for miss in misses]
-    if problems:
-        remedy = "Leave out the --precision that misses, or calibrate int8 on more of your images."
-        if not above:
-            remedy += " The model finds nothing on these; give --images that show what it knows."
-        raise UserError(
-            ["The graphs are too far from the model; nothing is left of the export:"]
-            + [f"  {problem}" for problem in problems]
-            + [f"  {remedy}"]
+        if missed := difference.misses(manifest.tolerances[precision]):
+            misses[precision] = missed
+        else:
+            parity[precision] = row
+    problems = [f"  {precision}: {miss}" for precision, each in misses.items() for miss in each]
+    remedies = [f"  {_REMEDIES[precision]}" for precision in misses]
+    if misses and not above:
+        remedies.append(
+            "  The model finds nothing on these; give --images that show what it knows."
         )
+    if "fp32" in misses or not any(precision in parity for precision in asked):
+        state = "The graphs are too far from the model; nothing is left of the export:"
+        raise UserError([state, *problems, *remedies])
+    if misses:
+        log.warning("left out, because it is too far from the model: %s", ", ".join(misses))
+        for line in (*problems, *remedies):
+            log.warning("%s", line)
     return parity
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import hotcoco
 import numpy as np
 from numpy.typing import NDArray
 
+from app.config.compose import read_yaml
 from app.datasets.coco import Category, Dataset
 from app.errors import UserError
 from app.evaluation import record
@@ -19,9 +20,12 @@ from app.evaluation.matching import Overlaps, overlaps
 from app.evaluation.metrics import accumulate, iou_types
 from app.evaluation.off_prompt import firing_of
 from app.evaluation.record import Record
+from app.evaluation.report_page import HEADLINE, KIND, ONCE, SETTINGS
+from app.files import flatten, read_json
 
 Counts = NDArray[np.float64]
 RESAMPLINGS = 500
+SHOWN = 20  # settings that differ
 CLASSES = 50  # more get no interval: each costs a resampling of its own
 _SHOWN = {  # hotcoco's name: ours
     **{"AP": "AP", "AP50": "AP50", "AP75": "AP75"},
@@ -76,9 +80,53 @@ def compare(one: Path, other: Path, resamplings: int = RESAMPLINGS) -> Compariso
     kinds = [t for t in iou_types(first.truth, first.results) if t in _kinds(second)]
     lines = [line for kind in kinds for line in _figures(first, second, kind, resamplings)]
     lines += [line for kind in kinds for line in _concepts(first, second, kind, resamplings)]
+    lines += _stored_concepts(one, other, {line.name for line in lines})
     lines += _firing(first, second, kinds[-1], resamplings)
     lines += [line for kind in kinds for line in _classes(first, second, kind, resamplings)]
     return Comparison(tuple(lines), len(first.truth.images), resamplings)
+
+
+def label(name: str) -> str:
+    """Return the name of a figure as the report has it: "box AP" for bbox/AP."""
+    kind, _, rest = name.partition("/")
+    if kind not in KIND:
+        return {**ONCE, "off_prompt/classes": "off-prompt firing on classes"}.get(name, name)
+    figure, _, of_class = rest.partition("/")
+    figure = HEADLINE.get(figure, figure.replace("_", " "))
+    return f"{KIND[kind]} {figure}{f' of {of_class}' if of_class else ''}"
+
+
+def other_settings(one: Path, other: Path) -> list[str]:
+    """Return the settings in which two runs differ; none where a folder does not hold them."""
+    if not all((folder / SETTINGS).is_file() for folder in (one, other)):
+        return []
+    first, second = (flatten(read_yaml(folder / SETTINGS)) for folder in (one, other))
+    differing = [
+        f"  {key}: {first.get(key)}, {second.get(key)}"
+        for key in {**first, **second}
+        if first.get(key) != second.get(key) and key != "output_dir"
+    ]
+    if not differing:
+        return ["settings: the same in both"]
+    more = [f"  and {len(differing) - SHOWN} more"] if len(differing) > SHOWN else []
+    return ["settings that differ, of the first and of the second:", *differing[:SHOWN], *more]
+
+
+def _stored_concepts(one: Path, other: Path, known: Collection[str]) -> list[Line]:
+    """Return cgF1 as both runs have it in metrics.json, where the classes alone define none.
+
+    It counts nouns that no image shows as well. It has no interval, because these are not kept.
+    """
+    files = [folder / "metrics.json" for folder in (one, other)]
+    if not all(file.is_file() for file in files):
+        return []
+    first, second = map(read_json, files)
+    names = [f"{kind}/{name}" for kind in KIND for name in ("cgF1", "IL_MCC")]
+    return [
+        Line(name, first[name], second[name])
+        for name in names
+        if name not in known and name in first and name in second
+    ]
 
 
 def _is_same(one: Dataset, other: Dataset) -> bool:

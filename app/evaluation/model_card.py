@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from app.config.schema import Config, DatasetConfig, Node
-from app.console import command, duration, plain
+from app.console import command, counted, duration, plain
 from app.datasets.build import Splits
 from app.evaluation.report_page import HEADLINE, KIND, ONCE, number
 from app.files import read_json, write_text
@@ -26,6 +26,7 @@ CARD = "README.md"
 COLUMNS = {"baseline/": "before training", "": "these weights"}
 _TASKS = {"bbox": "object-detection", "segm": "image-segmentation"}
 _CODE = "SAM 3's code, which they need, is under the SAM License."
+_TRAINING = "## Training"
 SHOWN_PROMPTS = 60
 
 
@@ -34,7 +35,7 @@ def write_card(
     pretrained_path: Path | None,
     splits: Splits,
     *,
-    lr_scale: float,
+    learning_rates: Mapping[str, float],
     processes: int,
     precision: torch.dtype,
 ) -> Path:
@@ -43,7 +44,7 @@ def write_card(
     Args:
         pretrained_path: the weights that training started from; None for random ones.
         splits: the images that it trained and validated on.
-        lr_scale: factor of the learning rates.
+        learning_rates: part of the model that was trained → its highest rate.
     """
     folder = Path(config.output_dir)
     best = folder / "weights" / "best"
@@ -66,7 +67,7 @@ def write_card(
         f"validate on, from {_source(config.dataset)}",
         "training data, by content": code(header.data_hash),
         "precision": str(precision).removeprefix("torch."),
-        **_settings(config, lr_scale, processes),
+        **_settings(config, learning_rates, processes),
     }
     parts = [
         f"---\n{data.to_yaml()}\n---",
@@ -78,7 +79,7 @@ def write_card(
         _prompts(header),
         "## Figures",
         _figures(figures),
-        "## Training",
+        _TRAINING,
         _command(environment, figures),
         "\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
         "## Limits",
@@ -116,6 +117,30 @@ def code(words: object) -> str:
     fence = "`" * (longest + 1)
     padding = " " if longest else ""
     return f"{fence}{padding}{line}{padding}{fence}"
+
+
+def write_merged_card(adapter: Path, folder: Path) -> Path:
+    """Write the card of plain weights that a LoRA was merged into: that of the LoRA, and a line.
+
+    A LoRA without a card gets one that says what its header knows.
+
+    Args:
+        adapter: folder of the LoRA.
+        folder: of the merged weights.
+    """
+    merged = "These are plain weights: a LoRA, merged with the weights that it was trained on."
+    card = adapter / CARD
+    if card.is_file():
+        text = card.read_text(encoding="utf-8").replace(_TRAINING, f"{_TRAINING}\n\n{merged}", 1)
+    else:
+        header = weights.describe(folder)
+        metas = not header.model.name.startswith("nano")
+        data = ModelCardData(**licence(metas=metas), library_name="sam3-finetuning")
+        parts = [f"---\n{data.to_yaml()}\n---", f"# {folder.resolve().name}", merged]
+        parts += ["## What it finds", _prompts(header), "## Limits", _limits(header)]
+        text = "\n\n".join([*parts, "## Use", _use(header)]) + "\n"
+    write_text(folder / CARD, text)
+    return folder / CARD
 
 
 def licence(*, metas: bool) -> dict[str, Any]:
@@ -175,7 +200,8 @@ def _command(environment: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
         given = f"```bash\n{command('./train.sh', *words)}\n```\n\n"
         machine = environment["gpu"] or f"{environment['cpus']} CPU threads"
         machine = f" on {machine}, torch {environment['packages']['torch']}"
-    return f"{given}{figures['epochs']} epochs in {duration(figures['seconds'])}{machine}:"
+    epochs = counted(figures["epochs"], "epoch")
+    return f"{given}{epochs} in {duration(figures['seconds'])}{machine}:"
 
 
 def _origin(pretrained_path: Path | None) -> str:
@@ -209,17 +235,18 @@ def _source(dataset: DatasetConfig) -> str:
     return "the project's own generator of synthetic shapes"
 
 
-def _settings(config: Config, lr_scale: float, processes: int) -> dict[str, object]:
+def _settings(
+    config: Config, learning_rates: Mapping[str, float], processes: int
+) -> dict[str, object]:
     """Return the parts of the configuration that decide the weights, by readable names."""
-    training, optim = config.training, config.optim
-    rates = {"detector": optim.lr, "vision": optim.lr_vision, "text": optim.lr_text}
+    training = config.training
     return {
         "method": code(config.method.name),
         "transforms": _transforms(config.transforms.train),
         "losses, with their weights": _losses(config.loss.criterion),
-        "learning rates, at most": ", ".join(f"{k} {v * lr_scale:g}" for k, v in rates.items()),
-        "images an update": f"{training.batch_size} a step × {training.grad_accum} steps × "
-        f"{processes} processes",
+        "learning rates, at most": ", ".join(f"{k} {v:g}" for k, v in learning_rates.items()),
+        "images an update": f"{training.batch_size} a step × "
+        f"{counted(training.grad_accum, 'step')} × {counted(processes, 'process')}",
         "seed": config.seed,
     }
 

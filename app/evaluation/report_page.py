@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from app.config.yaml_data import read_yaml
-from app.console import command
+from app.console import command, counted
 from app.datasets.coco import Annotation, Image
 from app.datasets.dataset_report import REPORT as DATASET_REPORT
 from app.datasets.dataset_report import draw_sample
@@ -132,8 +132,8 @@ def _settings(folder: Path) -> dict[str, Any]:
 def _summary(scored: Scored, settings: Mapping[str, Any]) -> str:
     truth = scored.record.truth
     sentence = (
-        f"{len(truth.images)} images of the split “{scored.record.split}”, "
-        f"{len(truth.annotations)} objects of {len(truth.categories)} classes."
+        f"{counted(len(truth.images), 'image')} of the split “{scored.record.split}”, "
+        f"{counted(len(truth.annotations), 'object')} of {counted(len(truth.categories), 'class')}."
     )
     if settings:
         model = settings["model"]

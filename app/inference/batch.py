@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from app.datasets.images import ImageError, open_image
+from app.datasets.images import ImageError, count_pages, open_image
 from app.errors import UserError
 from app.inference.detections import Detections
 from app.inference.finder import Finder
@@ -21,18 +22,30 @@ from app.inference.settings import Settings
 
 @dataclass(frozen=True)
 class Job:
-    """Hold the path of an image to predict on, and the name of its files."""
+    """Hold an image to predict on, and how results call it.
+
+    Attributes:
+        image: absolute path.
+        file_name: path relative to what --input names, with slashes.
+        name: path of its files in the output folder, without an ending.
+    """
 
     image: Path
+    file_name: str
     name: str
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Hold the entries of the images of a batch that are done, and the problems of the others."""
+    """Hold the entries of the images of a batch that are done, and the problems of the others.
+
+    Attributes:
+        pages: image that holds further pictures, which are not read → number of all.
+    """
 
     entries: tuple[Entry, ...]
     failed: tuple[str, ...]
+    pages: dict[str, int] = field(default_factory=dict)
 
 
 # Batches → the outcome of each, in their order.
@@ -50,11 +63,14 @@ def predict_images(
     """
     opened: list[tuple[Job, Image.Image, list[int]]] = []
     failed: list[str] = []
+    pages: dict[str, int] = {}
     for job in batch:
         try:
             image, state = open_image(job.image), file_state(job.image)
             normalised_boxes([*settings.boxes, *settings.negative_boxes], image)
             opened.append((job, image, state))
+            if (count := count_pages(job.image)) > 1:
+                pages[job.file_name] = count
         except ImageError as error:
             failed.append(str(error))
         except (UserError, OSError) as error:  # of a box; of a file that went away meanwhile
@@ -72,15 +88,19 @@ def predict_images(
     for (job, image, state), detections in zip(opened, results, strict=True):
         write_images(output, job.name, image, detections, settings.save)
         entries.append(_entry(job, state, detections))
-    return Outcome(tuple(entries), tuple(failed))
+    return Outcome(tuple(entries), tuple(failed), pages)
 
 
 def _entry(job: Job, state: list[int], detections: Detections) -> Entry:
     category_ids = range(1, len(detections.prompts) + 1)
+    best = detections.best_score
     return {
         "image": str(job.image),
         "state": state,
+        "file_name": job.file_name,
+        "name": job.name,
         "width": detections.width,
         "height": detections.height,
         "found": coco_results(detections, 0, category_ids),
+        "best_score": best if best is not None and math.isfinite(best) else None,
     }

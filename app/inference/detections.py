@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from app.console import counted
 from app.inference.masks import bool_masks
 
+SHOWN = 5  # detections in a `repr`
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Detections:
     """Hold the detections of one image, the highest score first.
 
@@ -22,6 +25,8 @@ class Detections:
         prompts: noun phrases that the image was asked for.
         masks: N compressed COCO RLEs of the image's size; None from a model without a mask head.
         width, height: of the image, pixels.
+        best_score: the highest score of any query, 0..1, also where it is not above the threshold,
+            so that a user can be told which threshold would show it; None where it is not known.
     """
 
     boxes_xyxy: np.ndarray
@@ -31,9 +36,21 @@ class Detections:
     masks: list[dict[str, Any]] | None
     width: int
     height: int
+    best_score: float | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def __repr__(self) -> str:
+        """Return "3 detections of 640 x 480: circle 0.93, …"."""
+        size = f"{counted(len(self), 'detection')} of {self.width} x {self.height}"
+        shown = [
+            f"{self.prompts[int(prompt)]} {score:.2f}"
+            for prompt, score in zip(self.prompt_ids[:SHOWN], self.scores, strict=False)
+        ]
+        if len(self) > SHOWN:
+            shown.append("…")
+        return f"{size}: {', '.join(shown)}" if shown else size
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Detections:
         """Return some of the detections, by index, in the order given."""

@@ -5,17 +5,27 @@ Needs no torch and runs on Python 3.10, as the runtime of an exported folder doe
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
+from app.datasets.images import open_image, to_rgb
 from app.errors import UserError
 from app.inference.detections import Detections
-from app.inference.inputs import BOX_IN_TILE, check_prompts
+from app.inference.inputs import BOX_IN_TILE, check_length, check_prompts
 from app.inference.merging import merge_tiles, suppress
 from app.inference.tiles import make_tiles
+
+log = logging.getLogger("app")
+LEAST_TILE = 32  # pixels
+MOST_OVERLAP = 0.9  # of a tile's side
+Picture = Image.Image | Path | str | NDArray[np.uint8]  # what `predict` takes; see there
 
 
 @dataclass(frozen=True)
@@ -47,11 +57,13 @@ class Finder(ABC):
 
     prompts: tuple[str, ...]
     threshold: float
+    _context_length = 32  # tokens of a prompt, with those of start and end
+    _told = ""  # the last note of `check_length`
 
     def predict(
         self,
-        image: Image.Image,
-        prompts: Sequence[str] = (),
+        image: Picture,
+        prompts: str | Sequence[str] = (),
         *,
         boxes_xywh: Sequence[Sequence[float]] = (),
         negative_boxes_xywh: Sequence[Sequence[float]] = (),
@@ -64,9 +76,9 @@ class Finder(ABC):
         """Find what the prompts name in one image, as `infer.sh` does.
 
         Args:
-            image: RGB, upright.
-            prompts: noun phrases; the image is encoded once for all of them. Without any, nor
-                boxes, the classes of the weights.
+            image: RGB, upright; or the path of an image file, or an array (H, W, 3) uint8, RGB.
+            prompts: noun phrases, or one as a text; the image is encoded once for all of them.
+                Without any, nor boxes, the classes of the weights.
             boxes_xywh: example boxes, pixels, that join every prompt; they need no words. An
                 exported folder takes none.
             negative_boxes_xywh: boxes of what is not meant, likewise.
@@ -79,7 +91,8 @@ class Finder(ABC):
 
         Raises:
             UserError: neither words nor boxes, a prompt that is empty or not in the vocabulary, a
-                box outside the image, boxes and tiles.
+                box outside the image, boxes and tiles, a number out of its range, a file or an
+                array that is no image.
         """
         return self.predict_batch(
             [image],
@@ -95,8 +108,8 @@ class Finder(ABC):
 
     def predict_batch(
         self,
-        images: Sequence[Image.Image],
-        prompts: Sequence[str] = (),
+        images: Sequence[Picture],
+        prompts: str | Sequence[str] = (),
         *,
         boxes_xywh: Sequence[Sequence[float]] = (),
         negative_boxes_xywh: Sequence[Sequence[float]] = (),
@@ -109,18 +122,39 @@ class Finder(ABC):
         """Find the same in several images, which may differ in size; otherwise as `predict`."""
         if tile is not None and (boxes_xywh or negative_boxes_xywh):
             raise UserError(BOX_IN_TILE)
+        _check_ranges(threshold, max_detections, nms, tile, overlap)
+        prompts = (prompts,) if isinstance(prompts, str) else prompts
+        prompts = check_prompts(prompts or (() if boxes_xywh else self.prompts), boxes_xywh)
+        self.check_length(prompts)
         query = Query(
-            prompts=check_prompts(prompts or (() if boxes_xywh else self.prompts), boxes_xywh),
+            prompts=prompts,
             boxes_xywh=boxes_xywh,
             negative_boxes_xywh=negative_boxes_xywh,
             threshold=self.threshold if threshold is None else threshold,
             max_detections=max_detections,
         )
+        opened = [_open(image) for image in images]
         if tile is None:
-            results = self._find(images, query)
+            results = self._find(opened, query)
         else:
-            results = [self._find_in_tiles(image, query, tile, overlap) for image in images]
+            results = [self._find_in_tiles(image, query, tile, overlap) for image in opened]
         return results if nms is None else [suppress(each, nms) for each in results]
+
+    def check_length(self, prompts: Sequence[str]) -> None:
+        """Log which prompts the model does not read to their end, once.
+
+        Raises:
+            UserError: two prompts differ only in what is not read.
+        """
+        if (note := check_length(prompts, self._tokens, self._context_length)) != self._told:
+            self._told = note
+            if note:
+                log.warning("%s", note)
+
+    def _tokens(self, prompt: str) -> Sequence[int]:
+        """Return all tokens of a prompt, also those not read; none where texts are stored."""
+        del prompt
+        return ()
 
     @abstractmethod
     def _find(self, images: Sequence[Image.Image], query: Query) -> list[Detections]:
@@ -132,3 +166,46 @@ class Finder(ABC):
         tiles = make_tiles(image.width, image.height, side, overlap)
         parts = [self._find([image.crop(tile.box_xyxy)], query)[0] for tile in tiles]
         return merge_tiles(tiles, parts, image.width, image.height)
+
+
+def _check_ranges(
+    threshold: float | None,
+    max_detections: int,
+    nms: float | None,
+    tile: int | None,
+    overlap: float,
+) -> None:
+    """Raise UserError that lists each number out of its range."""
+    ranges = (
+        ("threshold", threshold, 0, 1),
+        ("max_detections", max_detections, 1, float("inf")),
+        ("nms", nms, 0, 1),
+        ("tile", tile, LEAST_TILE, float("inf")),
+        ("overlap", overlap, 0, MOST_OVERLAP),
+    )
+    problems = []
+    for name, value, least, most in ranges:
+        if value is not None and not least <= value <= most:
+            bounds = f"{least} or more" if most == float("inf") else f"{least} to {most}"
+            problems.append(f"{name} {value:g}: must be {bounds}")
+    if problems:
+        raise UserError(problems)
+
+
+def _open(image: Picture) -> Image.Image:
+    """Return what `predict` was given as an RGB image.
+
+    Raises:
+        UserError: a file or an array that is no image.
+    """
+    if isinstance(image, str | Path):
+        return open_image(Path(image))
+    if isinstance(image, Image.Image):
+        return image if image.mode == "RGB" else to_rgb(image)
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise UserError(
+            f"image: an array of shape {array.shape} and type {array.dtype}; give one of (height, "
+            "width, 3) and uint8, RGB, or the path of an image file"
+        )
+    return Image.fromarray(array)

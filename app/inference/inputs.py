@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import glob
 import itertools
+import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from app.datasets.images import EXTENSIONS
+from app.console import counted
+from app.datasets.images import EXTENSIONS, FILMS, film_problem
 from app.errors import UserError
 from app.files import MAX_JSON_BYTES, read_text, short_hash
+from app.inference.journal import FILE as JOURNAL
+from app.inference.journal import read_contents
 from app.model.vocabulary import VISUAL_PROMPT
 
+log = logging.getLogger("app")
 LIST = ".txt"
 SHOWN = 20  # missing files of a list
 LONGEST_NAME = 200  # bytes; a file system takes 255, with a suffix and what marks it as unfinished
+SPECIALS = 2  # tokens of start and end, around those of a prompt
 BOX_IN_TILE = "--tile and --box: a box lies in one tile, not in all; give one of them"
 Box = tuple[float, float, float, float]  # x, y, w, h in pixels
 
@@ -29,27 +35,121 @@ def find_images(source: str) -> list[Path]:
     """Return the images of a file, a folder, a glob or a list, in the order of their names.
 
     A list is a `.txt` with a path a line, relative to the current folder or to that of the list;
-    the images come in its order.
+    the images come in its order. Empty lines and those that begin with # are comments.
+
+    What a folder or a glob holds beside images is passed over, and logged: hidden files, other
+    kinds of files, and the pictures that an earlier prediction has left there.
 
     Raises:
-        UserError: an address, no images, or a list that names what is not there.
+        UserError: an address, a film, no images, or a list that names what is not there.
     """
     path = Path(source)
     if path.is_file():
-        return _listed(path) if path.suffix.lower() == LIST else [path]
+        if path.suffix.lower() == LIST:
+            return _listed(path)
+        if path.suffix.lower() in FILMS:
+            raise UserError(f"--input {film_problem(path)}")
+        return [path]
     if path.is_dir():
-        images = [p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS]
+        entries = list(path.iterdir())
     else:
         if "://" in source:
             raise UserError(
                 f"--input {source}: addresses are not fetched; download the image first"
             )
         matches = (Path(name) for name in _matches(source))
-        images = [p for p in matches if p.suffix.lower() in EXTENSIONS]
+        entries = [match for match in matches if not match.is_dir()]
+    images, passed_over = _part(root_of(source), entries, hidden=not path.is_dir())
+    there = _in_words(passed_over)
     if not images:
         what = "no images in this folder" if path.is_dir() else "no such file, folder or glob"
-        raise UserError(f"--input {source}: {what} (images end in {', '.join(EXTENSIONS)})")
-    return sorted(set(images))
+        there = f"there: {there}; " if there else ""
+        raise UserError(f"--input {source}: {what} ({there}images end in {', '.join(EXTENSIONS)})")
+    if there:
+        log.info("--input %s: passed over: %s", source, there)
+    return images
+
+
+def root_of(source: str) -> Path:
+    """Return the folder that --input names: itself, that of a file, or the fixed part of a glob."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        return path.parent
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1]))
+
+
+def relative_names(source: str, images: Sequence[Path]) -> list[str]:
+    """Return the path of each image relative to what --input names, with slashes.
+
+    A list may name images outside of its folder: then all are relative to the nearest folder that
+    holds them all.
+    """
+    # abspath takes ".." away and, unlike Path.resolve, follows no links.
+    root = os.path.abspath(root_of(source))  # noqa: PTH100
+    paths = [os.path.abspath(image) for image in images]  # noqa: PTH100
+    if any(os.path.commonpath([root, path]) != root for path in paths):
+        root = os.path.commonpath([os.path.dirname(path) for path in paths])  # noqa: PTH120
+    return [Path(path).relative_to(root).as_posix() for path in paths]
+
+
+def _part(
+    root: Path, entries: Sequence[Path], *, hidden: bool
+) -> tuple[list[Path], dict[str, list[Path]]]:
+    """Part the entries of a folder into images, and others by why they are passed over.
+
+    Args:
+        root: the folder, or the fixed part of a glob.
+        hidden: take hidden files as well: a glob matches them only where it asks for them.
+    """
+    results = _earlier_results(root, entries)
+    images: list[Path] = []
+    passed_over: dict[str, list[Path]] = {}
+    for path in sorted(entries):
+        if path.name == JOURNAL:
+            continue
+        if path in results:
+            why = "of an earlier prediction"
+        elif path.name.startswith(".") and not hidden:
+            why = "hidden"
+        elif path.is_dir():
+            why = "folder"
+        elif path.suffix.lower() not in EXTENSIONS:
+            why = path.suffix.lower() or "without an ending"
+        elif not path.is_file():
+            why = "no file or a broken link"
+        else:
+            images.append(path)
+            continue
+        passed_over.setdefault(why, []).append(path)
+    return images, passed_over
+
+
+def _earlier_results(root: Path, entries: Iterable[Path]) -> set[Path]:
+    """Return what earlier predictions have written in `root` and the folders of `entries` below."""
+    parents = {parent for folder in {path.parent for path in entries} for parent in folder.parents}
+    folders = {root, *(path.parent for path in entries), *parents}
+    return {
+        folder / Path(*part)
+        for folder in folders
+        if folder == root or folder.is_relative_to(root)
+        for name in read_contents(folder).files
+        for part in itertools.accumulate((p,) for p in Path(name).parts)
+    }
+
+
+def _in_words(passed_over: Mapping[str, Sequence[Path]]) -> str:
+    """Return "1 folder (cam1), 3 .txt (a.txt, …)", and what to do with folders and films."""
+    parts = []
+    for why, paths in passed_over.items():
+        what = counted(len(paths), why) if why == "folder" else f"{len(paths)} {why}"
+        parts.append(f"{what} ({paths[0].name}{', …' if len(paths) > 1 else ''})")
+    hints = [film_problem(paths[0]) for why, paths in passed_over.items() if why in FILMS][:1]
+    if "folder" in passed_over:
+        folder = passed_over["folder"][0].parent
+        hints.append(f"--input '{folder / '**' / '*'}' takes what folders hold as well")
+    return "; ".join([", ".join(parts), *hints])
 
 
 def _matches(pattern: str) -> Iterator[str]:
@@ -77,6 +177,10 @@ def _listed(file: Path) -> list[Path]:
     names = [line.strip() for line in _read_text(f"--input {file}", file).splitlines()]
     places = {name: (Path(name), file.parent / name) for name in names if name}
     files = {name: next((p for p in paths if p.is_file()), None) for name, paths in places.items()}
+    files = {name: path for name, path in files.items() if path or not name.startswith("#")}
+    films = [path for path in files.values() if path and path.suffix.lower() in FILMS]
+    if films:
+        raise UserError([f"--input {file}: {film_problem(path)}" for path in films[:SHOWN]])
     missing = [name for name, path in files.items() if path is None]
     if missing:
         problems = [f"--input {file}: {name}: no such file" for name in missing[:SHOWN]]
@@ -173,26 +277,75 @@ def normalised_boxes(
     return np.concatenate([middles, corners[:, 2:] - corners[:, :2]], axis=1)
 
 
-def safe_name(name: str, path: Path) -> str:
+def safe_name(name: str, path: str) -> str:
     """Return a name to which a suffix can be put, for a file or folder of an image's outputs.
 
     Another one stands for dots alone, which name a folder above, and for what is too long.
     """
     if name.strip(".") and len(os.fsencode(name)) <= LONGEST_NAME:
         return name
-    return f"{name.strip('.')[:40]}.{short_hash(str(path), 8)}".strip(".")
+    return f"{name.strip('.')[:40]}.{short_hash(path, 8)}".strip(".")
 
 
-def output_names(images: Sequence[Path]) -> list[str]:
-    """Return a name for the files of each image: its stem, or its name where two share a stem.
+def check_length(
+    prompts: Sequence[str], tokens: Callable[[str], Sequence[int]], context_length: int
+) -> str:
+    """Return a note of the prompts that a model does not read to their end; empty if it does.
 
-    Where two share the name as well, a hash of the path follows, because a number would change
-    when images are added.
+    Args:
+        tokens: prompt → all of its tokens, without those of start and end.
+        context_length: tokens that the model reads, with those of start and end.
+
+    Raises:
+        UserError: two prompts differ only in what is not read.
     """
-    stems = Counter(path.stem for path in images)
-    names = [safe_name(path.stem if stems[path.stem] == 1 else path.name, path) for path in images]
-    counts = Counter(names)
-    return [
-        name if counts[name] == 1 else f"{name}.{short_hash(str(path), 8)}"
-        for name, path in zip(names, images, strict=True)
+    read = context_length - SPECIALS
+    # A token stands for a byte or more, so that short prompts need no tokenizer.
+    long = [p for p in prompts if len(p.encode()) > read and len(tokens(p)) > read]
+    same: dict[tuple[int, ...], list[str]] = {}
+    for prompt in dict.fromkeys(prompts) if long else ():
+        same.setdefault(tuple(tokens(prompt)[:read]), []).append(prompt)
+    problems = [
+        f"--prompt '{group[0]}' and '{group[1]}': are one prompt to this model, which reads "
+        f"{read} tokens of each; shorten them"
+        for group in same.values()
+        if len(group) > 1
     ]
+    if problems:
+        raise UserError(problems)
+    if not long:
+        return ""
+    return "\n".join(
+        f"--prompt '{prompt}': has {len(tokens(prompt))} tokens, of which this model reads the "
+        f"first {read}; shorten it"
+        for prompt in long
+    )
+
+
+def output_names(names: Sequence[str]) -> list[str]:
+    """Return the path of each image's files, without an ending: its own relative path's.
+
+    Where two images differ in nothing but their ending, each keeps it. Where two are the same even
+    so, a hash follows, because a number would change when images are added.
+
+    Args:
+        names: relative paths of the images, as `relative_names` returns them.
+    """
+    stems = [_without_ending(name) for name in names]
+    shared = Counter(stems)
+    chosen = [stem if shared[stem] == 1 else name for stem, name in zip(stems, names, strict=True)]
+    chosen = [
+        "/".join(safe_name(part, name) for part in output.split("/"))
+        for output, name in zip(chosen, names, strict=True)
+    ]
+    counts = Counter(chosen)
+    return [
+        output if counts[output] == 1 else f"{output}.{short_hash(name, 8)}"
+        for output, name in zip(chosen, names, strict=True)
+    ]
+
+
+def _without_ending(name: str) -> str:
+    """Return a path without the ending of its name; `..png` keeps it, for it is no name without."""
+    path = Path(name)
+    return name if path.stem.strip(".") == "" else path.with_name(path.stem).as_posix()

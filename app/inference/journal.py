@@ -15,6 +15,11 @@ from app.files import check_no_links, exists_problem, lock, open_file, open_own,
 FILE = ".predictions.jsonl"
 MAX_LINE = 1 << 30  # bytes of an entry
 _START = b'{"checkpoint": '  # of a journal: the first of the settings
+CONTENTS = ("weights", "manifest")  # settings that stand for the content of a file
+FLAGS = {  # of settings whose flag is not their name
+    **{"prompts": "--prompt", "boxes": "--box", "negative_boxes": "--negative-box"},
+    **{"size": "--model", "device": "--backend"},
+}
 Entry = dict[str, Any]  # of one image; see `batch.predict_images`
 
 
@@ -197,10 +202,24 @@ def file_state(path: Path) -> list[int]:
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return "threshold was 0.5, now 0.3"; an empty string where nothing differs."""
+    """Return "--threshold was 0.5, now 0.3"; an empty string where nothing differs."""
     after = json.loads(json.dumps(dict(now)))  # tuples become lists, as in the file
     return "; ".join(
-        f"{key} was {before.get(key)}, now {after.get(key)}"
+        "the weights have changed since"
+        if key in CONTENTS
+        else f"{_flag(key)} was {_typed(before.get(key))}, now {_typed(after.get(key))}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     )
+
+
+def _flag(key: str) -> str:
+    """Return the flag of a setting."""
+    return FLAGS.get(key, f"--{key.replace('_', '-')}")
+
+
+def _typed(value: Any) -> str:
+    """Return a value as it is typed on a command line."""
+    if isinstance(value, list):
+        return ",".join(map(_typed, value)) or "not given"
+    return "not given" if value is None else str(value)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from pycocotools import mask as coco_mask
 
-from app.console import command, progress
+from app.console import command, counted, progress
 from app.datasets.coco import Annotation, Category, Dataset, Image
 from app.datasets.images import ImageError, open_image
 from app.datasets.writing import write_split
 from app.errors import UserError
-from app.files import atomic_folder
+from app.files import atomic_folder, check_writable
 from app.inference.detections import Detections
 from app.inference.inputs import check_prompts, find_images
-from app.inference.predictor import Predictor
+from app.inference.postprocess import threshold_below
 
 log = logging.getLogger("app")
 LABELLER = "labelled by python -m app label"
@@ -46,12 +47,16 @@ def label(
     """
     if folder.exists() or folder.is_symlink():
         raise UserError(f"--output-dir {folder}: is there already; name another folder")
+    check_writable(folder)
     paths = find_images(source)
+    from app.inference.predictor import Predictor  # torch: only where there is something to do
+
     predictor = Predictor.load(checkpoint, device=device)
     names = check_prompts(prompts or predictor.prompts)
     images: list[Image] = []
     annotations: list[Annotation] = []
     bad: list[str] = []
+    best = 0.0  # score
     with atomic_folder(folder, replace=False) as temporary:
         with progress("labelling: image", len(paths)) as advance:
             for done, path in enumerate(paths, start=1):
@@ -66,18 +71,26 @@ def label(
                     pixels, names, threshold=threshold, max_detections=max_detections
                 )
                 annotations += _annotations(detections, image.id, len(annotations) + 1)
-                advance(done, f"{len(annotations)} objects")
+                best = max(best, detections.best_score or 0.0)
+                advance(done, counted(len(annotations), "object"))
         if not annotations:
+            lower = f", of which the highest is {best:.3g}: --threshold {threshold_below(best)}"
             raise UserError(
-                f"Nothing was found in {len(images)} images: lower --threshold, or ask for other "
-                f"words than {', '.join(names)}"
+                f"Nothing was found in {counted(len(images), 'image')}: lower --threshold below "
+                f"the scores{lower if best else ''}, or ask for other words than {', '.join(names)}"
             )
         categories = tuple(Category(id, name) for id, name in enumerate(names, start=1))
         dataset = Dataset(tuple(images), tuple(annotations), categories)
         with progress("writing: image", len(images)) as advance:
             info = {"description": LABELLER, "weights": str(checkpoint)}
             write_split(dataset, temporary / "train", info, lambda done: advance(done, ""))
-    log.info("%d objects in %d images: %s", len(annotations), len(images), folder)
+    counts = Counter(annotation.category_id for annotation in annotations)
+    log.info(
+        "%s in %s (%s): %s",
+        *(counted(len(annotations), "object"), counted(len(images), "image")),
+        ", ".join(f"{category.name} {counts[category.id]}" for category in categories),
+        folder,
+    )
     log.info("train on it: %s", command("./train.sh", "--dataset-dir", folder))
     return bad
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,8 @@ def merge_tiles(
     owners = np.repeat(np.arange(len(tiles)), [len(part) for part in moved])
     groups = _groups(everything, [tiles[owner] for owner in owners])
     merged = _concatenate([_join(everything.select(group)) for group in groups] or [everything])
+    best = max((part.best_score for part in parts if part.best_score is not None), default=None)
+    merged = replace(merged, best_score=best)
     return merged.select(np.argsort(-merged.scores, kind="stable"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,12 +24,14 @@ class Candidates:
         prompt_ids: (N,) int64, index into all prompts.
         boxes_cxcywh: (N, 4) float32, 0..1.
         mask_logits: (N, h, w) float32; None from a model without a mask head.
+        best_score: the highest score of all queries, also of those that are not among the N.
     """
 
     scores: Floats
     prompt_ids: Indices
     boxes_cxcywh: Floats
     mask_logits: Floats | None
+    best_score: float
 
 
 def best_queries(scores: Floats, threshold: float, limit: int) -> tuple[Indices, Indices]:
@@ -53,6 +56,7 @@ def join_passes(passes: Sequence[Candidates], limit: int) -> Candidates:
         prompt_ids=np.concatenate([each.prompt_ids for each in passes])[order],
         boxes_cxcywh=np.concatenate([each.boxes_cxcywh for each in passes])[order],
         mask_logits=np.concatenate(logits)[order] if logits else None,
+        best_score=max(each.best_score for each in passes),
     )
 
 
@@ -77,7 +81,15 @@ def to_detections(
         masks=masks,
         width=width,
         height=height,
+        best_score=candidates.best_score,
     )
+
+
+def threshold_below(score: float) -> str:
+    """Return the score rounded down to two digits: a threshold that shows what has this score."""
+    digits = max(2, 1 - math.floor(math.log10(score)))
+    step = 10.0**digits
+    return f"{math.floor(score * step - 1e-6) / step:g}"
 
 
 def box_cxcywh_to_xyxy(boxes: Floats) -> Floats:

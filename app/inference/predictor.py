@@ -77,6 +77,7 @@ class Predictor(Finder):
         self.device = self._parameters[0].device
         self._text_features: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._encoded: tuple[Tensor, dict[str, Any]] | None = None  # squares, their features
+        self._context_length = config.text.context_length
         self._fill_caches()
 
     @classmethod
@@ -116,6 +117,11 @@ class Predictor(Finder):
         decoder = self.model.transformer.decoder
         decoder.compilable_cord_cache = decoder._get_coords(tokens, tokens, self.device)
         decoder.compilable_stored_size = (tokens, tokens)
+
+    def _tokens(self, prompt: str) -> Sequence[int]:
+        """Return all tokens of a prompt; none where its features are stored."""
+        tokenizer = getattr(self.model.backbone.language_backbone, "tokenizer", None)
+        return () if tokenizer is None else tokenizer.encode(prompt)
 
     @torch.inference_mode()
     def _find(self, images: Sequence[Image.Image], query: Query) -> list[Detections]:
@@ -284,6 +290,7 @@ def _choose(outputs: dict[str, Tensor], first: int, query: Query) -> Candidates:
         prompt_ids=prompt_ids + first,
         boxes_cxcywh=outputs["pred_boxes"][chosen].float().cpu().numpy(),
         mask_logits=None if masks is None else masks[chosen].float().cpu().numpy(),
+        best_score=float(scores.max()),
     )
 
 

@@ -91,13 +91,13 @@ def make_settings(
     boxes: Sequence[str],
     negative_boxes: Sequence[str],
     save: Sequence[str],
-    defaults: Defaults | None = None,
+    vocabulary: Collection[str] | None = None,
 ) -> Settings:
-    """Complete the settings by flags that are text; without prompts, by the weights' own.
+    """Complete the settings by flags that are text; no weights are read for it.
 
     Args:
         save: kinds of output, several in one where commas part them.
-        defaults: of the model; None: those in the checkpoint.
+        vocabulary: the only prompts that there are, where that is known already.
 
     Raises:
         UserError: every problem at once.
@@ -124,26 +124,51 @@ def make_settings(
     ]
     if settings.tile is not None and (boxes or negative_boxes):
         problems.append(BOX_IN_TILE)
-    classes = not (prompts or boxes or prompts_file) and settings.checkpoint != RANDOM
-    defaults = defaults or _read_defaults(settings, classes=classes)
-    if classes:
-        prompts = list(defaults.prompts)
-        log.info("prompts: %s (the classes of these weights)", ", ".join(prompts) or "none")
-    try:
-        check_prompts(prompts, [()] * len(boxes))  # also those that could not be read
-    except UserError as error:
-        problems += error.problems
-    problems += [f"--prompt {line}" for line in unknown_words(defaults.vocabulary, prompts)]
+    if prompts or prompts_file or settings.checkpoint == RANDOM:  # else the weights' classes
+        try:
+            check_prompts(prompts, [()] * len(boxes))  # also those that could not be read
+        except UserError as error:
+            problems += error.problems
+    problems += [f"--prompt {line}" for line in unknown_words(vocabulary, prompts)]
     if problems:
         raise UserError(problems)
+    for prompt in settings.prompts:
+        if "," in prompt:
+            parts = " ".join(f"--prompt '{part.strip()}'" for part in prompt.split(","))
+            log.info("--prompt '%s' is one prompt; for several: %s", prompt, parts)
     return replace(
         settings,
-        threshold=_threshold(settings, defaults),
         prompts=tuple(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts)),
         boxes=tuple(parsed["--box"]),
         negative_boxes=tuple(parsed["--negative-box"]),
         save=tuple(kind for kind in SAVES if kind in kinds),
     )
+
+
+def with_defaults(settings: Settings, defaults: Defaults | None = None) -> Settings:
+    """Complete the settings by what a model brings with it: its classes and its threshold.
+
+    Args:
+        defaults: of the model; None: those in the checkpoint.
+
+    Raises:
+        UserError: no prompts at all, or some that the model cannot be asked for.
+    """
+    classes = not (settings.prompts or settings.boxes) and settings.checkpoint != RANDOM
+    defaults = defaults or _read_defaults(settings, classes=classes)
+    prompts = settings.prompts
+    if classes:
+        prompts = tuple(dict.fromkeys(defaults.prompts))
+        log.info("prompts: %s (the classes of these weights)", ", ".join(prompts) or "none")
+        check_prompts(prompts)
+    if problems := unknown_words(defaults.vocabulary, prompts):
+        raise UserError([f"--prompt {line}" for line in problems])
+    if len(prompts) > settings.max_detections:
+        log.info(
+            "%d prompts share --max-detections %d an image; raise it to find what each names",
+            *(len(prompts), settings.max_detections),
+        )
+    return replace(settings, prompts=prompts, threshold=_threshold(settings, defaults))
 
 
 def _read_defaults(settings: Settings, *, classes: bool) -> Defaults:

@@ -12,8 +12,8 @@ from app.files import atomic_path, csv_text, write_csv, write_json, write_text
 from app.inference.journal import Entry
 
 COLUMNS = (
-    *("file_name", "instance", "prompt", "category_id", "score", "x", "y", "width", "height"),
-    *("area", "image_width", "image_height", "counts"),
+    *("file_name", "image_id", "instance", "prompt", "category_id", "score"),
+    *("x", "y", "width", "height", "area", "image_width", "image_height", "counts"),
 )
 Numbered = Iterable[tuple[int, Entry]]  # image id and entry, read one by one
 
@@ -25,7 +25,7 @@ def _write_coco(path: Path, entries: Numbered, prompts: Sequence[str]) -> None:
         for image_id, entry in entries:
             for result in entry["found"]:
                 prompt = prompts[result["category_id"] - 1]
-                names = {"file_name": Path(entry["image"]).name, "prompt": prompt}
+                names = {"file_name": entry["file_name"], "prompt": prompt}
                 line = {**result, "image_id": image_id, **names}
                 file.write(separator + json.dumps(line, allow_nan=False))
                 separator = ",\n"
@@ -34,17 +34,17 @@ def _write_coco(path: Path, entries: Numbered, prompts: Sequence[str]) -> None:
 
 def _write_csv(path: Path, entries: Numbered, prompts: Sequence[str]) -> None:
     """Write a row an object; `instance` is its number in its image, `counts` its mask's RLE."""
-    write_csv(path, COLUMNS, (row for _, entry in entries for row in _rows(entry, prompts)))
+    write_csv(path, COLUMNS, (row for each in entries for row in _rows(*each, prompts)))
 
 
-def _rows(entry: Entry, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _rows(image_id: int, entry: Entry, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the values of `COLUMNS` of each object of an image."""
-    name, width, height = csv_text(Path(entry["image"]).name), entry["width"], entry["height"]
+    name, width, height = csv_text(entry["file_name"]), entry["width"], entry["height"]
     for instance, result in enumerate(entry["found"], start=1):
         mask, category = result.get("segmentation"), result["category_id"]
         values = (
-            *(name, instance, csv_text(prompts[category - 1]), category, result["score"]),
-            *result["bbox"],
+            *(name, image_id, instance, csv_text(prompts[category - 1]), category),
+            *(result["score"], *result["bbox"]),
             *(area(mask) if mask else "", width, height, mask["counts"] if mask else ""),
         )
         yield dict(zip(COLUMNS, values, strict=True))

@@ -41,6 +41,7 @@ def open_work(settings: Settings, output: Path, processes: int) -> Iterator[tupl
     """
     if processes == 1:
         predictor = load_predictor(settings)
+        predictor.check_length(settings.prompts)
         yield (
             lambda batches: (predict_images(predictor, settings, output, b) for b in batches),
             _precision(predictor),
@@ -98,7 +99,9 @@ _predictor_of_process = functools.lru_cache(maxsize=1)(load_predictor)
 
 
 def _precision_in_process(settings: Settings) -> str:
-    return _precision(_predictor_of_process(settings))
+    predictor = _predictor_of_process(settings)
+    predictor.check_length(settings.prompts)
+    return _precision(predictor)
 
 
 def _predict_in_process(settings: Settings, output: Path, batch: Sequence[Job]) -> Outcome:

@@ -26,7 +26,7 @@ from sam3.model.sam3_image import Sam3Image
 from app.compression import distillation
 from app.compression.teaching import teach
 from app.config.schema import Config
-from app.console import duration
+from app.console import counted, duration
 from app.datasets.build import Splits
 from app.datasets.queries import collate
 from app.errors import UserError
@@ -143,9 +143,13 @@ def show(plan: Plan, splits: Splits) -> None:
         (
             "images",
             f"{len(splits.train.images)} to train on, {len(splits.valid.images)} to validate, of "
-            f"{len(splits.train.class_names)} classes",
+            f"{counted(len(splits.train.class_names), 'class')}",
         ),
-        ("updates", f"{plan.updates * epochs}: {plan.updates} in each of {epochs} epochs"),
+        (
+            "updates",
+            f"{plan.updates * epochs}: {plan.updates} in {'each of ' if epochs > 1 else ''}"
+            f"{counted(epochs, 'epoch')}",
+        ),
         ("parameters", f"{plan.parameters / 1e6:.2f} M, {plan.trained / 1e6:.2f} M trained"),
         (
             "memory",
@@ -241,7 +245,8 @@ class Planner:
             smaller = self.plan(config)
             if smaller.fits:
                 disk = smaller.disk.left + smaller.disk.while_saving
-                yield f"  {change} ({smaller.memory.total / GB:.2f} GB, {disk / GB:.2f} GB of disk)"
+                flag = change.replace("method=", "--method ")
+                yield f"  {flag} ({smaller.memory.total / GB:.2f} GB, {disk / GB:.2f} GB of disk)"
 
     def largest_batch(self, config: Config | None = None, *, most: int | None = None) -> int:
         """Return the largest `training.batch_size` that fits; 0 where not even one image does.

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from app.config.schema import TrackingConfig
 from app.console import command
 from app.files import write_csv, write_json
-from app.tracking.state import mlflow_uri, read_state, without_password
+from app.tracking.state import mlflow_uri, read_state, registered, without_password
 
 log = logging.getLogger("app")
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +96,8 @@ def _end(sender: subprocess.Popen[bytes], folder: Path) -> None:
         state = read_state(folder)
     if state.complete:
         log.info("MLflow: all sent, run %s", state.run_id)
+        if state.version:
+            log.info("%s", registered(state))
     else:
         missing = "not all was sent" if state.figures else "not all figures were sent"
         reason = state.problem or "no answer in time"

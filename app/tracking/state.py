@@ -41,6 +41,12 @@ class State(BaseModel):
     problem: str | None = None
 
 
+def registered(state: State) -> str:
+    """Return a line of the weights' name and version in the registry, and its address."""
+    name, _, version = str(state.version).rpartition("/")
+    return f"registered: {name}, version {version}, at {state.tracker} (models:/{name}/{version})"
+
+
 def read_state(folder: Path) -> State:
     """Return the folder's mlflow.json; an empty state where there is none, or a broken one."""
     try:

@@ -40,6 +40,7 @@ class RunState:
         rows: the rows of metrics.csv.
         baseline: figures before training.
         durations: how many updates, validations and saves were timed, and their seconds (`Pace`).
+        elapsed: seconds of the run until it was saved, over all of its legs.
     """
 
     epoch: int = 0
@@ -52,6 +53,7 @@ class RunState:
     rows: list[dict[str, float]] = field(default_factory=list)
     baseline: dict[str, float] = field(default_factory=dict)
     durations: dict[str, list[float]] = field(default_factory=dict)
+    elapsed: float = 0.0
 
 
 def save(

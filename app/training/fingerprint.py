@@ -26,6 +26,13 @@ _HARMLESS = (
     *("dataset.valid_fraction", "dataset.test_fraction", "dataset.max_drop", "dataset.limit"),
     *("dataset.prompts", "dataset.bad_images", "dataset.shapes.", "distill.teacher"),
 )
+# The flag by which a key is given, where there is one. `optim.lr_scale` is `--lr` over `optim.lr`.
+_FLAGS = {
+    **{"seed": "--seed", "transforms.train": "--augmentation", "model.name": "--model"},
+    **{"model.resolution": "--resolution", "method.name": "--method", "method.freeze": "--freeze"},
+    **{"training.batch_size": "--batch-size", "training.grad_accum": "--grad-accum"},
+    **{"processes": "--num-gpus", "teacher": "--teacher", "optim.lr_scale": "--lr"},
+}
 # Without these alike, a figure from before cannot be compared with one of now.
 _JUDGES = ("validation data", "model.", "evaluation.", "training.precision", "training.ema")
 
@@ -54,7 +61,7 @@ def check_same(checkpoint: Path, then: Fingerprint, now: Fingerprint) -> None:
         raise UserError(
             [
                 f"{checkpoint}: is of a run with other settings:",
-                *[f"  {key}: {_say(then, key)} then, {_say(now, key)} now" for key in changed],
+                *[f"  {_difference(key, then, now)}" for key in changed],
                 "Resume with what the run was started with; or take its weights alone and start "
                 "the schedule anew from them: --resume=weights",
             ]
@@ -69,6 +76,18 @@ def are_comparable(then: Fingerprint, now: Fingerprint) -> bool:
 def differences(then: Fingerprint, now: Fingerprint) -> list[str]:
     """Return the names whose values differ, or that only one of the two has."""
     return [key for key in {**then, **now} if _say(then, key) != _say(now, key)]
+
+
+def _difference(key: str, then: Fingerprint, now: Fingerprint) -> str:
+    """Return "--lr: 0.0001 then, 0.0003 now", as the flag was typed; or by its key."""
+    if key == "optim.lr_scale":
+        told = [
+            "not given" if run.get(key) is None else f"{run[key] * run['optim.lr']:.6g}"
+            for run in (then, now)
+        ]
+    else:
+        told = [_say(then, key), _say(now, key)]
+    return f"{_FLAGS.get(key, key)}: {told[0]} then, {told[1]} now"
 
 
 def _say(values: Fingerprint, key: str) -> str:

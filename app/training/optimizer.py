@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from app.config.schema import OptimConfig, ScheduleConfig
 
-TEXT = "backbone.language_backbone."
+TEXT, VISION = "backbone.language_backbone.", "backbone.vision_backbone."
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> Optimizer:
@@ -40,6 +40,19 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> O
         group["params"] = [p for p in group["params"] if p.requires_grad]
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
     return optimizer
+
+
+def learning_rates(config: OptimConfig, model: nn.Module, lr_scale: float) -> dict[str, float]:
+    """Return the highest learning rate of each part that is trained: detector, vision, text."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    text = {name for name in trained if TEXT in name}
+    vision = {name for name in trained if VISION in name}
+    parts = {
+        "detector": (config.lr, len(trained) > len(text) + len(vision)),
+        "vision": (config.lr_vision, bool(vision)),
+        "text": (config.lr_text, bool(text)),
+    }
+    return {part: rate * lr_scale for part, (rate, is_trained) in parts.items() if is_trained}
 
 
 def _matching_options(options: Mapping[str, Any], model: nn.Module) -> dict[str, list[Any]]:

@@ -11,17 +11,26 @@ import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from omegaconf import OmegaConf
-
-from app.config.compose import to_yaml
 from app.config.schema import Config, Resume
 from app.console import command
-from app.datasets.build import Splits
 from app.errors import UserError
-from app.files import check_no_links, claim, exists_problem, write_json, write_text
+from app.files import (
+    check_no_links,
+    check_writable,
+    claim,
+    exists_problem,
+    write_json,
+    write_text,
+)
 from app.model.upstream.pin import COMMIT
+
+if TYPE_CHECKING:
+    from app.datasets.build import Splits
+
+# torch and OmegaConf are imported where they are used: `check_folder` is called before all else,
+# so that a folder that is taken is told at once.
 
 log = logging.getLogger("app")
 
@@ -32,33 +41,20 @@ CONTENTS = (
     *("predictions", "plots", "tensorboard", "slurm", "dataset_report.html", "mlflow.json"),
     *("dataset", "dumps", "logs"),  # of upstream's Trainer
 )
+RESOLVED = "config_resolved.yaml"
 PACKAGES = ("torch", "torchvision", "sam3", "accelerate", "peft", "hotcoco", "numpy")
 
 
-def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> None:
-    """Make the output folder ready, or refuse: nothing is overwritten unasked.
+def check_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> list[str]:
+    """Refuse an output folder that is taken: nothing is overwritten unasked.
+
+    Returns:
+        What of a run is in it.
 
     Raises:
         UserError: a run is there and neither `resume` nor `overwrite` is given, none is there and
-            `resume` is, or the folder holds a link, is written by another process, or cannot be.
+            `resume` is, or the folder holds a link or cannot be written.
     """
-    _check(folder, resume=resume, overwrite=overwrite)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        claim(folder)
-        present = _check(folder, resume=resume, overwrite=overwrite)  # what came there meanwhile
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        for path in (folder / name for name in present if overwrite):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for unfinished in folder.glob("weights/*/.model.safetensors.*"):
-            unfinished.unlink()
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
-
-
-def _check(folder: Path, *, resume: Resume | None, overwrite: bool) -> list[str]:
-    """Return the files and folders of a run that are there; raise UserError as `prepare_folder`."""
     present = [name for name in CONTENTS if (folder / name).exists()]
     if resume in ("all", "weights") and not present:
         raise UserError(
@@ -69,7 +65,29 @@ def _check(folder: Path, *, resume: Resume | None, overwrite: bool) -> list[str]
         state = f"holds a run already ({', '.join(present[:3])}, …)"
         raise UserError(exists_problem(folder, state, instead="Go on with --resume"))
     check_no_links(folder, [*CONTENTS, "weights/best", "weights/last"])
+    check_writable(folder)
     return present
+
+
+def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> None:
+    """Make the output folder ready, for this process alone.
+
+    Raises:
+        UserError: as `check_folder`, or another process writes there.
+    """
+    check_folder(folder, resume=resume, overwrite=overwrite)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        claim(folder)
+        present = check_folder(folder, resume=resume, overwrite=overwrite)  # what came meanwhile
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        for path in (folder / name for name in present if overwrite):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for unfinished in folder.glob("weights/*/.model.safetensors.*"):
+            unfinished.unlink()
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
 
 
 def write_settings(
@@ -80,7 +98,12 @@ def write_settings(
     A resumed run keeps the files that it was started with: of these only config_resolved.yaml is
     written anew.
     """
-    write_text(folder / "config_resolved.yaml", to_yaml(config))
+    import torch
+    from omegaconf import OmegaConf
+
+    from app.config.compose import to_yaml
+
+    write_text(folder / RESOLVED, to_yaml(config))
     if resume in ("all", "auto") and (folder / "environment.json").is_file():
         return
     write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.from_dotlist(list(overrides))))

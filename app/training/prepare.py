@@ -34,11 +34,13 @@ from app.model.vocabulary import unknown_words
 from app.training import checkpoints, method
 from app.training.features import decide_feature_cache
 from app.training.fingerprint import check_same, differences, fingerprint
-from app.training.output_folder import prepare_folder, write_settings
+from app.training.output_folder import RESOLVED, prepare_folder, write_settings
 from app.training.recipe import auto
 
 log = logging.getLogger("app")
 BATCH_SIZE = "training.batch_size"
+RUNS = Path("outputs/train")  # `output_dir` of configs/train.yaml
+GROUPS = {"model", "method", "loss", "transforms", "optim"}  # of configs/
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class Prepared:
         fixed = f"checkpoint={(self.pretrained_path or 'none') if at_hand else 'auto'}"
         overrides = [*_without_auto(self.overrides), *self.decided, *more, fixed]
         request = replace(self.request, overrides=overrides, size=self.config.model.name)
-        return configure(request)[0].model_copy(update={"checkpoint": self.config.checkpoint})
+        config = configure(request, told=True)[0]
+        return config.model_copy(update={"checkpoint": self.config.checkpoint})
 
 
 def prepare(request: Request, *, in_job: bool = False) -> Prepared:
@@ -139,6 +142,7 @@ def prepare(request: Request, *, in_job: bool = False) -> Prepared:
     """
     if request.recipe not in (None, "auto", "none"):
         request = replace(request, file=recipe_file(str(request.recipe)))
+    request = with_settings_of_folder(request)
     config, pretrained_path = configure(request)
     elsewhere = config.cluster.name == "slurm" and not in_job
     if not elsewhere:
@@ -172,6 +176,24 @@ def prepare(request: Request, *, in_job: bool = False) -> Prepared:
     return replace(prepared, config=config, decided=decided)
 
 
+def with_settings_of_folder(request: Request) -> Request:
+    """Take what is not given from the folder of the run to resume, which knows its settings.
+
+    Not where a size, a file, or a choice of a group is given: these bring settings of their own,
+    which `check_resume` compares with those of the run.
+    """
+    choices = _user_choices(request.overrides, None)
+    brings_own = request.file or request.recipe or request.size != "auto"
+    if request.resume not in ("all", "auto") or brings_own or GROUPS & choices.keys():
+        return request
+    folder = Path(choices["output_dir"]) if "output_dir" in choices else last_folder(RUNS)
+    if folder is None or checkpoints.find_newest(folder / "checkpoints") is None:
+        return request
+    log.info("settings that are not given: those of %s", folder / RESOLVED)
+    overrides = [f"output_dir={folder}", *request.overrides]
+    return replace(request, overrides=overrides, file=folder / RESOLVED)
+
+
 def takes_auto_recipe(prepared: Prepared) -> bool:
     """Return whether settings are chosen by the number of images: where asked, and for nano."""
     request = prepared.request
@@ -197,8 +219,12 @@ def _with_auto_recipe(prepared: Prepared) -> Prepared:
     return replace(prepared, config=config, meta_model=meta_model)
 
 
-def configure(request: Request) -> tuple[Config, Path | None]:
-    """Return the run's configuration, and the weights that it starts from (None: random)."""
+def configure(request: Request, *, told: bool = False) -> tuple[Config, Path | None]:
+    """Return the run's configuration, and the weights that it starts from (None: random).
+
+    Args:
+        told: which size and weights are taken was logged before.
+    """
     overrides = _without_auto(request.overrides)
     choices = _user_choices(overrides, request.file)
     size = str(choices.get("model", "auto")) if request.size == "auto" else request.size
@@ -210,7 +236,7 @@ def configure(request: Request) -> tuple[Config, Path | None]:
     checkpoint = str(choices.get("checkpoint", "auto"))
     if checkpoint in ("none", "auto"):
         size, pretrained_path = default_weights(
-            size, random=checkpoint == "none", download=request.download
+            size, random=checkpoint == "none", download=request.download, told=told
         )
     else:
         pretrained_path = weights.find_file(Path(checkpoint))
@@ -269,8 +295,11 @@ def _user_choices(overrides: Sequence[str], file: Path | None) -> dict[str, Any]
     return choices
 
 
-def default_weights(size: str, *, random: bool, download: bool) -> tuple[str, Path | None]:
-    """Return size and weights where no checkpoint is named; log which, and why."""
+def default_weights(
+    size: str, *, random: bool, download: bool, told: bool = False
+) -> tuple[str, Path | None]:
+    """Return size and weights where no checkpoint is named; log which, and why, unless told."""
+    say = (lambda *_: None) if told else log.info
     if size == "auto":
         cached = not random and weights.cached_sam3() is not None
         size = "sam3" if torch.cuda.is_available() and cached else "nano"
@@ -279,18 +308,18 @@ def default_weights(size: str, *, random: bool, download: bool) -> tuple[str, Pa
             if size == "sam3"
             else ("no GPU with SAM 3's weights at hand")
         )
-        log.info("model: %s (%s; --model decides by hand)", size, why)
+        say("model: %s (%s; --model decides by hand)", size, why)
     if random:
         return size, None
     if size == "sam3":
         if not download and weights.cached_sam3() is None:
-            log.info("weights: %s/%s (to be downloaded, 3.4 GB)", *weights.HUB)
+            say("weights: %s/%s (to be downloaded, 3.4 GB)", *weights.HUB)
             return size, Path(weights.HUB[1])
         return size, weights.published_sam3()
     if size == "nano" and (nano := bundled_nano()) is not None:
-        log.info("weights: %s (the project's own; --checkpoint none for random ones)", nano)
+        say("weights: %s (the project's own; --checkpoint none for random ones)", nano)
         return size, weights.find_file(nano)
-    log.info("weights: random; size %s has no published ones (--checkpoint names yours)", size)
+    say("weights: random; size %s has no published ones (--checkpoint names yours)", size)
     return size, None
 
 

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from app.console import counted
+
 log = logging.getLogger("app")
 
 
@@ -58,9 +60,7 @@ def auto(images: int, size: str, given: Sequence[str], *, pretrained: bool) -> l
     """
     chosen_by_user = {text.partition("=")[0]: text.partition("=")[2] for text in given}
     if size == "nano" and pretrained:
-        return _choose(
-            _for_nano(images, chosen_by_user), chosen_by_user, f"{images} training images"
-        )
+        return _choose(_for_nano(images, chosen_by_user), chosen_by_user, images)
     tier = next(tier for tier in TIERS if tier.images is None or images <= tier.images)
     settings: dict[str, object] = {
         "training.epochs": tier.epochs,
@@ -80,8 +80,7 @@ def auto(images: int, size: str, given: Sequence[str], *, pretrained: bool) -> l
         settings["method"] = method = "lora"
     if str(method).startswith("lora"):
         settings |= {"method.lora.rank": tier.rank, "method.lora.alpha": 2 * tier.rank}
-    most = "any number" if tier.images is None else f"up to {tier.images}"
-    return _choose(settings, chosen_by_user, f"{images} training images ({most})")
+    return _choose(settings, chosen_by_user, images)
 
 
 def _for_nano(images: int, chosen_by_user: Mapping[str, str]) -> dict[str, object]:
@@ -97,9 +96,9 @@ def _for_nano(images: int, chosen_by_user: Mapping[str, str]) -> dict[str, objec
 
 
 def _choose(
-    settings: Mapping[str, object], chosen_by_user: Mapping[str, str], images: str
+    settings: Mapping[str, object], chosen_by_user: Mapping[str, str], images: int
 ) -> list[str]:
     """Return the settings that the user has not chosen, as overrides; log them."""
     chosen = [f"{key}={value}" for key, value in settings.items() if key not in chosen_by_user]
-    log.info("recipe auto for %s: %s", images, ", ".join(chosen))
+    log.info("recipe auto for %s: %s", counted(images, "training image"), ", ".join(chosen))
     return chosen

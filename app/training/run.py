@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from sam3.model.sam3_image import Sam3Image
 
 from app.config.schema import Config, Resume
-from app.console import duration
+from app.console import counted, duration
 from app.datasets.build import Splits
 from app.datasets.coco import Dataset
 from app.datasets.dataset_report import write_page
@@ -26,6 +26,7 @@ from app.evaluation.model_card import write_card
 from app.evaluation.report_page import write_report
 from app.evaluation.summary import gain_in_words
 from app.evaluation.validate import Ranks, Validation
+from app.files import read_json
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, count_parameters, padding_note
@@ -37,6 +38,7 @@ from app.training.checkpoints import RunState
 from app.training.fingerprint import fingerprint
 from app.training.losses import LabelLosses, Losses
 from app.training.metric import metric_name
+from app.training.optimizer import learning_rates
 from app.training.output_folder import log_next_steps
 from app.training.preview import draw_first
 from app.training.step import Step, build_accelerator
@@ -132,6 +134,7 @@ def train(
         precision=precision,
         recorder=recorder,
         stop=stop or StopRequest(),
+        begun=begun,
     )
     if checkpoint is not None and resume == "weights":
         trainer.restart(checkpoint)
@@ -140,16 +143,20 @@ def train(
         trainer.resume(checkpoint)
         done = trainer.state
         log.info("resumed from %s, after epoch %d, update %d", checkpoint, done.epoch, done.updates)
+        if trainer.is_finished():
+            log.info("nothing is left to train: more --epochs go on; the best weights are scored")
     if is_main:
         describe(config, model, splits, accelerator, precision, lr_scale)
     if is_main and checkpoint is None:
         data = query_dataset(config, splits.train)  # a new one: training draws from its own
         with checkpoints.disk_errors(folder):
             draw_first(data, iter(batches.sampler), folder / "plots", config.evaluation.pictures)
+    was_finished = trainer.is_finished()
     trainer.run()
 
     # The end: the best weights, reloaded as a user would, make predictions, figures and report.
-    state = trainer.state
+    state, begun = trainer.state, trainer.begun  # of the first leg, where the run was resumed
+    rates = learning_rates(config.optim, model, lr_scale)
     del trainer, step, losses, model  # makes room for the best weights
     accelerator.free_memory()
     gc.collect()
@@ -160,21 +167,24 @@ def train(
         with checkpoints.disk_errors(folder):
             write_predictions(folder, splits.valid, scored.results, config, "valid")
             report.plot_curves(state.rows, folder / "plots")
+            seconds = time.monotonic() - begun
+            if was_finished and (folder / "metrics.json").is_file():
+                seconds = read_json(folder / "metrics.json")["seconds"]
             if recorder is not None:
-                recorder.finish(all_figures(scored.figures, state, time.monotonic() - begun))
+                recorder.finish(all_figures(scored.figures, state, seconds))
             write_page(folder, splits)
             page = write_report(folder)
             write_card(
                 config,
                 pretrained_path,
                 splits,
-                lr_scale=lr_scale,
+                learning_rates=rates,
                 processes=accelerator.num_processes,
                 precision=precision,
             )
         log.info(
             "done in %s; figures in %s, report in %s",
-            duration(time.monotonic() - begun),
+            duration(seconds),
             folder / "metrics.json",
             page,
         )
@@ -232,25 +242,27 @@ def describe(
         if note:
             log.info("note: %s", note)
     log.info(
-        "model %s: %.1f M parameters, %d px, on %s in %s, %d process(es)",
+        "model %s: %.1f M parameters, %d px, on %s in %s, %s",
         config.model.name,
         count_parameters(model)["total"] / 1e6,
         config.model.resolution,
         accelerator.device,
         str(precision).removeprefix("torch."),
-        accelerator.num_processes,
+        counted(accelerator.num_processes, "process"),
     )
     method.describe(model, config.method.name)
     log.info(
-        "data: %d training and %d validation images; classes: %s",
+        "data: %d training and %s; classes: %s",
         len(splits.train.images),
-        len(splits.valid.images),
+        counted(len(splits.valid.images), "validation image"),
         ", ".join(splits.train.class_names),
     )
-    optim = config.optim
+    if config.distill.teacher is not None:
+        log.info("teacher: %s", config.distill.teacher)
+    rates = learning_rates(config.optim, model, lr_scale)
     log.info(
-        "learning rates: detector %.2g, vision %.2g, text %.2g (lr_scale %g)",
-        *(rate * lr_scale for rate in (optim.lr, optim.lr_vision, optim.lr_text)),
+        "learning rates: %s (lr_scale %g)",
+        ", ".join(f"{part} {rate:.2g}" for part, rate in rates.items()),
         lr_scale,
     )
 

@@ -66,6 +66,7 @@ class Trainer:
         header: of the weights that are saved.
         recorder: None on all ranks but the first.
         stop: looked at after each update, and after each image of a validation.
+        begun: when this leg of the run began, by `time.monotonic`; None: now.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Trainer:
         precision: torch.dtype,
         recorder: Recorder | None,
         stop: StopRequest,
+        begun: float | None = None,
     ) -> None:
         self.config, self.model, self.accelerator = config, model, accelerator
         self.batches, self.step = batches, step
@@ -91,6 +93,7 @@ class Trainer:
         self.state = RunState()
         self.pace = Pace(self.state.durations)
         self._saved_at = time.monotonic()
+        self.begun = self._saved_at if begun is None else begun
 
     def run(self) -> None:
         """Train all epochs that are left, or until the chosen figure stays as it is.
@@ -268,6 +271,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of where the run is, with the random states of all ranks."""
+        self.state.elapsed = time.monotonic() - self.begun
         random_states = gather_object([random_state()])
         if self.accelerator.is_main_process:
             with checkpoints.disk_errors(self.folder):
@@ -286,6 +290,7 @@ class Trainer:
         """Go on from a checkpoint of the same run, whose weights the model has already."""
         self.state = checkpoints.restore(checkpoint, self.step, self.accelerator.process_index)
         self.pace = Pace(self.state.durations)
+        self.begun -= self.state.elapsed
         validated = [row for row in self.state.rows if THRESHOLD in row]
         self._set_threshold(validated[-1] if validated else {})
 

@@ -230,9 +230,26 @@ def test_a_run_against_itself_and_a_better_one(command: Command, tmp_path: Path)
         assert (recall.one, recall.other) == (pytest.approx(0.5), pytest.approx(1))
     assert lines["segm/pmF1"].one == pytest.approx(2 / 3)  # 2 x 3 hits / (3 found + 6 there)
     assert lines["segm/pmF1"].interval == (pytest.approx(1 / 3), pytest.approx(1 / 3))
+    for folder, rate in ((one, 1), (two, 2)):
+        (folder / "config_resolved.yaml").write_text(f"output_dir: {folder}\noptim: {{lr: {rate}}}")
+        (folder / "metrics.json").write_text(json.dumps({"bbox/cgF1": rate / 10}))
     done = command("compare", one, two)
     assert done.code == 0, done.err
     assert "+0.500" in done.out
+    lines = done.out.splitlines()
+    assert lines[:2] == [f"first: {one}", f"second: {two}"]
+    assert lines[-2:] == [
+        "settings that differ, of the first and of the second:",
+        "  optim.lr: 1, 2",
+    ]
+    assert "intervals: from 500 resamplings of 3 images; * leaves out 0" in lines
+    assert any(line.startswith("│ box AP ") for line in lines)
+    assert "bbox/" not in done.out
+    (cg_f1,) = [line for line in lines if "box cgF1" in line]
+    assert "0.200" in cg_f1
+    same = command("compare", one, one)
+    assert "intervals: from 500 resamplings of 3 images" in same.out.splitlines()
+    assert same.out.splitlines()[-1] == "settings: the same in both"
 
 
 def test_intervals_of_what_is_counted_by_images(tmp_path: Path) -> None:

@@ -199,8 +199,17 @@ def test_a_student_learns_in_a_run_that_is_resumed_as_any_other(
         "optim.schedule.warmup_steps=0",
     )
     whole, halves = tmp_path / "whole", tmp_path / "halves"
-    assert command(*words, "--epochs", "3", "--output-dir", whole).code == 0
-    assert command(*words, "--epochs", "2", "--output-dir", halves).code == 0
+    done = command(*words, "--epochs", "3", "--output-dir", whole)
+    assert done.code == 0, done.err
+    assert f"teacher: {tmp_path / 'teacher'}" in done.out
+    assert "too short" not in done.out
+    done = command(*words, "--epochs", "2", "--output-dir", halves)
+    assert done.code == 0, done.err
+    assert (
+        "note: --epochs 2 is too short for this teacher: the first 1 teach the trunk and the next "
+        "1 its features, so that no answers are trained. Give --epochs above 2, or "
+        "distill.trunk_epochs=0 distill.feature_epochs=0"
+    ) in done.out
     done = command(*words, "--epochs", "3", "--output-dir", halves, "--resume")
     assert done.code == 0, done.err
     one, two = (weights.load(path / "weights" / "last")[0].state_dict() for path in (whole, halves))

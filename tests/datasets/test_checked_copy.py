@@ -62,6 +62,9 @@ def test_potholes_check_clean_and_build(command, potholes, tmp_path):
     done = command("data", "check", potholes, "--output-dir", tmp_path / "report")
     assert done.code == 0, done.err
     assert f"{potholes}: sound" in done.out
+    train = load_splits(potholes).train
+    counts = f"{len(train.images)} images, {len(train.annotations)} objects"
+    assert f"train: {counts}: pothole {len(train.annotations)}" in done.out.splitlines()
     page = (tmp_path / "report" / PAGE).read_text()
     assert page.count("data:image/jpeg;base64,") == 16
     assert "None were found." in page

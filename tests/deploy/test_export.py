@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,16 +20,17 @@ from pycocotools import mask as mask_utils
 from app.compression.cut import store_vocabulary
 from app.datasets.images import open_image
 from app.deploy import export as module
-from app.deploy.export import export
+from app.deploy.export import export, keep_precisions
 from app.deploy.graphs import FEATURES
 from app.deploy.operators import ALLOWED, check_operators
-from app.deploy.parity import compare, graph_outputs, model_outputs
+from app.deploy.parity import compare, graph_outputs, measure, model_outputs
 from app.deploy.runtime import cli as run
 from app.deploy.runtime.manifest import FILE, read_manifest
 from app.deploy.runtime.onnx_backend import DISABLED_OPTIMIZERS
 from app.deploy.runtime.runtime import Runtime
 from app.deploy.wanted import Wanted
 from app.errors import UserError
+from app.files import write_json
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.bundled import NANO
@@ -383,6 +385,29 @@ def test_a_graph_beyond_its_tolerance_leaves_nothing(
         export(NANO, tmp_path / "out", Wanted(("bf16",), ("zebra",)))
     assert "The model finds nothing on these" in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_passes_is_kept_where_another_precision_misses(
+    exported: Path, predictor: Predictor, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    """By `measure` and what it leaves, on graphs that are there already."""
+    folder = tmp_path / "out"
+    shutil.copytree(exported, folder)
+    manifest = read_manifest(folder)
+    strict = dataclasses.replace(manifest.tolerances["int8"], mask_iou=1.1)
+    manifest = dataclasses.replace(manifest, tolerances={**manifest.tolerances, "int8": strict})
+    pictures = [open_image(SCENE)]
+    with pytest.raises(UserError, match=r"int8: mask_iou .* \(at least 1.1\)"):
+        measure(predictor, folder, manifest, ["int8"], pictures, None, 100)
+    parity = measure(predictor, folder, manifest, ["fp32", "int8"], pictures, None, 100)
+    assert list(parity) == ["fp32"]
+    assert "left out, because it is too far from the model: int8" in caplog.messages
+    assert any("For int8: calibrate on more of your images" in m for m in caplog.messages)
+    kept = keep_precisions(manifest, list(parity), folder)
+    write_json(folder / FILE, kept.to_json())
+    assert {file.name for file in folder.iterdir()} == {FILE, *kept.files}
+    assert not list(folder.glob("*int8*"))
+    assert Runtime.load(folder, backend="onnxruntime").backend.precision == "fp32"
 
 
 def test_what_cannot_be_exported_is_said_at_once(command, tmp_path: Path) -> None:

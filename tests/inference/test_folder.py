@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 from pycocotools import mask as mask_utils
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from app.datasets.synthetic.shapes import make_shapes
@@ -66,7 +69,7 @@ def test_a_folder_gives_overlays_and_one_json(command, tiny_run, images, tmp_pat
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     again = command("infer", *words, "--prompt", "cat")
     assert again.code == 2
-    assert "prompts was ['circle', 'dog'], now ['cat']" in again.err
+    assert "--prompt was circle,dog, now cat" in again.err
     assert "--overwrite" in again.err
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert command("infer", *words, "--prompt", "cat", "--overwrite").code == 0
@@ -83,6 +86,143 @@ def test_a_box_prompt_changes_what_is_found(command, tiny_run, images, tmp_path)
         found.append(json.loads((tmp_path / name / "predictions.json").read_text()))
     scores = [[r["score"] for r in results] for results in found]
     assert not np.allclose(*scores, atol=1e-4)
+
+
+def test_images_of_one_name_are_told_apart(command, tiny_run, tmp_path) -> None:
+    """By their paths from what --input names, in every output."""
+    for cam in ("cam1", "cam2"):
+        (tmp_path / "in" / cam).mkdir(parents=True)
+        Image.effect_noise((60, 40), 90).convert("RGB").save(tmp_path / "in" / cam / "0000.jpg")
+    out = tmp_path / "out"
+    done = command(
+        *("infer", "--checkpoint", tiny_run / "weights/best", "--input", tmp_path / "in/**/*.jpg"),
+        *("--prompt", "circle", "--threshold", 0, "--max-detections", 2, "--output-dir", out),
+        *("--save", "coco,csv,yolo,overlay,cutouts,geojson"),
+    )
+    assert done.code == 0, done.err
+    names = ["cam1/0000.jpg"] * 2 + ["cam2/0000.jpg"] * 2
+    assert [(r["file_name"], r["image_id"]) for r in _results(out)] == list(
+        zip(names, [1, 1, 2, 2], strict=True)
+    )
+    with (out / "predictions.csv").open(newline="") as file:
+        rows = [(row["file_name"], row["image_id"]) for row in csv.DictReader(file)]
+    assert rows == list(zip(names, "1122", strict=True))
+    for cam in ("cam1", "cam2"):
+        for file in (f"labels/{cam}/0000.txt", f"{cam}/0000.png", f"geojson/{cam}/0000.geojson"):
+            assert (out / file).is_file()
+        assert (out / "cutouts" / cam / "0000").is_dir()
+
+
+def test_two_results_of_one_name_are_refused(command, tiny_run, tmp_path) -> None:
+    (tmp_path / "in" / "semantic").mkdir(parents=True)
+    for name in ("a.png", "semantic/a.png"):
+        Image.new("RGB", (60, 40)).save(tmp_path / "in" / name)
+    done = command(
+        *("infer", "--checkpoint", tiny_run / "weights/best", "--input", tmp_path / "in/**/*.png"),
+        *("--save", "overlay,semantic", "--output-dir", tmp_path / "out"),
+    )
+    assert done.code == 2
+    assert "two images would both leave semantic/a.png" in done.err
+
+
+def test_a_second_run_into_the_folder_of_the_images(command, tiny_run, tmp_path) -> None:
+    """Takes no picture for an image that the first has drawn."""
+    (tmp_path / "in").mkdir()
+    Image.effect_noise((60, 40), 90).convert("RGB").save(tmp_path / "in" / "a.jpg")
+    words = ("infer", "--checkpoint", tiny_run / "weights/best", "--input", tmp_path / "in")
+    words = (*words, "--prompt", "circle", "--output-dir", tmp_path / "in")
+    assert command(*words).code == 0
+    assert (tmp_path / "in" / "a.png").is_file()
+    again = command(*words)
+    assert again.code == 0, again.err
+    assert "1 of 1 image was done before" in again.out
+    assert "of an earlier prediction (a.png, …)" in again.out
+
+
+def test_where_nothing_is_found_the_best_score_is_told(command, tiny_run, images, tmp_path) -> None:
+    words = ("infer", "--checkpoint", tiny_run / "weights/best", "--input", images)
+    words = (*words, "--prompt", "circle", "--output-dir", tmp_path / "out")
+    done = command(*words, "--threshold", 1)
+    assert done.code == 0
+    assert "3 of 3 images, 0 objects" in done.out
+    (line,) = [line for line in done.out.splitlines() if line.startswith("nothing scores above")]
+    shown = re.search(
+        r"threshold of 1; the highest score is .* (--threshold \S+ --overwrite)", line
+    )
+    again = command(*words, *shown[1].split())
+    assert again.code == 0, again.err
+    assert "3 of 3 images, 0 objects" not in again.out
+
+
+def test_weights_that_score_nothing_find_nothing(command, tiny_run, images, tmp_path) -> None:
+    """A score that is no number fits neither the journal nor a sentence."""
+    whole = tiny_run / "weights" / "best" / "model.safetensors"
+    state = load_file(whole)
+    state["dot_prod_scoring.hs_proj.bias"].fill_(float("nan"))
+    with safe_open(whole, "pt") as opened:
+        save_file(state, tmp_path / "nan.safetensors", metadata=opened.metadata())
+    done = command(
+        *("infer", "--checkpoint", tmp_path / "nan.safetensors", "--input", images),
+        *("--prompt", "circle", "--output-dir", tmp_path / "out"),
+    )
+    assert done.code == 0, done.err
+    assert "3 of 3 images, 0 objects" in done.out
+    assert "nan" not in done.out.replace(str(tmp_path), "")
+
+
+def test_what_limits_the_results_is_said(command, tiny_run, images, tmp_path) -> None:
+    pages = [Image.new("L", (40, 30), shade) for shade in (10, 200)]
+    pages[0].save(images / "scan.tif", save_all=True, append_images=pages[1:])
+    done = command(
+        *("infer", "--checkpoint", tiny_run / "weights/best", "--input", images),
+        *("--prompt", "circle, dog", "--prompt", "cat", "--output-dir", tmp_path / "out"),
+        *("--threshold", 0, "--max-detections", 1),
+    )
+    assert done.code == 0, done.err
+    for line in (
+        "--prompt 'circle, dog' is one prompt; for several: --prompt 'circle' --prompt 'dog'",
+        "2 prompts share --max-detections 1 an image; raise it to find what each names",
+        "4 images with as many objects as --max-detections 1 allows: what scores lower is left out",
+        "1 image with further pages, which are not read: scan.tif has 2; give each page as a file "
+        "of its own",
+    ):
+        assert line in done.out.splitlines()
+
+
+@pytest.mark.parametrize("mistake", ["missing", "film", "taken", "unwritable", "labelled"])
+def test_mistakes_that_need_no_weights_are_told_before_torch_is_imported(
+    tmp_path: Path, images: Path, mistake: str
+) -> None:
+    command, source, out = "infer", images, tmp_path / "out"
+    if mistake == "missing":
+        source = tmp_path / "list.txt"
+        source.write_text("gone.png\n")
+    elif mistake == "film":
+        source = tmp_path / "a.mp4"
+        source.touch()
+    elif mistake == "taken":
+        out.mkdir()
+        (out / "predictions.json").touch()
+    elif mistake == "labelled":
+        command = "label"
+        out.mkdir()
+    else:
+        out.touch()
+        out = out / "below"
+    words = [command, "--checkpoint", REPOSITORY / "app/assets/nano", "--prompt", "circle"]
+    words += ["--input", source, "--output-dir", out]
+    script = "import sys\nfrom app.__main__ import main\ntry: main()\n" + (
+        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.stdout.splitlines()[-1] == "2 False", done.stderr
+    assert done.stderr.startswith("error: ")
 
 
 def test_one_bad_image_costs_only_itself(command, tiny_run, images, tmp_path) -> None:
@@ -214,9 +354,12 @@ def test_a_stopped_run_goes_on_where_it_stopped(command, words, images, tmp_path
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["--threshold", "0.3"], "threshold was 0.0, now 0.3"),
-        (["--save", "yolo"], "save was ['geojson', 'coco', 'csv'], now ['yolo', 'geojson', 'coco"),
-        (["--nms", "0.7", "--tile", "64"], "nms was None, now 0.7; tile was None, now 64"),
+        (["--threshold", "0.3"], "--threshold was 0.0, now 0.3"),
+        (["--save", "yolo"], "--save was geojson,coco,csv, now yolo,geojson,coco,csv"),
+        (
+            ["--nms", "0.7", "--tile", "64"],
+            "--nms was not given, now 0.7; --tile was not given, now 64",
+        ),
     ],
 )
 def test_other_settings_are_refused_unless_overwritten(
@@ -269,7 +412,7 @@ def test_other_images_are_refused_unless_overwritten(
         monkeypatch.chdir(tmp_path / place)
         done = command(*words, "--input", source)
         assert done.code == 2
-        assert f"holds results of {tmp_path}/here/in/b.png, not of --input {source}" in done.err
+        assert f"holds results of {tmp_path}/here/in/b.png, not of these images" in done.err
         assert "--overwrite, or name another folder" in done.err
         assert _bytes(tmp_path / "out") == before
     assert command(*words, "--overwrite").code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def test_what_is_found_are_the_labels(tmp_path: Path, command: Command) -> None:
     assert done.code == 3
     assert "left out: " in done.out
     assert "broken.png" in done.out
+    assert "4 objects in 2 images (circle 2, red thing 2): " in done.out
     dataset = load_splits(tmp_path / "set", valid_fraction=0.5, test_fraction=0).train
     assert dataset.class_names == ["circle", "red thing"]
     (image,) = dataset.images
@@ -62,5 +64,10 @@ def test_nothing_found_is_no_dataset(tmp_path: Path, command: Command) -> None:
         *("--prompt", "circle", "--threshold", "0.999"),
     )
     assert done.code == 2
-    assert "lower --threshold" in done.err
+    shows = re.search(r"of which the highest is 0\.\d+: --threshold (\S+),", done.err)[1]
+    done = command(
+        *("label", "--input", SCENE, "--checkpoint", NANO, "--output-dir", tmp_path / "one"),
+        *("--prompt", "circle", "--threshold", shows),
+    )
+    assert done.code == 0, done.err
     assert not (tmp_path / "set").exists()

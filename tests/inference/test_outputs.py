@@ -196,8 +196,8 @@ def _entries(found: Detections) -> list[tuple[int, dict]]:
     results = coco_results(found, 0, [1, 2])
     size = {"width": WIDTH, "height": HEIGHT}
     return [
-        (3, {"image": "x/a,b.png", **size, "found": results}),
-        (4, {"image": "x/empty.png", **size, "found": []}),
+        (3, {"file_name": "x/a,b.png", **size, "found": results}),
+        (4, {"file_name": "x/empty.png", **size, "found": []}),
     ]
 
 
@@ -208,7 +208,7 @@ def test_a_csv_has_a_row_an_object(tmp_path, found) -> None:
         rows = list(csv.DictReader(file))
     assert [row["instance"] for row in rows] == ["1", "2", "3", "4"]
     for row, mask, box in zip(rows, found.bool_masks(), found.boxes_xyxy, strict=True):
-        assert row["file_name"] == "a,b.png"
+        assert (row["file_name"], row["image_id"]) == ("x/a,b.png", "3")
         assert int(row["area"]) == mask.sum()
         size = [int(row["image_height"]), int(row["image_width"])]
         assert np.array_equal(mask_utils.decode({"size": size, "counts": row["counts"]}), mask)
@@ -222,7 +222,7 @@ def test_coco_results_of_a_run(tmp_path, found) -> None:
     write(tmp_path / path, _entries(found), found.prompts)
     results = json.loads((tmp_path / "predictions.json").read_text())
     assert [r["segmentation"] for r in results] == found.masks
-    assert {(r["image_id"], r["file_name"]) for r in results} == {(3, "a,b.png")}
+    assert {(r["image_id"], r["file_name"]) for r in results} == {(3, "x/a,b.png")}
     write(tmp_path / path, [], found.prompts)
     assert json.loads((tmp_path / "predictions.json").read_text()) == []
 

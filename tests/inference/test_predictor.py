@@ -22,6 +22,7 @@ from app.inference import predictor as predictor_module
 from app.inference.finder import Finder
 from app.inference.masks import place
 from app.inference.outputs import coco_results
+from app.inference.postprocess import threshold_below
 from app.model import weights
 from app.model.build import build_model
 from tests.helpers import REPOSITORY, TINY
@@ -125,6 +126,82 @@ def test_the_python_interface(tiny_run, image) -> None:
     assert (masks.shape, masks.dtype) == ((3, 60, 90), bool)
     assert np.array_equal(masks[1], mask_utils.decode(found.masks[1]).astype(bool))
     assert found.select([2, 0]).scores.tolist() == found.scores[[2, 0]].tolist()
+
+
+def test_a_text_is_one_prompt(predictor, image) -> None:
+    found = predictor.predict(image, "red circle", threshold=0.0)
+    assert found.prompts == ("red circle",)
+    assert (
+        found.scores.tolist()
+        == predictor.predict(image, ["red circle"], threshold=0).scores.tolist()
+    )
+
+
+def test_a_file_and_an_array_are_images(predictor, image, tmp_path) -> None:
+    image.save(tmp_path / "a.png")
+    whole = predictor.predict(image, ["a"], threshold=0.0)
+    for given in (str(tmp_path / "a.png"), tmp_path / "a.png", np.array(image)):
+        assert (
+            predictor.predict(given, ["a"], threshold=0.0).scores.tolist() == whole.scores.tolist()
+        )
+    grey = predictor.predict(image.convert("L"), ["a"], threshold=0.0)
+    assert (grey.width, grey.height) == image.size
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        predictor.predict("nowhere.png", ["a"])
+    for array in (np.zeros((60, 90)), np.zeros((60, 90, 3)), np.zeros((60, 90, 4), np.uint8)):
+        with pytest.raises(UserError, match=r"an array of shape \(60, 90.*give one of"):
+            predictor.predict(array, ["a"])
+
+
+def test_numbers_out_of_their_range_are_listed(predictor, image) -> None:
+    with pytest.raises(UserError) as error:
+        predictor.predict(image, ["a"], nms=7, threshold=-1, max_detections=0, tile=5, overlap=1)
+    assert error.value.problems == [
+        "threshold -1: must be 0 to 1",
+        "max_detections 0: must be 1 or more",
+        "nms 7: must be 0 to 1",
+        "tile 5: must be 32 or more",
+        "overlap 1: must be 0 to 0.9",
+    ]
+
+
+def test_detections_are_shown_in_a_line(predictor, image) -> None:
+    found = predictor.predict(image, ["dog", "cat"], threshold=0.0, max_detections=9)
+    first = f"{found.prompts[found.prompt_ids[0]]} {found.scores[0]:.2f}, "
+    assert repr(found).startswith(f"9 detections of 90 x 60: {first}")
+    assert repr(found).endswith(", …")
+    assert len(repr(found)) < 120
+    assert repr(found.select([])) == "0 detections of 90 x 60"
+    assert repr(found.select([1])).startswith("1 detection of 90 x 60: ")
+
+
+@pytest.mark.parametrize("tile", [None, 48])
+def test_the_best_score_is_known_though_nothing_is_found(predictor, image, tile) -> None:
+    everything = predictor.predict(image, ["a", "b"], threshold=0.0, tile=tile)
+    nothing = predictor.predict(image, ["a", "b"], threshold=1.0, tile=tile)
+    assert len(nothing) == 0
+    assert nothing.best_score == pytest.approx(float(everything.scores.max()))
+    assert nothing.best_score == everything.best_score
+    shows = float(threshold_below(nothing.best_score))
+    assert len(predictor.predict(image, ["a", "b"], threshold=shows, tile=tile)) > 0
+
+
+@pytest.mark.parametrize(
+    ("score", "below"), [(0.508, "0.5"), (0.9, "0.89"), (0.0312, "0.031"), (4e-5, "3.9e-05")]
+)
+def test_a_threshold_below_a_score(score: float, below: str) -> None:
+    assert threshold_below(score) == below
+
+
+def test_long_prompts_that_become_one_are_refused(predictor, image, caplog) -> None:
+    long = " ".join(["very"] * 40)
+    with pytest.raises(UserError, match="are one prompt to this model, which reads 30 tokens"):
+        predictor.predict(image, [f"{long} old dog", f"{long} young cat"])
+    with caplog.at_level("INFO", "app"):
+        for _ in range(2):
+            predictor.predict(image, [long])
+    assert [m for m in caplog.messages if "40 tokens, of which this model reads the first 30" in m]
+    assert len(caplog.messages) == 1
 
 
 def test_the_command_finds_what_the_python_interface_finds(command, tmp_path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -174,6 +175,9 @@ def test_merged_it_predicts_alike(adapter: Path, base: Path, command: Command, t
     assert header.prompts == ["circle"]
     assert merged.state_dict().keys() == build_model(CONFIG).state_dict().keys()
     assert (tmp_path / "merged" / weights.FILE).stat().st_size < 1.01 * base.stat().st_size
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert "These are plain weights: a LoRA, merged with" in card.text
+    assert "“circle”" in card.text
     again = command("merge", adapter, "--output-dir", tmp_path / "merged")
     assert again.code == 2
     assert "--overwrite" in again.err

@@ -86,6 +86,19 @@ def test_a_plan_reads_no_weights(
     assert "features" in done.out
 
 
+def test_weights_to_be_downloaded_are_named_once(
+    shapes: Path, command: Command, monkeypatch
+) -> None:
+    """Whatever number of plans is made for what would fit."""
+    monkeypatch.setattr("app.model.weights.cached_sam3", lambda: None)
+    monkeypatch.setattr(planning.Planner, "predict_memory", lambda *_: planning.Memory(1, 1, 1, 1))
+    monkeypatch.setattr(planning.Planner, "largest_batch", lambda *_, **__: 0)
+    _small(monkeypatch, 0)
+    done = command("train", "--dataset-dir", shapes, "--model", "sam3", "--plan")
+    assert done.code == 2
+    assert done.out.count("(to be downloaded, 3.4 GB)") == 1
+
+
 def test_measured(shapes: Path, least: Path, tmp_path: Path, command: Command) -> None:
     words = ["train", "--dataset-dir", shapes, "--checkpoint", least]
     words += ["--output-dir", tmp_path / "run", "--plan=measure"]
@@ -184,9 +197,9 @@ def test_too_small_a_disk_is_refused(
     done = command(*words)
     assert done.code == 2
     assert "more are needed on its disk; what would do:" in done.err
-    ways = [line.split()[0] for line in done.err.splitlines()[1:]]
-    assert ways == ["method=lora", "method=lora-minimal"]
-    assert command(*words, ways[0]).code == 0
+    ways = [line.partition(" (")[0].strip() for line in done.err.splitlines()[1:]]
+    assert ways == ["--method lora", "--method lora-minimal"]
+    assert command(*words, *ways[0].split()).code == 0
 
 
 def test_limits_of_control_groups_count(tmp_path: Path, monkeypatch) -> None:

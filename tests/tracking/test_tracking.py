@@ -257,7 +257,10 @@ def test_the_champion_is_the_better_one_on_the_same_images(
     client, champions = MlflowClient(uri), []
     for number, figure in enumerate([0.2, 0.1, 0.3], start=1):
         run = copy_of(tiny_run, tmp_path / f"run-{number}", figure)
-        assert command("track", run, f"--mlflow={uri}", "--register", "things").code == 0
+        done = command("track", run, f"--mlflow={uri}", "--register", "things")
+        assert done.code == 0
+        where = f"at {uri} (models:/things/{number})"
+        assert f"registered: things, version {number}, {where}" in done.out.splitlines()
         champions.append(client.get_model_version_by_alias("things", "champion").version)
     other = copy_of(tiny_run, tmp_path / "other", 0.9)
     environment = read_json(other / "environment.json")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from app.config.compose import load_config
 from app.config.schema import ScheduleConfig
 from app.model.build import build_model
-from app.training.optimizer import build_optimizer, learning_rate_factor
+from app.training.optimizer import build_optimizer, learning_rate_factor, learning_rates
 
 NAMES = ["inverse_sqrt", "linear", "cosine", "constant"]
 
@@ -49,6 +49,18 @@ def test_known_points() -> None:
     )
     assert learning_rate_factor(40, 1000, _config("inverse_sqrt")) == pytest.approx(2**-0.5)
     assert learning_rate_factor(999, 1000, _config("constant")) == 1.0
+
+
+def test_rates_of_what_is_trained_alone() -> None:
+    config = load_config()
+    model = build_model(config.model, device="meta")
+    rates = {"detector": 8e-5, "vision": 2.5e-5, "text": 5e-6}
+    assert learning_rates(config.optim, model, 0.1) == pytest.approx(rates)
+    model.backbone.language_backbone.requires_grad_(False)
+    assert list(learning_rates(config.optim, model, 0.1)) == ["detector", "vision"]
+    model.requires_grad_(False)
+    model.backbone.vision_backbone.trunk.blocks[0].requires_grad_(True)
+    assert list(learning_rates(config.optim, model, 0.1)) == ["vision"]
 
 
 def test_learning_rates_are_upstreams_groups() -> None:

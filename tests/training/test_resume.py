@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,16 @@ from safetensors.torch import load_file
 
 from app.training.step import Step
 from app.training.trainer import Trainer
-from tests.helpers import Result, finish, metrics_rows, once, same_weights
+from tests.helpers import (
+    PATIENCE,
+    REPOSITORY,
+    Result,
+    finish,
+    metrics,
+    metrics_rows,
+    once,
+    same_weights,
+)
 from tests.training.conftest import Train, train_words
 
 # What draws random numbers in a step, and more than one batch an update: four updates in all.
@@ -143,9 +154,9 @@ def test_another_run_is_refused_by_name(train, whole, tmp_path) -> None:
     words = ("--seed", 4, "--lr", 1e-3, "--batch-size", 2, "dataset.limit=3")
     done = train(AVERAGED, "--resume", *words)
     assert done.code == 2
-    assert "  seed: 0 then, 4 now" in done.err
-    assert "  training.batch_size: 1 then, 2 now" in done.err
-    assert "  optim.lr_scale: null then, 1.25 now" in done.err
+    assert "  --seed: 0 then, 4 now" in done.err
+    assert "  --batch-size: 1 then, 2 now" in done.err
+    assert "  --lr: not given then, 0.001 now" in done.err
     assert '  training data: "4 images of circle; rectangle; triangle (' in done.err
     assert "--resume=weights" in done.err
     assert (tmp_path / "cut" / "config_resolved.yaml").read_bytes() == settings
@@ -158,7 +169,7 @@ def test_another_method_is_refused_by_name(train, tiny_run: Path, tmp_path: Path
     before = _saved(tmp_path / "cut")
     done = train(*begin, "--resume", "--method", "head")
     assert done.code == 2
-    assert '  method.name: "full" then, "head" now' in done.err
+    assert '  --method: "full" then, "head" now' in done.err
     done = train(*begin, "--resume=weights", "--method", "lora")
     assert done.code == 2
     assert "is of method full, whose weights are no beginning for this one" in done.err
@@ -182,7 +193,7 @@ def test_another_world_size_is_refused_by_name(train, whole, tmp_path, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = train(AVERAGED, "--resume")
     assert done.code == 2
-    assert "  processes: 1 then, 2 now" in done.err
+    assert "  --num-gpus: 1 then, 2 now" in done.err
 
 
 def test_harmless_changes_are_accepted(train) -> None:
@@ -210,6 +221,67 @@ def test_the_weights_alone(train, tmp_path) -> None:
 
 def _state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "run.json").read_text())["state"]
+
+
+def test_times_are_of_all_legs(train, stop_after, tmp_path) -> None:
+    """And stay as they are where nothing is left to train."""
+    stop_after(1)
+    assert train().code == 143
+    (checkpoint,) = (tmp_path / "cut" / "checkpoints").iterdir()
+    content = json.loads((checkpoint / "run.json").read_text())
+    assert 0 < content["state"]["elapsed"] < 600
+    content["state"]["elapsed"] = 7200.0
+    (checkpoint / "run.json").write_text(json.dumps(content))
+    done = train("--resume")
+    assert "done in 2 h 0 min" in done.out
+    assert "nothing is left" not in done.out
+    seconds = metrics(tmp_path / "cut")["seconds"]
+    assert 7200 < seconds < 7800
+    again = train("--resume=auto")
+    assert again.code == 0, again.err
+    assert "nothing is left to train: more --epochs go on" in again.out
+    assert metrics(tmp_path / "cut")["seconds"] == seconds
+
+
+def test_the_folder_alone_knows_the_settings(
+    command, train, stop_after, whole, tmp_path, monkeypatch
+) -> None:
+    stop_after(1)
+    assert train(AVERAGED, "--lr", 4e-4).code == 143
+    out = tmp_path / "cut"
+    changed = command("train", "--output-dir", out, "--resume", "--lr", 3e-4)
+    assert changed.code == 2
+    assert [line for line in changed.err.splitlines() if " then, " in line] == [
+        "  --lr: 0.0004 then, 0.0003 now"
+    ]
+    done = command("train", "--output-dir", out, "--resume", "--epochs", 3)
+    assert done.code == 0, done.err
+    assert f"settings that are not given: those of {out}/config_resolved.yaml" in done.out
+    assert [row["epoch"] for row in _figures(out)] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("mistake", ["taken", "no run", "unwritable"])
+def test_a_folder_that_cannot_be_used_is_told_before_torch_is_imported(
+    whole, tmp_path, mistake
+) -> None:
+    (tmp_path / "file").touch()
+    words, said = {
+        "taken": (["--output-dir", whole], "holds a run already"),
+        "no run": (["--output-dir", tmp_path / "none", "--resume"], "no run in"),
+        "unwritable": (["--output-dir", tmp_path / "file" / "out"], "cannot be written"),
+    }[mistake]
+    script = "import sys\nfrom app.__main__ import main\ntry: main()\n" + (
+        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "train", *map(str, words)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.stdout.splitlines()[-1] == "2 False", done.stderr
+    assert said in done.stderr
 
 
 def test_auto_resumes_or_starts(train, tmp_path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image as PILImage
 
+from app.console import counted
 from app.datasets.faults import Findings
 from app.datasets.geometry import MAX_SIDE
 from app.datasets.huggingface.hub import explained
@@ -43,7 +44,10 @@ def convert(
     names = [*listed, *sorted(used - set(listed))]
     for part in parts:
         write_json(part.folder / "_annotations.coco.json", {"info": info, **part.document(names)})
-    counts = ", ".join(f"{p.name} {len(p.images)} images, {len(p.objects)} objects" for p in parts)
+    counts = ", ".join(
+        f"{p.name} {counted(len(p.images), 'image')}, {counted(len(p.objects), 'object')}"
+        for p in parts
+    )
     log.info("%s: %s; classes: %s", where, counts, ", ".join(names))
 
 

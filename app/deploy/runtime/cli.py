@@ -21,9 +21,9 @@ from app.deploy.runtime.runtime import BACKENDS, Runtime
 from app.errors import UserError
 from app.files import hash_file
 from app.inference.batch import Work, predict_images
-from app.inference.folder import predict_folder
+from app.inference.folder import list_jobs, predict_folder
 from app.inference.postprocess import THRESHOLD
-from app.inference.settings import SAVES, Defaults, Settings, make_settings
+from app.inference.settings import SAVES, Defaults, Settings, make_settings, with_defaults
 
 log = logging.getLogger("app")
 FAILED = 3  # exit code: some inputs failed, all others are done
@@ -86,12 +86,9 @@ def run(options: argparse.Namespace) -> int:
             runtime.backend.precision,
         )
 
+    jobs = list_jobs(options.input, options.output_dir, settings.save, overwrite=options.overwrite)
     failures = predict_folder(
-        options.input,
-        options.output_dir,
-        settings,
-        open_work,
-        overwrite=options.overwrite,
+        jobs, options.output_dir, settings, open_work, overwrite=options.overwrite
     )
     return FAILED if failures else 0
 
@@ -125,7 +122,7 @@ def _check(runtime: Runtime) -> None:
 def _settings(options: argparse.Namespace, runtime: Runtime) -> Settings:
     """Return the settings of the flags, checked against what the folder can be asked."""
     manifest = runtime.manifest
-    settings = RuntimeSettings(
+    settings: Settings = RuntimeSettings(
         checkpoint=str(options.folder),
         prompts=tuple(options.prompt),
         threshold=options.threshold,
@@ -142,14 +139,15 @@ def _settings(options: argparse.Namespace, runtime: Runtime) -> Settings:
         manifest.prompts,
         None if manifest.threshold == THRESHOLD else manifest.threshold,
     )
-    return make_settings(
+    settings = make_settings(
         settings,
         prompts_file=options.prompts,
         boxes=(),
         negative_boxes=(),
         save=options.save,
-        defaults=defaults,
+        vocabulary=manifest.prompts,
     )
+    return with_defaults(settings, defaults)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -92,6 +92,7 @@ class Runtime(Finder):
         self.prompts, self.threshold = tuple(manifest.classes), manifest.threshold
         self.text = words
         self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._context_length = manifest.context_length
 
     @classmethod
     def load(
@@ -112,6 +113,10 @@ class Runtime(Finder):
         if manifest.prompts is None:
             return cls(folder, manifest, loaded, AnyWords(folder, manifest, loaded.text))
         return cls(folder, manifest, loaded, StoredWords(folder, manifest))
+
+    def _tokens(self, prompt: str) -> Sequence[int]:
+        """Return all tokens of a prompt; none where its features are stored."""
+        return self.text.ids(prompt) if isinstance(self.text, AnyWords) else ()
 
     def _find(self, images: Sequence[Image.Image], query: Query) -> list[Detections]:
         """Return what is in each image, seen as a whole: a prediction from end to end."""
@@ -220,6 +225,7 @@ def _choose(
         prompt_ids=prompt_ids + first,
         boxes_cxcywh=outputs["boxes"][prompt_ids, query_ids],
         mask_logits=None if masks is None else masks[prompt_ids, query_ids],
+        best_score=float(scores.max()),
     )
 
 

@@ -124,10 +124,14 @@ class AnyWords:
             self._cache[prompt] = self._encode(self.tokens(prompt))
         return self._cache[prompt]
 
+    def ids(self, prompt: str) -> list[int]:
+        """Return all tokens of a prompt, without those of start and end."""
+        ids: list[int] = self._tokenizer.encode(clean(prompt), add_special_tokens=False).ids
+        return ids
+
     def tokens(self, prompt: str) -> NDArray[np.int64]:
         """Return tokens (1, L) as upstream's: cut to L with the end token last, and 0 behind it."""
-        ids = self._tokenizer.encode(clean(prompt), add_special_tokens=False).ids
-        ids = [self._start, *ids[: self._length - 2], self._end]
+        ids = [self._start, *self.ids(prompt)[: self._length - 2], self._end]
         tokens = np.zeros((1, self._length), dtype=np.int64)
         tokens[0, : len(ids)] = ids
         return tokens
