@@ -336,6 +336,7 @@ def test_labelme_bad_input(tmp_path):
     )
     labelme(tmp_path, [], "b", imageWidth=99)
     labelme(tmp_path, [], "c", imagePath="../../secret.png")
+    (tmp_path / "c.png").unlink()
     labelme(tmp_path, [], "d", imagePath=None)
     text(tmp_path / "e.json", '{"shapes": [')
     text(tmp_path / "f.json", {"imagePath": "a.png"})
@@ -349,7 +350,8 @@ def test_labelme_bad_input(tmp_path):
 
 def test_labelme_image_outside_the_folder(tmp_path):
     picture(tmp_path / "secret.png")
-    labelme(tmp_path / "set", [], imagePath="..\\secret.png")
+    labelme(tmp_path / "set", [], imagePath="..\\secret.png", imageData=None)
+    (tmp_path / "set/a.png").unlink()
     assert "no such file" in problems(tmp_path / "set")[0]
 
 

@@ -12,6 +12,7 @@ from app.config.schema import FormatName
 from app.datasets.coco import Reading, examine
 from app.datasets.folders import split_folders
 from app.datasets.formats import coco, labelme, masks, via, voc, yolo
+from app.datasets.formats.draft import Read
 from app.errors import UserError, nearest
 
 
@@ -115,6 +116,21 @@ def _by_folder(
     return Format(key, name, layout, recognises_any, sources)
 
 
+def _by_splits(
+    key: FormatName,
+    name: str,
+    layout: str,
+    recognises: Callable[[Path], bool],
+    splits: Callable[[Path, ReadingConfig], dict[str, Read]],
+) -> Format:
+    """Make a format that finds its splits itself."""
+
+    def sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
+        return {split: Source(folder, read) for split, read in splits(folder, reading).items()}
+
+    return Format(key, name, layout, recognises, sources)
+
+
 COCO = Format(
     "coco",
     "COCO",
@@ -138,10 +154,10 @@ FORMATS = (
         via.is_via,
         via.read,
     ),
-    _by_folder(
-        "labelme", "LabelMe", "a JSON with 'shapes' an image", labelme.is_labelme, labelme.read
+    _by_splits(
+        "labelme", "LabelMe", "a JSON with 'shapes' an image", labelme.is_labelme, labelme.splits
     ),
-    _by_folder("voc", "Pascal VOC", "Annotations/*.xml and JPEGImages/", voc.is_voc, voc.read),
+    _by_splits("voc", "Pascal VOC", "Annotations/*.xml and JPEGImages/", voc.is_voc, voc.splits),
     _by_folder(
         "masks", "mask PNGs", "images/ and masks/*.png of object ids", masks.is_masks, masks.read
     ),
