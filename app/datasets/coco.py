@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -171,7 +172,12 @@ def read(json_path: Path, image_roots: Sequence[Path], max_drop: float = MAX_DRO
     return examine(json_path, Names(image_roots)).sound(max_drop)
 
 
-def examine(json_path: Path, names: Names | None, reading: ReadingConfig = AS_WRITTEN) -> Reading:
+def examine(
+    json_path: Path,
+    names: Names | None,
+    reading: ReadingConfig = AS_WRITTEN,
+    others: Sequence[Path] = (),
+) -> Reading:
     """Read like `read`, but return the faults with what is sound instead of raising them.
 
     Polygons and uncompressed RLE become compressed RLE.
@@ -180,11 +186,14 @@ def examine(json_path: Path, names: Names | None, reading: ReadingConfig = AS_WR
         names: finds the images. With None they need not be there: their paths are as the JSON names
             them, from its own folder.
         reading: what the user decided.
+        others: the files of other splits, for the classes where this one lists none.
     """
     findings = Findings(str(json_path))
     document = _parse(json_path, findings)
     if document is None:
         return Reading(Dataset((), (), ()), tuple(findings.faults), Tally())
+    if isinstance(document, dict) and not document.get("categories"):
+        _borrow_categories(document, others, findings)
     return examine_document(document, findings, names or json_path.parent, reading)
 
 
@@ -224,6 +233,18 @@ def examine_document(
     total, labelled = (len(listed(document, key)) for key in ("images", "annotations"))
     tally = Tally(total, labelled, len(images), len(annotations))
     return Reading(dataset, tuple(findings.faults), tally, frozenset(named))
+
+
+def _borrow_categories(
+    document: dict[str, Any], others: Sequence[Path], findings: Findings
+) -> None:
+    for path in others:
+        with contextlib.suppress(UserError):
+            if categories := listed(read_json(path), "categories"):
+                remedy = f"those of {path.name} are taken"
+                findings.add("no categories", "'categories'", document.get("categories"), remedy)
+                document["categories"] = categories
+                return
 
 
 def _convert_boxes(document: object, convention: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from app.errors import UserError
@@ -76,3 +76,17 @@ def image_folders(folder: Path, split: str | None) -> list[Path]:
         path for name in names for at in places for path in (folder / at / name, folder / name / at)
     ]
     return list(dict.fromkeys(path for path in found if path.is_dir()))
+
+
+def subset_folders(folder: Path, subsets: Collection[str]) -> list[Path]:
+    """Return the folders of these subsets' images that are there, in images/ or in `folder`.
+
+    Subsets are matched with the folders' names, not joined to a path: labels may say anything.
+    """
+    parents = [path for path in (folder / "images", folder) if path.is_dir()]
+    return [
+        path
+        for parent in parents
+        for path in sorted(parent.iterdir())
+        if path.name in subsets and path.is_dir()
+    ]

@@ -628,7 +628,7 @@ def test_subsets_that_are_no_splits(tmp_path):
         coco_file(tmp_path / f"annotations/instances_{subset}.json", "a.png")
     found = problems(tmp_path)
     assert len(found) == 2
-    assert "instances_night.json: must be instances_ and one of" in found[0]
+    assert "instances_night.json: must have train, val or test in its name" in found[0]
     assert "instances_train.json: is for train, as instances_default.json is" in found[1]
     for subset in ("train", "default", "night"):
         (tmp_path / f"annotations/instances_{subset}.json").unlink()

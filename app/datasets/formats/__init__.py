@@ -11,7 +11,18 @@ from app.config.reading import ReadingConfig
 from app.config.schema import FormatName
 from app.datasets.coco import Reading, examine
 from app.datasets.folders import split_folders
-from app.datasets.formats import coco, labelme, masks, via, voc, yolo
+from app.datasets.formats import (
+    coco,
+    cvat,
+    datumaro,
+    labelme,
+    labelstudio,
+    masks,
+    supervisely,
+    via,
+    voc,
+    yolo,
+)
 from app.datasets.formats.draft import Read
 from app.errors import UserError, nearest
 
@@ -76,10 +87,13 @@ def _nothing_found(folder: Path, formats: Sequence[Format]) -> str:
 
 
 def _coco_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
-    return {
-        split: Source(path, partial(examine, path, coco.image_names(folder, path), reading))
-        for split, path in coco.find_jsons(folder).items()
-    }
+    jsons = coco.find_jsons(folder)
+    sources = {}
+    for split, path in jsons.items():
+        names = coco.image_names(folder, path)
+        others = [other for other in jsons.values() if other != path]
+        sources[split] = Source(path, partial(examine, path, names, reading, others))
+    return sources
 
 
 def _yolo_sources(folder: Path, _: ReadingConfig) -> dict[str, Source]:
@@ -140,6 +154,34 @@ COCO = Format(
 )
 FORMATS = (
     COCO,
+    _by_splits(
+        "labelstudio",
+        "Label Studio",
+        "its JSON of tasks",
+        labelstudio.is_label_studio,
+        labelstudio.splits,
+    ),
+    _by_splits(
+        "cvat",
+        "CVAT for images",
+        "annotations.xml with a root 'annotations'",
+        cvat.is_cvat,
+        cvat.splits,
+    ),
+    _by_splits(
+        "datumaro",
+        "Datumaro",
+        "annotations/*.json with items and categories",
+        datumaro.is_datumaro,
+        datumaro.splits,
+    ),
+    _by_splits(
+        "supervisely",
+        "Supervisely",
+        "ann/*.json and img/",
+        supervisely.is_supervisely,
+        supervisely.splits,
+    ),
     Format(
         "yolo",
         "YOLO",

@@ -76,9 +76,8 @@ def union(masks: Sequence[Rle]) -> Rle:
 
 def without(mask: Rle, holes: Sequence[Rle]) -> Rle:
     """Return the mask of the pixels of `mask` that are in none of the holes."""
-    return encode(
-        coco_mask.decode(mask).astype(bool) & ~coco_mask.decode(union(holes)).astype(bool)
-    )
+    inside, cut = (coco_mask.decode(part).astype(bool) for part in (mask, union(holes)))
+    return encode(inside & ~cut)
 
 
 def placed_mask(pixels: NDArray[np.bool_], left: int, top: int, width: int, height: int) -> Rle:

@@ -44,13 +44,9 @@ def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
     sets = {split: [path for path in xmls if path.stem in listed[split]] for split in listed}
     rest = [path for path in xmls if not any(path.stem in names for names in listed.values())]
     missing = set().union(*listed.values()) - {path.stem for path in xmls}
-    return {
-        split: partial(
-            *(_read, folder, split, paths),
-            *((rest, missing) if split == "train" else ()),
-        )
-        for split, paths in sets.items()
-    }
+    found = {split: partial(_read, folder, split, paths) for split, paths in sets.items()}
+    first = next(iter(sets))  # which says what no set has
+    return {**found, first: partial(_read, folder, first, sets[first], rest, missing)}
 
 
 def _is_broken(path: Path) -> bool:
