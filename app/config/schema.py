@@ -19,7 +19,7 @@ PlanKind = Literal["show", "measure"]  # --plan: counted; "measure": and a few u
 # fmt: off
 FormatName = Literal[
     "auto", "coco", "labelstudio", "cvat", "datumaro", "supervisely", "yolo", "via", "labelme",
-    "voc", "masks",
+    "voc", "imagefolder", "createml", "csv", "kitti", "masks",
 ]
 # fmt: on
 

@@ -13,17 +13,22 @@ from app.datasets.coco import Reading, examine
 from app.datasets.folders import split_folders
 from app.datasets.formats import (
     coco,
+    createml,
     cvat,
     datumaro,
+    imagefolder,
+    kitti,
     labelme,
     labelstudio,
     masks,
     supervisely,
+    tables,
     via,
     voc,
     yolo,
 )
 from app.datasets.formats.draft import Read
+from app.datasets.formats.unread import name_classification, name_unread
 from app.errors import UserError, nearest
 
 
@@ -69,9 +74,13 @@ def choose(folder: Path, key: str) -> Format:
     for format in formats:
         if format.recognises(folder):
             return format
+    if key == "auto" and (unread := name_unread(folder)):
+        raise UserError(unread)
     # a single JSON that is broken, or of no known kind: reading it says what is wrong with it
     if COCO in formats and coco.find_jsons(folder):
         return COCO
+    if key == "auto" and (classes := name_classification(folder)):
+        raise UserError(classes)
     raise UserError(_nothing_found(folder, formats))
 
 
@@ -200,6 +209,28 @@ FORMATS = (
         "labelme", "LabelMe", "a JSON with 'shapes' an image", labelme.is_labelme, labelme.splits
     ),
     _by_splits("voc", "Pascal VOC", "Annotations/*.xml and JPEGImages/", voc.is_voc, voc.splits),
+    _by_splits(
+        "imagefolder",
+        "HuggingFace's imagefolder",
+        "metadata.jsonl with objects",
+        imagefolder.is_imagefolder,
+        imagefolder.splits,
+    ),
+    _by_folder(
+        "createml",
+        "CreateML",
+        "a JSON list with coordinates",
+        createml.is_createml,
+        createml.read,
+    ),
+    _by_splits(
+        "csv",
+        "TensorFlow's CSV",
+        f"a table of {', '.join(tables.COLUMNS)}",
+        tables.is_table,
+        tables.splits,
+    ),
+    _by_splits("kitti", "KITTI", "label_2/*.txt and image_2/", kitti.is_kitti, kitti.splits),
     _by_folder(
         "masks", "mask PNGs", "images/ and masks/*.png of object ids", masks.is_masks, masks.read
     ),
