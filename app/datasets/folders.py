@@ -44,6 +44,22 @@ def split_on_way(path: Path, folder: Path) -> str | None:
     return next((split for split in told if split), None)
 
 
+def by_way(paths: Iterable[Path], folder: Path) -> dict[str, tuple[str | None, list[Path]]]:
+    """Group label files by the split that the folders on their way tell.
+
+    Returns:
+        By split, what was told, and the files. Those of which nothing is told are to train on;
+        where none is told of any, their images may lie in every split's folder.
+    """
+    told = {path: split_on_way(path, folder) for path in paths}
+    some = any(told.values())
+    groups: dict[str, tuple[str | None, list[Path]]] = {}
+    for path, split in told.items():
+        known = split or "train"
+        groups.setdefault(known, (known if some else None, []))[1].append(path)
+    return groups
+
+
 def splits_of(subsets: Iterable[str], what: str) -> dict[str, str]:
     """Return the split of each subset; where no name tells one, all are to train on.
 

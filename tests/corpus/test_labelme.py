@@ -136,6 +136,37 @@ def test_other_jsons_beside_are_passed_over(tmp_path):
     assert things_of(found.train) == sorted_things(made)
 
 
+def test_labels_in_images_of_all_splits(tmp_path):
+    """JSONs in one folder, images in those of splits, whose names no two share."""
+    for split, start in (("train", 0), ("val", 20)):
+        for name, things in scenes(tmp_path, 3, f"images/{split}", start=start).items():
+            own = f"{split}_{name}"
+            (tmp_path / f"images/{split}" / name).rename(tmp_path / f"images/{split}" / own)
+            path = tmp_path / "labels" / own.replace("png", "json")
+            put(path, document(own, [shape(t) for t in things]))
+    assert len(read(tmp_path).train.images) == 6
+
+
+def test_hidden_files_and_links_out(tmp_path):
+    folder = tmp_path / "set"
+    made = labelled(folder)
+    copy = document("img_0.png", [])
+    put(folder / ".ipynb_checkpoints/img_0-checkpoint.json", copy)
+    put(folder / "__MACOSX/._img_0.json", copy)
+    put(folder / "._img_0.json", b"\x00\x05\x16")
+    assert things_of(read(folder).train) == sorted_things(made)
+    (folder / "out.json").symlink_to(put(tmp_path / "secret.json", copy))
+    assert "leads out of the dataset's folder" in refusal(folder)
+
+
+def test_turned_boxes_of_x_anylabeling(tmp_path):
+    made = scenes(tmp_path, sub=".")
+    for name, things in made.items():
+        shapes = [{**shape(t), "shape_type": "rotation", "direction": 0} for t in things]
+        put(tmp_path / name.replace("png", "json"), document(name, shapes))
+    assert mask_iou(read(tmp_path).train, made) == 1
+
+
 def test_points_and_lines_are_left_out_and_counted(tmp_path):
     made = labelled(tmp_path)
     name = next(iter(made))

@@ -36,6 +36,7 @@ SITUATIONS = {
         "det_20/det_train.json",
         [{"name": "img_0.png", "labels": [{"category": "car", "box2d": {"x1": 1}}]}],
     ),
+    "ISAT's JSON": ("img_0.json", {"info": {"description": "ISAT", "name": "a"}, "objects": []}),
     "COCO captions": (
         "annotations/captions_train2017.json",
         {"images": [], "annotations": [{"id": 1, "image_id": 1, "caption": "A car."}]},
@@ -61,6 +62,10 @@ SITUATIONS = {
         "0--Parade/0_Parade.jpg\n1\n449 330 122 149 0 0 0 0 0 0 \n",
     ),
     "MOT's tracks": ("MOT17-02/gt/gt.txt", "1,1,912,484,97,109,0,7,1\n1,2,9,4,97,109,0,7,1\n"),
+    "YOLO's text files without the names of their classes": (
+        "labels/img_0.txt",
+        "0 0.5 0.5 0.25 0.25\n",
+    ),
     "a parquet file": ("data/train-00000-of-00001.parquet", "PAR1"),
     "LMDB or HDF5": ("set.h5", "x"),
 }

@@ -21,31 +21,17 @@ from pycocotools import mask as coco_mask
 from app.config.compose import load_config
 from app.datasets.build import load_splits
 from app.datasets.checked_copy import build
-from app.datasets.coco import Dataset, examine
+from app.datasets.coco import examine
 from app.errors import UserError
 from tests.datasets.conftest import noise, sound_document
 from tests.fuzz import strategies
+from tests.fuzz.usable import assert_usable
 
 MEMORY = 2**30  # bytes of address space that the examples may take beside the libraries
 FOLDER = Path(sys.argv[2])
 SOURCE, OUTPUT = FOLDER / "set", FOLDER / "out"
 CONFIG = load_config(["dataset.max_drop=0.5"])
 ran = Counter[str]()
-
-
-def assert_usable(dataset: Dataset) -> None:
-    json.dumps(dataset.to_json(), allow_nan=False)
-    assert len({a.id for a in dataset.annotations}) == len(dataset.annotations)
-    for annotation in dataset.annotations:
-        x, y, w, h = annotation.bbox_xywh
-        assert annotation.id > 0
-        assert min(w, h) > 0
-        assert 0 <= x <= x + w <= 40.0001
-        assert 0 <= y <= y + h <= 30.0001
-        if annotation.segmentation is not None:
-            mask = coco_mask.decode(annotation.segmentation)
-            assert mask.shape == (30, 40)
-            assert mask.max() == 1
 
 
 def save(document: Any) -> Path:

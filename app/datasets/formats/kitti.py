@@ -9,9 +9,9 @@ from pathlib import Path
 
 from app.config.reading import ReadingConfig
 from app.datasets.coco import Image, Reading
-from app.datasets.folders import image_folders, split_on_way
+from app.datasets.folders import by_way, image_folders
 from app.datasets.formats.draft import Draft, Read
-from app.datasets.formats.telling import few
+from app.datasets.formats.telling import few, files
 from app.datasets.names import Names
 
 FOLDERS = ("label_2", "labels", "label")
@@ -38,21 +38,23 @@ def _first_line(path: Path) -> str:
 def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
     """Return the splits by the folders on the way to the label files."""
     folder = folder.resolve()
-    by_split: dict[str, list[Path]] = {}
-    for path in (path for pattern in PATTERNS for path in sorted(folder.glob(pattern))):
-        by_split.setdefault(split_on_way(path, folder) or "train", []).append(path)
-    return {split: partial(_read, folder, split, paths) for split, paths in by_split.items()}
+    return {
+        split: partial(_read, folder, image_folders(folder, told), found)
+        for split, (told, found) in by_way(files(folder, *PATTERNS), folder).items()
+    }
 
 
-def _read(folder: Path, split: str, paths: Sequence[Path]) -> Reading:
+def _read(folder: Path, own: Sequence[Path], paths: Sequence[Path]) -> Reading:
     """Read these files, each with the image of its name in image_2/ or images/.
+
+    Args:
+        own: the folders of the split's images.
 
     Returns:
         What is sound, and every fault of every line.
     """
     bases = dict.fromkeys(path.parent.parent for path in paths)
     roots = [base / name for base in bases for name in ("image_2", "images", "image")]
-    own = image_folders(folder, split)
     names = Names([*roots, *own, folder], folder, own[0] if own else folder)
     draft, ignored = Draft(folder, names=names), 0
     for path in paths:

@@ -10,16 +10,17 @@ from typing import Any
 
 from app.config.reading import ReadingConfig
 from app.datasets.coco import Image, Reading
-from app.datasets.folders import image_folders, split_on_way
+from app.datasets.folders import by_way, image_folders
 from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.embedded import png_mask
 from app.datasets.formats.outlines import Rle, ellipse_mask, placed_mask, polygon_mask
 from app.datasets.formats.parts import Box, Part, add_objects
-from app.datasets.formats.telling import holding, mentions
+from app.datasets.formats.telling import files, holding, leads_out, mentions
 from app.datasets.names import Names
 
 Point = tuple[float, float]
 PATTERNS = ("*.json", "*/*.json", "*/*/*.json")
+KEYS = ("shapes", "imagePath")
 UNDERSTOOD = "polygon, rectangle, circle and mask"
 # writes out the images that JSONs hold as `imageData`, beside the JSONs of a folder
 WRITE_OUT = (
@@ -38,30 +39,37 @@ def is_labelme(folder: Path) -> bool:
     return any(
         isinstance(document, dict) and isinstance(document.get("shapes"), list)
         for pattern in PATTERNS
-        for _, document in holding(folder, pattern, "shapes", "imagePath")
+        for _, document in holding(folder, pattern, *KEYS)
     )
 
 
 def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
     """Return the splits by the folders in which JSONs lie, such as train/ or labels/val/."""
     folder = folder.resolve()
-    by_split: dict[str, list[Path]] = {}
-    for path in (path for pattern in PATTERNS for path in sorted(folder.glob(pattern))):
-        if mentions(path, "shapes") or mentions(path, "imagePath"):
-            by_split.setdefault(split_on_way(path, folder) or "train", []).append(path)
-    return {split: partial(_read, folder, split, paths) for split, paths in by_split.items()}
+    # a link that leads out is kept unread, for its fault
+    paths = [
+        path
+        for path in files(folder, *PATTERNS)
+        if leads_out(path, folder) or any(mentions(path, key) for key in KEYS)
+    ]
+    return {
+        split: partial(_read, folder, image_folders(folder, told), found)
+        for split, (told, found) in by_way(paths, folder).items()
+    }
 
 
-def _read(folder: Path, split: str, paths: Sequence[Path]) -> Reading:
+def _read(folder: Path, own: Sequence[Path], paths: Sequence[Path]) -> Reading:
     """Read these JSONs; images without one are not part of the dataset.
 
     Shapes of one label and one `group_id` are parts of one object. An object of rectangles alone
     has a box and no mask. `imageData` is ignored: the image file is read.
 
+    Args:
+        own: the folders of the split's images.
+
     Returns:
         What is sound, and every fault of every file.
     """
-    own = image_folders(folder, split)
     draft = Draft(folder, names=Names([*own, folder], folder, own[0] if own else folder))
     for path in paths:
         document = draft.read_object(path)
@@ -118,7 +126,7 @@ def _part(shape: object, index: int, place: str, image: Image) -> Part:
 def _shape(entry: dict[str, Any], image: Image) -> Box | Rle:
     kind, size = entry.get("shape_type") or "polygon", (image.width, image.height)
     points = _points(entry.get("points"))
-    if kind == "polygon":
+    if kind in ("polygon", "rotation"):  # as X-AnyLabeling calls the corners of a turned box
         return polygon_mask([side for point in points for side in point], *size)
     if kind == "rectangle":
         (left, top), (right, bottom) = _rectangle(points)

@@ -16,7 +16,7 @@ from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.embedded import brush_mask
 from app.datasets.formats.outlines import Rle, ellipse_mask, encode, polygon_mask, turned_box
 from app.datasets.formats.parts import Box, Part, add_objects
-from app.datasets.formats.telling import entries, holding, mentions
+from app.datasets.formats.telling import entries, files, holding, leads_out, mentions
 from app.datasets.geometry import is_number
 from app.datasets.images import EXTENSIONS
 from app.datasets.names import Names
@@ -58,8 +58,8 @@ def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
     """
     folder = folder.resolve()
     tasks: dict[str, list[tuple[str, object]]] = {}
-    for path in (path for pattern in PATTERNS for path in sorted(folder.glob(pattern))):
-        if not mentions(path, "data", "result"):
+    for path in files(folder, *PATTERNS):
+        if leads_out(path, folder) or not mentions(path, "data", "result"):
             continue
         try:
             document = read_json(path)

@@ -14,7 +14,7 @@ from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.embedded import png_mask
 from app.datasets.formats.outlines import Rle, placed_mask, polygon_mask, without
 from app.datasets.formats.parts import Box, Part, add_objects
-from app.datasets.formats.telling import entries, holding
+from app.datasets.formats.telling import entries, files, holding, leads_out
 from app.datasets.geometry import is_number
 from app.datasets.names import Names
 from app.errors import UserError
@@ -40,7 +40,7 @@ def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
         UserError: some datasets are called as splits are, and others not.
     """
     folder = folder.resolve()
-    paths = [path for pattern in PATTERNS for path in sorted(folder.glob(pattern))]
+    paths = list(files(folder, *PATTERNS))
     datasets = {path: split_on_way(path, folder) or path.parent.parent.name for path in paths}
     by_split: dict[str, list[Path]] = {}
     if any(map(split_of, datasets.values())):
@@ -49,7 +49,8 @@ def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
             by_split.setdefault(told[name], []).append(path)
         return {split: partial(_read, folder, paths) for split, paths in by_split.items()}
     for path in paths:
-        by_split.setdefault(_tagged(path), []).append(path)
+        tagged = "" if leads_out(path, folder) else _tagged(path)
+        by_split.setdefault(tagged, []).append(path)
     rest = by_split.pop("", [])
     if not by_split:
         return {"train": partial(_read, folder, rest)}

@@ -48,16 +48,19 @@ def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
     by_split: dict[str, list[Path]] = {}
     for path, name in named.items():
         by_split.setdefault(told[name], []).append(path)
-    return {split: partial(_read, folder, split, paths) for split, paths in by_split.items()}
+    own = {split: image_folders(folder, split) if len(by_split) > 1 else [] for split in by_split}
+    return {split: partial(_read, folder, own[split], paths) for split, paths in by_split.items()}
 
 
-def _read(folder: Path, split: str, paths: Sequence[Path]) -> Reading:
+def _read(folder: Path, own: Sequence[Path], paths: Sequence[Path]) -> Reading:
     """Read these tables, a row an object.
+
+    Args:
+        own: the folders of the split's images.
 
     Returns:
         What is sound, and every fault of every row.
     """
-    own = image_folders(folder, split)
     roots = [*own, *dict.fromkeys(path.parent for path in paths), folder]
     draft = Draft(folder, names=Names(roots, folder, own[0] if own else folder))
     images: dict[str, Image | None] = {}

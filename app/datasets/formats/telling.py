@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,25 @@ HEAD = 4096  # bytes in which an XML's root element begins
 
 
 def few(folder: Path, *patterns: str) -> Iterator[Path]:
-    """Yield the first files of each pattern, without hidden ones."""
+    """Yield the first files of each pattern that are in the folder, links followed."""
     for pattern in patterns:
-        paths = (path for path in folder.glob(pattern) if not path.name.startswith("."))
-        yield from sorted(paths)[:FEW]
+        inside = (path for path in files(folder, pattern) if not leads_out(path, folder))
+        yield from islice(inside, FEW)
+
+
+def files(folder: Path, *patterns: str) -> Iterator[Path]:
+    """Yield the files of each pattern in order, without hidden ones; links may lead out."""
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            parts = path.relative_to(folder).parts
+            hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+            if not hidden and path.is_file():
+                yield path
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Return whether a file is a link, or beyond one, to what is not in the folder."""
+    return not path.resolve().is_relative_to(folder.resolve())
 
 
 def holding(folder: Path, pattern: str, *keys: str) -> Iterator[tuple[Path, Any]]:

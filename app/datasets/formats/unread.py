@@ -71,6 +71,7 @@ UNREAD = (
         "convert it: bdd100k.label.to_coco",
         (r'"(box2d|poly2d)"\s*:',),
     ),
+    Unread("ISAT's JSON", JSONS, COCO, (r'"description"\s*:\s*"ISAT"',)),
     Unread("COCO captions", JSONS, "take instances_*.json of that set", (r'"caption"\s*:',)),
     Unread("SageMaker's manifest", ("*.manifest",), "convert it to COCO JSON", (r'"source-ref"',)),
     Unread(
@@ -112,6 +113,12 @@ UNREAD = (
         ("gt.txt",),
         "export the frames as images with COCO JSON",
         (r"\A\d+,-?\d+(,-?\d+(\.\d+)?){4,8}\r?$",),
+    ),
+    Unread(
+        "YOLO's text files without the names of their classes",
+        TEXTS,
+        "add data.yaml, or classes.txt with a name a line, in the order of the numbers",
+        (r"\A\d+([ \t]+-?[\d.]+){4}",),
     ),
     Unread(
         "a parquet file",

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from app.config.reading import ReadingConfig
 from app.datasets.coco import Image, Reading
-from app.datasets.folders import image_folders, split_on_way
+from app.datasets.folders import by_way, image_folders
 from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.masks import read_numbers
 from app.datasets.formats.outlines import encode, polygon_mask
-from app.datasets.formats.telling import few, root_element
+from app.datasets.formats.telling import few, files, leads_out, root_element
 from app.datasets.names import Names, fold
 
 PATTERNS = ("*.xml", "*/*.xml", "*/*/*.xml")  # beside the images, or in a folder of any name
@@ -33,25 +33,24 @@ def is_voc(folder: Path) -> bool:
 def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
     """Return the splits: those that ImageSets/ lists, else by the folders of the XMLs."""
     folder = folder.resolve()
-    xmls = [path for pattern in PATTERNS for path in sorted(folder.glob(pattern))]
-    xmls = [path for path in xmls if root_element(path) == "annotation" or _is_broken(path)]
+    # what has no root is broken, which reading it says, as it says of a link that leads out
+    xmls = [
+        path
+        for path in files(folder, *PATTERNS)
+        if leads_out(path, folder) or root_element(path) in ("annotation", "")
+    ]
     listed = _image_sets(folder)
     if not listed:
-        by_split: dict[str, list[Path]] = {}
-        for path in xmls:
-            by_split.setdefault(split_on_way(path, folder) or "train", []).append(path)
-        return {split: partial(_read, folder, split, by_split[split]) for split in by_split}
+        return {
+            split: partial(_read, folder, image_folders(folder, told), found)
+            for split, (told, found) in by_way(xmls, folder).items()
+        }
     sets = {split: [path for path in xmls if path.stem in listed[split]] for split in listed}
     rest = [path for path in xmls if not any(path.stem in names for names in listed.values())]
     missing = set().union(*listed.values()) - {path.stem for path in xmls}
-    found = {split: partial(_read, folder, split, paths) for split, paths in sets.items()}
+    found = {split: partial(_read, folder, (), paths) for split, paths in sets.items()}
     first = next(iter(sets))  # which says what no set has
-    return {**found, first: partial(_read, folder, first, sets[first], rest, missing)}
-
-
-def _is_broken(path: Path) -> bool:
-    """Return whether an XML that is not known for another format's must be reported."""
-    return root_element(path) == ""
+    return {**found, first: partial(_read, folder, (), sets[first], rest, missing)}
 
 
 def _image_sets(folder: Path) -> dict[str, set[str]]:
@@ -71,7 +70,7 @@ def _image_sets(folder: Path) -> dict[str, set[str]]:
 
 def _read(
     folder: Path,
-    split: str,
+    own: Sequence[Path],
     xmls: Sequence[Path],
     rest: Sequence[Path] = (),
     missing: Collection[str] = (),
@@ -83,13 +82,13 @@ def _read(
     an XML are not part of the dataset.
 
     Args:
+        own: the folders of the split's images.
         rest: XMLs that no set lists.
         missing: listed names that have no XML.
 
     Returns:
         What is sound, and every fault of every file.
     """
-    own = image_folders(folder, split)
     roots = [*own, folder / "JPEGImages", folder]
     draft = Draft(folder, names=Names(roots, folder, own[0] if own else folder))
     for path in xmls:
