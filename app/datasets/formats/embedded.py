@@ -77,17 +77,19 @@ def brush_mask(numbers: object, width: int, height: int) -> Pixels:
         ValueError: they are no such bytes, or of another number of pixels.
     """
     total, needed = 4 * width * height, "must be a brush stroke of its image: export it again"
-    if not isinstance(numbers, list) or not all(is_int(n) and 0 <= n < 256 for n in numbers):
+    if not isinstance(numbers, list) or len(numbers) > 2 * total + HEADER:
+        raise ValueError(needed)
+    if not all(is_int(n) and 0 <= n < 256 for n in numbers):
         raise ValueError(needed)
     bits = np.unpackbits(np.array(numbers, dtype=np.uint8))
-    at = 0
+    digits, at = (bits + ord("0")).tobytes().decode("ascii"), 0
 
     def take(size: int) -> int:
         nonlocal at
         at += size
         if at > len(bits):
             raise ValueError(needed)
-        return int("".join(map(str, bits[at - size : at])), 2)
+        return int(digits[at - size : at], 2)
 
     if take(32) != total:
         raise ValueError(f"must be a brush stroke of {width} x {height} pixels: export it again")
