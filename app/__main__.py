@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 from typing import Any
 
+from safetensors import SafetensorError
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from app import signals
-from app.console import log_to_stdout, show_problems
+from app.console import Formatter, log_to_stdout, show_problems
 from app.errors import UserError
 from app.model.upstream.pin import prove_pin
 
@@ -35,6 +37,7 @@ COMMANDS = {
     "merge": "Join a LoRA with its base into plain weights.",
     "data": "Check a dataset, or build a checked copy of it.",
 }
+AGAIN = "Mend that, as by freeing space on the disk, and run the same command again"
 # typer has no options whose value may be left out.
 DEFAULTS = {"--resume": "--resume=all", "--plan": "--plan=show", "--mlflow": "--mlflow=auto"}
 
@@ -60,13 +63,25 @@ cli = Commands(
 
 def main() -> None:
     """Run a command; end with 2 where the user must mend something, as each UserError says."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(Formatter())
     log_to_stdout()
     try:
         prove_pin()
         cli([DEFAULTS.get(word, word) for word in sys.argv[1:]])
     except UserError as error:
         show_problems(error)
+        sys.exit(2)
+    except BrokenPipeError:  # whoever read our output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain
+        sys.exit(1)
+    except OSError as error:  # a full disk, a read-only folder, a file that went while it was read
+        where = "a file" if error.filename is None else error.filename
+        show_problems(UserError(f"{where}: {error.strerror or error}. {AGAIN}"))
+        sys.exit(2)
+    except SafetensorError as error:  # what it says of a full disk is no OSError
+        show_problems(UserError(f"weights: {error}. {AGAIN}"))
         sys.exit(2)
     except FloatingPointError as error:  # a loss that is not finite
         print(f"error: {error}", file=sys.stderr)

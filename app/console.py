@@ -1,15 +1,21 @@
 """Write messages to stdout, errors to stderr, and show progress.
 
-Progress is a bar with time left on a terminal, and plain lines with time left otherwise.
+Progress is a bar with time left on a terminal, and plain lines with time left otherwise. Names that
+come from outside are shown so that a terminal does nothing with them: no line is faked, no colour
+or title changes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import numbers
+import os
+import re
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,14 +23,71 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from app.errors import UserError
 
 log = logging.getLogger("app")
+LONGEST = 20_000  # characters of a name or a problem that are shown
+MOST_PROBLEMS = 1000
 EVERY = 10.0  # seconds between plain lines of progress
 TimeLeft = Callable[[], float | None]  # in seconds; None where it is not known yet
+
+
+# What acts on a terminal, or hides what a line says: controls, ends of lines, marks that turn the
+# direction of writing or are not seen, halves of surrogate pairs. Joiners are part of some scripts.
+_ACTS = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
+_HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the others are bytes of a file's name
+
+
+def plain(words: object) -> str:
+    """Return a name from outside on one line, for a terminal or a log: `\\x1b` for an escape."""
+    text = str(words)
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]}… ({len(text)} characters)"
+    return _ACTS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def command(*words: object) -> str:
+    """Return a command to be printed, which a shell reads as exactly these words.
+
+    A word with characters that act on a terminal becomes bash's `$'…'`, in which they are spelt.
+    """
+    return " ".join(map(_quote, words))
+
+
+def _quote(word: object) -> str:
+    text = str(word)
+    if not _ACTS.search(text):
+        return shlex.quote(text)
+    spelt = (
+        chr(byte) if 32 <= byte < 127 and chr(byte) not in "\\'" else f"\\x{byte:02x}"
+        for byte in os.fsencode(_HALF.sub("?", text))
+    )
+    return f"$'{''.join(spelt)}'"
+
+
+class Formatter(logging.Formatter):
+    """Formats a message as it is, and what was put into it by `plain`."""
+
+    def __init__(self) -> None:
+        super().__init__("%(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as text; its arguments alone may come from outside."""
+        shown = logging.makeLogRecord(record.__dict__)
+        if isinstance(record.args, Mapping):
+            shown.args = {key: _shown(value) for key, value in record.args.items()}
+        else:
+            shown.args = tuple(map(_shown, record.args or ()))
+        return super().format(shown)
+
+
+def _shown(value: object) -> object:
+    return value if isinstance(value, numbers.Number) else plain(value)
 
 
 def log_to_stdout() -> None:
     """Print what the tool logs to stdout, without time or level, and nowhere else."""
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(Formatter())
     log.handlers = [handler]
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -32,8 +95,10 @@ def log_to_stdout() -> None:
 
 def show_problems(error: UserError) -> None:
     """Print a line for each problem to stderr; one that begins with a blank continues the last."""
-    for problem in error.problems:
+    for problem in map(plain, error.problems[:MOST_PROBLEMS]):
         print(problem if problem.startswith(" ") else f"error: {problem}", file=sys.stderr)
+    if (rest := len(error.problems) - MOST_PROBLEMS) > 0:
+        print(f"error: and {rest} more problems", file=sys.stderr)
 
 
 @contextlib.contextmanager

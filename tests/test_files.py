@@ -3,27 +3,37 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from app import files
 from app.errors import UserError, nearest
 from app.files import (
     atomic_folder,
     atomic_path,
+    claim,
     exists_problem,
     flatten,
     free_folder,
+    hash_file,
     last_folder,
     locked,
+    open_file,
+    open_own,
     read_json,
     short_hash,
+    write_csv,
     write_json,
+    write_text,
 )
 from tests.helpers import REPOSITORY
 
@@ -114,6 +124,123 @@ def test_without_an_exchange_the_old_folder_comes_back(tmp_path: Path, monkeypat
         _ = 1 / 0
     assert (folder / "x").read_text() == "2"
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_a_new_folder_replaces_nothing_that_came_meanwhile(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    said = pytest.raises(UserError, match="another process wrote it meanwhile")
+    with said, atomic_folder(folder, replace=False) as second:
+        (second / "x").write_text("2")
+        write_json(folder / "x", "1")
+    assert read_json(folder / "x") == "1"
+    said = pytest.raises(UserError, match="another process is writing it")
+    with atomic_folder(folder), said, atomic_folder(folder, replace=False):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+CLAIMED = """
+import sys
+from pathlib import Path
+from app.files import claim
+claim(Path(sys.argv[1]))
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_claimed_folder_is_refused_until_its_process_ends(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", CLAIMED, tmp_path]
+    with subprocess.Popen(words, stdin=-1, stdout=-1, cwd=REPOSITORY) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"claimed\n"
+        with pytest.raises(UserError, match="another process is at work here"):
+            claim(tmp_path)
+        other.kill()
+    claim(tmp_path)
+    claim(tmp_path)
+    assert free_folder(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("kind", ["link", "second name", "pipe", "folder"])
+def test_our_own_files_are_no_others(tmp_path: Path, kind: str) -> None:
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    theirs.write_text("years of work")
+    if kind == "link":
+        ours.symlink_to(theirs)
+    elif kind == "second name":
+        ours.hardlink_to(theirs)
+    elif kind == "pipe":
+        os.mkfifo(ours)
+    else:
+        ours.mkdir()
+    with pytest.raises(UserError, match="remove it"):
+        open_own(ours)
+    assert theirs.read_text() == "years of work"
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket"))
+    for path in (tmp_path / "pipe", tmp_path / "link", tmp_path / "socket", Path("/dev/zero")):
+        with pytest.raises(OSError, match="no regular file"):
+            open_file(path)
+        with pytest.raises(UserError, match=rf"{path}: cannot be read \(is no regular file"):
+            read_json(path)
+        with pytest.raises(OSError, match="no regular file"):
+            hash_file(path)
+    with pytest.raises(UserError, match="is a folder, not a file"):
+        read_json(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 70 + "]" * 70, "nested more than 64 deep"),
+        ('{"a]]]]\\"]]": ' * 70 + "1" + "}" * 70, "nested more than 64 deep"),
+        ("[" * 100_000, "nested too deeply"),
+        ("9" * 6000, "a number of 6000 digits"),
+        (f'{{"area": -{"9" * 300}}}', "a number of 301 digits"),
+    ],
+)
+def test_json_is_bounded_in_depth_and_digits(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_json(tmp_path / "a.json")
+
+
+def test_sound_json_is_within_the_bounds(tmp_path: Path) -> None:
+    values = ["[" * 99, '\\"[' * 99, "9" * 99, -(2**63), 0.1 + 0.2, [[[[1]]]] * 99, {"\\": "]"}]
+    write_json(tmp_path / "a.json", values)
+    assert read_json(tmp_path / "a.json") == values
+    with pytest.raises(UserError, match="more than the 10 bytes"):
+        read_json(tmp_path / "a.json", most=10)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
+def test_the_depth_of_json_is_counted_as_it_is(value: object) -> None:
+    def depth(node: object) -> int:
+        inside = node.values() if isinstance(node, dict) else node
+        return 1 + max(map(depth, inside), default=0) if isinstance(node, list | dict) else 0
+
+    data = json.dumps(value).encode()
+    deep = depth(value)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(files, "MAX_DEPTH", deep)
+        assert not files._is_deep(data)
+        patched.setattr(files, "MAX_DEPTH", deep - 1)
+        assert files._is_deep(data) or not deep
+
+
+def test_text_that_utf8_cannot_encode_is_written_spelt(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff.png")
+    write_text(tmp_path / "a", name)
+    write_csv(tmp_path / "b", ["name"], [{"name": name}])
+    assert (tmp_path / "a").read_text() == "\\udcff.png"
+    assert (tmp_path / "b").read_text() == "name\n\\udcff.png\n"
 
 
 def test_what_is_written_has_the_usual_permissions(tmp_path: Path) -> None:

@@ -32,14 +32,16 @@ def show(comparison: Comparison, one: Path, other: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from app.console import plain
+
     table = Table()
     for heading in ("figure", str(one), str(other), "difference", "95 % of resamplings"):
-        table.add_column(Text(heading), overflow="fold")
+        table.add_column(Text(plain(heading)), overflow="fold")
     for line in comparison.lines:
         interval = "" if line.interval is None else "{:+.3f}…{:+.3f}".format(*line.interval)
         sure = " *" if line.is_sure else ""
         cells = (line.name, f"{line.one:.3f}", f"{line.other:.3f}", f"{line.difference:+.3f}")
-        table.add_row(*map(Text, (*cells, interval + sure)))
+        table.add_row(*(Text(plain(cell)) for cell in (*cells, interval + sure)))
     Console(soft_wrap=True).print(table)
     log.info(
         "* the interval, from %d resamplings of the %d images, leaves out 0",

@@ -122,6 +122,7 @@ def show(faults: Sequence[Fault]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from app.console import plain
     from app.datasets.dataset_report import by_kind
     from app.datasets.faults import KINDS
 
@@ -134,5 +135,5 @@ def show(faults: Sequence[Fault]) -> None:
     for kind, group in by_kind(faults):
         outcome = KINDS[kind].outcome if kind in KINDS else group[0].remedy
         cells = (kind, group[0].action, str(len(group)), group[0].place, outcome)
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(*(Text(plain(cell)) for cell in cells))
     Console().print(table)

@@ -11,6 +11,7 @@ import typer
 
 from app.cli import options
 from app.cli.options import DATA, OUTPUT, PROMPTS
+from app.console import command
 from app.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -206,4 +207,5 @@ def write_graphs(
     )
     size = sum(file["bytes"] for file in manifest.files.values())
     log.info("exported: %s, %.1f MB in %d files", folder, size / 1e6, len(manifest.files) + 1)
-    log.info("use it: python -m app.deploy.runtime %s --input IMAGES --output DIR", folder)
+    run = command("python", "-m", "app.deploy.runtime", folder)
+    log.info("use it: %s --input IMAGES --output DIR", run)

@@ -115,7 +115,7 @@ class LabelFlags:
 
 
 @dataclass(frozen=True)
-class SourceFlags(LabelFlags):
+class OriginFlags:
     """Hold the flags that say where labelled images come from; without any: synthetic shapes."""
 
     dataset_dir: Annotated[
@@ -156,6 +156,11 @@ class SourceFlags(LabelFlags):
         str | None,
         typer.Option(help="of --dataset-dir, decided by hand", rich_help_panel=DATA),
     ] = None
+
+
+@dataclass(frozen=True)
+class SourceFlags(LabelFlags, OriginFlags):
+    """Hold the flags of a dataset: where it comes from, and then what its labels mean."""
 
     def by_key(self) -> dict[str, object]:
         """Return the flags by their keys in configs/train.yaml."""

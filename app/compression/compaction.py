@@ -32,7 +32,7 @@ from app.datasets.images import open_image
 from app.datasets.read_splits import read_splits
 from app.evaluation.evaluate import score_dataset
 from app.evaluation.scoring import THRESHOLD
-from app.files import write_json
+from app.files import claim, write_json
 from app.inference.flops import count_flops
 from app.inference.inputs import find_images
 from app.inference.predictor import Predictor
@@ -121,6 +121,7 @@ def compact(
     )
     if note := padding_note(header.model):
         log.info("note: %s", note)
+    claim(folder)
     file = weights.save(cutting.model, folder, header)
     write_json(folder / REPORT, {"source": str(source), "width": by, "steps": cutting.rows})
     return file

@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
-import importlib
-import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,15 +23,22 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from app.config.schema import Config, ModelConfig, problems_of
+from app.config.targets import check_targets
+from app.config.yaml_data import parse_yaml, read_yaml
 from app.errors import UserError, nearest
 from app.files import flatten
 
 Checked = TypeVar("Checked", bound=BaseModel)
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SHOWN = 20  # unknown keys
 SHORT = {"limit": "dataset.limit"}  # keys that people write without their group
-# A configuration may come from outside: it may name upstream's parts and ours, and no other code.
-TARGETS = ("sam3.", "app.", "torch.optim.", "torch.nn.", "fvcore.common.param_scheduler.")
+# Group → the kinds of parts that it may name by `_target_`.
+_KINDS = {
+    "transforms": ("transforms",),
+    "loss": ("losses", "matchers"),
+    "optim": ("optimizers", "schedules"),
+}
 
 
 def load_config(
@@ -54,14 +60,26 @@ def load_config(
     content = {} if file is None else _read_settings(file)
     choices, content = _split_choices(content, asked)
     composed = _compose(choices)
+    own = _interpolations(composed)
     if unknown := _unknown_keys(content, composed):
         raise UserError([f"{file}: {problem}" for problem in unknown])
     if model is not None:
         composed.model = model.model_dump()
-    composed.merge_with(content)
+    try:
+        composed.merge_with(content)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from None
     for text in values:
         _override(composed, text)
-    return _validate(composed)
+    config = _checked(Config, composed, own)
+    problems = [
+        problem
+        for name, kinds in _KINDS.items()
+        for problem in check_targets(getattr(config, name).model_dump(), name, kinds)
+    ]
+    if problems:
+        raise UserError(problems)
+    return config
 
 
 def load_model_config(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
@@ -76,7 +94,7 @@ def load_model_config(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
     composed = OmegaConf.create({"model": content})
     for text in overrides:
         _override(composed, text)
-    return _checked(ModelConfig, composed.model)
+    return _checked(ModelConfig, composed, {}, "model")
 
 
 def model_config(content: Mapping[str, Any], where: str) -> ModelConfig:
@@ -106,45 +124,6 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def read_yaml(file: Path) -> Any:
-    """Parse YAML that is data only; raises UserError that names the place."""
-    try:
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: broken YAML: {' '.join(str(error).split())}") from None
-
-
-def check_targets(node: Any, where: str) -> list[str]:
-    """Report every `_target_` in `node` that is unknown or not allowed, and keys it never reads."""
-    if isinstance(node, list):
-        return [p for i, item in enumerate(node) for p in check_targets(item, f"{where}[{i}]")]
-    if not isinstance(node, Mapping):
-        return []
-    problems = _check_target(node, where) if "_target_" in node else []
-    return problems + [p for k, v in node.items() for p in check_targets(v, f"{where}.{k}")]
-
-
-def _check_target(node: Mapping[str, Any], where: str) -> list[str]:
-    target = str(node["_target_"])
-    if not target.startswith(TARGETS):
-        return [f"{where}._target_: '{target}' is not allowed; targets start with {TARGETS}"]
-    module, _, name = target.rpartition(".")
-    try:
-        part = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError):
-        return [f"{where}._target_: there is no '{target}'"]
-    parameters = inspect.signature(part).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return []
-    return [
-        f"{where}.{key}: {target} reads no '{key}'.{nearest(key, parameters)}"
-        for key in node
-        if key not in parameters and not key.startswith("_")
-    ]
-
-
 def _read_settings(file: Path) -> dict[str, Any]:
     content = read_yaml(file)
     if not isinstance(content, dict):
@@ -171,7 +150,7 @@ def _split_choices(
     for group in set(content) & set(_config_groups()):
         value = content[group]
         name = value.get("name") if isinstance(value, Mapping) else value
-        is_choice = isinstance(value, str) or (CONFIGS / group / f"{name}.yaml").is_file()
+        is_choice = isinstance(value, str) or str(name) in _choices(group)
         if is_choice:
             choices[group] = str(name)
         if isinstance(value, str) or (is_choice and group in asked):
@@ -207,9 +186,13 @@ def _key(override: str) -> str:
     return override.partition("=")[0]
 
 
+def _choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
 def _choice_file(group: str, choice: str) -> Path:
     """Return the YAML of a group's choice; raise UserError with the nearest where there is none."""
-    choices = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+    choices = _choices(group)
     if choice not in choices:
         raise UserError(
             f"{group}={choice}: there is no such {group}; there are {', '.join(choices)}."
@@ -220,10 +203,9 @@ def _choice_file(group: str, choice: str) -> Path:
 
 def _unknown_keys(content: Mapping[str, Any], composed: DictConfig) -> list[str]:
     known = _leaves(composed)
+    unknown = (key for key in _leaves(content) if not _is_known(key, known))
     return [
-        f"nothing reads '{key}'.{nearest(key, known)}"
-        for key in _leaves(content)
-        if not _is_known(key, known)
+        f"nothing reads '{key}'.{nearest(key, known)}" for key in itertools.islice(unknown, SHOWN)
     ]
 
 
@@ -237,11 +219,11 @@ def _override(composed: DictConfig, text: str) -> None:
     if not _is_known(key, known):
         raise UserError(f"'{text}': nothing reads the key '{key}'.{nearest_key(key, known)}")
     try:
-        parsed = value if _is_text(key) and value != "null" else yaml.safe_load(value)
+        parsed = value if _is_text(key) and value != "null" else parse_yaml(value, f"'{text}'")
         if isinstance(parsed, str) and not _is_text(key) and _is_number(value):
             parsed = float(value)  # YAML 1.1 reads 1e-4 as text; people write it as a number
         OmegaConf.update(composed, key, parsed, merge=False, force_add=True)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         raise UserError(f"'{text}': {' '.join(str(error).split())}") from None
 
 
@@ -287,25 +269,35 @@ def _leaves(node: Any) -> list[str]:
     return list(flatten(node, lists=True))
 
 
-def _checked(schema: type[Checked], content: DictConfig) -> Checked:
-    """Resolve the interpolations and check all against the schema."""
+def _interpolations(composed: DictConfig) -> dict[str, str]:
+    """Return the text of each leaf that OmegaConf would take for a reference, by its key."""
+    return {
+        key: value
+        for key, value in flatten(
+            OmegaConf.to_container(composed, resolve=False), lists=True
+        ).items()
+        if "${" in str(value)
+    }
+
+
+def _checked(
+    schema: type[Checked], composed: DictConfig, own: Mapping[str, str], key: str | None = None
+) -> Checked:
+    """Resolve the interpolations and check all, or what stands at `key`, against the schema.
+
+    Args:
+        own: the interpolations of `configs/`. Others would read the environment, whose secrets
+            would be written to the run's folder, or grow without bounds.
+    """
+    foreign = [name for name, text in _interpolations(composed).items() if own.get(name) != text]
+    if foreign:
+        raise UserError(
+            [f"{name}: '${{…}}' is for configs/ alone; write the value itself" for name in foreign]
+        )
     try:
-        return schema.model_validate(OmegaConf.to_container(content, resolve=True))
+        content: Any = OmegaConf.to_container(composed, resolve=True)
+        return schema.model_validate(content if key is None else content[key])
     except OmegaConfBaseException as error:
         raise UserError(f"Configuration: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         raise UserError(problems_of(error)) from None
-
-
-def _validate(composed: DictConfig) -> Config:
-    if "${oc.env" in OmegaConf.to_yaml(composed):  # its value would be written to the run's folder
-        raise UserError("${oc.env:…}: a configuration reads no environment variables")
-    config = _checked(Config, composed)
-    problems = [
-        problem
-        for name in ("transforms", "loss", "optim")
-        for problem in check_targets(getattr(config, name).model_dump(), name)
-    ]
-    if problems:
-        raise UserError(problems)
-    return config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -12,6 +12,7 @@ from app.config.shapes import ShapesConfig
 
 Node = dict[str, Any]  # a part named by `_target_`, made by hydra.utils.instantiate
 
+Prompt = Annotated[str, Field(max_length=1000)]
 Component = Literal["vision", "text", "detector", "geometry", "masks", "scoring"]  # of the model
 # --resume: everything; "auto": if there is a run, else start one; "weights": nothing but them.
 Resume = Literal["all", "auto", "weights"]
@@ -24,17 +25,22 @@ FormatName = Literal[
 # fmt: on
 
 
+# Sizes of a model, beyond which none has been trained: weights from outside name their own.
+MAX_WIDTH, MAX_DEPTH = 16_384, 256
+MAX_SIDE = 512  # patches
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class VisionConfig(_Strict):
-    patch_size: int = Field(gt=0)
-    embed_dim: int = Field(gt=0, multiple_of=4)
-    depth: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
-    mlp_ratio: float = Field(gt=0)
-    window_size: int = Field(gt=0)
+    patch_size: int = Field(gt=0, le=256)
+    embed_dim: int = Field(gt=0, le=MAX_WIDTH, multiple_of=4)
+    depth: int = Field(gt=0, le=MAX_DEPTH)
+    num_heads: int = Field(gt=0, le=MAX_WIDTH)
+    mlp_ratio: float = Field(gt=0, le=64)
+    window_size: int = Field(gt=0, le=MAX_SIDE)
     global_blocks: list[int]
     drop_path: float = Field(ge=0, lt=1)
     heads: int | None = Field(default=None, ge=1)  # that were left of num_heads; None: all
@@ -65,9 +71,9 @@ class VisionConfig(_Strict):
 
 
 class TextConfig(_Strict):
-    width: int = Field(gt=0)
-    depth: int = Field(gt=0)
-    num_heads: int = Field(gt=0)
+    width: int = Field(gt=0, le=MAX_WIDTH)
+    depth: int = Field(gt=0, le=MAX_DEPTH)
+    num_heads: int = Field(gt=0, le=MAX_WIDTH)
     context_length: int = Field(ge=3, le=77)
 
     @model_validator(mode="after")
@@ -82,22 +88,22 @@ class TextConfig(_Strict):
 class ModelConfig(_Strict):
     """Size of a SAM 3; what `model/build.py` builds and a weights' header carries."""
 
-    name: str
+    name: str = Field(max_length=200)
     resolution: int = Field(gt=0)
     vision: VisionConfig
     text: TextConfig
-    d_model: int = Field(gt=0, multiple_of=8)
-    num_heads: int = Field(gt=0)
-    feedforward: int = Field(gt=0)
-    encoder_layers: int = Field(gt=0)
-    decoder_layers: int = Field(gt=0)
-    geometry_layers: int = Field(gt=0)
-    num_queries: int = Field(gt=0)
+    d_model: int = Field(gt=0, le=MAX_WIDTH, multiple_of=8)
+    num_heads: int = Field(gt=0, le=MAX_WIDTH)
+    feedforward: int = Field(gt=0, le=8 * MAX_WIDTH)
+    encoder_layers: int = Field(gt=0, le=MAX_DEPTH)
+    decoder_layers: int = Field(gt=0, le=MAX_DEPTH)
+    geometry_layers: int = Field(gt=0, le=MAX_DEPTH)
+    num_queries: int = Field(gt=0, le=100_000)
     dropout: float = Field(ge=0, lt=1)
-    mask_points: int = Field(gt=0)
+    mask_points: int = Field(gt=0, le=10_000_000)
     segmentation: bool
     activation_checkpointing: bool | list[Component]  # of training alone, not of weights
-    vocabulary: list[str] | None = None  # the prompts stored in the text encoder's place; None: any
+    vocabulary: list[Prompt] | None = None  # stored in the text encoder's place; None: any
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
@@ -107,6 +113,11 @@ class ModelConfig(_Strict):
             raise ValueError(
                 f"model.resolution {self.resolution} must be a multiple of the patch size {patch}: "
                 f"{low} or {low + patch}"
+            )
+        if self.resolution > MAX_SIDE * patch:
+            raise ValueError(
+                f"model.resolution {self.resolution} is above {MAX_SIDE * patch}: {MAX_SIDE} "
+                "patches a side"
             )
         if self.resolution < 4 * patch:
             raise ValueError(

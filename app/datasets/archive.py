@@ -13,9 +13,10 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from app.errors import UserError
-from app.files import atomic_folder
+from app.files import atomic_folder, check_regular
 
 MAX_MEMBERS = 2_000_000  # of a zip
+MAX_DEPTH = 64  # folders that a member may lie in
 MAX_BYTES = 2 * 10**12  # unpacked, of a zip; what is free on the disk limits it as well
 MAX_RATIO = 200  # unpacked to packed, of a member; JSON and blank images stay below 100
 HARMLESS_BYTES = 10_000_000  # a member this small may have any ratio
@@ -51,6 +52,7 @@ def unzip(archive: Path, folder: Path, max_bytes: int = MAX_BYTES) -> None:
 
 def _open_zip(archive: Path) -> zipfile.ZipFile:
     try:
+        check_regular(archive)
         return zipfile.ZipFile(archive)
     except OSError as error:
         raise UserError(f"{archive}: cannot be read ({error.strerror})") from None
@@ -90,6 +92,8 @@ def _name_fault(name: str) -> str | None:
         return "has a backslash in its name; pack it anew with a tool that writes slashes"
     if name.startswith("/") or re.match(r"[A-Za-z]:", name):
         return "has an absolute path: must be relative"
+    if name.count("/") > MAX_DEPTH:
+        return f"lies more than {MAX_DEPTH} folders deep"
     if ".." in name.split("/"):
         return "leads out of the folder by '..'"
     return None

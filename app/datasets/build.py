@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from app.config.reading import AS_WRITTEN, ReadingConfig
+from app.config.schema import Config
 from app.config.shapes import ShapesConfig
 from app.console import progress
 from app.datasets.coco import Category, Dataset, Reading
@@ -27,7 +29,7 @@ from app.datasets.faults import (
 )
 from app.datasets.formats import COCO, Source, choose
 from app.datasets.formats.coco import JSON_NAMES
-from app.datasets.settling import settle, unread_files
+from app.datasets.settling import alike_names, settle, unread_files
 from app.datasets.splitting import stratify
 from app.datasets.synthetic.shapes import check_shapes, info, is_shapes, make_shapes
 from app.errors import UserError
@@ -141,6 +143,7 @@ def survey(folder: Path, format: str = "auto", reading: ReadingConfig = AS_WRITT
         refused = any(fault.action is Action.REFUSED for fault in read.faults)
         faults += [] if refused else _emptiness(split, read, sources[split].where)
     splits = {split: read.dataset for split, read in readings.items()}
+    faults += alike_names(folder, splits)
     files = {path for read in readings.values() for path in read.files}
     faults += unread_files(folder, splits, files)
     tally = sum((read.tally for read in readings.values()), Tally())
@@ -232,6 +235,13 @@ def advise(splits: Splits, folder: Path) -> list[Fault]:
             findings.add("untrained class", title, missing, remedy)
     train = splits.train
     findings.faults += _crowds(splits, folder)
+    numbers = [name for name in train.class_names if name.strip().isdecimal()]
+    if numbers:
+        remedy = (
+            f"{len(numbers)} classes are called by numbers, such as '{numbers[0]}': a prompt is a "
+            "noun phrase, and numbers mean nothing to the model; --prompts FILE gives each words"
+        )
+        findings.add("numbers", "categories", numbers, remedy)
     if len(train.categories) == 1 and all(train.annotations_by_image.values()):
         name = train.class_names[0]
         remedy = (
@@ -274,6 +284,39 @@ def many_classes(train: Dataset, most: int) -> list[Fault]:
             f"dataset.max_prompts={most} towards {classes}"
         )
         findings.add("many classes", "the number of classes", classes, remedy)
+    return findings.faults
+
+
+def settings_advice(splits: Splits, config: Config) -> list[Fault]:
+    """Return warnings of what the model and the settings are too small for."""
+    queries, detections = config.model.num_queries, config.evaluation.max_detections
+    faults = many_classes(splits.train, config.dataset.max_prompts)
+    for split, dataset in (("train", splits.train), ("valid", splits.valid), ("test", splits.test)):
+        if dataset is None:
+            continue
+        of_class = Counter((a.image_id, a.category_id) for a in dataset.annotations)
+        of_image = Counter((a.image_id, None) for a in dataset.annotations)
+        faults += _many_objects(split, dataset, of_class, f"{queries} that a prompt finds", queries)
+        if split != "train":
+            most = f"{detections} that are scored (evaluation.max_detections)"
+            faults += _many_objects(split, dataset, of_image, most, detections)
+    return faults
+
+
+def _many_objects(
+    split: str, dataset: Dataset, counts: Mapping[tuple[int, Any], int], limit: str, most: int
+) -> list[Fault]:
+    findings = Findings("dataset")
+    beyond = {key[0]: count for key, count in counts.items() if count > most}
+    if beyond:
+        worst = max(beyond, key=lambda image_id: beyond[image_id])
+        name = next(image.path.name for image in dataset.images if image.id == worst)
+        remedy = (
+            f"{split}: {len(beyond)} images have more objects than the {limit}, such as "
+            f"{name} with {beyond[worst]}: the rest cannot be found; cut such images into "
+            "tiles, as ./infer.sh --tile does"
+        )
+        findings.add("many objects", split, beyond[worst], remedy)
     return findings.faults
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -44,8 +45,8 @@ def keep_doubled(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     plain = dict(pairs)
     if len(plain) == len(pairs):
         return plain
-    doubled, keys = Doubled(plain), [key for key, _ in pairs]
-    doubled.twice = tuple(key for key in plain if keys.count(key) > 1)
+    doubled, counts = Doubled(plain), Counter(key for key, _ in pairs)
+    doubled.twice = tuple(key for key in plain if counts[key] > 1)
     return doubled
 
 
@@ -150,7 +151,7 @@ def _check_name(place: str, name: object, places: dict[str, str], findings: Find
         remedy = f"has {len(name.strip())} characters: must be a name of at most {MAX_NAME}"
         findings.add("category name", place, name, remedy)
         return False
-    plain = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+    plain = as_read(name)
     if plain in places:
         remedy = f"is also the name of {places[plain]}, but for case or space; merge or rename one"
         findings.add("alike names", place, name, remedy)
@@ -159,6 +160,11 @@ def _check_name(place: str, name: object, places: dict[str, str], findings: Find
         findings.add("space in name", place, name, f"is read as {name.strip()!r}")
     places[plain] = place.removesuffix(".name")
     return True
+
+
+def as_read(name: str) -> str:
+    """Return a class's name as the model reads it: case and space make no difference."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
 
 
 def placeholder_ids(document: dict[str, Any]) -> set[int]:

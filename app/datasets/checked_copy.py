@@ -9,8 +9,8 @@ from pathlib import Path
 from app.config.compose import load_config
 from app.config.reading import AS_WRITTEN, ReadingConfig
 from app.config.schema import Config
-from app.console import progress
-from app.datasets.build import Splits, Survey, advise, decode, make_splits, many_classes, survey
+from app.console import command, progress
+from app.datasets.build import Splits, Survey, advise, decode, make_splits, settings_advice, survey
 from app.datasets.coco import Dataset
 from app.datasets.dataset_report import REPORT, by_kind, render
 from app.datasets.faults import Fault, counts_of, lines, notes
@@ -73,7 +73,7 @@ def build(folder: Path, output: Path, config: Config) -> Splits:
     Raises:
         UserError: with every problem, where mending would be guessing or would drop too much.
     """
-    dataset = config.dataset
+    dataset, replace = config.dataset, output.exists()  # of an earlier build: `require_free`
     surveyed = _survey_whole(folder, dataset.format, dataset.reading)
     surveyed.require_sound(dataset.max_drop)
     splits = make_splits(
@@ -89,7 +89,10 @@ def build(folder: Path, output: Path, config: Config) -> Splits:
     parts = {name: part for name, part in named.items() if part is not None}
     total = sum(len(part.images) for part in parts.values())
     try:
-        with atomic_folder(output) as temporary, progress("writing: image", total) as advance:
+        with (
+            atomic_folder(output, replace=replace) as temporary,
+            progress("writing: image", total) as advance,
+        ):
             write_splits(splits, temporary, info, lambda done: advance(done, ""))
             page = render(f"Dataset {folder}", parts, [*surveyed.faults, *advice], all_notes)
             (temporary / REPORT).write_text(page, encoding="utf-8")
@@ -100,7 +103,7 @@ def build(folder: Path, output: Path, config: Config) -> Splits:
     for name, part in parts.items():
         log.info("%s: %d images, %d objects", name, len(part.images), len(part.annotations))
     log.info("dataset: %s (see %s in it)", output, REPORT)
-    log.info("train on it: ./train.sh --dataset-dir '%s'", output)
+    log.info("train on it: %s", command("./train.sh", "--dataset-dir", output))
     return splits
 
 
@@ -113,7 +116,7 @@ def _survey_whole(folder: Path, format: str, reading: ReadingConfig) -> Survey:
 
 
 def _advice(splits: Splits, folder: Path, config: Config) -> list[Fault]:
-    return [*advise(splits, folder), *many_classes(splits.train, config.dataset.max_prompts)]
+    return [*advise(splits, folder), *settings_advice(splits, config)]
 
 
 def require_apart(output: Path, source: Path) -> None:

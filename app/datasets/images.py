@@ -10,8 +10,12 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from app.errors import UserError
+from app.files import check_regular, open_file
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".jp2", ".avif"),
+)
 # What Pillow may decode: some of its other decoders start programs, as that of EPS does.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 MAX_PIXELS = 2**27  # more is no photograph but a decompression bomb
@@ -84,6 +88,7 @@ def open_small(path: Path, side: int) -> Image.Image:
 
 
 def _open(path: Path) -> Image.Image:
+    check_regular(path)  # a pipe would be waited for without an end
     image = Image.open(path, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
@@ -118,7 +123,7 @@ def _explain(path: Path, error: Exception) -> ImageError:
     if isinstance(error, Image.DecompressionBombError):
         return ImageError("image enormous", path, str(error))
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             head = file.read(512)
     except OSError as failure:
         return ImageError("image damaged", path, failure.strerror or str(failure))

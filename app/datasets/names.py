@@ -136,7 +136,10 @@ class Names:
         return self.roots.index(path.parent) if path.parent in self.roots else len(self.roots)
 
     def _shown(self, path: Path) -> str:
-        return str(path.relative_to(self.search))
+        home = self.homes[0]
+        return str(
+            path.resolve().relative_to(home) if path.resolve().is_relative_to(home) else path
+        )
 
     @cached_property
     def _files(self) -> list[Path]:

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from app.config.yaml_data import read_yaml
 from app.datasets.coco import Category, Dataset
 from app.errors import UserError, nearest
 
@@ -71,11 +70,9 @@ def read_prompts(file: Path, categories: Iterable[Category]) -> dict[str, tuple[
         UserError: every class that is not there, prompt that is no text, prompt for two classes.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"--prompts {file}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {file}: broken YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(file)
+    except UserError as error:
+        raise UserError(f"--prompts {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"--prompts {file}: must be a mapping of classes to prompts")
     names = [category.name for category in categories]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from app.config.schema import Config
 from app.datasets import sources
-from app.datasets.build import Splits, load_splits, many_classes
+from app.datasets.build import Splits, load_splits, settings_advice
 from app.datasets.coco import Dataset
 from app.datasets.decoding import decoding_problems
 from app.datasets.prompts import name_classes, read_prompts
@@ -33,7 +33,7 @@ def read_splits(config: Config) -> Splits:
         seed=config.seed,
         limit=dataset.limit,
     )
-    advice = [fault.remedy for fault in many_classes(splits.train, dataset.max_prompts)]
+    advice = [fault.remedy for fault in settings_advice(splits, config)]
     splits = replace(splits, notes=(*splits.notes, *advice))
     if dataset.prompts is not None:
         prompts = read_prompts(Path(dataset.prompts), splits.train.categories)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.config.reading import ReadingConfig
+from app.datasets.check import as_read
 from app.datasets.coco import Annotation, Dataset, Reading
 from app.datasets.faults import Fault, Findings, Tally
 from app.datasets.images import EXTENSIONS
@@ -92,6 +93,22 @@ def _each_once(dataset: Dataset, findings: Findings) -> Dataset:
             remedy = f"is annotation {seen[key].id} once more"
             findings.add("same object", place, list(annotation.bbox_xywh), remedy)
     return replace(dataset, annotations=tuple(seen.values()))
+
+
+def alike_names(folder: Path, splits: Mapping[str, Dataset]) -> list[Fault]:
+    """Report names of classes, over all splits, that the model reads as one prompt."""
+    findings = Findings(str(folder))
+    spellings: dict[str, dict[str, str]] = {}  # what the model reads -> each name, its split
+    for split, dataset in splits.items():
+        for name in dataset.class_names:
+            spellings.setdefault(as_read(name), {}).setdefault(name, split)
+    for names in spellings.values():
+        if len(names) > 1:
+            (first, split), *others = names.items()
+            for name, other in others:
+                remedy = f"is '{first}' of {split} but for case or space; merge or rename one"
+                findings.add("alike names", f"{other}: categories", name, remedy)
+    return findings.faults
 
 
 def unread_files(

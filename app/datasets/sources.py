@@ -16,7 +16,7 @@ from app.datasets import huggingface, roboflow
 from app.datasets.archive import unzip
 from app.datasets.build import shapes_dataset
 from app.datasets.folders import FOLDERS
-from app.files import hash_file, locked, short_hash
+from app.files import hash_file, locked, open_own, short_hash
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def fetch(config: DatasetConfig, seed: int, data: Path = DATA) -> Path:
 def _locked(data: Path) -> Iterator[None]:
     """Let one process fetch at a time: all others of a run then find the data there."""
     data.mkdir(parents=True, exist_ok=True)
-    (data / ".lock").touch()
+    open_own(data / ".lock").close()
     with locked(data / ".lock"):
         yield
 

@@ -86,7 +86,10 @@ def export(
     wanted = wanted or Wanted()
     header = weights.describe(source, resolution=wanted.resolution)
     wanted = check_wanted(wanted, header, has_images=images is not None or valid is not None)
-    with atomic_folder(folder) as temporary, _pictures(images, valid, measure_on) as pictures:
+    with (
+        atomic_folder(folder, replace=folder.exists()) as temporary,
+        _pictures(images, valid, measure_on) as pictures,
+    ):
         _write_graphs(source, wanted, temporary)
         side = header.model.resolution
         predictor = Predictor.load(path, device="cpu", precision="fp32", resolution=side)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from app.deploy.runtime.manifest import FILE, FORMAT
 from app.errors import UserError
-from app.files import exists_problem
+from app.files import SETTINGS_BYTES, exists_problem, read_json
 from app.model.transformers.config import CONFIG
 
 
@@ -39,7 +38,7 @@ def _is_export(folder: Path) -> bool:
 def _read(file: Path) -> dict[str, object]:
     """Return a JSON object; empty where there is none."""
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+        content = read_json(file, most=SETTINGS_BYTES)
+    except UserError:
         return {}
     return content if isinstance(content, dict) else {}

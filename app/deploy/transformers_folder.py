@@ -22,7 +22,7 @@ from app.datasets.synthetic.drawing import draw_image
 from app.deploy.output import check_output
 from app.deploy.tokenizer import make_tokenizer
 from app.errors import UserError
-from app.evaluation.model_card import SHOWN_PROMPTS, licence
+from app.evaluation.model_card import SHOWN_PROMPTS, code, escaped, licence
 from app.files import atomic_folder, atomic_path, write_json, write_text
 from app.inference.postprocess import THRESHOLD
 from app.inference.predictor import Predictor, query_scores
@@ -59,7 +59,7 @@ def export(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
     check_output(folder, weights.find_file(path), overwrite=overwrite)
     header = weights.describe(path)
     config = to_config(header.model)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, replace=folder.exists()) as temporary:
         model, header = weights.load(path, merge=True)
         write_json(temporary / CONFIG, config)
         with atomic_path(temporary / weights.FILE) as file:  # save_file alone lets only us read it
@@ -200,12 +200,12 @@ def _card(header: weights.Header, respelt: dict[str, str | None]) -> str:
         pipeline_tag="image-segmentation",
         tags=["sam3", "open-vocabulary", "object-detection", "instance-segmentation"],
     )
-    prompts = ", ".join(f"“{prompt}”" for prompt in header.prompts[:SHOWN_PROMPTS])
+    prompts = ", ".join(f"“{escaped(prompt)}”" for prompt in header.prompts[:SHOWN_PROMPTS])
     if (more := len(header.prompts) - SHOWN_PROMPTS) > 0:
         prompts += f" and {more} more"
     spellings = [
-        f"- “{prompt}”: "
-        + (f"ask for “{text}”" if text else f"longer than {TOKENS} tokens, cut it")
+        f"- “{escaped(prompt)}”: "
+        + (f"ask for “{escaped(text)}”" if text else f"longer than {TOKENS} tokens, cut it")
         for prompt, text in respelt.items()
     ]
     threshold = THRESHOLD if header.threshold is None else header.threshold
@@ -213,9 +213,9 @@ def _card(header: weights.Header, respelt: dict[str, str | None]) -> str:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         "# SAM 3, fine-tuned",
-        f"SAM 3 (Segment Anything with Concepts), size {header.model.name}, "
+        f"SAM 3 (Segment Anything with Concepts), size {escaped(header.model.name)}, "
         f"{header.model.resolution} px, for transformers' `Sam3Model`. Trained with "
-        f"facebookresearch/sam3 at commit `{header.pin}`.",
+        f"facebookresearch/sam3 at commit {code(header.pin)}.",
         f"The prompts it was trained with: {prompts}." if prompts else "",
         "transformers reads these prompts otherwise than training did:\n\n" + "\n".join(spellings)
         if spellings
@@ -244,7 +244,7 @@ from transformers import Sam3Model, Sam3Processor
 model = Sam3Model.from_pretrained("THIS_FOLDER").eval()
 processor = Sam3Processor.from_pretrained("THIS_FOLDER")
 image = Image.open("image.jpg").convert("RGB")
-inputs = processor(images=image, text={prompt!r}, return_tensors="pt")
+inputs = processor(images=image, text={prompt!a}, return_tensors="pt")
 inputs["input_boxes"] = torch.zeros(1, 1, 4)  # one box of padding: see below
 inputs["input_boxes_labels"] = torch.full((1, 1), {padding})
 with torch.no_grad():

@@ -6,7 +6,7 @@ al. propose it (arXiv 1810.03993).
 
 from __future__ import annotations
 
-import shlex
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from app.config.schema import Config, DatasetConfig, Node
-from app.console import duration
+from app.console import command, duration, plain
 from app.datasets.build import Splits
 from app.evaluation.report_page import HEADLINE, KIND, ONCE, number
 from app.files import read_json, write_text
@@ -64,16 +64,16 @@ def write_card(
         "started from": _origin(pretrained_path),
         "images": f"{len(splits.train.images)} to train on and {len(splits.valid.images)} to "
         f"validate on, from {_source(config.dataset)}",
-        "training data, by content": f"`{header.data_hash}`",
+        "training data, by content": code(header.data_hash),
         "precision": str(precision).removeprefix("torch."),
         **_settings(config, lr_scale, processes),
     }
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {folder.resolve().name}",
-        f"SAM 3 (Segment Anything with Concepts), size {header.model.name}, "
+        f"# {escaped(folder.resolve().name)}",
+        f"SAM 3 (Segment Anything with Concepts), size {escaped(header.model.name)}, "
         f"{header.model.resolution} px. Architecture: facebookresearch/sam3 at commit "
-        f"`{header.pin}`.",
+        f"{code(header.pin)}.",
         "## What it finds",
         _prompts(header),
         "## Figures",
@@ -93,6 +93,29 @@ def write_card(
     file = best / CARD
     write_text(file, "\n\n".join(parts) + "\n")
     return file
+
+
+def escaped(words: str) -> str:
+    """Return foreign text so that Markdown and the HTML in it show it as it is, on one line."""
+    line = " ".join(plain(words).split())
+    return _MARKUP.sub(_spelt, line)
+
+
+# What begins something in Markdown or HTML within a line; an underscore within a word does not.
+_MARKUP = re.compile(r"[\\`*{}\[\]<>&|~$:@]|\b_|_\b|(?<=www)\.", re.IGNORECASE)
+
+
+def _spelt(found: re.Match[str]) -> str:
+    return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(found[0], f"\\{found[0]}")
+
+
+def code(words: object) -> str:
+    """Return foreign text as Markdown's code on one line, which no backtick in it ends."""
+    line = " ".join(plain(words).split())
+    longest = max(map(len, re.findall("`+", line)), default=0)
+    fence = "`" * (longest + 1)
+    padding = " " if longest else ""
+    return f"{fence}{padding}{line}{padding}{fence}"
 
 
 def licence(*, metas: bool) -> dict[str, Any]:
@@ -123,7 +146,7 @@ def _results(figures: Mapping[str, Any], name: str) -> list[EvalResult]:
 
 
 def _prompts(header: weights.Header) -> str:
-    shown = ", ".join(f"“{prompt}”" for prompt in header.prompts[:SHOWN_PROMPTS])
+    shown = ", ".join(f"“{escaped(prompt)}”" for prompt in header.prompts[:SHOWN_PROMPTS])
     more = len(header.prompts) - SHOWN_PROMPTS
     return f"The prompts it was trained with: {shown}{f' and {more} more' if more > 0 else ''}."
 
@@ -146,12 +169,13 @@ def _figures(figures: Mapping[str, Any]) -> str:
 
 def _command(environment: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
     """Return the command of the run, and how long it took on which machine."""
-    command = machine = ""
+    given = machine = ""
     if environment:
-        command = f"```bash\n./train.sh {shlex.join(environment['command'][1:])}\n```\n\n"
+        words = environment["command"][1:]
+        given = f"```bash\n{command('./train.sh', *words)}\n```\n\n"
         machine = environment["gpu"] or f"{environment['cpus']} CPU threads"
         machine = f" on {machine}, torch {environment['packages']['torch']}"
-    return f"{command}{figures['epochs']} epochs in {duration(figures['seconds'])}{machine}:"
+    return f"{given}{figures['epochs']} epochs in {duration(figures['seconds'])}{machine}:"
 
 
 def _origin(pretrained_path: Path | None) -> str:
@@ -166,7 +190,7 @@ def _origin(pretrained_path: Path | None) -> str:
     else:
         parts = Path(base.reference).parts[1:]
         of_run = parts[-3:-2] == ("weights",)  # RUN/weights/best/model.safetensors
-        name = f"`{'/'.join(parts[-4:] if of_run else parts[-2:])}`"
+        name = code("/".join(parts[-4:] if of_run else parts[-2:]))
     return f"{name}, SHA-256 `{base.sha256}`"
 
 
@@ -175,13 +199,13 @@ def _source(dataset: DatasetConfig) -> str:
     hub = dataset.huggingface
     local = Path(dataset.dir or hub.name or "").expanduser().resolve()
     if dataset.dir is not None or (hub.name is not None and local.is_dir()):
-        return f"the {'zip' if local.is_file() else 'folder'} `{local.name}`"
+        return f"the {'zip' if local.is_file() else 'folder'} {code(local.name)}"
     if hub.name is not None:
         chosen = {"configuration": hub.config, "split": hub.split}
-        more = "".join(f", {name} `{value}`" for name, value in chosen.items() if value)
-        return f"`{hub.name}` on huggingface.co{more}"
+        more = "".join(f", {name} {code(value)}" for name, value in chosen.items() if value)
+        return f"{code(hub.name)} on huggingface.co{more}"
     if dataset.roboflow is not None:
-        return f"`{dataset.roboflow}` on Roboflow"
+        return f"{code(dataset.roboflow)} on Roboflow"
     return "the project's own generator of synthetic shapes"
 
 
@@ -190,7 +214,7 @@ def _settings(config: Config, lr_scale: float, processes: int) -> dict[str, obje
     training, optim = config.training, config.optim
     rates = {"detector": optim.lr, "vision": optim.lr_vision, "text": optim.lr_text}
     return {
-        "method": f"`{config.method.name}`",
+        "method": code(config.method.name),
         "transforms": _transforms(config.transforms.train),
         "losses, with their weights": _losses(config.loss.criterion),
         "learning rates, at most": ", ".join(f"{k} {v * lr_scale:g}" for k, v in rates.items()),
@@ -207,13 +231,15 @@ def _transforms(steps: Sequence[Node]) -> str:
         given = [f"{k} {v}" for k, v in step.items() if not isinstance(v, (str, Mapping))]
         numbers = f" ({', '.join(given)})" if given else ""
         names.append(step["_target_"].rpartition(".")[2] + numbers)
-    return ", ".join(names)
+    return escaped(", ".join(names))
 
 
 def _losses(criterion: Node) -> str:
     """List upstream's names of the losses, and their weights."""
     parts = [*criterion.get("loss_fns_find", []), criterion.get("loss_fn_semantic_seg") or {}]
-    return ", ".join(f"{k} {v}" for part in parts for k, v in part.get("weight_dict", {}).items())
+    return ", ".join(
+        f"{escaped(k)} {v}" for part in parts for k, v in part.get("weight_dict", {}).items()
+    )
 
 
 def _limits(header: weights.Header) -> str:
@@ -228,8 +254,8 @@ def _limits(header: weights.Header) -> str:
 def _use(header: weights.Header) -> str:
     prompt = header.prompts[0] if header.prompts else "a noun phrase"
     return (
-        f"```bash\n./infer.sh --checkpoint THIS_FOLDER --input IMAGES "
-        f"--prompt {shlex.quote(prompt)} --output-dir found\n```\n\n"
+        f"```bash\n{command('./infer.sh', '--checkpoint', 'THIS_FOLDER', '--input', 'IMAGES')} "
+        f"{command('--prompt', prompt, '--output-dir', 'found')}\n```\n\n"
         "```python\nfrom app.inference import Predictor\n\n"
-        f'found = Predictor.load("THIS_FOLDER").predict(image, prompts=[{prompt!r}])\n```'
+        f'found = Predictor.load("THIS_FOLDER").predict(image, prompts=[{prompt!a}])\n```'
     )

@@ -10,7 +10,7 @@ from app.datasets import coco
 from app.datasets.coco import Annotation, Category, Dataset, Image
 from app.errors import UserError
 from app.evaluation.metrics import by_class
-from app.files import read_json, write_csv, write_json
+from app.files import csv_text, read_json, write_csv, write_json
 
 FOLDER = "predictions"
 BY_CLASS = "metrics_by_class.csv"
@@ -37,7 +37,10 @@ def write(folder: Path, record: Record) -> None:
     for earlier in {file for split in _splits(folder) for file in _files(folder, split)}:
         if earlier not in written:
             earlier.unlink()
-    rows = by_class(record.truth, record.results)
+    rows = [
+        {**row, "class": csv_text(str(row["class"]))}
+        for row in by_class(record.truth, record.results)
+    ]
     write_csv(folder / BY_CLASS, list(dict.fromkeys(key for row in rows for key in row)), rows)
 
 

@@ -13,6 +13,7 @@ from app.datasets.coco import Dataset
 from app.datasets.images import open_image
 from app.datasets.overlay import color_of, draw_objects, titled
 from app.evaluation.charts import PLACE, draw_curves
+from app.files import atomic_path
 
 
 def plot_curves(rows: Sequence[Mapping[str, float]], folder: Path) -> None:
@@ -42,7 +43,8 @@ def _plot(
     axes = figure.add_axes(PLACE)
     draw_curves(axes, rows, series, label)
     axes.set_ylim(top=top)
-    figure.savefig(file)
+    with atomic_path(file) as temporary:
+        figure.savefig(temporary)
 
 
 def draw_comparisons(
@@ -74,7 +76,8 @@ def draw_comparisons(
         sheet.paste(pair[0], (0, 0))
         sheet.paste(pair[1], (pair[0].width + 8, 0))
         files.append(folder / f"valid_{len(files) + 1:03d}.png")
-        sheet.save(files[-1])
+        with atomic_path(files[-1]) as temporary:
+            sheet.save(temporary)
     return files
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from app.config.compose import read_yaml
+from app.config.yaml_data import read_yaml
+from app.console import command
 from app.datasets.coco import Annotation, Image
 from app.datasets.dataset_report import REPORT as DATASET_REPORT
 from app.datasets.dataset_report import draw_sample
@@ -326,24 +326,22 @@ def _predictions(scored: Scored, image: Image) -> tuple[list[Annotation], dict[i
 
 def _commands(folder: Path, scored: Scored) -> str:
     """List the commands that can be run next."""
-    commands = [f"python -m app report {_quoted(folder)}"]
+    commands = [command("python", "-m", "app", "report", folder)]
     weights = folder / "weights" / "best"
     if weights.exists():
-        run, truth = f"./train.sh --config {_quoted(folder / SETTINGS)}", scored.record.truth
+        run, truth = ("./train.sh", "--config", folder / SETTINGS), scored.record.truth
+        evaluated, found = folder / "evaluation", folder / "found"
+        images, prompt = truth.images[0].path.parent, truth.class_names[0]
         commands = [
-            f"{run} --output-dir {_quoted(folder)} --resume",
-            f"{run} --checkpoint {_quoted(weights)} --eval-only "
-            f"--output-dir {_quoted(folder / 'evaluation')}",
-            f"./infer.sh --checkpoint {_quoted(weights)} --input "
-            f"{_quoted(truth.images[0].path.parent)} --prompt {_quoted(truth.class_names[0])} "
-            f"--output-dir {_quoted(folder / 'found')}",
+            command(*run, "--output-dir", folder, "--resume"),
+            command(*run, "--checkpoint", weights, "--eval-only", "--output-dir", evaluated),
+            command(
+                *("./infer.sh", "--checkpoint", weights, "--input", images),
+                *("--prompt", prompt, "--output-dir", found),
+            ),
             *commands,
         ]
     return f"<pre>{text(chr(10).join(commands))}</pre>"
-
-
-def _quoted(words: Path | str) -> str:
-    return shlex.quote(str(words))
 
 
 def _data(folder: Path) -> str:

@@ -48,38 +48,38 @@ def predict_images(
 
     An image that cannot be read, or that a box misses, fails alone.
     """
-    opened: list[tuple[Job, Image.Image]] = []
+    opened: list[tuple[Job, Image.Image, list[int]]] = []
     failed: list[str] = []
     for job in batch:
         try:
-            image = open_image(job.image)
+            image, state = open_image(job.image), file_state(job.image)
             normalised_boxes([*settings.boxes, *settings.negative_boxes], image)
-            opened.append((job, image))
+            opened.append((job, image, state))
         except ImageError as error:
             failed.append(str(error))
-        except UserError as error:  # of a box
+        except (UserError, OSError) as error:  # of a box; of a file that went away meanwhile
             failed.append(f"{job.image}: {error}")
     if not opened:
         return Outcome((), tuple(failed))
     results = finder.predict_batch(
-        [image for _, image in opened],
+        [image for _, image, _ in opened],
         settings.prompts,
         boxes_xywh=settings.boxes,
         negative_boxes_xywh=settings.negative_boxes,
         **settings.limits(),
     )
     entries = []
-    for (job, image), detections in zip(opened, results, strict=True):
+    for (job, image, state), detections in zip(opened, results, strict=True):
         write_images(output, job.name, image, detections, settings.save)
-        entries.append(_entry(job, detections))
+        entries.append(_entry(job, state, detections))
     return Outcome(tuple(entries), tuple(failed))
 
 
-def _entry(job: Job, detections: Detections) -> Entry:
+def _entry(job: Job, state: list[int], detections: Detections) -> Entry:
     category_ids = range(1, len(detections.prompts) + 1)
     return {
         "image": str(job.image),
-        "state": file_state(job.image),
+        "state": state,
         "width": detections.width,
         "height": detections.height,
         "found": coco_results(detections, 0, category_ids),

@@ -12,17 +12,18 @@ from pathlib import Path
 
 from app.console import duration, progress
 from app.errors import UserError
-from app.files import exists_problem
+from app.files import check_no_links, exists_problem
 from app.inference.batch import Job, OpenWork, Work
 from app.inference.inputs import find_images, output_names
-from app.inference.journal import Entry, Journal, read_contents
-from app.inference.outputs import PER_IMAGE
+from app.inference.journal import Contents, Entry, Journal, read_contents
+from app.inference.outputs import PER_IMAGE, foreign_cutouts
 from app.inference.settings import Settings
 from app.inference.tables import TABLES
 from app.model.vocabulary import VISUAL_PROMPT
 
 log = logging.getLogger("app")
 SHOWN = 20  # files that are in the way
+CUTOUTS = PER_IMAGE["cutouts"].path.format("")
 
 
 def predict_folder(
@@ -53,8 +54,9 @@ def predict_folder(
     jobs = [Job(*pair) for pair in zip(images, output_names(images), strict=True)]
     files = _files(jobs, settings.save)
     _check_inputs(images, output, files)
+    earlier = read_contents(output)
     if not overwrite:
-        _check_clear(source, images, output, files)
+        _check_clear(source, images, output, files, earlier)
     begun = time.monotonic()
     with (
         ended_by_sigterm(),
@@ -62,6 +64,8 @@ def predict_folder(
         unwritable_is_user_error(output),
         Journal(output, settings.identity(), overwrite=overwrite) as journal,
     ):
+        if not overwrite and journal.earlier != earlier:  # another run has been at work meanwhile
+            _check_clear(source, images, output, files, journal.earlier)
         journal.begin(files)
         failed = _do_what_is_left(jobs, work, journal, batch_size)
         if not len(journal):
@@ -123,7 +127,17 @@ def _files(jobs: Sequence[Job], save: Sequence[str]) -> list[str]:
 
 
 def _check_inputs(images: Sequence[Path], output: Path, files: Sequence[str]) -> None:
-    """Raise UserError where an input image would be overwritten."""
+    """Raise UserError where an input image, or a file that no run made, would be lost."""
+    check_no_links(output, files)
+    _refuse(
+        [
+            f"--output-dir {output}: {file} holds {other}, which is no cutout; move it, or name "
+            "another folder"
+            for file in files
+            if file.startswith(CUTOUTS)
+            for other in foreign_cutouts(output / file)
+        ]
+    )
     inputs = {image.resolve() for image in images}
     _refuse(
         [
@@ -134,12 +148,13 @@ def _check_inputs(images: Sequence[Path], output: Path, files: Sequence[str]) ->
     )
 
 
-def _check_clear(source: str, images: Sequence[Path], output: Path, files: Sequence[str]) -> None:
+def _check_clear(
+    source: str, images: Sequence[Path], output: Path, files: Sequence[str], earlier: Contents
+) -> None:
     """Raise UserError where other results would be lost.
 
     That is a file that no earlier run of the same command made, or results of other images.
     """
-    earlier = read_contents(output)
     now = {str(image) for image in images}
     if others := [image for image in earlier.lines if image not in now]:
         rest = f" and {len(others) - 1} more" if len(others) > 1 else ""

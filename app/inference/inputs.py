@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import itertools
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,12 @@ from PIL import Image
 
 from app.datasets.images import EXTENSIONS
 from app.errors import UserError
-from app.files import short_hash
+from app.files import MAX_JSON_BYTES, read_text, short_hash
 from app.model.vocabulary import VISUAL_PROMPT
 
 LIST = ".txt"
 SHOWN = 20  # missing files of a list
+LONGEST_NAME = 200  # bytes; a file system takes 255, with a suffix and what marks it as unfinished
 BOX_IN_TILE = "--tile and --box: a box lies in one tile, not in all; give one of them"
 Box = tuple[float, float, float, float]  # x, y, w, h in pixels
 
@@ -41,12 +44,32 @@ def find_images(source: str) -> list[Path]:
             raise UserError(
                 f"--input {source}: addresses are not fetched; download the image first"
             )
-        matches = (Path(name) for name in glob.glob(source, recursive=True))  # noqa: PTH207
+        matches = (Path(name) for name in _matches(source))
         images = [p for p in matches if p.suffix.lower() in EXTENSIONS]
     if not images:
         what = "no images in this folder" if path.is_dir() else "no such file, folder or glob"
         raise UserError(f"--input {source}: {what} (images end in {', '.join(EXTENSIONS)})")
-    return sorted(images)
+    return sorted(set(images))
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """Yield what a glob stands for. `**` enters each folder once, so that circles of links end."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        yield from glob.glob(pattern)  # noqa: PTH207
+        return
+    at = parts.index("**")
+    tail = list(itertools.dropwhile("**".__eq__, parts[at:])) or ["*"]
+    tops = glob.glob("/".join([*parts[:at], ""])) if at else ["."]  # noqa: PTH207
+    seen: set[tuple[int, int]] = set()
+    for folder, inner, _ in (step for top in tops for step in os.walk(top, followlinks=True)):
+        state = Path(folder).stat()
+        if (state.st_dev, state.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        yield from _matches("/".join([glob.escape(folder), *tail]))
 
 
 def _listed(file: Path) -> list[Path]:
@@ -88,14 +111,12 @@ def read_prompts(file: Path) -> list[str]:
     text = _read_text(f"--prompts {file}", file)
     if file.suffix.lower() == LIST:
         return [line.strip() for line in text.splitlines() if line.strip()]
-    import yaml  # here: no other input needs it
+    from app.config.yaml_data import parse_yaml  # here: no other input needs it
 
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--prompts {file}: broken YAML: {' '.join(str(error).split())}") from None
+    content = parse_yaml(text, f"--prompts {file}")
     if isinstance(content, dict):
-        content = [words[0] if isinstance(words, list) else words for words in content.values()]
+        first = [words[:1] if isinstance(words, list) else [words] for words in content.values()]
+        content = [word for words in first for word in words or [None]]
     if not isinstance(content, list) or not all(isinstance(word, str) for word in content):
         raise UserError(f"--prompts {file}: must be a list of prompts, or class: prompt")
     return content
@@ -103,11 +124,9 @@ def read_prompts(file: Path) -> list[str]:
 
 def _read_text(place: str, file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{place}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place}: cannot be read as UTF-8 text ({error})") from None
+        return read_text(file, MAX_JSON_BYTES)  # a list may name millions of images
+    except UserError as error:
+        raise UserError(f"{place}: {str(error).removeprefix(f'{file}: ')}") from None
 
 
 def check_prompts(
@@ -154,6 +173,16 @@ def normalised_boxes(
     return np.concatenate([middles, corners[:, 2:] - corners[:, :2]], axis=1)
 
 
+def safe_name(name: str, path: Path) -> str:
+    """Return a name to which a suffix can be put, for a file or folder of an image's outputs.
+
+    Another one stands for dots alone, which name a folder above, and for what is too long.
+    """
+    if name.strip(".") and len(os.fsencode(name)) <= LONGEST_NAME:
+        return name
+    return f"{name.strip('.')[:40]}.{short_hash(str(path), 8)}".strip(".")
+
+
 def output_names(images: Sequence[Path]) -> list[str]:
     """Return a name for the files of each image: its stem, or its name where two share a stem.
 
@@ -161,7 +190,7 @@ def output_names(images: Sequence[Path]) -> list[str]:
     when images are added.
     """
     stems = Counter(path.stem for path in images)
-    names = [path.stem if stems[path.stem] == 1 else path.name for path in images]
+    names = [safe_name(path.stem if stems[path.stem] == 1 else path.name, path) for path in images]
     counts = Counter(names)
     return [
         name if counts[name] == 1 else f"{name}.{short_hash(str(path), 8)}"

@@ -10,9 +10,11 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from app.errors import UserError
-from app.files import exists_problem, lock
+from app.files import check_no_links, exists_problem, lock, open_file, open_own, parse_json
 
 FILE = ".predictions.jsonl"
+MAX_LINE = 1 << 30  # bytes of an entry
+_START = b'{"checkpoint": '  # of a journal: the first of the settings
 Entry = dict[str, Any]  # of one image; see `batch.predict_images`
 
 
@@ -34,26 +36,69 @@ class Contents:
 
 
 def read_contents(folder: Path) -> Contents:
-    """Read the journal of an output folder; empty where there is none."""
-    contents = Contents()
-    if not (folder / FILE).is_file():
+    """Read the journal of an output folder; empty where there is none.
+
+    Raises:
+        UserError: the file is a link, or no journal.
+    """
+    contents, path = Contents(), folder / FILE
+    check_no_links(folder, [FILE])
+    if not path.exists():
         return contents
-    with (folder / FILE).open("rb") as file:
-        for line in file:
+    with open_file(path) as file:
+        start = file.read(len(_START))
+        if start != _START[: len(start)]:  # a kill may have cut the first line short
+            raise UserError(f"{path}: is no journal of results; move it, or name another folder")
+        file.seek(0)
+        while (line := file.readline(MAX_LINE)).endswith(b"\n"):
             try:
-                value = json.loads(line)
-            except ValueError:
+                _read_line(parse_json(line.decode()), contents)
+            except (ValueError, KeyError, TypeError):
                 break
-            if not line.endswith(b"\n"):
-                break
-            if contents.settings is None:
-                contents.settings = value
-            elif "files" in value:
-                contents.files.update(value["files"])
-            else:
-                contents.lines[value["image"]] = contents.end
             contents.end += len(line)
     return contents
+
+
+def _read_line(value: Any, contents: Contents) -> None:
+    """Add the value of a line to the contents; raise where it is none of a journal's."""
+    if contents.settings is None:
+        contents.settings = dict(value)
+    elif "files" in value:
+        contents.files.update(map(str, value["files"]))
+    else:
+        contents.lines[str(value["image"])] = contents.end
+
+
+def _is_entry(value: Any, prompts: int) -> bool:
+    """Return whether a line holds what `batch.predict_images` makes of an image.
+
+    Args:
+        prompts: the number of them.
+    """
+    size = [value.get("height"), value.get("width")]
+    return isinstance(value.get("found"), list) and all(
+        isinstance(result, dict)
+        and result.get("category_id") in range(1, prompts + 1)
+        and _are_numbers(result.get("bbox"), 4)
+        and _are_numbers([result.get("score")], 1)
+        and (
+            (mask := result.get("segmentation")) is None
+            or (
+                isinstance(mask, dict)
+                and mask.get("size") == size
+                and isinstance(mask.get("counts"), str)
+            )
+        )
+        for result in value["found"]
+    )
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(isinstance(value, int | float) for value in values)
+    )
 
 
 class Journal:
@@ -64,28 +109,28 @@ class Journal:
     dropped.
 
     Args:
-        folder: of the results; made where it is missing.
+        folder: of the results; made where it is missing. `earlier` is what its journal holds.
         settings: those that the results depend on, as JSON takes them.
         overwrite: drop an earlier journal.
 
     Raises:
-        UserError: the journal is of other settings, or another run has locked it.
+        UserError: the journal is of other settings, another run has locked it, or what stands in
+            its place is no journal. Nothing is lost then: it is `begin` that writes.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file: BinaryIO = (folder / FILE).open("a+b")
+        self._settings = settings
+        self._file: BinaryIO = open_own(folder / FILE)
         try:
             self._lock(folder)
-            earlier = Contents() if overwrite else read_contents(folder)
+            self.earlier = read_contents(folder)
+            earlier = Contents() if overwrite else self.earlier
             if earlier.lines and (changed := _changed(earlier.settings or {}, settings)):
                 raise UserError(
                     exists_problem(folder, f"holds results of other settings ({changed})")
                 )
             self._contents = earlier if earlier.lines else Contents()
-            self._file.truncate(self._contents.end)
-            if not earlier.lines:
-                self._write(settings)
         except BaseException:
             self._file.close()
             raise
@@ -106,6 +151,9 @@ class Journal:
 
     def begin(self, files: Iterable[str]) -> None:
         """Note files before they are written, so that a later run may overwrite them."""
+        self._file.truncate(self._contents.end)
+        if not self._contents.lines:
+            self._write(self._settings)
         new = [file for file in files if file not in self._contents.files]
         if new:
             self._write({"files": new})
@@ -121,8 +169,13 @@ class Journal:
         if start is None:
             return None
         self._file.seek(start)
-        entry: Entry = json.loads(self._file.readline())
-        return entry if entry["state"] == file_state(image) else None
+        entry: Entry = parse_json(self._file.readline().decode())
+        prompts = max(1, len(self._settings["prompts"]))  # a box alone is a prompt of its own
+        try:
+            whole = _is_entry(entry, prompts) and entry.get("state") == file_state(image)
+        except FileNotFoundError:  # removed since it was listed
+            return None
+        return entry if whole else None
 
     def _lock(self, folder: Path) -> None:
         if lock(self._file.fileno(), wait=False) is False:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pycocotools import mask as coco_mask
 
-from app.console import progress
+from app.console import command, progress
 from app.datasets.coco import Annotation, Category, Dataset, Image
 from app.datasets.images import ImageError, open_image
 from app.datasets.writing import write_split
@@ -41,9 +41,10 @@ def label(
         threshold: 0..1, least score of a label; None takes the weights' own.
 
     Raises:
-        UserError: no images, no classes, nothing found, or a folder that is there already.
+        UserError: no images, no classes, nothing found, or a folder that is there already, or that
+            another process writes.
     """
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():
         raise UserError(f"--output-dir {folder}: is there already; name another folder")
     paths = find_images(source)
     predictor = Predictor.load(checkpoint, device=device)
@@ -51,32 +52,33 @@ def label(
     images: list[Image] = []
     annotations: list[Annotation] = []
     bad: list[str] = []
-    with progress("labelling: image", len(paths)) as advance:
-        for done, path in enumerate(paths, start=1):
-            try:
-                pixels = open_image(path)
-            except ImageError as error:
-                bad += error.problems
-                continue
-            image = Image(len(images) + 1, path.resolve(), pixels.width, pixels.height)
-            images.append(image)
-            detections = predictor.predict(
-                pixels, names, threshold=threshold, max_detections=max_detections
+    with atomic_folder(folder, replace=False) as temporary:
+        with progress("labelling: image", len(paths)) as advance:
+            for done, path in enumerate(paths, start=1):
+                try:
+                    pixels = open_image(path)
+                except ImageError as error:
+                    bad += error.problems
+                    continue
+                image = Image(len(images) + 1, path.resolve(), pixels.width, pixels.height)
+                images.append(image)
+                detections = predictor.predict(
+                    pixels, names, threshold=threshold, max_detections=max_detections
+                )
+                annotations += _annotations(detections, image.id, len(annotations) + 1)
+                advance(done, f"{len(annotations)} objects")
+        if not annotations:
+            raise UserError(
+                f"Nothing was found in {len(images)} images: lower --threshold, or ask for other "
+                f"words than {', '.join(names)}"
             )
-            annotations += _annotations(detections, image.id, len(annotations) + 1)
-            advance(done, f"{len(annotations)} objects")
-    if not annotations:
-        raise UserError(
-            f"Nothing was found in {len(images)} images: lower --threshold, or ask for other words "
-            f"than {', '.join(names)}"
-        )
-    categories = tuple(Category(id, name) for id, name in enumerate(names, start=1))
-    dataset = Dataset(tuple(images), tuple(annotations), categories)
-    with atomic_folder(folder) as temporary, progress("writing: image", len(images)) as advance:
-        info = {"description": LABELLER, "weights": str(checkpoint)}
-        write_split(dataset, temporary / "train", info, lambda done: advance(done, ""))
+        categories = tuple(Category(id, name) for id, name in enumerate(names, start=1))
+        dataset = Dataset(tuple(images), tuple(annotations), categories)
+        with progress("writing: image", len(images)) as advance:
+            info = {"description": LABELLER, "weights": str(checkpoint)}
+            write_split(dataset, temporary / "train", info, lambda done: advance(done, ""))
     log.info("%d objects in %d images: %s", len(annotations), len(images), folder)
-    log.info("train on it: ./train.sh --dataset-dir '%s'", folder)
+    log.info("train on it: %s", command("./train.sh", "--dataset-dir", folder))
     return bad
 
 

@@ -146,6 +146,12 @@ def _write_cutouts(folder: Path, image: Image.Image, detections: Detections) -> 
             cut.save(temporary / f"{index + 1:03d}_{prompt}_{left}_{top}.png")
 
 
+def foreign_cutouts(folder: Path) -> list[str]:
+    """Return the names in an image's folder of cutouts that `_write_cutouts` cannot have given."""
+    inside = folder.iterdir() if folder.is_dir() else ()
+    return [path.name for path in inside if not re.fullmatch(r"\d{3,}_.*_\d+_\d+\.png", path.name)]
+
+
 def _write_geojson(path: Path, _: Image.Image, detections: Detections) -> None:
     """Write features in pixels of the image, y downwards; a box where there is no mask."""
     features = [

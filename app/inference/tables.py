@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from app.datasets.rle import area
-from app.files import atomic_path, write_csv, write_json, write_text
+from app.files import atomic_path, csv_text, write_csv, write_json, write_text
 from app.inference.journal import Entry
 
 COLUMNS = (
@@ -39,11 +39,12 @@ def _write_csv(path: Path, entries: Numbered, prompts: Sequence[str]) -> None:
 
 def _rows(entry: Entry, prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield the values of `COLUMNS` of each object of an image."""
-    name, width, height = Path(entry["image"]).name, entry["width"], entry["height"]
+    name, width, height = csv_text(Path(entry["image"]).name), entry["width"], entry["height"]
     for instance, result in enumerate(entry["found"], start=1):
         mask, category = result.get("segmentation"), result["category_id"]
         values = (
-            *(name, instance, prompts[category - 1], category, result["score"], *result["bbox"]),
+            *(name, instance, csv_text(prompts[category - 1]), category, result["score"]),
+            *result["bbox"],
             *(area(mask) if mask else "", width, height, mask["counts"] if mask else ""),
         )
         yield dict(zip(COLUMNS, values, strict=True))

@@ -11,16 +11,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from sam3.model.sam3_image import Sam3Image
 from torch import nn
 
-from app.config.schema import LoraConfig
+from app.config.schema import LoraConfig, problems_of
 from app.errors import UserError
-from app.files import atomic_path, read_json, write_json
+from app.files import SETTINGS_BYTES, atomic_path, read_json, write_json
 
 if TYPE_CHECKING:
     import peft
@@ -29,7 +30,10 @@ FILE = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _NAME = "default"  # peft's name of the only adapter
 _PREFIX = "base_model.model."  # of keys in an adapter's file: where a PeftModel holds its base
+_PACKED = ".in_proj_weight"
 _HASH = "sha256:"
+MAX_RANK, MAX_TARGETS, MAX_PATH = 4096, 10_000, 4096
+Name = Annotated[str, Field(min_length=1, max_length=500)]  # of a module, a parameter, a revision
 
 _BLOCKS = "backbone.vision_backbone.trunk.blocks.*"
 _TEXT = "backbone.language_backbone.encoder.transformer.resblocks.*"
@@ -83,7 +87,7 @@ def apply_lora(model: Sam3Image, config: LoraConfig, base: Base | None = None) -
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=sorted(set(names) - packed),
-        target_parameters=sorted(f"{name}.in_proj_weight" for name in packed),
+        target_parameters=sorted(f"{name}{_PACKED}" for name in packed),
         base_model_name_or_path=base.reference if base else None,
         revision=f"{_HASH}{base.sha256}" if base else None,
     )
@@ -160,6 +164,7 @@ def load_lora(model: Sam3Image, folder: Path) -> None:
 
     settings = _read_settings(folder)
     if not has_lora(model):
+        _check_tensors(model, folder, settings)
         try:
             peft.inject_adapter_in_model(settings, model, _NAME)
         except ValueError as error:  # peft's: nothing of that name, or not to be adapted
@@ -205,16 +210,82 @@ def read_base(folder: Path) -> Base:
 
 
 def _read_settings(folder: Path) -> peft.LoraConfig:
+    """Read the settings of an adapter as `save_lora` writes them.
+
+    PEFT does more than that with what it is given: it takes one text of `target_modules`, and the
+    keys of patterns, for regular expressions, and it imports modules that settings name. So only
+    its plain settings are passed on, and the others must be left at their defaults.
+    """
     import peft
 
-    content = read_json(folder / CONFIG)
+    file = folder / CONFIG
+    content = read_json(file, most=SETTINGS_BYTES)
+    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+        raise UserError(f"{file}: peft_type must be LORA")
     try:
-        settings = peft.LoraConfig(**content)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG}: not the settings of a LoRA ({error})") from None
-    if content.get("peft_type") != "LORA":
-        raise UserError(f"{folder / CONFIG}: peft_type must be LORA")
-    return settings
+        plain = _Settings.model_validate(content)
+    except ValidationError as error:
+        lines = [f"{file}: not the settings of a LoRA: {problem}" for problem in problems_of(error)]
+        raise UserError(lines) from None
+    default = peft.LoraConfig().to_dict()
+    default |= dict.fromkeys(("auto_mapping", "peft_version", "task_type"))
+    read = {*_Settings.model_fields, "peft_type", "inference_mode", "peft_version"}
+    foreign = [
+        f"{file}: {key}: must be {default.get(key)!r}, as this program leaves it"
+        for key, value in content.items()
+        if key not in read and (value or None) != (default.get(key) or None)
+    ]
+    if foreign:
+        raise UserError(foreign)
+    return peft.LoraConfig(
+        **plain.model_dump(), inference_mode=content.get("inference_mode") is True
+    )
+
+
+class _Settings(BaseModel):
+    """The settings of an adapter that decide what it does; named as in PEFT's LoraConfig."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+    r: int = Field(ge=1, le=MAX_RANK)
+    lora_alpha: float = Field(gt=0)
+    target_modules: list[Name] = Field(max_length=MAX_TARGETS)
+    target_parameters: list[Name] | None = Field(default=None, max_length=MAX_TARGETS)
+    base_model_name_or_path: Annotated[str, Field(max_length=MAX_PATH)] | None = None
+    revision: Name | None = None
+
+
+def _check_tensors(model: Sam3Image, folder: Path, settings: peft.LoraConfig) -> None:
+    """Raise UserError where a file's matrices are not those that its settings would make.
+
+    They are compared before any is made, because a rank may be anything.
+    """
+    file = folder / FILE
+    targets = {*settings.target_modules, *(settings.target_parameters or [])}
+    parameters = (name for name, _ in model.named_parameters() if name.endswith(_PACKED))
+    names = [name for name, _ in model.named_modules()] + list(parameters)
+    modules = [name.removesuffix(_PACKED) for name in names if targets & _ends(name)]
+    expected = {f"{_PREFIX}{name}.lora_A.weight": settings.r for name in modules}
+    try:
+        with safe_open(file, framework="pt") as content:
+            ranks = {
+                key: content.get_slice(key).get_shape()[0]
+                for key in content.keys()  # noqa: SIM118 (no dict)
+                if key.endswith(".lora_A.weight")
+            }
+    except (SafetensorError, OSError, IndexError) as error:
+        raise UserError(f"{file}: cannot be read, or cut short ({error})") from None
+    if wrong := sorted(key for key, _ in ranks.items() ^ expected.items()):
+        raise UserError(
+            f"{file}: does not fit the model, or is not what {CONFIG} says: {wrong[0]}, of "
+            f"{len(wrong)}"
+        )
+
+
+def _ends(name: str) -> set[str]:
+    """Return a dotted name and what it ends with, by which PEFT finds the modules to adapt."""
+    parts = name.split(".")
+    return {".".join(parts[at:]) for at in range(len(parts))}
 
 
 def _can_adapt(module: nn.Module) -> bool:

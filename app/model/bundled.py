@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from app.errors import UserError
-from app.files import atomic_path, hash_file, write_text
+from app.files import atomic_path, claim, hash_file, write_text
 from app.model.weights import FILE, find_file, read_header
 
 NANO = Path(__file__).resolve().parents[1] / "assets" / "nano"
@@ -36,7 +36,7 @@ def pack(source: Path, folder: Path) -> Path:
     """Write weights of ours as float16, half as large, to `folder`, with their SHA-256 beside.
 
     Raises:
-        UserError: `source` is no weights file of ours.
+        UserError: `source` is no weights file of ours, or `folder` holds weights.
     """
     file = find_file(source)
     if read_header(file) is None:
@@ -48,6 +48,9 @@ def pack(source: Path, folder: Path) -> Path:
         for key, value in load_file(file).items()
     }
     packed = folder / FILE
+    claim(folder)
+    if packed.exists():
+        raise UserError(f"--output-dir {folder}: holds {FILE} already; name another folder")
     with atomic_path(packed) as temporary:
         save_file(state, temporary, metadata=metadata)
     write_text(_hash_file(packed), hash_file(packed) + "\n")

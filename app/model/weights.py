@@ -7,9 +7,13 @@ does not fit is an error that names it.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+import pickletools
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,18 +24,24 @@ from torch import Tensor
 
 from app import __version__
 from app.config.compose import load_model_config, model_config, model_names
-from app.config.schema import ModelConfig
+from app.config.schema import ModelConfig, Prompt, problems_of
+from app.console import command
 from app.errors import UserError
-from app.files import atomic_path, exists_problem, hash_file
+from app.files import atomic_path, claim, exists_problem, flatten, hash_file
 from app.model import adapters
 from app.model.build import build_model
 from app.model.transformers.config import read_config
 from app.model.transformers.state import from_transformers, is_layout, is_transformers
 from app.model.upstream.pin import COMMIT
+from app.model.vocabulary import VISUAL_PROMPT
 
 FILE = "model.safetensors"
 HUB = ("facebook/sam3", "sam3.pt")
 BASE = "SAM3_BASE"  # environment variable: the file of an adapter's base, where it was moved
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of weights that an adapter may build on
+MAX_PROMPTS = 50_000  # of a header
+MAX_PICKLE = 16 << 20  # bytes of the index of a .pt; that of SAM 3 has 0.5 MB
+MAX_HASHED = 10_000  # values in a tuple of it
 _HEADER = "sam3-finetuning"
 _PREFIX = "detector."
 # Parts of upstream's sam3.pt that an image model has no place for: the tracker and its neck.
@@ -51,9 +61,9 @@ class Header(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     model: ModelConfig
-    prompts: list[str] = []
-    pin: str = COMMIT
-    data_hash: str = ""
+    prompts: list[Prompt] = Field(default=[], max_length=MAX_PROMPTS)
+    pin: str = Field(default=COMMIT, max_length=100)
+    data_hash: str = Field(default="", max_length=100)
     threshold: float | None = Field(default=None, ge=0, le=1)
     version: str = __version__
 
@@ -108,6 +118,7 @@ def load(
             not fit.
     """
     header = describe(path, size, resolution)
+    _check_base(header, find_file(path))
     model = build_model(header.model)
     load_into(model, path, merge=merge, mapped=mapped)
     return model, header
@@ -117,10 +128,17 @@ def merge(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
     """Write an adapter and its base as one plain `folder/model.safetensors`."""
     if not is_adapter(path):
         raise UserError(f"{path}: is no adapter (a folder with {adapters.FILE}); nothing to merge")
+    require_free(folder, overwrite=overwrite)
+    model, header = load(path, merge=True)
+    claim(folder)
+    require_free(folder, overwrite=overwrite)  # again, now that no other process writes here
+    return save(model, folder, header)
+
+
+def require_free(folder: Path, *, overwrite: bool) -> None:
+    """Raise UserError where a folder holds weights that may not be replaced."""
     if (folder / FILE).exists() and not overwrite:
         raise UserError(exists_problem(folder, f"holds {FILE} already"))
-    model, header = load(path, merge=True)
-    return save(model, folder, header)
 
 
 def describe(path: Path, size: str | None = None, resolution: int | None = None) -> Header:
@@ -139,7 +157,7 @@ def describe(path: Path, size: str | None = None, resolution: int | None = None)
     if size is not None and header.model.name != size:
         raise UserError(
             f"{file} holds a model of size '{header.model.name}', not '{size}'. "
-            f"Use --model {header.model.name}, or weights of size {size}."
+            f"Use {command('--model', header.model.name)}, or weights of size {size}."
         )
     if resolution is not None:
         config = header.model.model_dump() | {"resolution": resolution}
@@ -196,7 +214,13 @@ def find_base(folder: Path) -> Path:
     wanted = f"the weights it was trained on, {base.reference} (sha256 {base.sha256[:16]}…)"
     if not file.is_file():
         raise UserError(f"{folder}: needs {wanted}; there is no {file}. Set {BASE}=FILE to them.")
-    if hash_file(file) != base.sha256:
+    if file.name == adapters.FILE or file.resolve().suffix not in SUFFIXES:
+        raise UserError(
+            f"{folder}: needs {wanted}; {file} is no file of weights that stand alone. Set "
+            f"{BASE}=FILE to them."
+        )
+    state = file.stat()
+    if _hash(file, state.st_size, state.st_mtime_ns) != base.sha256:
         raise UserError(f"{folder}: needs {wanted}; {file} is another. Set {BASE}=FILE to them.")
     return file
 
@@ -228,11 +252,96 @@ def read_header(path: Path) -> Header | None:
     try:
         with safe_open(file, framework="pt") as content:
             text = (content.metadata() or {}).get(_HEADER)
-        return Header.model_validate_json(text) if text is not None else None
+            if text is None:
+                return None
+            header = Header.model_validate_json(text)
+            if file.name != adapters.FILE:
+                keys = content.keys()
+                _check_sizes(
+                    header.model, {k: content.get_slice(k).get_shape() for k in keys}, file
+                )
+            return header
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a safetensors file, or cut short ({error})") from None
     except ValidationError as error:
-        raise UserError(f"{file}: its header is broken: {error.errors()[0]['msg']}") from None
+        raise UserError(f"{file}: its header is broken: {problems_of(error)[0]}") from None
+
+
+def _check_sizes(model: ModelConfig, shapes: Mapping[str, Sequence[int]], file: Path) -> None:
+    """Raise UserError where the sizes in a file's header are not those of its tensors.
+
+    A model of the header's sizes would be built before its tensors are compared with the file's,
+    however large it is.
+    """
+    vision, trunk = model.vision, "backbone.vision_backbone.trunk"
+    first, decoder = f"{trunk}.blocks.0", "transformer.decoder"
+    heads = vision.heads or vision.num_heads
+    sizes = {
+        f"{trunk}.patch_embed.proj.weight": [vision.embed_dim, 3, *[vision.patch_size] * 2],
+        f"{trunk}.pos_embed": [1, vision.window_size**2 + 1, vision.embed_dim],
+        f"{first}.attn.proj.weight": [
+            vision.embed_dim,
+            heads * (vision.embed_dim // vision.num_heads),
+        ],
+        f"{first}.mlp.fc1.weight": [vision.mlp_units, vision.embed_dim],
+        f"{decoder}.layers.0.linear1.weight": [model.feedforward, model.d_model],
+        f"{decoder}.query_embed.weight": [model.num_queries, model.d_model],
+    }
+    layers = {
+        f"{trunk}.blocks": vision.depth,
+        "transformer.encoder.layers": model.encoder_layers,
+        f"{decoder}.layers": model.decoder_layers,
+        "geometry_encoder.encode": model.geometry_layers,
+    }
+    if model.vocabulary is None:
+        text, encoder = model.text, "backbone.language_backbone.encoder"
+        sizes[f"{encoder}.positional_embedding"] = [text.context_length, text.width]
+        layers[f"{encoder}.transformer.resblocks"] = text.depth
+    else:
+        count = len({*model.vocabulary, VISUAL_PROMPT})
+        sizes["backbone.language_backbone.mask"] = [count, model.text.context_length]
+    problems = [
+        f"{file}: its header says {size} of {key}, and the file has {list(shapes.get(key, []))}"
+        for key, size in sizes.items()
+        if list(shapes.get(key, [])) != size
+    ]
+    for name, count in layers.items():
+        numbered = (key.removeprefix(f"{name}.") for key in shapes if key.startswith(f"{name}."))
+        found = len({key.partition(".")[0] for key in numbered})
+        if found != count:
+            problems.append(f"{file}: its header says {count} {name}, and the file has {found}")
+    if problems:
+        raise UserError(problems)
+
+
+def _check_base(header: Header, file: Path) -> None:
+    """Raise UserError where an adapter's header has other sizes than its base."""
+    if file.name != adapters.FILE:
+        return
+    base = find_base(file.parent)
+    own, theirs = (
+        flatten(each.model.model_dump(exclude=_FREE))
+        for each in (header, describe(base, header.model.name))
+    )
+    if changed := [key for key in own if own[key] != theirs.get(key)]:
+        raise UserError(
+            f"{file}: its header says {changed[0]} {own[changed[0]]}, and its base {base} has "
+            f"{theirs.get(changed[0])}"
+        )
+
+
+# Of a size, what may be another in an adapter than in its base: no tensor depends on it.
+_FREE: dict[str, Any] = {
+    **dict.fromkeys(("resolution", "dropout", "mask_points", "activation_checkpointing"), True),
+    "vision": {"drop_path"},
+}
+
+
+@functools.lru_cache(maxsize=8)
+def _hash(file: Path, size: int, changed: int) -> str:
+    """Return the hash of a file, once for each size and time of change: 3 s for SAM 3's."""
+    del size, changed
+    return hash_file(file)
 
 
 def cached_sam3() -> Path | None:
@@ -277,6 +386,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
+    _check_pickle(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError …
@@ -290,6 +400,56 @@ def _read_pickle(file: Path) -> dict[str, Tensor]:
     if wrong:
         raise UserError(f"{file}: not a state dict: '{wrong[0]}' is no tensor")
     return {str(key): value for key, value in content.items()}
+
+
+def _check_pickle(file: Path) -> None:
+    """Raise UserError where reading a checkpoint could take what its size does not tell.
+
+    What it holds is not run: `torch.load` sees to that. But a member of its zip may unpack to any
+    size, and a key of tuples within tuples, each written once and named twice, is hashed for ever.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = [m.filename for m in archive.infolist() if m.compress_size != m.file_size]
+            pickles = [m for m in archive.infolist() if m.filename.endswith("data.pkl")]
+            small = all(member.file_size <= MAX_PICKLE for member in pickles)
+            sound = small and all(_hashes(archive.read(member)) for member in pickles)
+    except Exception as error:  # zipfile and pickletools raise nearly anything on what is damaged
+        reason = " ".join(str(error).split())
+        raise UserError(f"{file}: not a checkpoint that can be read safely ({reason})") from None
+    if packed or not sound:
+        raise UserError(
+            f"{file}: not a checkpoint that can be read safely (its zip is packed, or its index is "
+            "no list of tensors)"
+        )
+
+
+def _hashes(data: bytes) -> bool:
+    """Return whether each tuple of a pickle holds few enough values to be hashed, inner ones too.
+
+    The opcodes are followed as far as tuples go: a number on the stack is the values in a value.
+    """
+    stack: list[int | None] = []  # None: a mark
+    memo: dict[int, int | None] = {}
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+            continue
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else argument] = stack[-1]
+            continue
+        taken = len(opcode.stack_before)
+        if pickletools.stackslice in opcode.stack_before:  # all down to the last mark
+            taken += stack[::-1].index(None) - 1
+        values = sum(value or 0 for value in stack[len(stack) - taken :])
+        del stack[len(stack) - taken :]
+        for made in opcode.stack_after:
+            is_tuple = made is pickletools.pytuple
+            if is_tuple and values > MAX_HASHED:
+                return False
+            is_mark = made is pickletools.markobject
+            stack.append(None if is_mark else 1 + values * is_tuple)
+    return True
 
 
 def _load_state(model: Sam3Image, state: Mapping[str, Tensor], file: Path, *, mapped: bool) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from app.config.schema import TrackingConfig
+from app.console import command
 from app.files import write_csv, write_json
 from app.tracking.state import mlflow_uri, read_state, without_password
 
@@ -98,4 +99,5 @@ def _end(sender: subprocess.Popen[bytes], folder: Path) -> None:
     else:
         missing = "not all was sent" if state.figures else "not all figures were sent"
         reason = state.problem or "no answer in time"
-        log.warning("MLflow: %s (%s); python -m app track '%s' sends it", missing, reason, folder)
+        sending = command("python", "-m", "app", "track", folder)
+        log.warning("MLflow: %s (%s); %s sends it", missing, reason, sending)

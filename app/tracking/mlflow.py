@@ -35,7 +35,7 @@ from mlflow.models import ModelSignature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.types.schema import Array, ColSpec, DataType, Schema, TensorSpec
 
-from app.config.compose import read_yaml
+from app.config.yaml_data import read_yaml
 from app.errors import UserError
 from app.files import flatten, locked, read_json
 from app.tracking.state import State, mlflow_uri, read_state, without_password, write_state

@@ -9,6 +9,7 @@ from pathlib import Path
 from sam3.model.sam3_image import Sam3Image
 
 from app.config.schema import Config, MethodConfig
+from app.console import command
 from app.errors import UserError
 from app.model import adapters
 from app.model.build import build_model, components, count_parameters
@@ -61,8 +62,8 @@ def check(config: Config, pretrained_path: Path | None) -> Sam3Image:
     if adapts and pretrained_path is not None and pretrained_path.name == adapters.FILE:
         raise UserError(
             f"--checkpoint {pretrained_path.parent}: is an adapter, and --method {name} adapts "
-            f"plain weights. Merge it first: python -m app merge '{pretrained_path.parent}' "
-            "--output-dir FOLDER"
+            "plain weights. Merge it first: "
+            f"{command('python', '-m', 'app', 'merge', pretrained_path.parent)} --output-dir FOLDER"
         )
     return on_meta(config, pretrained=pretrained_path is not None)
 

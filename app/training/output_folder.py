@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +17,10 @@ from omegaconf import OmegaConf
 
 from app.config.compose import to_yaml
 from app.config.schema import Config, Resume
+from app.console import command
 from app.datasets.build import Splits
 from app.errors import UserError
-from app.files import exists_problem, write_json, write_text
+from app.files import check_no_links, claim, exists_problem, write_json, write_text
 from app.model.upstream.pin import COMMIT
 
 log = logging.getLogger("app")
@@ -38,8 +40,25 @@ def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> N
 
     Raises:
         UserError: a run is there and neither `resume` nor `overwrite` is given, none is there and
-            `resume` is, or the folder cannot be written.
+            `resume` is, or the folder holds a link, is written by another process, or cannot be.
     """
+    _check(folder, resume=resume, overwrite=overwrite)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        claim(folder)
+        present = _check(folder, resume=resume, overwrite=overwrite)  # what came there meanwhile
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        for path in (folder / name for name in present if overwrite):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for unfinished in folder.glob("weights/*/.model.safetensors.*"):
+            unfinished.unlink()
+    except OSError as error:
+        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
+
+
+def _check(folder: Path, *, resume: Resume | None, overwrite: bool) -> list[str]:
+    """Return the files and folders of a run that are there; raise UserError as `prepare_folder`."""
     present = [name for name in CONTENTS if (folder / name).exists()]
     if resume in ("all", "weights") and not present:
         raise UserError(
@@ -49,16 +68,8 @@ def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> N
     if present and not (resume or overwrite):
         state = f"holds a run already ({', '.join(present[:3])}, …)"
         raise UserError(exists_problem(folder, state, instead="Go on with --resume"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-        for path in (folder / name for name in present if overwrite):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for unfinished in folder.glob("weights/*/.model.safetensors.*"):
-            unfinished.unlink()
-    except OSError as error:
-        raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
+    check_no_links(folder, [*CONTENTS, "weights/best", "weights/last"])
+    return present
 
 
 def write_settings(
@@ -106,9 +117,11 @@ def log_next_steps(weights_folder: Path, splits: Splits) -> None:
     """Print the weights' path and the command that uses them."""
     log.info("weights: %s", weights_folder)
     log.info(
-        "use them: ./infer.sh --checkpoint '%s' --input '%s' --prompt '%s' --output-dir '%s'",
-        weights_folder,
-        splits.valid.images[0].path.parent,
-        splits.train.class_names[0],
-        weights_folder.parent.parent / "found",
+        "use them: %s",
+        command(
+            *("./infer.sh", "--checkpoint", weights_folder),
+            *("--input", splits.valid.images[0].path.parent),
+            *("--prompt", splits.train.class_names[0]),
+            *("--output-dir", weights_folder.parent.parent / "found"),
+        ),
     )

@@ -16,10 +16,11 @@ from app.config.compose import (
     load_config,
     load_model_config,
     model_names,
-    read_yaml,
     recipe_file,
 )
 from app.config.schema import Config, Resume
+from app.config.yaml_data import read_yaml
+from app.console import Formatter, command
 from app.datasets.build import Splits
 from app.datasets.coco import Dataset
 from app.datasets.read_splits import read_splits
@@ -337,8 +338,8 @@ def check_resume(prepared: Prepared, processes: int, open_keys: Sequence[str] = 
     if changed:
         raise UserError(
             f"--resume=weights: {newest} is of method {then['method.name']}, whose weights are no "
-            f"beginning for this one ({', '.join(changed)}). Give --checkpoint "
-            f"'{folder / 'weights' / 'best'}' and another --output-dir"
+            f"beginning for this one ({', '.join(changed)}). Give "
+            f"{command('--checkpoint', folder / 'weights' / 'best')} and another --output-dir"
         )
 
 
@@ -351,4 +352,6 @@ def open_folder(prepared: Prepared) -> None:
     overrides = [*_without_auto(prepared.overrides), *prepared.decided]
     write_settings(folder, prepared.config, overrides, prepared.splits, request.resume)
     logging.raiseExceptions = False  # a full disk is told once, not by each line of the log
-    log.addHandler(logging.FileHandler(folder / "train.log", encoding="utf-8"))
+    written = logging.FileHandler(folder / "train.log", encoding="utf-8")
+    written.setFormatter(Formatter())
+    log.addHandler(written)

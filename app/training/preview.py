@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from app.datasets.overlay import color_of, draw_objects, titled
 from app.datasets.queries import QueryDataset
 from app.errors import UserError
+from app.files import atomic_path
 
 NAMED = 3  # prompts without an answer
 SIDE = 512  # pixels, least, of a picture: labels stay readable on a small model's input
@@ -35,7 +36,8 @@ def draw_first(
         except UserError:
             break
         files.append(folder / f"train_{number:03d}.png")
-        picture.save(files[-1])
+        with atomic_path(files[-1]) as temporary:
+            picture.save(temporary)
     return files
 
 

@@ -134,7 +134,8 @@ class Trainer:
     def validate_start(self) -> None:
         """Take the figures before training, with which all others are compared."""
         self.state.baseline = self.validate("before training")
-        log.info("%s", self.table.row(0, self.state.baseline))
+        for line in self.table.row(0, self.state.baseline).splitlines():
+            log.info("%s", line)
         if self.config.training.warm_start.method != "none":
             self.save()
 
@@ -194,7 +195,8 @@ class Trainer:
         state.rows.append(row)
         state.epoch += 1
         state.losses, state.images, state.seconds = {}, 0, 0.0
-        log.info("%s", self.table.row(state.epoch, row, self.time_left()))
+        for line in self.table.row(state.epoch, row, self.time_left()).splitlines():
+            log.info("%s", line)
         if self._is_stale():
             log.info("no better in %d validations (training.patience): the end", state.stale)
         if self.recorder is not None:

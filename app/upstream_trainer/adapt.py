@@ -6,32 +6,40 @@ Meta's paths. Each function below that changes the configuration logs what it ch
 
 from __future__ import annotations
 
+import ast
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from sam3.train.utils.train_utils import register_omegaconf_resolvers
 
-from app.config.compose import (
-    check_targets,
-    load_model_config,
-    model_config,
-    nearest_key,
-)
+from app.config.compose import load_model_config, model_config, nearest_key
 from app.config.schema import ModelConfig
+from app.config.targets import PARTS, check_targets
+from app.config.yaml_data import parse_yaml
 from app.errors import UserError
 from app.model import weights
 from app.model.upstream import fixes
 from app.training.prepare import Request, default_weights, unnamed_folder
 from app.upstream_trainer.fixes import apply_trainer_fixes
+from app.upstream_trainer.interpolation import check_interpolations, register_resolvers
 from app.upstream_trainer.schema import read_upstream
 
 log = logging.getLogger("app")
 _BUILDER = "sam3.model_builder.build_sam3_image_model"
+_BUILDERS = (_BUILDER, "app.model.build.build_for_trainer", *PARTS["model"])
+# Part of `trainer` → the kinds of parts that it may name by `_target_`; others name none.
+_KINDS = {
+    "model": ("model",),
+    "data": ("data", "transforms"),
+    "loss": ("losses", "matchers"),
+    "optim": ("optimizers", "schedules"),
+    "meters": ("meters",),
+    "logging": ("logging",),
+}
+_WRITTEN = ("save_dir", "log_dir", "dump_dir", "metrics_dump_dir")  # folders that upstream fills
 
 # Our flags → upstream's keys; the others have a function of their own below.
 _KEYS = {
@@ -56,8 +64,7 @@ def prepare(request: Request, flags: dict[str, str]) -> DictConfig:
     assert request.file is not None
     fixes.apply_fixes()
     apply_trainer_fixes()
-    if not OmegaConf.has_resolver("times"):
-        register_omegaconf_resolvers()
+    register_resolvers()
     config = _read(request.file)
     trains = _decide_mode(config, flags, request.eval_only)
     if "scratch.resolution" in flags:  # the model has to know it too
@@ -65,6 +72,7 @@ def prepare(request: Request, flags: dict[str, str]) -> DictConfig:
     resolution = int(config.scratch.get("resolution", _UPSTREAM_RESOLUTION))
     _replace_builder(config, request.size, flags)
     _apply(config, flags, request.lr)
+    check_interpolations(config)
     _fit_sizes(config, resolution)
     _fit_validation(config)
     _fit_device(config)
@@ -85,6 +93,14 @@ def _read(file: Path) -> DictConfig:
     config = read_upstream(file)
     for section in ("launcher", "scratch", "paths"):
         config.setdefault(section, {})
+    wrong = [
+        f"{file}: {section}: must be a mapping of keys to values"
+        for section in ("launcher", "scratch", "paths", "trainer")
+        if not isinstance(config._get_node(section), DictConfig)
+    ]
+    if wrong:
+        raise UserError(wrong)
+    check_interpolations(config)
     config.trainer.setdefault("skip_saving_ckpts", False)
     config.trainer.setdefault("mode", "train")
     return config
@@ -113,7 +129,7 @@ def _replace_builder(config: DictConfig, size: str, flags: dict[str, str]) -> No
     """Ours builds the same model at size sam3, and others, on any device, and loads strictly."""
     node = config.trainer.model
     target = str(node.get("_target_"))
-    if target != _BUILDER and not target.startswith("app."):
+    if target not in _BUILDERS:
         raise UserError(
             f"trainer.model._target_: '{target}' is not built here: the image model alone is, "
             f"{_BUILDER}; run this YAML in upstream's repository"
@@ -173,7 +189,7 @@ def _apply(config: DictConfig, flags: dict[str, str], lr: float | None) -> None:
         target = _KEYS.get(key, key)
         if target not in known and target != "launcher.experiment_log_dir":
             raise UserError(f"'{key}': this YAML has no such key.{nearest_key(key, known)}")
-        parsed = value if key == "output_dir" else yaml.safe_load(value)
+        parsed = value if key == "output_dir" else parse_yaml(value, f"'{key}={value}'")
         OmegaConf.update(config, target, parsed, force_add=True)
     if accumulated > 1:
         _accumulate(config, accumulated)
@@ -262,8 +278,11 @@ def _fit_targets(config: DictConfig) -> None:
     """Mend what upstream's published YAMLs get wrong, then check all that is instantiated."""
     for node in _parts(config):
         _mend(node, str(node["_target_"]))
-    used = OmegaConf.to_container(config.trainer, resolve=True)
-    problems = check_targets(used, "trainer")
+    used: Any = OmegaConf.to_container(config.trainer, resolve=True)
+    problems = check_targets({"_target_": used.get("_target_")}, "trainer", ["trainer"])
+    for name, part in used.items():
+        problems += check_targets(part, f"trainer.{name}", _KINDS.get(name, ()))
+    problems += _acts(used, "trainer", Path(config.launcher.experiment_log_dir).absolute())
     resolution = int(config.trainer.model.resolution)
     for part in _parts(OmegaConf.create({"trainer": used})):
         target = str(part["_target_"])
@@ -275,6 +294,41 @@ def _fit_targets(config: DictConfig) -> None:
             problems.append(_misfit(part._get_full_key("size"), part.size, resolution))
     if problems:
         raise UserError(problems)
+
+
+def _acts(node: Any, where: str, output: Path) -> list[str]:
+    """Report what would be written outside of the run's folder, evaluated, or set elsewhere."""
+    if isinstance(node, list):
+        return [p for i, item in enumerate(node) for p in _acts(item, f"{where}[{i}]", output)]
+    if not isinstance(node, dict):
+        return []
+    problems = []
+    for key, value in node.items():
+        place = f"{where}.{key}"
+        if key in _WRITTEN and value is not None and not _is_inside(Path(str(value)), output):
+            problems.append(
+                f"{place}: {value}: is written, and not in {output}; write "
+                "${launcher.experiment_log_dir}/…"
+            )
+        if key == "env_variables" and value:
+            problems.append(f"{place}: set variables of the environment in your shell")
+        if key == "prompts" and isinstance(value, str) and not _is_literal(value):
+            problems.append(f"{place}: {value!r} is no list of {{'id': 1, 'name': 'word'}}")
+        problems += _acts(value, place, output)
+    return problems
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return ".." not in path.parts and path.absolute().is_relative_to(folder)
+
+
+def _is_literal(text: str) -> bool:
+    """Return whether upstream's `eval` of it (coco_json_loaders.py:139) can do nothing."""
+    try:
+        ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return False
+    return True
 
 
 def _misfit(place: str, size: int, resolution: int) -> str:

@@ -87,6 +87,7 @@ def _read_named(
     for split, file in files.items():
         if _asks_phrases(nodes[split]) and _holds_phrases(file):
             _check_phrases(config, nodes[split], file)
+            nodes[split].ann_file = str(file)
             continue
         read = coco.read(file, [Path(nodes[split].img_folder), file.parent])
         datasets[split] = _name_classes(read, _take_prompts(nodes[split]))
@@ -102,7 +103,7 @@ def _take_prompts(node: DictConfig) -> dict[int, str]:
     try:
         entries = ast.literal_eval(prompts) if isinstance(prompts, str) else prompts
         return {int(entry["id"]): str(entry["name"]) for entry in entries}
-    except (ValueError, SyntaxError, TypeError, KeyError):
+    except (ValueError, SyntaxError, TypeError, KeyError, MemoryError, RecursionError):
         raise UserError(
             f"coco_json_loader.prompts: {prompts!r} is no list of {{'id': 1, 'name': 'word'}}"
         ) from None

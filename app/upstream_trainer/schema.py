@@ -6,7 +6,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.compose import CONFIGS, read_yaml
+from app.config.compose import CONFIGS
+from app.config.yaml_data import read_yaml
 from app.errors import UserError
 
 BASE_CONFIG = CONFIGS / "upstream" / "full_finetune.yaml"
@@ -19,17 +20,26 @@ def is_upstream_schema(file: Path) -> bool:
     return "sam3.train." in str(trainer)
 
 
-def read_upstream(file: Path) -> DictConfig:
+def read_upstream(file: Path, above: tuple[Path, ...] = ()) -> DictConfig:
     """Read a YAML over those that its `defaults` name.
 
     Hydra would look for them in upstream's package; here they lie in the folders above the file.
 
+    Args:
+        above: the YAMLs that build on this one.
+
     Raises:
-        UserError: one of them is not there.
+        UserError: one of them is not there, or they build on each other.
     """
     content = read_yaml(file)
-    bases = [str(name) for name in content.pop("defaults", []) if name != "_self_"]
-    merged = OmegaConf.merge(*(read_upstream(_find(name, file)) for name in bases), content)
+    defaults = content.pop("defaults", []) if isinstance(content, dict) else None
+    if not isinstance(defaults, list):
+        raise UserError(f"{file}: must be a mapping of keys to values, and its defaults a list")
+    if file.resolve() in above:
+        raise UserError(f"{file}: its defaults lead back to itself")
+    bases = [str(name) for name in defaults if name != "_self_"]
+    read = (read_upstream(_find(name, file), (*above, file.resolve())) for name in bases)
+    merged = OmegaConf.merge(*read, content)
     assert isinstance(merged, DictConfig)
     return merged
 

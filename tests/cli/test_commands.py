@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.core import TyperGroup
@@ -44,7 +46,7 @@ def test_each_file_of_a_command_is_in_the_table() -> None:
     assert files == {*COMMANDS}
     data = _command("data")
     assert isinstance(data, TyperGroup)
-    assert [*data.commands] == ["check", "build"]
+    assert [*data.commands] == ["check", "fix", "build"]
 
 
 def test_help_lists_all_commands(command: Command) -> None:
@@ -76,11 +78,13 @@ def test_long_help_is_in_panels(name: str) -> None:
 def test_panels_of_train(command: Command) -> None:
     panels = _panels("train")
     assert {panels[flag] for flag in SOURCES} == {"Data"}
-    assert {*panels.values()} == {"Data", "Model", "Method", "Schedule", "Output", "Cluster"}
     shown = command("train", "--help").out
-    assert re.findall(r"^╭─ (\w+)", shown, flags=re.MULTILINE) == [
-        *("Arguments", "Options", "Data", "Model", "Method", "Schedule", "Output", "Cluster")
+    listed = re.findall(r"^╭─ (\w+)", shown, flags=re.MULTILINE)
+    assert listed == [
+        *("Arguments", "Options", "Data", "Labels", "Model", "Method", "Schedule", "Output"),
+        "Cluster",
     ]
+    assert {*panels.values()} == {*listed[2:]}
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "compact", "export"])
@@ -114,3 +118,15 @@ def test_help_imports_nothing_that_takes_long(words: tuple[str, ...]) -> None:
     )
     assert "--help" in done.stdout
     assert done.stderr.split() == []
+
+
+def test_modules_in_the_callers_folder_are_not_run(tmp_path: Path) -> None:
+    """It may be a dataset of others, in which somebody has put a module of a library's name."""
+    for name in ("typer", "difflib", "yaml", "safetensors"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not ours')")
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment.pop("PYTHONSAFEPATH", None)
+    words = [sys.executable, "-m", "app", "merge", "--help"]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout

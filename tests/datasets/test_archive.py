@@ -71,6 +71,7 @@ def test_a_sound_zip_is_unpacked_whole(tmp_path: Path, archive: Path) -> None:
 
 ATTACKS: list[tuple[str | zipfile.ZipInfo, str]] = [
     ("../evil.txt", "'..'"),
+    ("a/" * 2000 + "b", "more than 64 folders deep"),
     ("a/../../evil.txt", "'..'"),
     ("/etc/evil.txt", "absolute"),
     ("C:/evil.txt", "absolute"),
@@ -143,6 +144,11 @@ def test_members_that_share_their_bytes(archive: Path) -> None:
     size = struct.pack("<HHI", 2, 2, 2 * len(entry))
     archive.write_bytes(data[:end] + twin + data[end : end + 8] + size + data[end + 16 :])
     assert "overlap" in refused(archive)[0]
+
+
+def test_a_pipe_is_not_waited_for(archive: Path) -> None:
+    os.mkfifo(archive)
+    assert "no regular file" in refused(archive)[0]
 
 
 def test_no_zip_a_part_of_one_and_damage(archive: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from itertools import groupby
@@ -17,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from app.datasets.build import decode, survey
+from app.datasets.check import Doubled, keep_doubled
 from app.datasets.check import check as check_document
 from app.datasets.faults import KINDS, Action, Findings, lines, page
 from app.datasets.geometry import clip_box, decode_counts
@@ -529,3 +531,13 @@ def test_the_page_of_faults_is_up_to_date():
     assert (REPOSITORY / "docs" / "faults.md").read_text() == page()
     rows = [line.split(" | ")[:2] for line in page().splitlines() if line.startswith("| ")][1:]
     assert rows == [[f"| {kind.name}", kind.action] for kind in KINDS.values()]
+
+
+def test_many_repeated_keys_are_found_at_once() -> None:
+    """Counting each among all others took minutes."""
+    pairs = [(str(number % 30_000), number) for number in range(60_000)]
+    began = time.process_time()
+    doubled = keep_doubled(pairs)
+    assert isinstance(doubled, Doubled)
+    assert len(doubled.twice) == 30_000
+    assert time.process_time() - began < 1

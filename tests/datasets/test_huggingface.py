@@ -170,7 +170,15 @@ def test_run_lengths(tmp_path, counts, kind):
     kinds = {"size": List(Value("int64")), "counts": kind or Value("string")}
     repository(
         tmp_path / "set",
-        {"image": [encoded()], "objects": [[{"label": "cat", "segmentation": rle, "iscrowd": 1}]]},
+        {
+            "image": [encoded()],
+            "objects": [
+                [
+                    {"label": label, "segmentation": rle, "iscrowd": crowd}
+                    for crowd, label in enumerate(("cat", "dog"))
+                ]
+            ],
+        },
         {
             "image": IMAGE,
             "objects": List(
@@ -178,9 +186,9 @@ def test_run_lengths(tmp_path, counts, kind):
             ),
         },
     )
-    (annotation,) = read(tmp_path / "set").train.annotations
-    assert np.array_equal(pixels(annotation), area(10, 5, 12, 15))
-    assert annotation.iscrowd
+    annotations = read(tmp_path / "set").train.annotations
+    assert all(np.array_equal(pixels(one), area(10, 5, 12, 15)) for one in annotations)
+    assert [one.iscrowd for one in annotations] == [False, True]
 
 
 def test_lists_of_the_row_itself(tmp_path):
@@ -408,9 +416,13 @@ def test_images_outside_the_dataset_are_not_read(tmp_path):
 
 
 def test_a_few_faulty_objects_are_left_out_and_told(tmp_path, told):
-    sound = {"segmentation": [outline(*CAT)], "category": 0}
+    sound = [
+        {"segmentation": [outline(x, y, 10, 10)], "category": 0}
+        for x in range(10)
+        for y in range(10)
+    ]
     broken = [[float("nan")] * 6, [1, 2, 3, 4], [1e30] * 6]
-    objects = [*[sound] * 97, *({**sound, "segmentation": [shape]} for shape in broken)]
+    objects = [*sound[:97], *({**sound[0], "segmentation": [shape]} for shape in broken)]
     kinds = {"segmentation": List(NUMBERS), "category": PETS}
     rows = {"image": [encoded()], "objects": [objects]}
     repository(tmp_path / "set", rows, {"image": IMAGE, "objects": List(kinds)})

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import html
+import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from app.config.compose import load_config
+from app.console import plain
 from app.datasets.build import Splits
 from app.evaluation import model_card
-from app.evaluation.model_card import CARD
+from app.evaluation.model_card import CARD, code, escaped
 from app.files import hash_file, read_json
+from app.model import weights
 from app.model.bundled import NANO
 from tests.evaluation.examples import BOX, truth
 from tests.helpers import Command
@@ -60,7 +67,9 @@ def test_what_made_the_weights(nano_run: Path, shapes: Path) -> None:
     assert facts["method"] == "`full`"
     said = f"4 to train on and 2 to validate on, from the folder `{shapes.name}`"
     assert facts["images"] == said
-    assert "Augment (flip 0.5, flip_vertical 0.0, scale [0.5, 2.0], rotate" in facts["transforms"]
+    assert (
+        r"Augment (flip 0.5, flip_vertical 0.0, scale \[0.5, 2.0\], rotate" in facts["transforms"]
+    )
     assert facts["losses, with their weights"].startswith("loss_bbox 5.0, loss_giou 2.0, loss_ce")
     assert facts["losses, with their weights"].endswith("semantic_dice 30.0")
     # --lr 2e-6 is 1/400 of the default; the others keep their ratio
@@ -89,6 +98,38 @@ def write(tiny_run: Path, tmp_path: Path, monkeypatch):
         return ModelCard.load(model_card.write_card(config, start, splits, **made))
 
     return card
+
+
+NASTY = "a|b`\n# H\n<img src=x onerror=y> [l](http://x) **b** _i_ &amp; www.x.y ```\x1b[31m"
+
+
+def test_foreign_names_are_text_in_markdown() -> None:
+    """As a renderer of Markdown shows them: the characters themselves, and nothing made of them."""
+    shown = MarkdownIt().enable("table").render(f"| x |\n|---|\n| {escaped(NASTY)} |")
+    (cell,) = re.findall("<td>(.*?)</td>", shown, re.DOTALL)
+    expected = (
+        "a|b`\\n# H\\n<img src=x onerror=y> [l](http://x) **b** _i_ &amp; www.x.y ```\\x1b[31m"
+    )
+    assert html.unescape(cell) == expected
+    assert "<" not in cell
+    for name in (NASTY, "`", "a``b", "```", "plain"):
+        shown = MarkdownIt().render(code(name)).strip()
+        assert shown.startswith("<p><code>")
+        assert html.unescape(shown[9:-11]) == plain(name)
+
+
+def test_a_prompt_cannot_end_the_cards_commands(write, tiny_run: Path, monkeypatch) -> None:
+    header = weights.read_header(tiny_run / "weights" / "best")
+    assert header is not None
+    evil = "x'; touch y; '\n```\n# Owned"
+    monkeypatch.setattr(weights, "describe", lambda _: header)
+    used = model_card._use(header.model_copy(update={"prompts": [evil]}))
+    tokens = [token for token in MarkdownIt().parse(used) if token.type != "softbreak"]
+    assert [token.type for token in tokens] == ["fence", "fence"]
+    line = tokens[0].content.replace("./infer.sh", "printf '%s\\0'").strip()
+    done = subprocess.run(["bash", "-c", line], capture_output=True, check=True)
+    assert done.stdout.split(b"\0")[5] == evil.encode()
+    assert ast.parse(tokens[1].content)
 
 
 def test_weights_that_come_from_metas(write, tmp_path: Path) -> None:

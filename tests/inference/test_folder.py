@@ -110,7 +110,7 @@ def test_random_weights_and_limits(command, images, tmp_path) -> None:
         (["--negative-box", "1,2,3,4", "--checkpoint", "none"], "Nothing to find"),
         (["--prompt", "x", "--box", "1,2,3"], "four numbers"),
         (["--prompt", "x", "--negative-box", "1,2,3"], "--negative-box 1,2,3: give four numbers"),
-        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
+        (["--prompts", "nowhere.txt"], "--prompts nowhere.txt: no such file"),
         (["--prompt", "x", "--save", "cvs"], "Did you mean 'csv'?"),
         (["--prompt", "x", "--tile", "64", "--box", "1,2,3,4"], "a box lies in one tile"),
         (["--prompt", "x", "--input", "list.txt"], "no such file, folder or glob"),

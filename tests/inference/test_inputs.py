@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,10 @@ def test_prompts_of_a_file(tmp_path: Path, name: str, text: str) -> None:
         ("[a", "broken YAML"),
         ("7", "must be a list"),
         ("[[a], 3]", "must be a list"),
+        ("a: []", "must be a list of prompts, or class: prompt"),
+        ("a: 2024-13-45x\nb: {}", "must be a list"),
+        ("[" * 5000, "more than 64 deep"),
+        (f"- {'9' * 6000}", "a number of 6000 characters"),
         ("é", "UTF-8"),
     ],
 )
@@ -88,6 +93,29 @@ def test_bad_prompt_files(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "p.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(UserError, match=said):
         read_prompts(tmp_path / "p.yaml")
+
+
+def test_a_glob_enters_each_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links in a circle would be followed 2^40 ways."""
+    for name in ("a.png", "one/b.png", "one/two [x]/c.png", ".hidden/d.png", "one/e.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    expected = ["a.png", "one/b.png", "one/two [x]/c.png"]
+    for pattern in ("**/*.png", "**", "**/**/*.png"):
+        found = find_images(f"{tmp_path}/{pattern}")
+        assert [str(path.relative_to(tmp_path)) for path in found] == expected
+    assert find_images(f"{tmp_path}/o**/*.png") == [tmp_path / "one" / "b.png"]
+    monkeypatch.chdir(tmp_path)
+    assert list(map(str, find_images("**/*.png"))) == expected
+    for name in ("loop", "again", "one/up"):
+        (tmp_path / name).symlink_to(tmp_path)
+    assert len(find_images(f"{tmp_path}/**/*.png")) == 3
+
+
+def test_prompts_are_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.txt")
+    with pytest.raises(UserError, match=r"--prompts .*p\.txt: cannot be read \(is no regular"):
+        read_prompts(tmp_path / "p.txt")
 
 
 def test_names_of_outputs_stay_when_images_are_added() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from app.datasets.build import load_splits
 from app.datasets.images import open_image
+from app.files import atomic_folder
 from app.inference import Predictor
 from tests.helpers import REPOSITORY, Command
 
@@ -40,6 +41,19 @@ def test_what_is_found_are_the_labels(tmp_path: Path, command: Command) -> None:
     done = command(*words, "--prompt", "circle")
     assert done.code == 2
     assert "is there already" in done.err
+
+
+def test_a_second_labelling_of_one_folder_is_refused_and_loses_nothing(
+    tmp_path: Path, command: Command
+) -> None:
+    words = ("label", "--input", SCENE, "--checkpoint", NANO, "--output-dir", tmp_path / "set")
+    with atomic_folder(tmp_path / "set") as first:  # as another process would
+        (first / "labels").write_text("finished")
+        done = command(*words, "--prompt", "circle")
+        assert done.code == 2
+        assert "another process is writing it" in done.err
+    assert command(*words, "--prompt", "circle").code == 2
+    assert (tmp_path / "set" / "labels").read_text() == "finished"
 
 
 def test_nothing_found_is_no_dataset(tmp_path: Path, command: Command) -> None:

@@ -9,10 +9,12 @@ import peft
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from app.config.compose import load_config, load_model_config
 from app.config.schema import LoraConfig
 from app.errors import UserError
+from app.files import hash_file
 from app.inference.predictor import Predictor
 from app.model import adapters, weights
 from app.model.adapters import apply_lora, find_targets, load_lora, merge_lora, save_lora
@@ -238,13 +240,69 @@ def test_another_adapters_state_is_refused(adapter: Path, base: Path) -> None:
     [
         ({"peft_type": "IA3"}, "peft_type must be LORA"),
         ({"peft_type": "LORA", "rank": 3}, "not the settings of a LoRA"),
-        ({"peft_type": "LORA", "target_modules": ["x"]}, "does not say which weights"),
-        ([1], "not the settings of a LoRA"),
+        ({"r": 1, "lora_alpha": 1, "target_modules": ["x"]}, "does not say which weights"),
+        ([1], "peft_type must be LORA"),
+        ("[" * 5000, "nested too deeply"),
     ],
 )
 def test_settings_that_are_none(adapter: Path, content, said: str) -> None:
-    (adapter / adapters.CONFIG).write_text(json.dumps(content))
+    if isinstance(content, dict):
+        content = {"peft_type": "LORA"} | content
+    text = content if isinstance(content, str) else json.dumps(content)
+    (adapter / adapters.CONFIG).write_text(text)
     with pytest.raises(UserError, match=said):
+        weights.load(adapter)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"target_modules": "([a-z0-9_.]+)+\\.NOPE!"}, "target_modules: .* valid list"),
+        ({"target_modules": [3]}, r"target_modules\.0: .* valid string"),
+        ({"target_modules": ["qkv"]}, "does not fit the model, or is not what"),
+        ({"target_modules": ["x"] * 20_000}, "target_modules: .* at most 10000"),
+        ({"r": 2_000_000_000}, "r: .* less than or equal to 4096"),
+        ({"r": 7}, "does not fit the model, or is not what"),
+        ({"rank_pattern": {"(a+)+": 3}}, "rank_pattern: must be {}"),
+        ({"exclude_modules": "(a+)+!"}, "exclude_modules: must be None"),
+        ({"megatron_core": "this", "megatron_config": {}}, "megatron_core: must be"),
+        ({"auto_mapping": {"parent_library": "this"}}, "auto_mapping: must be None"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: must be True"),
+        ({"modules_to_save": ["backbone"]}, "modules_to_save: must be None"),
+        ({"base_model_name_or_path": "x" * 5000}, "base_model_name_or_path: .* at most 4096"),
+        ({"base_model_name_or_path": "y/" * 900}, "there is no"),
+        ({"base_model_name_or_path": "adapter_model.safetensors"}, "weights that stand alone"),
+        ({"base_model_name_or_path": "/proc/cpuinfo"}, "weights that stand alone"),
+        ({"revision": 3}, "revision: .* valid string"),
+    ],
+)
+def test_settings_that_would_act_or_not_end_are_refused(
+    adapter: Path, change: dict, said: str
+) -> None:
+    settings = json.loads((adapter / adapters.CONFIG).read_text())
+    (adapter / adapters.CONFIG).write_text(json.dumps(settings | change))
+    with pytest.raises(UserError, match=said):
+        weights.load(adapter)
+
+
+def test_an_adapter_of_itself_is_refused(adapter: Path) -> None:
+    """Also where its header is left out, for which the base's would be read."""
+    settings = json.loads((adapter / adapters.CONFIG).read_text())
+    save_file(load_file(adapter / adapters.FILE), adapter / adapters.FILE)
+    settings |= {"base_model_name_or_path": adapters.FILE}
+    settings |= {"revision": f"sha256:{hash_file(adapter / adapters.FILE)}"}
+    (adapter / adapters.CONFIG).write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="no file of weights that stand alone"):
+        weights.load(adapter)
+
+
+def test_an_adapters_header_has_the_sizes_of_its_base(adapter: Path) -> None:
+    header = weights.read_header(adapter)
+    assert header is not None
+    larger = header.model.model_copy(update={"num_queries": 90_000})
+    metadata = weights.to_metadata(header.model_copy(update={"model": larger}))
+    save_file(load_file(adapter / adapters.FILE), adapter / adapters.FILE, metadata=metadata)
+    with pytest.raises(UserError, match="its header says num_queries 90000, and its base"):
         weights.load(adapter)
 
 

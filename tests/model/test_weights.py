@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
+import time
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from app.config.compose import load_config
 from app.errors import UserError
@@ -159,6 +161,78 @@ def test_a_broken_or_hostile_file_is_refused(tmp_path, capsys, name, content, sa
     with pytest.raises(UserError, match=said):
         weights.load(tmp_path / name)
     assert capsys.readouterr().out == ""
+
+
+def test_a_key_that_is_hashed_for_ever_is_refused(tmp_path: Path) -> None:
+    """Each tuple holds the one before twice: few bytes, and 2^60 values to go through."""
+    key: object = ()
+    for _ in range(60):
+        key = (key, key)
+    torch.save({"model": [key, key]}, tmp_path / "x.pt")  # as a key, it could not be saved either
+    with pytest.raises(UserError, match="its index is no list of tensors"):
+        weights.load(tmp_path / "x.pt")
+
+
+def test_a_zip_that_unpacks_to_more_than_it_holds_is_refused(model, tmp_path: Path) -> None:
+    torch.save(_state(model), tmp_path / "x.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "x.pt") as plain,
+        zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for member in plain.namelist():
+            packed.writestr(member, plain.read(member))
+    with pytest.raises(UserError, match="its zip is packed"):
+        weights.load(tmp_path / "y.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"vision": {"depth": 200_000, "global_blocks": [199_999]}},
+            "vision.depth: .* equal to 256",
+        ),
+        (
+            {"vision": {"depth": 256, "global_blocks": [255]}},
+            "says 256 .*trunk.blocks, and the file",
+        ),
+        ({"vision": {"embed_dim": 16_384}}, r"says \[16384, 3, 8, 8\] of .*patch_embed"),
+        ({"vision": {"mlp_ratio": 63}}, "of .*mlp.fc1.weight, and the file"),
+        ({"vision": {"window_size": 500}}, "of .*pos_embed, and the file"),
+        ({"text": {"depth": 256}}, "says 256 .*resblocks, and the file"),
+        ({"feedforward": 100_000}, "of .*linear1.weight, and the file"),
+        ({"encoder_layers": 200}, "says 200 transformer.encoder.layers, and the file"),
+        ({"geometry_layers": 200}, "says 200 geometry_encoder.encode, and the file"),
+        ({"num_queries": 100_000}, "of .*query_embed.weight, and the file"),
+        ({"resolution": 8_000_000}, "model.resolution 8000000 is above 4096"),
+        ({"vocabulary": ["a"]}, "of .*mask, and the file"),
+    ],
+)
+def test_sizes_in_a_header_are_those_of_the_tensors(saved: Path, change: dict, said: str) -> None:
+    """They are compared before a model is built by them."""
+    file = saved / "model.safetensors"
+    with safe_open(file, "pt") as content:
+        header = json.loads(content.metadata()["sam3-finetuning"])
+    for key, value in change.items():
+        header["model"][key] = header["model"][key] | value if isinstance(value, dict) else value
+    save_file(load_file(file), file, metadata={"sam3-finetuning": json.dumps(header)})
+    began = time.process_time()
+    with pytest.raises(UserError, match=said):
+        weights.load(saved)
+    assert time.process_time() - began < 3
+
+
+def test_prompts_in_a_header_are_counted(command, saved: Path, tmp_path: Path) -> None:
+    file = saved / "model.safetensors"
+    header = weights.read_header(saved)
+    assert header is not None
+    many = header.model_copy(update={"prompts": ["circle"] * 1_000_000})
+    save_file(load_file(file), file, metadata=weights.to_metadata(many))
+    words = ("--input", tmp_path, "--output-dir", tmp_path / "out")
+    done = command("infer", "--checkpoint", saved, *words)
+    assert done.code == 2
+    assert "prompts: List should have at most 50000 items" in done.err
+    assert len(done.out) + len(done.err) < 10_000
 
 
 def test_no_state_dict_is_refused(tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_a_dataset_of_boxes_only(command, shapes, tmp_path: Path) -> None:
         (["--epochs", "0"], "training.epochs"),
         (["--lr", "0"], "--lr 0: must be greater than 0"),
         (["training.epoch=3"], "Did you mean 'training.epochs'"),
-        (["--config", "nowhere.yaml"], "cannot be read"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["--config", "list.yaml"], "a mapping of keys"),
         (["--resolution", "100"], "96 or 104"),
         (["training.device=cuda"], "no CUDA device answers"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from app.config.yaml_data import parse_yaml
 from app.datasets.coco import Image, Reading
 from app.datasets.faults import Findings
 from app.datasets.folders import FOLDERS, split_folders
@@ -224,7 +225,7 @@ def _has_names(path: Path) -> bool:
 
 def _load_yaml(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_bytes().decode("utf-8-sig"))
+        document = parse_yaml(path.read_bytes().decode("utf-8-sig"), str(path))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: cannot be read as YAML ({reason}); export it again") from None

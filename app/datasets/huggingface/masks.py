@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from pycocotools import mask as coco_mask
 from app.datasets.formats.masks import ONE_CHANNEL
 from app.datasets.formats.outlines import Rle, encode, union
 from app.datasets.geometry import decode_counts, polygon_fault
+from app.files import parse_json
 
 Numbers = NDArray[np.int64]  # (height, width)
 
@@ -130,7 +130,7 @@ def _is_number(value: object) -> bool:
 
 def _parse_json(text: str) -> Any:
     try:
-        return json.loads(text) if text.strip() else None
+        return parse_json(text) if text.strip() else None
     except ValueError:
         raise ValueError("is text, and no JSON") from None
 

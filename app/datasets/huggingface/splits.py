@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -10,8 +9,10 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from app.console import command
 from app.datasets.huggingface.hub import Repository, explained
 from app.errors import UserError, nearest
+from app.files import SETTINGS_BYTES, parse_json, read_json
 
 log = logging.getLogger("app")
 
@@ -173,8 +174,8 @@ def _read_id2label(repository: Repository) -> Any:
     address = f"{repository.root}/id2label.json"
     with explained(repository.name, repository.commit):
         if repository.folder:
-            return json.loads(Path(address).read_bytes())
-        return json.loads(HfFileSystem().read_bytes(address))
+            return read_json(Path(address), most=SETTINGS_BYTES)
+        return parse_json(HfFileSystem().read_bytes(address).decode())
 
 
 def choose_splits(names: list[str], asked: str | None, where: str) -> dict[str, str]:
@@ -196,7 +197,8 @@ def choose_splits(names: list[str], asked: str | None, where: str) -> dict[str, 
     for name in names:
         role = next((role for role, known in ROLES.items() if name.lower() in known), None)
         if role is None or role in chosen:
-            log.warning("%s: split '%s' is left out; --hf-split %s takes it", where, name, name)
+            flag = command("--hf-split", name)
+            log.warning("%s: split '%s' is left out; %s takes it", where, name, flag)
         else:
             chosen[role] = name
     if "train" not in chosen:

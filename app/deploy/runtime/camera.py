@@ -23,11 +23,11 @@ from PIL import Image
 from app.datasets.images import EXTENSIONS, ImageError, open_image
 from app.deploy.runtime.runtime import STAGES, Runtime
 from app.errors import UserError
-from app.files import exists_problem
+from app.files import check_no_links, claim, exists_problem
 from app.inference.detections import Detections
 from app.inference.folder import ended_by_sigterm, unwritable_is_user_error
 from app.inference.journal import file_state
-from app.inference.outputs import coco_results, write_images
+from app.inference.outputs import PER_IMAGE, coco_results, write_images
 from app.inference.settings import Settings
 from app.inference.tables import TABLES
 
@@ -170,6 +170,7 @@ def _write(
 
 def _check_output(output: Path, settings: Settings, overwrite: bool) -> None:
     """Raise UserError where the folder holds anything, or what is saved needs an end."""
+    check_no_links(output, [LINES, *(PER_IMAGE[kind].path for kind in PER_IMAGE)])
     problems = []
     if "csv" in settings.save:
         problems.append("--save csv: is written when all is done, which --loop never is; use coco")
@@ -186,7 +187,7 @@ def _open_lines(
     if output is None:
         return None
     with unwritable_is_user_error(output):
-        output.mkdir(parents=True, exist_ok=True)
+        claim(output)
         for kind in ("semantic", "yolo"):  # their legends need no frame
             if kind in settings.save:
                 path, write = TABLES[kind]

@@ -24,7 +24,15 @@ from app.deploy.runtime.cuda import Gpu
 from app.deploy.runtime.external_data import locations
 from app.deploy.runtime.manifest import REMEDY, Manifest
 from app.errors import UserError
-from app.files import atomic_path, hash_file, locked, short_hash, write_json
+from app.files import (
+    SETTINGS_BYTES,
+    atomic_path,
+    hash_file,
+    locked,
+    read_json,
+    short_hash,
+    write_json,
+)
 
 log = logging.getLogger("app")
 
@@ -287,8 +295,8 @@ class EngineCache:
 def _read(note: Path) -> dict[str, Any]:
     """Return a note; empty where it is missing or broken."""
     try:
-        content = json.loads(note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(note, most=SETTINGS_BYTES)
+    except UserError:
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -5,18 +5,19 @@ Needs no package at all, because the runtime reads it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from app.errors import UserError
-from app.files import hash_file
+from app.files import SETTINGS_BYTES, hash_file, read_json
 
 FILE = "manifest.json"
 FORMAT = "sam3-finetuning/onnx/1"
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")  # the safest first
+MAX_SIDE = 16_384  # pixels
+MAX_PROMPTS = 50_000
 REMEDY = "Export it again: python -m app export WEIGHTS --format onnx --output DIR"
 
 
@@ -96,12 +97,12 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: no manifest, a broken one, another format, or a file outside of the folder.
     """
     file = folder / FILE
+    if not file.is_file():
+        raise UserError(f"{folder}: holds no {FILE}. {REMEDY}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{folder}: holds no {FILE} ({error.strerror}). {REMEDY}") from None
-    except ValueError as error:
-        raise UserError(f"{file}: broken JSON ({error}). {REMEDY}") from None
+        content = read_json(file, most=SETTINGS_BYTES)
+    except UserError as error:
+        raise UserError(f"{error}. {REMEDY}") from None
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
         raise UserError(f"{file}: is not of the format {FORMAT}. {REMEDY}")
     try:
@@ -109,6 +110,7 @@ def read_manifest(folder: Path) -> Manifest:
         for key in ("prompts", "classes"):
             content[key] = None if content[key] is None else tuple(content[key])
         manifest = Manifest(**content)
+        _check_values(manifest)
         named = [name for graph in manifest.graphs.values() for name in graph.values()]
         problems = [
             f"{file}: '{name}' leaves the folder. {REMEDY}"
@@ -120,11 +122,45 @@ def read_manifest(folder: Path) -> Manifest:
             for name in named
             if name not in manifest.files
         ]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file}: a key is wrong or missing ({error}). {REMEDY}") from None
     if problems:
         raise UserError(problems)
     return manifest
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Raise ValueError, which names the key, where a value is of another type or out of range."""
+    numbers = {
+        "resolution": MAX_SIDE,
+        "prompts_a_pass": MAX_PROMPTS,
+        "context_length": 1000,
+        "opset": 1000,
+        **({} if manifest.top is None else {"top": MAX_PROMPTS}),
+    }
+    for key, most in numbers.items():
+        value = getattr(manifest, key)
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{key}: {value!r} is none of 1 to {most}")
+    if not isinstance(manifest.threshold, int | float) or not 0 <= manifest.threshold <= 1:
+        raise ValueError(f"threshold: {manifest.threshold!r} is none of 0 to 1")
+    for key in ("prompts", "classes"):
+        words = getattr(manifest, key) or ()
+        if len(words) > MAX_PROMPTS or not all(isinstance(word, str) for word in words):
+            raise ValueError(f"{key}: is no list of at most {MAX_PROMPTS} texts")
+    named = [name for graph in manifest.graphs.values() for name in graph.values()]
+    if not all(isinstance(name, str) for name in [*named, *manifest.graphs]):
+        raise ValueError("graphs: a name is no text")
+    for name, entry in manifest.files.items():
+        if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+            raise ValueError(f"files: {name}: bytes or sha256 are none")
+    for tolerance in manifest.tolerances.values():
+        if not all(isinstance(value, int | float) for value in asdict(tolerance).values()):
+            raise ValueError("tolerances: a value is no number")
+    for graph in manifest.shapes.values():
+        for name, shape in graph.items():
+            if not all(type(side) is int for side in shape):
+                raise ValueError(f"shapes: {name}: is no list of whole numbers")
 
 
 def check_files(folder: Path, manifest: Manifest, names: Sequence[str] | None = None) -> None:
@@ -139,8 +175,8 @@ def check_files(folder: Path, manifest: Manifest, names: Sequence[str] | None = 
     problems = []
     for name in manifest.files if names is None else names:
         entry, file = manifest.files[name], folder / name
-        if not file.is_file():
-            problems.append(f"{file}: is missing. {REMEDY}")
+        if not file.is_file() or file.is_symlink():
+            problems.append(f"{file}: is missing, or a link. {REMEDY}")
         elif file.stat().st_size != entry["bytes"]:
             problems.append(
                 f"{file}: is cut short or changed: {file.stat().st_size} bytes, not "

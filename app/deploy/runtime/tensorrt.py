@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import logging
 import weakref
 from collections.abc import Mapping
@@ -33,7 +32,7 @@ from app.deploy.runtime.manifest import (
 from app.deploy.runtime.onnx_backend import check_graphs
 from app.deploy.runtime.square import to_pixels
 from app.errors import UserError
-from app.files import short_hash, write_json
+from app.files import SETTINGS_BYTES, read_json, short_hash, write_json
 
 log = logging.getLogger("app")
 
@@ -335,7 +334,7 @@ def ladder(
 def _read_verdict(file: Path) -> dict[str, Any] | None:
     """Return the result of a comparison; None where there was none, or its file is broken."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, most=SETTINGS_BYTES)
         return {"engines": dict(content["engines"]), "misses": list(content["misses"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, ValueError, KeyError, TypeError):
         return None

@@ -15,10 +15,16 @@ from numpy.typing import NDArray
 
 from app.deploy.runtime.manifest import REMEDY, Manifest, check_files
 from app.errors import UserError
+from app.files import SETTINGS_BYTES, read_json
 from app.model.vocabulary import unknown_words
 
 STORED, TOKENIZER = "text.npz", "tokenizer.json"
 STARTS, ENDS = ("<|startoftext|>", "<start_of_text>"), ("<|endoftext|>", "<end_of_text>")
+# Regular expressions of CLIP's tokenizer, as app/deploy/tokenizer.py writes it.
+PATTERNS = (
+    r"\s+",
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+)
 CACHED = 256  # prompts whose features are cached
 Texts = tuple[NDArray[np.float32], NDArray[np.bool_]]  # (K, L, D); (K, L), True: no token
 
@@ -44,7 +50,7 @@ class StoredWords:
         try:
             with np.load(folder / STORED, allow_pickle=False) as content:
                 self.features, self.mask = content["features"], content["mask"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, MemoryError, zipfile.BadZipFile) as error:
             raise UserError(f"{folder / STORED}: cannot be read ({error}). {REMEDY}") from None
         expected = (len(self.prompts), manifest.context_length)
         types = (self.features.dtype, self.mask.dtype) == (np.float32, np.bool_)
@@ -89,6 +95,7 @@ class AnyWords:
                 f"{folder}: takes any words, for which a package is missing: pip install tokenizers"
             ) from None
         try:
+            _check_patterns(folder / TOKENIZER)
             self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
         except Exception as error:  # the package raises nothing narrower
             raise UserError(f"{folder / TOKENIZER}: cannot be read ({error}). {REMEDY}") from None
@@ -124,6 +131,22 @@ class AnyWords:
         tokens = np.zeros((1, self._length), dtype=np.int64)
         tokens[0, : len(ids)] = ids
         return tokens
+
+
+def _check_patterns(file: Path) -> None:
+    """Raise ValueError where a tokenizer has another regular expression than CLIP's.
+
+    With one made for it, a prompt of a line is searched for hours.
+    """
+    waiting = [read_json(file, most=SETTINGS_BYTES)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            waiting += node.values()
+            if node.get("Regex", PATTERNS[0]) not in PATTERNS:
+                raise ValueError(f"it has another pattern than CLIP's: {node['Regex']!r}")
+        elif isinstance(node, list):
+            waiting += node
 
 
 def clean(text: str) -> str:

@@ -316,6 +316,41 @@ def test_no_backend_is_installed(tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
         Runtime.load(tiny, backend="onnxrt")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"resolution": "128"}, "resolution: '128' is none of 1 to"),
+        ({"resolution": 10**9}, "resolution: 1000000000 is none of 1 to"),
+        ({"prompts_a_pass": 0}, "prompts_a_pass: 0 is none"),
+        ({"context_length": True}, "context_length: True is none"),
+        ({"top": 1.5}, "top: 1.5 is none"),
+        ({"threshold": "x"}, "threshold: 'x' is none of 0 to 1"),
+        ({"classes": [3]}, "classes: is no list"),
+        ({"prompts": ["x"] * 60_000}, "prompts: is no list of at most 50000"),
+        ({"files": {"a.onnx": {"bytes": "1", "sha256": "x"}}}, "bytes or sha256 are none"),
+        ({"shapes": {"image": {"pixels": ["x"]}}}, "shapes: pixels"),
+        ({"graphs": {"image": {"fp32": 3}}}, "graphs: a name is no text"),
+        ({"graphs": []}, "a key is wrong or missing"),
+        ({"tolerances": {"fp32": {"cosine": "x"}}}, "a key is wrong or missing"),
+    ],
+)
+def test_a_manifest_of_other_values(tiny: Path, change: dict[str, object], said: str) -> None:
+    content = json.loads((tiny / "manifest.json").read_text())
+    (tiny / "manifest.json").write_text(json.dumps(content | change))
+    _refused(tiny, said)
+
+
+def test_a_manifest_nested_without_an_end(tiny: Path) -> None:
+    (tiny / "manifest.json").write_text("[" * 100_000)
+    _refused(tiny, "nested too deeply")
+
+
+def test_a_link_in_the_folder_is_not_followed(tiny: Path, tmp_path: Path) -> None:
+    (tiny / "image.onnx").rename(tmp_path / "image.onnx")
+    (tiny / "image.onnx").symlink_to(tmp_path / "image.onnx")
+    _refused(tiny, r"image\.onnx: is missing, or a link")
+
+
 def test_no_folder(tmp_path: Path) -> None:
     _refused(tmp_path, r"holds no manifest\.json")
 

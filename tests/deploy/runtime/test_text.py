@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -67,6 +69,17 @@ def test_without_the_package_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match="pip install tokenizers"):
         Runtime.load(any_words, backend="onnxruntime")
+
+
+def test_a_tokenizer_with_another_pattern_is_refused(any_words: Path, tmp_path: Path) -> None:
+    """One made for it searches a short prompt for hours."""
+    folder = shutil.copytree(any_words, tmp_path / "tiny")
+    content = json.loads((folder / TOKENIZER).read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"Regex": "(a+)+!"}, "content": " "}
+    (folder / TOKENIZER).write_text(json.dumps(content))
+    write_manifest(folder, read_manifest(folder))
+    with pytest.raises(UserError, match=r"tokenizer\.json: .* another pattern than CLIP's"):
+        Runtime.load(folder, backend="onnxruntime")
 
 
 def test_a_broken_tokenizer(any_words: Path, tmp_path: Path) -> None:
