@@ -245,6 +245,14 @@ def test_splits_by_the_names_of_files_and_a_task_a_file(tmp_path):
     assert things_of(read(folder).train) == sorted_things(made)
 
 
+def test_a_file_an_annotation_as_its_storages_have_them(tmp_path):
+    made = scenes(tmp_path)
+    for index, entry in enumerate(tasks(made)):
+        (annotation,) = entry.pop("annotations")
+        put(tmp_path / f"annotations/{index}.json", {**annotation, "task": entry})
+    assert things_of(read(tmp_path).train) == sorted_things(made)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

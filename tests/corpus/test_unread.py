@@ -41,6 +41,10 @@ SITUATIONS = {
         "annotations/captions_train2017.json",
         {"images": [], "annotations": [{"id": 1, "image_id": 1, "caption": "A car."}]},
     ),
+    "an imagefolder without boxes": (
+        "train/metadata.jsonl",
+        '{"file_name": "img_0.png", "text": "a circle"}\n',
+    ),
     "SageMaker's manifest": ("output.manifest", '{"source-ref": "s3://b/img_0.png", "x": {}}\n'),
     "Azure ML's or Vertex AI's JSON lines": ("labels.jsonl", '{"image_url": "a", "label": []}\n'),
     "JSON lines for vision-language models": (

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -24,6 +25,7 @@ from app.datasets.formats.outlines import ellipse_mask, polygon_mask
 from app.datasets.formats.via import CSV_HEADER
 from app.errors import UserError
 from app.inference.yolo_labels import label_line, outline
+from tests.helpers import REPOSITORY
 
 WIDTH, HEIGHT = 40, 30
 
@@ -688,6 +690,11 @@ def test_a_format_that_there_is_not(tmp_path):
     with pytest.raises(UserError, match=r"dataset\.format: .*'masks'"):
         load_config(["dataset.format=yolov8"])
     assert {*get_args(FormatName)} == {"auto", *(format.key for format in FORMATS)}
+
+
+def test_the_page_of_data_has_every_format():
+    keys = re.findall(r"^\|[^|]*\| `([a-z]+)` \|", (REPOSITORY / "docs/data.md").read_text(), re.M)
+    assert sorted(keys) == sorted(format.key for format in FORMATS)
 
 
 def test_an_unknown_folder_is_told_what_is_understood(tmp_path):

@@ -9,21 +9,21 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-
 from app.config.reading import ReadingConfig
+from app.config.yaml_data import parse_yaml
 from app.datasets.coco import Image, Reading
 from app.datasets.conventions import TO_XYWH, convention
 from app.datasets.folders import WORDS, split_on_way
 from app.datasets.formats.draft import Draft, Read
-from app.datasets.formats.telling import few
+from app.datasets.formats.telling import few, leads_out
 from app.datasets.geometry import is_int, is_number
 from app.datasets.names import Names
+from app.errors import UserError
 
 PATTERNS = ("metadata.jsonl", "*/metadata.jsonl", "*/*/metadata.jsonl")
 CLASS_KEYS = ("category", "categories", "label", "labels", "class", "classes", "category_id")
 FEW_LINES = 20
-LARGEST_CARD = 2**18  # characters of a README.md that is looked into
+LARGEST_CARD = 2**18  # bytes of a README.md that is looked into
 Line = tuple[Path, int, str]  # file, number, text
 
 
@@ -134,17 +134,17 @@ def _add_boxes(
 
 def _class_names(folder: Path) -> dict[int, str]:
     """Return the classes' names by their number, as the dataset card's features have them."""
-    try:
-        text = (folder / "README.md").read_text("utf-8")[:LARGEST_CARD]
-        card = yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
-    except (OSError, ValueError, IndexError, RecursionError, yaml.YAMLError):
+    path = folder / "README.md"
+    if not path.is_file() or leads_out(path, folder):
         return {}
-    waiting, seen = [card], set[int]()
+    text = path.read_bytes()[:LARGEST_CARD].decode("utf-8", "replace")
+    try:
+        card = parse_yaml(text.split("---")[1], str(path)) if text.startswith("---") else None
+    except (UserError, IndexError):  # a card that says nothing of the labels
+        return {}
+    waiting = [card]
     while waiting:
         node = waiting.pop()
-        if id(node) in seen:  # aliases: a small card can stand for a huge tree
-            continue
-        seen.add(id(node))
         if isinstance(node, dict):
             label = node.get("class_label")
             if isinstance(label, dict) and (names := _numbered(label.get("names"))):

@@ -33,13 +33,21 @@ def is_label_studio(folder: Path) -> bool:
     return any(
         document is None or any(map(_is_task, _listed(document)))
         for pattern in PATTERNS
-        for key in ("annotations", "completions")  # as they were called before version 1
+        # completions: as annotations were called before version 1
+        for key in ("annotations", "completions", "task")
         for _, document in holding(folder, pattern, "data", "result", key)
     )
 
 
 def _listed(document: object) -> list[dict[str, Any]]:
-    return entries(document) if isinstance(document, list) else entries([document])
+    """Return the tasks of a file: a list, one, or an annotation that holds its task.
+
+    The last is what Label Studio writes to a storage, a file an annotation.
+    """
+    task = document.get("task") if isinstance(document, dict) else None
+    if isinstance(document, dict) and isinstance(task, dict):
+        return [{**task, "annotations": [document]}]
+    return entries(document if isinstance(document, list) else [document])
 
 
 def _is_task(entry: dict[str, Any]) -> bool:
@@ -68,7 +76,8 @@ def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
         if isinstance(document, UserError) or any(map(_is_task, _listed(document))):
             # the files of single tasks are many, and their names tell nothing
             own = path.stem if isinstance(document, list) else ""
-            listed = document if isinstance(document, list) else [document]
+            one = [document] if isinstance(document, UserError) else _listed(document)
+            listed = document if isinstance(document, list) else one
             place = str(path.relative_to(folder))
             tasks.setdefault(split_on_way(path, folder) or own, []).extend(
                 (f"{place}: [{index}]", task) for index, task in enumerate(listed)

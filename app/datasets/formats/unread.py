@@ -73,6 +73,12 @@ UNREAD = (
     ),
     Unread("ISAT's JSON", JSONS, COCO, (r'"description"\s*:\s*"ISAT"',)),
     Unread("COCO captions", JSONS, "take instances_*.json of that set", (r'"caption"\s*:',)),
+    Unread(
+        "an imagefolder without boxes",
+        ("metadata.csv", "metadata.jsonl"),
+        "write metadata.jsonl with objects: {bbox, category}, as huggingface.co has it",
+        (r"\bfile_name\b",),
+    ),
     Unread("SageMaker's manifest", ("*.manifest",), "convert it to COCO JSON", (r'"source-ref"',)),
     Unread(
         "Azure ML's or Vertex AI's JSON lines",
