@@ -96,7 +96,9 @@ def test_folders_of_classes(tmp_path):
 
 def test_images_alone_are_no_classes(tmp_path):
     scenes(tmp_path, 2)
-    assert "no dataset found" in refusal(tmp_path)
+    assert refusal(tmp_path).endswith("let weights do it (python -m app label)")
+    put(tmp_path / "notes.txt", "x")
+    assert refusal(tmp_path).endswith("There is: images, notes.txt")
 
 
 def test_a_json_of_no_known_kind(tmp_path):

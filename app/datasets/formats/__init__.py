@@ -28,7 +28,8 @@ from app.datasets.formats import (
     yolo,
 )
 from app.datasets.formats.draft import Read
-from app.datasets.formats.unread import name_classification, name_unread
+from app.datasets.formats.unread import UNLABELLED, labels_there, name_classification, name_unread
+from app.datasets.names import walk_images
 from app.errors import UserError, nearest
 
 
@@ -88,10 +89,11 @@ def _nothing_found(folder: Path, formats: Sequence[Format]) -> str:
     there = sorted(path.name for path in folder.iterdir())
     listed = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
     looked_for = "; ".join(f"{format.name} ({format.layout})" for format in formats)
+    alone = "" if any(labels_there(folder)) or not any(walk_images(folder)) else f". {UNLABELLED}"
     other = f". It looks like {detected.key}" if (detected := detect(folder)) else ""
     return (
         f"{folder}: no dataset found, in it or in its folders train, valid, val and test. "
-        f"Looked for {looked_for}. There is: {listed or 'nothing'}{other}"
+        f"Looked for {looked_for}. There is: {listed or 'nothing'}{other}{alone}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,6 +136,10 @@ UNREAD = (
 )
 
 
+ENDINGS = (".json", ".jsonl", ".xml", ".csv", ".tsv", ".txt", ".yaml", ".yml")  # of labels
+UNLABELLED = "Images alone have no labels: label them, or let weights do it (python -m app label)"
+
+
 def name_unread(folder: Path) -> str | None:
     """Return what a folder holds that is known and not read, with what to do; None for nothing."""
     for known in UNREAD:
@@ -144,6 +149,11 @@ def name_unread(folder: Path) -> str | None:
             if all(re.search(pattern, head, re.MULTILINE) for pattern in known.holds):
                 return f"{path} is {known.name}, which is not read: {known.instead}"
     return None
+
+
+def labels_there(folder: Path) -> Iterator[Path]:
+    """Yield the files that may be labels, whatever they hold."""
+    return few(folder, *(f"{way}*{ending}" for way in WAYS for ending in ENDINGS))
 
 
 def _head(path: Path) -> str:
