@@ -252,7 +252,11 @@ def _convert_boxes(document: object, convention: str) -> None:
     if convention == "xywh":
         return
     images = (entry for entry in listed(document, "images") if isinstance(entry, dict))
-    sizes = {entry.get("id"): (entry.get("width"), entry.get("height")) for entry in images}
+    sizes: dict[int, tuple[Any, Any]] = {
+        entry["id"]: (entry.get("width"), entry.get("height"))
+        for entry in images
+        if is_id(entry.get("id"))
+    }
     for entry in listed(document, "annotations"):
         if not isinstance(entry, dict):
             continue
@@ -296,7 +300,8 @@ def _read_annotations(
     for (place, entry), id in zip(entries, _free_ids(entries), strict=True):
         size = sizes[entry["image_id"]]
         annotation = _read_annotation(entry, id, *size)
-        mask, box = annotation.segmentation, entry.get("bbox")
+        mask: Any = annotation.segmentation
+        box: Any = entry.get("bbox")
         if mask is not None and not coco_mask.area(mask):
             remedy = "covers no pixel; delete it"
             findings.add("zero area", f"{place}.segmentation", entry["segmentation"], remedy)
