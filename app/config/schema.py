@@ -17,7 +17,12 @@ Component = Literal["vision", "text", "detector", "geometry", "masks", "scoring"
 # --resume: everything; "auto": if there is a run, else start one; "weights": nothing but them.
 Resume = Literal["all", "auto", "weights"]
 PlanKind = Literal["show", "measure"]  # --plan: counted; "measure": and a few updates done
-FormatName = Literal["auto", "coco", "yolo", "labelme", "via", "voc", "masks"]
+# fmt: off
+FormatName = Literal[
+    "auto", "coco", "labelstudio", "cvat", "datumaro", "supervisely", "yolo", "via", "labelme",
+    "voc", "imagefolder", "createml", "csv", "kitti", "masks",
+]
+# fmt: on
 
 
 # Sizes of a model, beyond which none has been trained: weights from outside name their own.

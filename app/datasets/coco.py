@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -171,7 +172,12 @@ def read(json_path: Path, image_roots: Sequence[Path], max_drop: float = MAX_DRO
     return examine(json_path, Names(image_roots)).sound(max_drop)
 
 
-def examine(json_path: Path, names: Names | None, reading: ReadingConfig = AS_WRITTEN) -> Reading:
+def examine(
+    json_path: Path,
+    names: Names | None,
+    reading: ReadingConfig = AS_WRITTEN,
+    others: Sequence[Path] = (),
+) -> Reading:
     """Read like `read`, but return the faults with what is sound instead of raising them.
 
     Polygons and uncompressed RLE become compressed RLE.
@@ -180,11 +186,14 @@ def examine(json_path: Path, names: Names | None, reading: ReadingConfig = AS_WR
         names: finds the images. With None they need not be there: their paths are as the JSON names
             them, from its own folder.
         reading: what the user decided.
+        others: the files of other splits, for the classes where this one lists none.
     """
     findings = Findings(str(json_path))
     document = _parse(json_path, findings)
     if document is None:
         return Reading(Dataset((), (), ()), tuple(findings.faults), Tally())
+    if isinstance(document, dict) and not document.get("categories"):
+        _borrow_categories(document, others, findings)
     return examine_document(document, findings, names or json_path.parent, reading)
 
 
@@ -226,12 +235,28 @@ def examine_document(
     return Reading(dataset, tuple(findings.faults), tally, frozenset(named))
 
 
+def _borrow_categories(
+    document: dict[str, Any], others: Sequence[Path], findings: Findings
+) -> None:
+    for path in others:
+        with contextlib.suppress(UserError):
+            if categories := listed(read_json(path), "categories"):
+                remedy = f"those of {path.name} are taken"
+                findings.add("no categories", "'categories'", document.get("categories"), remedy)
+                document["categories"] = categories
+                return
+
+
 def _convert_boxes(document: object, convention: str) -> None:
     """Make the document's boxes x y width height, in place; `masks` leaves the masks' boxes."""
     if convention == "xywh":
         return
     images = (entry for entry in listed(document, "images") if isinstance(entry, dict))
-    sizes = {entry.get("id"): (entry.get("width"), entry.get("height")) for entry in images}
+    sizes: dict[int, tuple[Any, Any]] = {
+        entry["id"]: (entry.get("width"), entry.get("height"))
+        for entry in images
+        if is_id(entry.get("id"))
+    }
     for entry in listed(document, "annotations"):
         if not isinstance(entry, dict):
             continue
@@ -275,7 +300,8 @@ def _read_annotations(
     for (place, entry), id in zip(entries, _free_ids(entries), strict=True):
         size = sizes[entry["image_id"]]
         annotation = _read_annotation(entry, id, *size)
-        mask, box = annotation.segmentation, entry.get("bbox")
+        mask: Any = annotation.segmentation
+        box: Any = entry.get("bbox")
         if mask is not None and not coco_mask.area(mask):
             remedy = "covers no pixel; delete it"
             findings.add("zero area", f"{place}.segmentation", entry["segmentation"], remedy)

@@ -52,9 +52,11 @@ class Names:
         self.homes = [folder.resolve() for folder in ([home] if home else roots)]
         self.search = search or roots[0]
 
-    def locate(self, name: str, place: str, findings: Findings) -> Path | None:
+    def locate(
+        self, name: str, place: str, findings: Findings, near: Path | None = None
+    ) -> Path | None:
         """Return the file, its links followed; report how it was found, or that it was not."""
-        found = self.find(name)
+        found = self.find(name, near)
         if isinstance(found, str):
             several = found.startswith("may be")
             findings.add("ambiguous name" if several else "image missing", place, name, found)
@@ -73,8 +75,14 @@ class Names:
         found = (self.find(name) for name in names if isinstance(name, str) and name.strip())
         return {named.path.resolve() for named in found if isinstance(named, Named)}
 
-    def find(self, name: str) -> Named | str:
-        """Return the file that a name means, or why there is none, as a remedy."""
+    def find(self, name: str, near: Path | None = None) -> Named | str:
+        """Return the file that a name means, or why there is none, as a remedy.
+
+        Args:
+            near: folder of the label, from which the name may lead.
+        """
+        if near and (led := self._led_from(near, name)):
+            return Named(led)
         if (written := self._written(name)) is not None:
             return Named(written)
         for parts in readings(name):
@@ -86,6 +94,14 @@ class Names:
                 return f"may be {listed}{more}: write the folder into the name, or keep one"
         places = " and ".join(map(str, dict.fromkeys([self.search, *self.roots[:2]])))
         return f"no such file in {places}; add it, or mend its name"
+
+    def _led_from(self, near: Path, name: str) -> Path | None:
+        path = Path(os.path.normpath(near / name.replace("\\", "/")))
+        try:
+            inside = any(path.is_relative_to(home) for home in self.homes)
+            return path if inside and path.is_file() else None
+        except (OSError, ValueError):  # too long, NUL
+            return None
 
     def _written(self, name: str) -> Path | None:
         if Path(name).is_absolute() or ".." in Path(name).parts:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -24,6 +25,7 @@ from app.datasets.formats.outlines import ellipse_mask, polygon_mask
 from app.datasets.formats.via import CSV_HEADER
 from app.errors import UserError
 from app.inference.yolo_labels import label_line, outline
+from tests.helpers import REPOSITORY
 
 WIDTH, HEIGHT = 40, 30
 
@@ -336,6 +338,7 @@ def test_labelme_bad_input(tmp_path):
     )
     labelme(tmp_path, [], "b", imageWidth=99)
     labelme(tmp_path, [], "c", imagePath="../../secret.png")
+    (tmp_path / "c.png").unlink()
     labelme(tmp_path, [], "d", imagePath=None)
     text(tmp_path / "e.json", '{"shapes": [')
     text(tmp_path / "f.json", {"imagePath": "a.png"})
@@ -349,7 +352,8 @@ def test_labelme_bad_input(tmp_path):
 
 def test_labelme_image_outside_the_folder(tmp_path):
     picture(tmp_path / "secret.png")
-    labelme(tmp_path / "set", [], imagePath="..\\secret.png")
+    labelme(tmp_path / "set", [], imagePath="..\\secret.png", imageData=None)
+    (tmp_path / "set/a.png").unlink()
     assert "no such file" in problems(tmp_path / "set")[0]
 
 
@@ -626,7 +630,7 @@ def test_subsets_that_are_no_splits(tmp_path):
         coco_file(tmp_path / f"annotations/instances_{subset}.json", "a.png")
     found = problems(tmp_path)
     assert len(found) == 2
-    assert "instances_night.json: must be instances_ and one of" in found[0]
+    assert "instances_night.json: must have train, val or test in its name" in found[0]
     assert "instances_train.json: is for train, as instances_default.json is" in found[1]
     for subset in ("train", "default", "night"):
         (tmp_path / f"annotations/instances_{subset}.json").unlink()
@@ -686,6 +690,11 @@ def test_a_format_that_there_is_not(tmp_path):
     with pytest.raises(UserError, match=r"dataset\.format: .*'masks'"):
         load_config(["dataset.format=yolov8"])
     assert {*get_args(FormatName)} == {"auto", *(format.key for format in FORMATS)}
+
+
+def test_the_page_of_data_has_every_format():
+    keys = re.findall(r"^\|[^|]*\| `([a-z]+)` \|", (REPOSITORY / "docs/data.md").read_text(), re.M)
+    assert sorted(keys) == sorted(format.key for format in FORMATS)
 
 
 def test_an_unknown_folder_is_told_what_is_understood(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,15 @@ odd = st.recursive(
 )
 
 
+def spoiled_documents() -> st.SearchStrategy[Any]:
+    """A sound COCO document that is spoiled."""
+    return spoiled(sound_document())
+
+
 @st.composite
-def spoiled_documents(draw: st.DrawFn) -> Any:
-    """A sound document with up to three values replaced or removed, at any depth."""
-    holder = {"document": copy.deepcopy(sound_document())}
+def spoiled(draw: st.DrawFn, document: Any) -> Any:
+    """A document with up to three values replaced or removed, at any depth."""
+    holder = {"document": copy.deepcopy(document)}
     for _ in range(draw(st.integers(1, 3))):
         target: Any = holder
         while True:
@@ -45,6 +51,39 @@ def spoiled_documents(draw: st.DrawFn) -> Any:
         else:
             target[key] = draw(odd)
     return holder["document"]
+
+
+ODD_WORDS = [
+    *("", "nan", "inf", "-1", "0", "1e999", "-5.5", "9" * 5000, "..", "../../etc/passwd", "\0"),
+    *(
+        "a.png",
+        "b.png",
+        "\n",
+        ",",
+        ";",
+        '"',
+        "<",
+        ">",
+        "&x;",
+        "<!DOCTYPE a>",
+        "é",
+        "\x85",
+        "DontCare",
+    ),
+]
+
+
+@st.composite
+def spoiled_text(draw: st.DrawFn, text: str) -> str:
+    """A text with up to three of its words replaced, removed, or cut off with all that follows."""
+    words = re.findall(r"[\w.+-]+|\W", text)
+    for _ in range(draw(st.integers(1, 3))):
+        if not words:
+            break
+        at = draw(st.integers(0, len(words) - 1))
+        end = draw(st.sampled_from([at + 1, at + 1, at + 1, at + 9, len(words)]))
+        words[at:end] = [draw(st.sampled_from(ODD_WORDS) | st.text(max_size=4))]
+    return "".join(words)
 
 
 def points(low: float, high: float) -> st.SearchStrategy[list[float]]:

@@ -15,8 +15,21 @@ from tests.helpers import REPOSITORY
 
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_malformed_datasets(memory_folder: Path, count: int) -> None:
+    ran = run("tests.fuzz.examples", memory_folder, count)
+    # Hypothesis stops early where it has seen all that a strategy can give.
+    assert sum(ran.values()) >= count, ran
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_malformed_files_of_labels(memory_folder: Path, count: int) -> None:
+    ran = run("tests.fuzz.readers", memory_folder, count)
+    assert sum(ran.values()) >= count, ran
+
+
+def run(module: str, folder: Path, count: int) -> dict[str, int]:
+    """Run a module's examples; return how many it ran of each kind."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.fuzz.examples", str(count), str(memory_folder)],
+        [sys.executable, "-m", module, str(count), str(folder)],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         capture_output=True,
@@ -24,6 +37,5 @@ def test_malformed_datasets(memory_folder: Path, count: int) -> None:
     )
     assert done.returncode == 0, done.stderr[-8000:]
     assert "Traceback" not in done.stderr
-    ran = json.loads(done.stdout)
-    # Hypothesis stops early where it has seen all that a strategy can give.
-    assert sum(ran.values()) >= count, ran
+    ran: dict[str, int] = json.loads(done.stdout)
+    return ran

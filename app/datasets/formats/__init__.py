@@ -11,7 +11,25 @@ from app.config.reading import ReadingConfig
 from app.config.schema import FormatName
 from app.datasets.coco import Reading, examine
 from app.datasets.folders import split_folders
-from app.datasets.formats import coco, labelme, masks, via, voc, yolo
+from app.datasets.formats import (
+    coco,
+    createml,
+    cvat,
+    datumaro,
+    imagefolder,
+    kitti,
+    labelme,
+    labelstudio,
+    masks,
+    supervisely,
+    tables,
+    via,
+    voc,
+    yolo,
+)
+from app.datasets.formats.draft import Read
+from app.datasets.formats.unread import UNLABELLED, labels_there, name_classification, name_unread
+from app.datasets.names import walk_images
 from app.errors import UserError, nearest
 
 
@@ -57,9 +75,13 @@ def choose(folder: Path, key: str) -> Format:
     for format in formats:
         if format.recognises(folder):
             return format
+    if key == "auto" and (unread := name_unread(folder)):
+        raise UserError(unread)
     # a single JSON that is broken, or of no known kind: reading it says what is wrong with it
     if COCO in formats and coco.find_jsons(folder):
         return COCO
+    if key == "auto" and (classes := name_classification(folder)):
+        raise UserError(classes)
     raise UserError(_nothing_found(folder, formats))
 
 
@@ -67,18 +89,22 @@ def _nothing_found(folder: Path, formats: Sequence[Format]) -> str:
     there = sorted(path.name for path in folder.iterdir())
     listed = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
     looked_for = "; ".join(f"{format.name} ({format.layout})" for format in formats)
+    alone = "" if any(labels_there(folder)) or not any(walk_images(folder)) else f". {UNLABELLED}"
     other = f". It looks like {detected.key}" if (detected := detect(folder)) else ""
     return (
         f"{folder}: no dataset found, in it or in its folders train, valid, val and test. "
-        f"Looked for {looked_for}. There is: {listed or 'nothing'}{other}"
+        f"Looked for {looked_for}. There is: {listed or 'nothing'}{other}{alone}"
     )
 
 
 def _coco_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
-    return {
-        split: Source(path, partial(examine, path, coco.image_names(folder, path), reading))
-        for split, path in coco.find_jsons(folder).items()
-    }
+    jsons = coco.find_jsons(folder)
+    sources = {}
+    for split, path in jsons.items():
+        names = coco.image_names(folder, path)
+        others = [other for other in jsons.values() if other != path]
+        sources[split] = Source(path, partial(examine, path, names, reading, others))
+    return sources
 
 
 def _yolo_sources(folder: Path, _: ReadingConfig) -> dict[str, Source]:
@@ -115,6 +141,21 @@ def _by_folder(
     return Format(key, name, layout, recognises_any, sources)
 
 
+def _by_splits(
+    key: FormatName,
+    name: str,
+    layout: str,
+    recognises: Callable[[Path], bool],
+    splits: Callable[[Path, ReadingConfig], dict[str, Read]],
+) -> Format:
+    """Make a format that finds its splits itself."""
+
+    def sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
+        return {split: Source(folder, read) for split, read in splits(folder, reading).items()}
+
+    return Format(key, name, layout, recognises, sources)
+
+
 COCO = Format(
     "coco",
     "COCO",
@@ -124,6 +165,34 @@ COCO = Format(
 )
 FORMATS = (
     COCO,
+    _by_splits(
+        "labelstudio",
+        "Label Studio",
+        "its JSON of tasks",
+        labelstudio.is_label_studio,
+        labelstudio.splits,
+    ),
+    _by_splits(
+        "cvat",
+        "CVAT for images",
+        "annotations.xml with a root 'annotations'",
+        cvat.is_cvat,
+        cvat.splits,
+    ),
+    _by_splits(
+        "datumaro",
+        "Datumaro",
+        "annotations/*.json with items and categories",
+        datumaro.is_datumaro,
+        datumaro.splits,
+    ),
+    _by_splits(
+        "supervisely",
+        "Supervisely",
+        "ann/*.json and img/",
+        supervisely.is_supervisely,
+        supervisely.splits,
+    ),
     Format(
         "yolo",
         "YOLO",
@@ -138,10 +207,32 @@ FORMATS = (
         via.is_via,
         via.read,
     ),
-    _by_folder(
-        "labelme", "LabelMe", "a JSON with 'shapes' an image", labelme.is_labelme, labelme.read
+    _by_splits(
+        "labelme", "LabelMe", "a JSON with 'shapes' an image", labelme.is_labelme, labelme.splits
     ),
-    _by_folder("voc", "Pascal VOC", "Annotations/*.xml and JPEGImages/", voc.is_voc, voc.read),
+    _by_splits("voc", "Pascal VOC", "Annotations/*.xml and JPEGImages/", voc.is_voc, voc.splits),
+    _by_splits(
+        "imagefolder",
+        "HuggingFace's imagefolder",
+        "metadata.jsonl with objects",
+        imagefolder.is_imagefolder,
+        imagefolder.splits,
+    ),
+    _by_folder(
+        "createml",
+        "CreateML",
+        "a JSON list with coordinates",
+        createml.is_createml,
+        createml.read,
+    ),
+    _by_splits(
+        "csv",
+        "TensorFlow's CSV",
+        f"a table of {', '.join(tables.COLUMNS)}",
+        tables.is_table,
+        tables.splits,
+    ),
+    _by_splits("kitti", "KITTI", "label_2/*.txt and image_2/", kitti.is_kitti, kitti.splits),
     _by_folder(
         "masks", "mask PNGs", "images/ and masks/*.png of object ids", masks.is_masks, masks.read
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from app.datasets.faults import Findings, Tally
 from app.datasets.formats.outlines import Rle
 from app.datasets.geometry import box_fault, clip_box
 from app.datasets.image_files import name_fault, usable_header
-from app.datasets.names import Names
+from app.datasets.names import Named, Names
 from app.errors import UserError
 from app.files import read_json
+
+Read = Callable[[], Reading]  # reads a split
 
 
 class Draft:
@@ -51,16 +53,30 @@ class Draft:
 
     # --- images
 
-    def add_named(self, name: object, place: str) -> Image | None:
-        """Add the image that a label names; return None, and report it, where it cannot be used."""
+    def add_named(self, name: object, place: str, near: Path | None = None) -> Image | None:
+        """Add the image that a label names; return None, and report it, where it cannot be used.
+
+        Args:
+            near: folder of the label, from which the name may lead.
+        """
         if fault := name_fault(name):
             self.drop_file("file name", place, name, fault)
             return None
-        path = self.names.locate(str(name), place, self.findings)
+        path = self.names.locate(str(name), place, self.findings, near)
         if path is None:
             self._listed += 1
             return None
         return self.add_image(path, place)
+
+    def find(self, name: object, near: Path | None = None) -> Path | None:
+        """Return the one image file that a name means; None, and report nothing, for none."""
+        found = None if name_fault(name) else self.names.find(str(name), near)
+        return found.path if isinstance(found, Named) else None
+
+    def pass_over(self, name: object, near: Path | None = None) -> None:
+        """Note an image that is named by labels and knowingly not used."""
+        if path := self.find(name, near):
+            self._files.add(path.resolve())
 
     def add_image(self, path: Path, place: str) -> Image | None:
         """Add an image, its header read; return None, and report it, where it cannot be used.

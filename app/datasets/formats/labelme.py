@@ -1,43 +1,77 @@
-"""LabelMe: a JSON for each image, with its `shapes`."""
+"""LabelMe: a JSON for each image, with its `shapes`, beside the images or in folders apart."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from app.config.reading import ReadingConfig
 from app.datasets.coco import Image, Reading
-from app.datasets.formats.draft import Draft
-from app.datasets.formats.outlines import Rle, ellipse_mask, polygon_mask, union
+from app.datasets.folders import by_way, image_folders
+from app.datasets.formats.draft import Draft, Read
+from app.datasets.formats.embedded import png_mask
+from app.datasets.formats.outlines import Rle, ellipse_mask, placed_mask, polygon_mask
+from app.datasets.formats.parts import Box, Part, add_objects
+from app.datasets.formats.telling import files, holding, leads_out, mentions
 from app.datasets.names import Names
-from app.errors import UserError
-from app.files import read_json
 
 Point = tuple[float, float]
+PATTERNS = ("*.json", "*/*.json", "*/*/*.json")
+KEYS = ("shapes", "imagePath")
+UNDERSTOOD = "polygon, rectangle, circle and mask"
+# writes out the images that JSONs hold as `imageData`, beside the JSONs of a folder
+WRITE_OUT = (
+    'python -c "import base64,json,pathlib,sys; [p.with_name(pathlib.PureWindowsPath(d['
+    "'imagePath']).name).write_bytes(base64.b64decode(d['imageData'])) for p in "
+    "pathlib.Path(sys.argv[1]).rglob('*.json') for d in [json.loads(p.read_text('utf-8'))] "
+    "if d.get('imageData')]\" FOLDER"
+)
 
 
 def is_labelme(folder: Path) -> bool:
-    """Return whether the first JSON in the folder is LabelMe's."""
-    first = min(folder.glob("*.json"), default=None)
-    try:
-        document = read_json(first) if first else None
-    except UserError:
-        return False
-    return isinstance(document, dict) and isinstance(document.get("shapes"), list)
+    """Return whether one of the first JSONs, in the folder or in one of its folders, is LabelMe's.
+
+    Other JSONs may lie beside it.
+    """
+    return any(
+        isinstance(document, dict) and isinstance(document.get("shapes"), list)
+        for pattern in PATTERNS
+        for _, document in holding(folder, pattern, *KEYS)
+    )
 
 
-def read(folder: Path, root: Path, _: ReadingConfig) -> Reading:
-    """Read every JSON in `folder`; images without one are not part of the dataset.
+def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
+    """Return the splits by the folders in which JSONs lie, such as train/ or labels/val/."""
+    folder = folder.resolve()
+    # a link that leads out is kept unread, for its fault
+    paths = [
+        path
+        for path in files(folder, *PATTERNS)
+        if leads_out(path, folder) or any(mentions(path, key) for key in KEYS)
+    ]
+    return {
+        split: partial(_read, folder, image_folders(folder, told), found)
+        for split, (told, found) in by_way(paths, folder).items()
+    }
+
+
+def _read(folder: Path, own: Sequence[Path], paths: Sequence[Path]) -> Reading:
+    """Read these JSONs; images without one are not part of the dataset.
 
     Shapes of one label and one `group_id` are parts of one object. An object of rectangles alone
     has a box and no mask. `imageData` is ignored: the image file is read.
 
+    Args:
+        own: the folders of the split's images.
+
     Returns:
         What is sound, and every fault of every file.
     """
-    draft = Draft(root, names=Names([folder.resolve()], root.resolve()))
-    for path in sorted(folder.resolve().glob("*.json")):
+    draft = Draft(folder, names=Names([*own, folder], folder, own[0] if own else folder))
+    for path in paths:
         document = draft.read_object(path)
         if document is not None:
             _read_document(draft, path, document)
@@ -54,53 +88,67 @@ def _read_document(draft: Draft, path: Path, document: dict[str, Any]) -> None:
             "label file", f"{place}: shapes", shapes, "must be a list, as LabelMe has it"
         )
         return
-    image = draft.add_named(name, f"{place}: imagePath")
+    image = _add_image(draft, path, name, document.get("imageData"))
     if image is None:
         return
     size = (document.get("imageWidth"), document.get("imageHeight"))
     draft.check_size(image, size, f"{place}: imageWidth and imageHeight")
-    for label, members in _group(draft, shapes, place):
-        _add_object(draft, image, label, members)
+    add_objects(draft, image, [_part(shape, i, place, image) for i, shape in enumerate(shapes)])
 
 
-def _group(
-    draft: Draft, shapes: list[Any], place: str
-) -> list[tuple[str, list[tuple[str, dict[str, Any]]]]]:
-    """Return the label, and each part with its place, of every object."""
-    objects: dict[tuple[Any, ...], list[tuple[str, dict[str, Any]]]] = {}
-    for index, shape in enumerate(shapes):
-        spot = f"{place}: shapes[{index}]"
-        label = shape.get("label") if isinstance(shape, dict) else None
-        if not isinstance(label, str) or not label.strip():
-            draft.drop_object("label", f"{spot}.label", label, "must be the class's name, as text")
-            continue
-        group = shape.get("group_id")
-        key = (label, "alone", index) if group is None else (label, "group", repr(group))
-        objects.setdefault(key, []).append((spot, shape))
-    return [(str(key[0]), members) for key, members in objects.items()]
+def _add_image(draft: Draft, path: Path, name: str, held: object) -> Image | None:
+    """Add the image that a JSON names, else the one that is called as the JSON is."""
+    place, near = f"{draft.place(path)}: imagePath", path.parent
+    if draft.find(name, near) is None:
+        if own := draft.find(path.stem, near):
+            remedy = f"is read as {own.name}, as the JSON is called"
+            draft.findings.add("other name", place, name, remedy)
+            return draft.add_image(own, place)
+        if isinstance(held, str) and held:
+            remedy = "no such file, but the JSON holds the image as imageData; all such images are "
+            remedy += f"written out by: {WRITE_OUT}"
+            draft.drop_file("image missing", place, name, remedy)
+            return None
+    return draft.add_named(name, place, near)
 
 
-def _add_object(
-    draft: Draft, image: Image, label: str, members: list[tuple[str, dict[str, Any]]]
-) -> None:
-    masks: list[Rle] = []
-    corners: list[Point] = []
-    boxes_only = all(shape.get("shape_type") == "rectangle" for _, shape in members)
-    for spot, shape in members:
-        try:
-            points = _points(shape.get("points"))
-            if boxes_only:
-                corners += _rectangle(points)
-            else:
-                masks.append(_mask(shape.get("shape_type", "polygon"), points, image))
-        except ValueError as fault:
-            draft.drop_object("shape", spot, shape.get("points"), str(fault))
-            return
-    if boxes_only:
-        (left, top), (right, bottom) = _rectangle(corners)
-        draft.add_box(image, label, [left, top, right - left, bottom - top], members[0][0])
-    else:
-        draft.add_mask(image, label, union(masks), members[0][0])
+def _part(shape: object, index: int, place: str, image: Image) -> Part:
+    entry = shape if isinstance(shape, dict) else {}
+    return Part(
+        label=entry.get("label"),
+        group=entry.get("group_id"),
+        place=f"{place}: shapes[{index}]",
+        value=entry.get("points"),
+        make=partial(_shape, entry, image),
+    )
+
+
+def _shape(entry: dict[str, Any], image: Image) -> Box | Rle:
+    kind, size = entry.get("shape_type") or "polygon", (image.width, image.height)
+    points = _points(entry.get("points"))
+    if kind in ("polygon", "rotation"):  # as X-AnyLabeling calls the corners of a turned box
+        return polygon_mask([side for point in points for side in point], *size)
+    if kind == "rectangle":
+        (left, top), (right, bottom) = _rectangle(points)
+        return [left, top, right - left, bottom - top]
+    if kind == "circle":
+        if len(points) != 2:
+            raise ValueError("must have its centre and one point of the circle")
+        radius = math.dist(*points)
+        return ellipse_mask(points[0], (radius, radius), *size)
+    if kind == "mask":
+        return _mask(entry.get("mask"), points, image)
+    raise ValueError(f"has shape_type {kind!r}: understood are {UNDERSTOOD}")
+
+
+def _mask(text: object, points: list[Point], image: Image) -> Rle:
+    """Return the mask of a PNG whose first pixel is at the upper left corner, in its box."""
+    (left, top), (right, bottom) = _rectangle(points)
+    pixels = png_mask(text, image.width, image.height)
+    rows, columns = pixels.shape
+    if abs(right - left + 1 - columns) > 1 or abs(bottom - top + 1 - rows) > 1:
+        raise ValueError(f"is a mask of {columns} x {rows} pixels, which its two points are not")
+    return placed_mask(pixels, round(left), round(top), image.width, image.height)
 
 
 def _points(points: object) -> list[Point]:
@@ -123,18 +171,3 @@ def _rectangle(points: list[Point]) -> list[Point]:
         raise ValueError("must have two corners; delete or redraw it")
     xs, ys = zip(*points, strict=True)
     return [(min(xs), min(ys)), (max(xs), max(ys))]
-
-
-def _mask(kind: object, points: list[Point], image: Image) -> Rle:
-    size = (image.width, image.height)
-    if kind == "polygon":
-        return polygon_mask([side for point in points for side in point], *size)
-    if kind == "rectangle":
-        (left, top), (right, bottom) = _rectangle(points)
-        return polygon_mask([left, top, right, top, right, bottom, left, bottom], *size)
-    if kind == "circle":
-        if len(points) != 2:
-            raise ValueError("must have its centre and one point of the circle")
-        radius = math.dist(*points)
-        return ellipse_mask(points[0], (radius, radius), *size)
-    raise ValueError(f"has shape_type {kind!r}: understood are polygon, rectangle and circle")

@@ -74,6 +74,39 @@ def union(masks: Sequence[Rle]) -> Rle:
     return _covering(coco_mask.merge(list(masks)))
 
 
+def without(mask: Rle, holes: Sequence[Rle]) -> Rle:
+    """Return the mask of the pixels of `mask` that are in none of the holes."""
+    inside, cut = (coco_mask.decode(part).astype(bool) for part in (mask, union(holes)))
+    return encode(inside & ~cut)
+
+
+def placed_mask(pixels: NDArray[np.bool_], left: int, top: int, width: int, height: int) -> Rle:
+    """Return the mask (height, width) of a part's pixels whose first is at (left, top).
+
+    What leaves the image is cut off.
+    """
+    rows, columns = pixels.shape
+    mask = np.zeros((height, width), dtype=bool)
+    x, y = max(left, 0), max(top, 0)
+    right, bottom = min(left + columns, width), min(top + rows, height)
+    if x < right and y < bottom:
+        mask[y:bottom, x:right] = pixels[y - top : bottom - top, x - left : right - left]
+    return encode(mask)
+
+
+def turned_box(
+    box_xywh: Sequence[float], degrees: float, around: tuple[float, float], width: int, height: int
+) -> Rle:
+    """Return the mask of a box that is turned around a point, clockwise as seen; pixels."""
+    x, y, w, h = box_xywh
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    corners = ((x, y), (x + w, y), (x + w, y + h), (x, y + h))
+    polygon = []
+    for dx, dy in ((cx - around[0], cy - around[1]) for cx, cy in corners):
+        polygon += [around[0] + dx * cos - dy * sin, around[1] + dx * sin + dy * cos]
+    return polygon_mask(polygon, width, height)
+
+
 def _covering(rle: Any) -> Rle:
     if not coco_mask.area(rle):
         raise ValueError("covers no pixel; delete it")
