@@ -144,7 +144,8 @@ def survey(folder: Path, format: str = "auto", reading: ReadingConfig = AS_WRITT
     files = {path for read in readings.values() for path in read.files}
     faults += unread_files(folder, splits, files)
     tally = sum((read.tally for read in readings.values()), Tally())
-    return Survey(splits, tuple(faults), tally, tuple(notes))
+    said = dict.fromkeys([*notes, *(note for read in readings.values() for note in read.notes)])
+    return Survey(splits, tuple(faults), tally, tuple(said))
 
 
 def decode(surveyed: Survey, folder: Path, on_image: Callable[[int], None]) -> Survey:

@@ -142,12 +142,14 @@ class Reading:
     Attributes:
         tally: how much the split lists, and how much of that is in `dataset`.
         files: the image files that the labels name, sound or not.
+        notes: what was decided about how to read it, to tell the user.
     """
 
     dataset: Dataset
     faults: tuple[Fault, ...]
     tally: Tally
     files: frozenset[Path] = frozenset()
+    notes: tuple[str, ...] = ()
 
     def sound(self, max_drop: float = MAX_DROP) -> Dataset:
         """Return the dataset; raise UserError with every problem where it must not be used."""

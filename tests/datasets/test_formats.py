@@ -446,7 +446,8 @@ def test_masks_of_object_numbers(tmp_path):
 def test_masks_bad_input(tmp_path):
     for name in ("a", "b", "c"):
         picture(tmp_path / "images" / f"{name}.png")
-    picture(tmp_path / "masks/a.png")  # colours
+    (tmp_path / "masks").mkdir()
+    Image.new("RGB", (WIDTH, HEIGHT), "#c81e1e").save(tmp_path / "masks/a.png")
     (tmp_path / "masks/b.png").write_bytes(b"no image")
     Image.new("L", (5, 6), 1).save(tmp_path / "masks/c.png")
     Image.new("L", (WIDTH, HEIGHT), 1).save(tmp_path / "masks/d.png")

@@ -88,6 +88,13 @@ def _yolo_sources(folder: Path, _: ReadingConfig) -> dict[str, Source]:
     }
 
 
+def _mask_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
+    return {
+        split: Source(found.part.images, partial(masks.read, found, folder))
+        for split, found in masks.find_splits(folder, reading).items()
+    }
+
+
 def _by_folder(
     key: FormatName,
     name: str,
@@ -142,7 +149,11 @@ FORMATS = (
         "labelme", "LabelMe", "a JSON with 'shapes' an image", labelme.is_labelme, labelme.read
     ),
     _by_folder("voc", "Pascal VOC", "Annotations/*.xml and JPEGImages/", voc.is_voc, voc.read),
-    _by_folder(
-        "masks", "mask PNGs", "images/ and masks/*.png of object ids", masks.is_masks, masks.read
+    Format(
+        "masks",
+        "mask PNGs",
+        "images/ and masks/*.png, or masks beside images as x_mask.png",
+        masks.is_masks,
+        _mask_sources,
     ),
 )
