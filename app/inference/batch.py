@@ -52,7 +52,7 @@ def predict_images(
     failed: list[str] = []
     for job in batch:
         try:
-            image = open_image(job.image)
+            image = open_image(job.image, finder.levels)
             normalised_boxes([*settings.boxes, *settings.negative_boxes], image)
             opened.append((job, image))
         except ImageError as error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from app.datasets.levels import Levels
 from app.errors import UserError
 from app.inference.detections import Detections
 from app.inference.inputs import BOX_IN_TILE, check_prompts
@@ -43,10 +44,13 @@ class Finder(ABC):
     Attributes:
         prompts: asked for where a call names none: the classes of the weights.
         threshold: 0..1, the least score where a call names none.
+        levels: the values that become 0 and 255 in images of more than 8 bits, as in training;
+            None: each image's own. `open_image` takes them.
     """
 
     prompts: tuple[str, ...]
     threshold: float
+    levels: Levels | None = None
 
     def predict(
         self,

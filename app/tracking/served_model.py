@@ -52,7 +52,7 @@ class Sam3(PythonModel):
         with tempfile.NamedTemporaryFile() as file:
             file.write(row["image"])
             file.flush()
-            image = open_image(Path(file.name))
+            image = open_image(Path(file.name), self.predictor.levels)
         detections = self.predictor.predict(
             image,
             [] if prompts is None else list(prompts),

@@ -60,6 +60,7 @@ class Manifest:
         source: name and sha256 of the weights, upstream's pin, hash of the training data.
         target: the TensorRT and device that were asked for.
         parity: precision → the measured differences from the model.
+        levels: the values that become 0 and 255 in images of more than 8 bits; None: each its own.
     """
 
     size: str
@@ -79,6 +80,7 @@ class Manifest:
     source: Mapping[str, str] = field(default_factory=dict)
     target: Mapping[str, str] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
+    levels: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of the file."""
@@ -108,6 +110,9 @@ def read_manifest(folder: Path) -> Manifest:
         content["tolerances"] = {k: Tolerance(**v) for k, v in content["tolerances"].items()}
         for key in ("prompts", "classes"):
             content[key] = None if content[key] is None else tuple(content[key])
+        if content.get("levels") is not None:
+            low, high = content["levels"]
+            content["levels"] = float(low), float(high)
         manifest = Manifest(**content)
         named = [name for graph in manifest.graphs.values() for name in graph.values()]
         problems = [
@@ -120,7 +125,7 @@ def read_manifest(folder: Path) -> Manifest:
             for name in named
             if name not in manifest.files
         ]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{file}: a key is wrong or missing ({error}). {REMEDY}") from None
     if problems:
         raise UserError(problems)
