@@ -489,6 +489,7 @@ def test_shares_of_one_are_cut_at_half(tmp_path):
     assert_found(read(tmp_path), made)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_pages_and_bombs_and_rubbish(tmp_path):
     pages = [Image.new("L", (4, 4), value) for value in (1, 2)]
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])

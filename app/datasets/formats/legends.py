@@ -208,7 +208,7 @@ def _from_json(document: Any, legend: Legend) -> None:
                 break
     if isinstance(document, dict):
         for key, value in document.items():
-            if isinstance(value, str):
+            if isinstance(value, str) and not value.startswith("#"):
                 _number(legend, _integer(key), value)
             elif is_int(value):
                 _number(legend, value, str(key))

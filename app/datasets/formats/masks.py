@@ -125,7 +125,16 @@ def read(split: MaskSplit, root: Path) -> Reading:
     for path in split.pairs.orphans:
         remedy = f"has no image of its name in {draft.place(split.part.images)}; add it"
         draft.drop_file("orphan", draft.place(path), path.name, remedy)
-    return replace(draft.finish(), notes=split.meaning.notes)
+    reading = draft.finish()
+    if split.meaning.kind == "classes" and split.meaning.names is None:
+        found = [category.name for category in reading.dataset.categories]
+        names = ", ".join(f"'{name}'" for name in found if name.isdecimal())
+        remedy = (
+            f"{names}: numbers mean nothing to the model; write '1 cat' and so on, a line a "
+            f"class, into {draft.root / 'classes.txt'}"
+        )
+        draft.findings.add("numbers", "masks", f"{len(found)} classes", remedy)
+    return replace(reading, faults=tuple(draft.findings.faults), notes=split.meaning.notes)
 
 
 def _read_mask(draft: Draft, image: Image, path: Path, name: str, meaning: Meaning) -> None:
