@@ -11,7 +11,7 @@ from app.config.reading import ReadingConfig
 from app.config.schema import FormatName
 from app.datasets.coco import Reading, examine
 from app.datasets.folders import split_folders
-from app.datasets.formats import coco, labelme, masks, via, voc, yolo
+from app.datasets.formats import coco, labelme, masks, via, voc, voc_masks, yolo
 from app.errors import UserError, nearest
 
 
@@ -95,6 +95,19 @@ def _mask_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
     }
 
 
+def _voc_mask_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
+    parts = {} if voc_masks.is_voc_masks(folder) else split_folders(folder)
+    if not parts:
+        found = voc_masks.find_splits(folder, reading)
+        return {s: Source(folder, partial(voc_masks.read, found, s)) for s in found.stems}
+    return {
+        split: Source(
+            part, partial(voc_masks.read, voc_masks.find_splits(part, reading, whole=True), "train")
+        )
+        for split, part in parts.items()
+    }
+
+
 def _by_folder(
     key: FormatName,
     name: str,
@@ -149,6 +162,13 @@ FORMATS = (
         "labelme", "LabelMe", "a JSON with 'shapes' an image", labelme.is_labelme, labelme.read
     ),
     _by_folder("voc", "Pascal VOC", "Annotations/*.xml and JPEGImages/", voc.is_voc, voc.read),
+    Format(
+        "voc-masks",
+        "Pascal VOC's masks",
+        "SegmentationClass/ and JPEGImages/",
+        lambda folder: any(map(voc_masks.is_voc_masks, (folder, *split_folders(folder).values()))),
+        _voc_mask_sources,
+    ),
     Format(
         "masks",
         "mask PNGs",

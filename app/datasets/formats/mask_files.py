@@ -45,6 +45,14 @@ class MaskPixels:
     palette: dict[int, int] | None = None
     lossy: bool = False
 
+    def painted(self) -> NDArray[np.int32]:
+        """Return the packed colours of a mask of palette indices or grays."""
+        if self.palette is None:
+            return self.numbers.astype(np.int32) * 0x010101
+        table = np.zeros(256, np.int32)
+        table[list(self.palette)] = list(self.palette.values())
+        return table[self.numbers]
+
 
 def read_mask(path: Path, size: tuple[int, int] | None = None) -> MaskPixels:
     """Read a mask: palette indices and grays as numbers, else colours.

@@ -105,12 +105,7 @@ class Meaning:
         """
         numbers = mask.numbers
         if self.colored and not mask.colored:
-            if mask.palette is not None:
-                table = np.zeros(256, np.int32)
-                table[list(mask.palette)] = list(mask.palette.values())
-                numbers = table[numbers]
-            else:
-                numbers = numbers.astype(np.int32) * 0x010101
+            numbers = mask.painted()
         elif mask.colored and not self.colored:
             count = len(values_of(numbers))
             raise MaskError(f"holds colours ({count} of them): must have numbers, one a pixel")
