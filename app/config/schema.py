@@ -16,7 +16,9 @@ Component = Literal["vision", "text", "detector", "geometry", "masks", "scoring"
 # --resume: everything; "auto": if there is a run, else start one; "weights": nothing but them.
 Resume = Literal["all", "auto", "weights"]
 PlanKind = Literal["show", "measure"]  # --plan: counted; "measure": and a few updates done
-FormatName = Literal["auto", "coco", "yolo", "labelme", "via", "voc", "voc-masks", "masks"]
+FormatName = Literal[
+    "auto", "coco", "panoptic", "cityscapes", "yolo", "labelme", "via", "voc", "voc-masks", "masks"
+]
 
 
 class _Strict(BaseModel):

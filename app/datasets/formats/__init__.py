@@ -11,7 +11,7 @@ from app.config.reading import ReadingConfig
 from app.config.schema import FormatName
 from app.datasets.coco import Reading, examine
 from app.datasets.folders import split_folders
-from app.datasets.formats import coco, labelme, masks, via, voc, voc_masks, yolo
+from app.datasets.formats import coco, labelme, masks, panoptic, via, voc, voc_masks, yolo
 from app.errors import UserError, nearest
 
 
@@ -95,6 +95,13 @@ def _mask_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
     }
 
 
+def _panoptic_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
+    return {
+        split: Source(path, partial(panoptic.read, path, folder, reading))
+        for split, path in panoptic.find_jsons(folder).items()
+    }
+
+
 def _voc_mask_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
     parts = {} if voc_masks.is_voc_masks(folder) else split_folders(folder)
     if not parts:
@@ -143,6 +150,14 @@ COCO = Format(
     _coco_sources,
 )
 FORMATS = (
+    # before COCO, whose keys its JSON has as well
+    Format(
+        "panoptic",
+        "COCO panoptic",
+        "panoptic_<split>.json and a folder of PNGs of its name",
+        panoptic.is_panoptic,
+        _panoptic_sources,
+    ),
     COCO,
     Format(
         "yolo",
