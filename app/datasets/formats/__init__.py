@@ -11,7 +11,17 @@ from app.config.reading import ReadingConfig
 from app.config.schema import FormatName
 from app.datasets.coco import Reading, examine
 from app.datasets.folders import split_folders
-from app.datasets.formats import coco, labelme, masks, panoptic, via, voc, voc_masks, yolo
+from app.datasets.formats import (
+    cityscapes,
+    coco,
+    labelme,
+    masks,
+    panoptic,
+    via,
+    voc,
+    voc_masks,
+    yolo,
+)
 from app.errors import UserError, nearest
 
 
@@ -102,6 +112,13 @@ def _panoptic_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]
     }
 
 
+def _cityscapes_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
+    return {
+        split: Source(part, partial(cityscapes.read, part, folder, reading))
+        for split, part in cityscapes.find_splits(folder).items()
+    }
+
+
 def _voc_mask_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
     parts = {} if voc_masks.is_voc_masks(folder) else split_folders(folder)
     if not parts:
@@ -177,6 +194,13 @@ FORMATS = (
         "labelme", "LabelMe", "a JSON with 'shapes' an image", labelme.is_labelme, labelme.read
     ),
     _by_folder("voc", "Pascal VOC", "Annotations/*.xml and JPEGImages/", voc.is_voc, voc.read),
+    Format(
+        "cityscapes",
+        "Cityscapes",
+        "gtFine/train/<city>/*_gtFine_instanceIds.png or polygons, and leftImg8bit/",
+        cityscapes.is_cityscapes,
+        _cityscapes_sources,
+    ),
     Format(
         "voc-masks",
         "Pascal VOC's masks",

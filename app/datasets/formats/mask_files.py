@@ -94,11 +94,11 @@ def read_numbers(path: Path, width: int, height: int) -> NDArray[np.integer]:
     """Read the (height, width) object numbers of a one-channel mask: palette indices, not colors.
 
     Raises:
-        ValueError: not a readable mask, of another size, or of colours; says what to do.
+        MaskError: not a readable mask, of another size, or of colours; says what to do.
     """
     mask = read_mask(path, (width, height))
     if mask.colored:
-        raise ValueError("holds colours (RGB): must be a one-channel PNG of object numbers")
+        raise MaskError("holds colours (RGB): must be a one-channel PNG of object numbers")
     return mask.numbers.astype(np.int64)
 
 
@@ -133,8 +133,8 @@ def _raw_mode(picture: PILImage.Image) -> str:
 def _palette(picture: PILImage.Image, indices: NDArray[Any]) -> dict[int, int]:
     flat = picture.getpalette("RGB") or []
     colors = pack(np.array(flat, dtype=np.uint8).reshape(-1, 3))
-    return {index: int(colors[index]) for index in np.unique(indices).tolist()
-            if index < len(colors)}  # fmt: skip
+    used = np.unique(indices).tolist()
+    return {index: int(colors[index]) for index in used if index < len(colors)}
 
 
 def _cut(pixels: NDArray[Any]) -> NDArray[np.uint8]:

@@ -197,7 +197,9 @@ def decide(
     void = _void(evidence, reading, folder)
     values = evidence.values(void)
     classes = legend.classes() if legend is not None and not in_folders else []
-    note = () if void is None else (f"masks: {void} is void: left out (--void N decides)",)
+    note: tuple[str, ...] = ()
+    if void is not None:
+        note = (f"masks: {void} is void: left out (--void N decides)",)
     if _has_two_values(evidence, values):
         name, whole = DEFAULT_CLASS, several or reading.masks == "objects"
         if classes and legend is not None:

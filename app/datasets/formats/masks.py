@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,16 +52,18 @@ def find_splits(folder: Path, reading: ReadingConfig) -> dict[str, MaskSplit]:
             evidence.add(mask)
     tops = [path for part in parts.values() for path in (part.masks, part.masks.parent)]
     legend = find_legend(dict.fromkeys([root, *tops]))
-    classes = {(s, image): _classes(parts[s], pairs[s], image) for s in parts
-               for image in pairs[s].masks}  # fmt: skip
-    several = any(count > 1 for found in classes.values() for count in Counter(found).values())
-    named = [name for found in classes.values() for name in found]
+    found = [
+        [class_of(mask, parts[split], image) for mask in masks]
+        for split, pair in pairs.items()
+        for image, masks in pair.masks.items()
+    ]
+    named = [name for names in found for name in names]
     meaning = decide(
         evidence,
         legend,
         reading,
         root,
-        several=several,
+        several=any(len(set(names)) < len(names) for names in found),
         in_folders=bool(named) and None not in named,
     )
     return {split: MaskSplit(parts[split], pairs[split], meaning) for split in parts}
@@ -70,10 +71,6 @@ def find_splits(folder: Path, reading: ReadingConfig) -> dict[str, MaskSplit]:
 
 def _masks(pairs: Pairs) -> list[Path]:
     return [mask for masks in pairs.masks.values() for mask in masks]
-
-
-def _classes(part: Part, pairs: Pairs, image: Path) -> list[str | None]:
-    return [class_of(mask, part, image) for mask in pairs.masks[image]]
 
 
 def _read_or_none(path: Path) -> MaskPixels | None:

@@ -16,7 +16,7 @@ from app.config.reading import ReadingConfig
 from app.datasets.check import is_id
 from app.datasets.coco import Image, Reading
 from app.datasets.formats.draft import Draft
-from app.datasets.formats.mask_files import MAX_NUMBERS, MaskError, read_mask, rgb
+from app.datasets.formats.mask_files import MAX_NUMBERS, MaskError, read_mask
 from app.datasets.formats.mask_layout import IMAGE_FOLDERS, SPLITS
 from app.datasets.formats.mask_meaning import values_of
 from app.datasets.formats.pieces import components, encode_numbers
@@ -197,5 +197,5 @@ def _ids(path: Path, image: Image) -> NDArray[np.int32]:
     values = values_of(colors)
     if len(values) > MAX_NUMBERS:
         raise MaskError(f"has {len(values)} different colours: this is no mask")
-    red, green, blue = rgb(colors)
+    red, green, blue = colors >> 16, colors >> 8 & 255, colors & 255
     return np.asarray(red | green << 8 | blue << 16, dtype=np.int32)
