@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,9 @@ odd = st.recursive(
 
 
 @st.composite
-def spoiled_documents(draw: st.DrawFn) -> Any:
+def spoiled_documents(draw: st.DrawFn, make: Callable[[], Any] = sound_document) -> Any:
     """A sound document with up to three values replaced or removed, at any depth."""
-    holder = {"document": copy.deepcopy(sound_document())}
+    holder = {"document": copy.deepcopy(make())}
     for _ in range(draw(st.integers(1, 3))):
         target: Any = holder
         while True:
