@@ -681,7 +681,7 @@ def test_the_format_can_be_decided_by_hand(save, document):
 
 def test_a_format_that_there_is_not(tmp_path):
     with pytest.raises(
-        UserError, match=r"'yolov8': there are auto, coco, .* Did you mean 'yolo'\?"
+        UserError, match=r"'yolov8': there are auto, .*coco, .* Did you mean 'yolo'\?"
     ):
         load_splits(tmp_path, format="yolov8")
     with pytest.raises(UserError, match=r"dataset\.format: .*'masks'"):

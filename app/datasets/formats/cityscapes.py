@@ -23,6 +23,8 @@ from app.datasets.formats.mask_meaning import values_of
 from app.datasets.formats.outlines import polygon_mask
 from app.datasets.formats.pieces import encode_numbers
 from app.datasets.geometry import is_int
+from app.errors import UserError
+from app.files import read_json
 
 LABELS = "gtFine"
 IDS, POLYGONS = f"_{LABELS}_instanceIds.png", f"_{LABELS}_polygons.json"
@@ -101,9 +103,12 @@ def _paint(
     draft: Draft, image: Image, path: Path
 ) -> tuple[NDArray[Any], dict[int, str | None], set[int]]:
     """Return a map of the polygons, each over those before it, their classes, and the groups."""
-    document = draft.read_object(path)
-    objects = document.get("objects") if document is not None else None
-    if document is None or not isinstance(objects, list) or len(objects) > MAX_POLYGONS:
+    try:
+        document = read_json(path)
+    except UserError as error:
+        raise MaskError(str(error)) from None
+    objects = document.get("objects") if isinstance(document, dict) else None
+    if not isinstance(objects, list) or len(objects) > MAX_POLYGONS:
         raise MaskError("must have 'objects', a list of labels and polygons")
     size = document.get("imgWidth"), document.get("imgHeight")
     if all(map(is_int, size)) and size != (image.width, image.height):

@@ -207,13 +207,14 @@ def _image_of(mask: Path, part: Part, by_key: dict[str, list[Path]]) -> Path | N
 def class_of(mask: Path, part: Part, image: Path) -> str | None:
     """Return the class that a mask's folder names, masks/<class>/; None where it names none.
 
-    A split, a folder that images have as well, and one of the image's own name are no classes.
+    A split, a folder that images have as well, one of the image's own name, and masks/masks/, as
+    some archives unpack, are no classes.
     """
     if part.beside:
         return None
-    places = {fold(name) for name in image.relative_to(part.images).parent.parts}
+    no_classes = {*SPLITS, *MASK_FOLDERS, *_image_keys(image)}
+    no_classes.update(fold(name) for name in image.relative_to(part.images).parent.parts)
     for name in reversed(mask.relative_to(part.masks).parent.parts):
-        key = fold(name)
-        if key not in SPLITS and key not in places and key not in _image_keys(image):
+        if fold(name) not in no_classes:
             return name
     return None

@@ -230,8 +230,10 @@ def decide(
 
 def _palettes_named(evidence: Evidence, legend: Legend | None) -> bool:
     """Return whether masks are palette PNGs whose colours are those of the file of names."""
-    palettes = evidence.palettes
-    return bool(legend and palettes and evidence.gray and palettes - {0} <= legend.colors.keys())
+    if legend is None or evidence.palettes is None:
+        return False
+    used = evidence.palettes - {0}
+    return bool(used) and used <= legend.colors.keys()
 
 
 def _decide_colors(

@@ -45,7 +45,7 @@ def find_splits(folder: Path, reading: ReadingConfig) -> dict[str, MaskSplit]:
     pairs = {split: pair_up(part) for split, part in parts.items()}
     _share(parts, pairs)
     paths = list(dict.fromkeys(mask for pair in pairs.values() for mask in _masks(pair)))
-    inside = [path for path in paths if path.resolve().is_relative_to(root)]
+    inside = [path for path in paths if path.is_file() and path.resolve().is_relative_to(root)]
     evidence = Evidence()
     for mask in in_threads(_read_or_none, inside, lambda _: None):
         if mask is not None:
