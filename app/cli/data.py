@@ -54,6 +54,8 @@ def check(
     show(report.faults)
     for line in report.lines():
         log.info("%s", line)
+    for note in report.survey.notes:
+        log.info("note: %s", note)
     log.info("report: %s", page)
     if refused := sum(fault.action is Action.REFUSED for fault in report.faults):
         raise UserError(f"{folder}: {refused} of the faults above must be mended by hand")

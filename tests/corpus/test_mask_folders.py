@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -457,6 +458,27 @@ def test_masks_outside_the_folder_are_not_read(tmp_path):
     (tmp_path / "set/masks/img_0.png").unlink()
     (tmp_path / "set/masks/img_0.png").symlink_to(outside)
     assert "leads out of the dataset" in refusal(tmp_path / "set")
+
+
+def test_a_pipe_in_the_place_of_a_mask_does_not_hang(tmp_path):
+    masked(tmp_path)
+    (tmp_path / "masks/img_0.png").unlink()
+    os.mkfifo(tmp_path / "masks/img_0.png")
+    assert len(read(tmp_path, max_drop=0.2).train.images) == 5
+
+
+def test_archives_that_unpack_twice_as_deep(tmp_path):
+    made = masked(tmp_path, masks="masks/masks")
+    assert_found(read(tmp_path), made)
+
+
+def test_class_folders_with_a_class_for_each_of_many_pieces(tmp_path):
+    """What a class's folder has in one mask is parted; numbers in it count its objects."""
+    made = scenes(tmp_path)
+    for image, things in made.items():
+        put(tmp_path / "masks/thing" / image, Image.fromarray(drawn(things)))
+    wanted = {n: [("thing", *t[1:]) for t in ts] for n, ts in made.items()}
+    assert things_of(read(tmp_path).train) == sorted_things(wanted)
 
 
 def test_photographs_are_no_masks(tmp_path):

@@ -16,6 +16,7 @@ from app.config.compose import load_model_config
 from app.datasets.checked_copy import check
 from app.datasets.coco import Dataset
 from app.datasets.decoding import find_unusable
+from app.datasets.huggingface.convert import _ending, _save
 from app.datasets.images import ImageError, open_image, open_small
 from app.datasets.levels import describe, find_levels, scale
 from app.datasets.queries import QueryDataset
@@ -233,6 +234,17 @@ def test_a_range_is_described():
     assert describe((0, 4095)) == "pixels of 12 bits: 0 to 4095 become 0 to 255"
     assert describe((0, 1)) == "pixels: 0 to 1 become 0 to 255"
     assert describe((-1000, 400)) == "pixels: -1000 to 400 become 0 to 255"
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_deep_tiffs_of_the_hub_keep_their_values(tmp_path, dtype):
+    values = np.arange(12, dtype=dtype).reshape(3, 4) * 300
+    path = put(tmp_path / "a.tif", Image.fromarray(values))
+    with Image.open(path) as picture:
+        kept = tmp_path / f"kept{_ending(picture)}"
+        _save(picture, path.read_bytes(), kept)
+    with Image.open(kept) as picture:
+        assert (np.asarray(picture) == values).all()
 
 
 def test_damaged_deep_images_are_left_to_the_full_decode(tmp_path):
