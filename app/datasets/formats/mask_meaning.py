@@ -204,6 +204,8 @@ def decide(
         name, whole = DEFAULT_CLASS, several or reading.masks == "objects"
         if classes and legend is not None:
             name = _only_class(legend, classes, values)
+        if several:
+            note += ("images have several masks of a class: each mask is one object",)
         if not whole:
             note += (
                 "masks of two values: each group of touching pixels is an object "

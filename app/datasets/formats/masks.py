@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from app.config.reading import ReadingConfig
+from app.console import progress
 from app.datasets.coco import Image, Reading
 from app.datasets.duplicates import in_threads
 from app.datasets.formats.draft import Draft
@@ -47,9 +48,10 @@ def find_splits(folder: Path, reading: ReadingConfig) -> dict[str, MaskSplit]:
     paths = list(dict.fromkeys(mask for pair in pairs.values() for mask in _masks(pair)))
     inside = [path for path in paths if path.is_file() and path.resolve().is_relative_to(root)]
     evidence = Evidence()
-    for mask in in_threads(_read_or_none, inside, lambda _: None):
-        if mask is not None:
-            evidence.add(mask)
+    with progress("what masks hold: mask", len(inside)) as advance:
+        for mask in in_threads(_read_or_none, inside, lambda done: advance(done, "")):
+            if mask is not None:
+                evidence.add(mask)
     tops = [path for part in parts.values() for path in (part.masks, part.masks.parent)]
     legend = find_legend(dict.fromkeys([root, *tops]))
     found = [
