@@ -209,6 +209,15 @@ def test_colours_without_a_file_are_listed(tmp_path):
     assert len(read(tmp_path, masks="objects").train.annotations) == 12
 
 
+def test_void_of_colours_is_named(tmp_path):
+    made = masked(tmp_path, painted)
+    text = "name,r,g,b\nrectangle,0,128,0\nvoid,200,10,30\n"
+    put(tmp_path / "class_dict.csv", text)
+    assert "name 'void' in the file of names" in refusal(tmp_path, void=3)
+    rectangles = {n: [t for t in ts if t[0] == "rectangle"] for n, ts in made.items()}
+    assert things_of(read(tmp_path).train) == sorted_things(rectangles)
+
+
 def test_colours_that_the_file_lacks_leave_their_image_out(tmp_path):
     masked(tmp_path, painted)
     put(tmp_path / "class_dict.csv", "name,r,g,b\ncircle,200,10,30\nrectangle,0,128,0\n")

@@ -241,6 +241,11 @@ def _palettes_named(evidence: Evidence, legend: Legend | None) -> bool:
 def _decide_colors(
     evidence: Evidence, legend: Legend | None, reading: ReadingConfig, folder: Path
 ) -> Meaning:
+    if reading.void is not None:
+        raise UserError(
+            f"{folder}: --void {reading.void} is a number, and masks have colours: give the colour "
+            "the name 'void' in the file of names"
+        )
     found = sorted(evidence.colors, key=lambda color: -evidence.colors[color])
     if reading.masks == "objects":
         note = ("colours in masks count objects: --masks objects",)
