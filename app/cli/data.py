@@ -54,7 +54,7 @@ def check(
     show(report.faults)
     for line in report.lines():
         log.info("%s", line)
-    for line in report.counts():
+    for line in [*(f"note: {note}" for note in report.survey.notes), *report.counts()]:
         log.info("%s", line)
     log.info("report: %s", page)
     if refused := sum(fault.action is Action.REFUSED for fault in report.faults):

@@ -30,6 +30,7 @@ from app.console import counted
 from app.datasets import sources
 from app.datasets.coco import Category, Dataset, Image
 from app.datasets.images import open_image
+from app.datasets.levels import Levels
 from app.datasets.read_splits import read_splits
 from app.evaluation.evaluate import score_dataset
 from app.evaluation.scoring import THRESHOLD
@@ -47,12 +48,18 @@ LOSSES = sources.DATA / "importance"  # cache: losses of models without some of 
 REPORT = "compact.json"
 
 
-def unlabelled(images: Sequence[Path], prompts: Sequence[str]) -> Dataset:
-    """Return a dataset of images without annotations, whose classes are the prompts."""
+def unlabelled(
+    images: Sequence[Path], prompts: Sequence[str], levels: Levels | None = None
+) -> Dataset:
+    """Return a dataset of images without annotations, whose classes are the prompts.
+
+    Args:
+        levels: of those of more than 8 bits, as the weights were trained with.
+    """
     sizes = [open_image(path).size for path in images]
     numbered = enumerate(zip(images, sizes, strict=True), start=1)
     return Dataset(
-        tuple(Image(id, path, *size) for id, (path, size) in numbered),
+        tuple(Image(id, path, *size, levels) for id, (path, size) in numbered),
         (),
         tuple(Category(id, name) for id, name in enumerate(prompts, start=1)),
     )
@@ -107,7 +114,8 @@ def compact(
             train = splits.train
             few = train.subset([image.id for image in train.images[:measure_on]])
         else:
-            few = unlabelled(find_images(str(images))[:measure_on], header.prompts)
+            paths = find_images(str(images))[:measure_on]
+            few = unlabelled(paths, header.prompts, header.levels)
         cutting.measure_on(few, importance.cache_file(LOSSES, source, few, config))
     cutting.cut(goal, by)
 

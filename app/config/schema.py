@@ -19,8 +19,8 @@ Resume = Literal["all", "auto", "weights"]
 PlanKind = Literal["show", "measure"]  # --plan: counted; "measure": and a few updates done
 # fmt: off
 FormatName = Literal[
-    "auto", "coco", "labelstudio", "cvat", "datumaro", "supervisely", "yolo", "via", "labelme",
-    "voc", "imagefolder", "createml", "csv", "kitti", "masks",
+    "auto", "panoptic", "coco", "labelstudio", "cvat", "datumaro", "supervisely", "yolo", "via",
+    "labelme", "voc", "imagefolder", "createml", "csv", "kitti", "cityscapes", "voc-masks", "masks",
 ]
 # fmt: on
 

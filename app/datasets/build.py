@@ -16,6 +16,7 @@ from app.config.shapes import ShapesConfig
 from app.console import progress
 from app.datasets.coco import Category, Dataset, Reading
 from app.datasets.decoding import find_unusable
+from app.datasets.depth import share_levels
 from app.datasets.duplicates import group
 from app.datasets.faults import (
     MAX_DROP,
@@ -147,7 +148,11 @@ def survey(folder: Path, format: str = "auto", reading: ReadingConfig = AS_WRITT
     files = {path for read in readings.values() for path in read.files}
     faults += unread_files(folder, splits, files)
     tally = sum((read.tally for read in readings.values()), Tally())
-    return Survey(splits, tuple(faults), tally, tuple(notes))
+    splits, faults, depth = share_levels(splits, faults, folder)
+    said = dict.fromkeys(
+        [*notes, *(note for read in readings.values() for note in read.notes), *depth]
+    )
+    return Survey(splits, tuple(faults), tally, tuple(said))
 
 
 def decode(surveyed: Survey, folder: Path, on_image: Callable[[int], None]) -> Survey:
@@ -438,7 +443,7 @@ def _assign(
         for image in images
     ]
     with progress("near-duplicates: image", len(images)) as advance:
-        groups = group([image.path for image in images], lambda done: advance(done, ""))
+        groups = group([(i.path, i.levels) for i in images], lambda done: advance(done, ""))
     parts = stratify(classes, groups, sizes, seed)
     alike = len(set(parts)) < sum(size > 0 for size in sizes.values())
     if alike:

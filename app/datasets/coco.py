@@ -24,6 +24,7 @@ from app.datasets.conventions import TO_XYWH
 from app.datasets.faults import MAX_DROP, Fault, Findings, Tally, problems
 from app.datasets.geometry import clip_box, decode_counts, is_absent, is_number
 from app.datasets.image_files import find_files
+from app.datasets.levels import Levels
 from app.datasets.names import Names
 from app.errors import UserError
 from app.files import read_json, write_json
@@ -31,12 +32,17 @@ from app.files import read_json, write_json
 
 @dataclass(frozen=True)
 class Image:
-    """An image file; width and height in pixels, after its EXIF rotation."""
+    """An image file; width and height in pixels, after its EXIF rotation.
+
+    Attributes:
+        levels: the values that become 0 and 255 where its pixels have more than 8 bits.
+    """
 
     id: int
     path: Path
     width: int
     height: int
+    levels: Levels | None = None
 
 
 @dataclass(frozen=True)
@@ -110,13 +116,20 @@ class Dataset:
     def to_json(self) -> dict[str, Any]:
         """Return strict COCO: absolute file names; `segmentation` is RLE, or [] for boxes only."""
         return {
-            "images": [
-                {"id": i.id, "file_name": str(i.path), "width": i.width, "height": i.height}
-                for i in self.images
-            ],
+            "images": [_image_to_json(image) for image in self.images],
             "annotations": [_annotation_to_json(a) for a in self.annotations],
             "categories": [{"id": c.id, "name": c.name} for c in self.categories],
         }
+
+
+def _image_to_json(image: Image) -> dict[str, Any]:
+    entry = {
+        "id": image.id,
+        "file_name": str(image.path),
+        "width": image.width,
+        "height": image.height,
+    }
+    return entry if image.levels is None else {**entry, "levels": list(image.levels)}
 
 
 def _annotation_to_json(annotation: Annotation) -> dict[str, Any]:
@@ -143,12 +156,14 @@ class Reading:
     Attributes:
         tally: how much the split lists, and how much of that is in `dataset`.
         files: the image files that the labels name, sound or not.
+        notes: what was decided about how to read it, to tell the user.
     """
 
     dataset: Dataset
     faults: tuple[Fault, ...]
     tally: Tally
     files: frozenset[Path] = frozenset()
+    notes: tuple[str, ...] = ()
 
     def sound(self, max_drop: float = MAX_DROP) -> Dataset:
         """Return the dataset; raise UserError with every problem where it must not be used."""

@@ -225,7 +225,7 @@ def draw_sample(
     """
     scale = min(1.0, THUMBNAIL / max(image.width, image.height))
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    pixels = open_small(image.path, THUMBNAIL).resize(size)
+    pixels = open_small(image.path, THUMBNAIL, image.levels).resize(size)
     order = {category.id: index for index, category in enumerate(dataset.categories)}
     ordered = sorted(annotations, key=lambda a: a.bbox_xywh[2] * a.bbox_xywh[3])
     boxes = np.array([a.bbox_xywh for a in ordered], dtype=float).reshape(-1, 4)

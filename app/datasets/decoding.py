@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from app.datasets.coco import Dataset
+from app.datasets.coco import Dataset, Image
 from app.datasets.duplicates import in_threads
 from app.datasets.faults import Findings
 from app.datasets.images import ImageError, open_image
@@ -30,7 +30,7 @@ def find_unusable(
     # training images last, so that those of the other splits are known
     order = sorted(splits, key=lambda split: split == "train")
     listed = [(split, image) for split in order for image in splits[split].images]
-    results = in_threads(_digest, [image.path for _, image in listed], on_image)
+    results = in_threads(_digest, [image for _, image in listed], on_image)
     for (split, image), digest in zip(listed, results, strict=True):
         place = _place(image.path, folder)
         if isinstance(digest, ImageError):
@@ -63,10 +63,10 @@ def _damage(path: Path) -> str | None:
     return None
 
 
-def _digest(path: Path) -> bytes | ImageError:
+def _digest(record: Image) -> bytes | ImageError:
     """Hash the upright RGB pixels and their shape: the same in another format or folder."""
     try:
-        image = open_image(path)
+        image = open_image(record.path, record.levels)
     except ImageError as error:
         return error
     digest = hashlib.sha256(repr(image.size).encode())

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app.datasets.images import open_small
+from app.datasets.levels import Levels
 from app.errors import UserError
 
 MAX_BITS = 4  # of 64 that may differ between near-duplicates
@@ -23,40 +24,44 @@ BAND_BITS = 13
 BATCH = 256  # images in flight; bounds the memory
 ROBOFLOW = ".rf."  # between an image's name and the number of one augmented version of it
 
+S = TypeVar("S")
 T = TypeVar("T")
 Look = tuple[int, NDArray[np.int16]]  # 64-bit dHash; (GRID, GRID, 3) mean colours, 0..255
 
 
-def group(paths: Sequence[Path], on_image: Callable[[int], None] = lambda _: None) -> list[int]:
+def group(
+    files: Sequence[tuple[Path, Levels | None]], on_image: Callable[[int], None] = lambda _: None
+) -> list[int]:
     """Return a number for each image, shared by those that show the same.
 
     That is: near-duplicates by a difference hash (N. Krawetz, "Kind of Like That", 2013) and by
     their colours, and versions of one image that Roboflow made.
 
     Args:
+        files: of the images, with the range of the values of those of more than 8 bits.
         on_image: is told how many are done.
     """
-    looks = list(in_threads(_look, paths, on_image))
-    leader = list(range(len(paths)))
+    looks = list(in_threads(_look, files, on_image))
+    leader = list(range(len(files)))
 
     def find(index: int) -> int:
         while leader[index] != index:
             leader[index] = index = leader[leader[index]]
         return index
 
-    for one, other in (*_same_source(paths), *_alike(looks)):
+    for one, other in (*_same_source([path for path, _ in files]), *_alike(looks)):
         leader[find(other)] = find(one)
-    return [find(index) for index in range(len(paths))]
+    return [find(index) for index in range(len(files))]
 
 
 def in_threads(
-    work: Callable[[Path], T], paths: Sequence[Path], on_image: Callable[[int], None]
+    work: Callable[[S], T], items: Sequence[S], on_image: Callable[[int], None]
 ) -> Iterator[T]:
-    """Return `work` of each path, in order, by a thread a core.
+    """Return `work` of each item, in order, by a thread a core.
 
     Threads help because Pillow decodes without holding Python's lock.
     """
-    waiting, done = iter(paths), 0
+    waiting, done = iter(items), 0
     with ThreadPoolExecutor() as pool:
         while batch := list(islice(waiting, BATCH)):
             for result in pool.map(work, batch):
@@ -65,10 +70,10 @@ def in_threads(
                 yield result
 
 
-def _look(path: Path) -> Look | None:
+def _look(file: tuple[Path, Levels | None]) -> Look | None:
     """Return what tells images alike; None for one that cannot be decoded, which stays alone."""
     try:
-        image = open_small(path, 9 * GRID)
+        image = open_small(file[0], 9 * GRID, file[1])
     except UserError:
         return None
     gray = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)

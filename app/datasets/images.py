@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
+from app.datasets.levels import Levels, find_levels, scale
 from app.errors import UserError
 from app.files import check_regular, open_file
 
@@ -29,6 +31,11 @@ FILM_BRANDS = (  # at byte 8 of MP4, MOV and AVI
 )
 FILM_STARTS = (b"\x1aE\xdf\xa3", b"\x00\x00\x01\xba")  # Matroska and WebM, MPEG
 PAGED = ("TIFF", "GIF", "WEBP")  # a JPEG's further pictures are a phone's depth, and thumbnails
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+OTHER_TIFF = (
+    "it is a TIFF of a kind that is not read, such as several channels of floats or of other "
+    "bits; convert it to RGB of 8 bits, or to one channel of 16 bits"
+)
 
 # `_open` refuses bombs itself: turning the warning into an error is not safe in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -73,25 +80,42 @@ def read_header(path: Path) -> Header:
         raise _explain(path, error) from None
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, levels: Levels | None = None) -> Image.Image:
     """Decode an image whole, turn it upright by its EXIF orientation, convert it to RGB.
+
+    Args:
+        levels: the values that become 0 and 255 where pixels have more than 8 bits; None: those
+            of `find_levels`.
 
     Raises:
         ImageError: missing, not an image, cut short, or too large to be one.
     """
     try:
         with _open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image), levels)
     except Exception as error:  # its decoders raise OSError, ValueError, SyntaxError, struct.error
         raise _explain(path, error) from None
 
 
-def open_small(path: Path, side: int) -> Image.Image:
+def open_small(path: Path, side: int, levels: Levels | None = None) -> Image.Image:
     """Decode like `open_image`, but JPEG possibly at a fraction of its size, not below `side`."""
     try:
         with _open(path) as image:
             image.draft("RGB", (side, side))
-            return to_rgb(ImageOps.exif_transpose(image))
+            return to_rgb(ImageOps.exif_transpose(image), levels)
+    except Exception as error:
+        raise _explain(path, error) from None
+
+
+def read_values(path: Path) -> NDArray[Any]:
+    """Decode an image of more than 8 bits; return its values (height, width) as they are stored.
+
+    Raises:
+        ImageError: as of `open_image`.
+    """
+    try:
+        with _open(path) as image:
+            return np.asarray(image)
     except Exception as error:
         raise _explain(path, error) from None
 
@@ -169,16 +193,24 @@ def _conversions(image: Image.Image) -> tuple[str, ...]:
         kinds.append("palette")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         kinds.append("alpha")
-    if image.mode.startswith(("I", "F")):
+    if image.mode.startswith(("I", "F")) or _has_deep_colors(image):
         kinds.append("bits")
     return tuple(kinds)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def _has_deep_colors(image: Image.Image) -> bool:
+    """Return whether colours are stored with 16 bits each, of which Pillow drops the lower 8."""
+    tile = getattr(image, "tile", [])
+    mode = tile[0][3] if tile else ""
+    mode = mode[0] if isinstance(mode, tuple) and mode else mode
+    return image.mode.startswith(("RGB", "LA")) and ";16" in str(mode)
+
+
+def to_rgb(image: Image.Image, levels: Levels | None = None) -> Image.Image:
     """Convert to RGB; scale 16 bits, because Pillow clips them at 255 (its issue 3011)."""
-    if image.mode.startswith("I"):
-        levels = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(levels.round().astype(np.uint8))
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image)
+        image = Image.fromarray(scale(values, levels or find_levels(values)))
     return image.convert("RGB")
 
 
@@ -205,6 +237,8 @@ def _explain(path: Path, error: Exception) -> ImageError:
     is_film = head[8:12] in FILM_BRANDS or head.startswith(FILM_STARTS)
     if path.suffix.lower() in FILMS or is_film:
         return ImageError("no image", path, "it is a film; make images of it by ffmpeg")
+    if head.startswith(TIFF) and isinstance(error, Image.UnidentifiedImageError):
+        return ImageError("no image", path, OTHER_TIFF)
     if isinstance(error, Image.UnidentifiedImageError):
         return ImageError("no image", path, f"it is none of {', '.join(FORMATS)} and HEIC")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -175,15 +175,18 @@ def fold(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
-def walk_images(folder: Path) -> Iterator[Path]:
+def walk_images(folder: Path, endings: tuple[str, ...] = EXTENSIONS) -> Iterator[Path]:
     """Yield the image files under a folder, at any depth, in order, without hidden ones.
 
     Links to folders are not followed.
+
+    Args:
+        endings: of the files' names, in small letters.
     """
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+            if name.lower().endswith(endings) and not name.startswith("."):
                 yield Path(parent, name)
 
 

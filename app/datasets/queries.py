@@ -132,7 +132,9 @@ class QueryDataset(TorchDataset):
             )
         objects = [_object(i, a, image.width, image.height) for i, a in enumerate(annotations)]
         pixels = DatapointImage(
-            data=open_image(image.path), objects=objects, size=(image.height, image.width)
+            data=open_image(image.path, image.levels),
+            objects=objects,
+            size=(image.height, image.width),
         )
         return Datapoint(find_queries=queries, images=[pixels])
 

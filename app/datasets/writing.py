@@ -60,8 +60,10 @@ def write_split(
     (folder / "images").mkdir(parents=True)
     targets = _targets(dataset.images, folder / "images")
     work = partial(_write_image, targets=targets)
-    list(in_threads(work, [image.path for image in dataset.images], on_image))
-    images = tuple(replace(image, path=targets[image.path]) for image in dataset.images)
+    list(in_threads(work, dataset.images, on_image))
+    images = tuple(
+        replace(image, path=targets[image.path], levels=None) for image in dataset.images
+    )
     written = replace(dataset, images=images)
     document = written.to_json()
     for image in document["images"]:
@@ -83,8 +85,8 @@ def _targets(images: Sequence[Image], folder: Path) -> dict[Path, Path]:
     }
 
 
-def _write_image(path: Path, targets: dict[Path, Path]) -> None:
-    if read_header(path).mends:
-        open_image(path).save(targets[path])
+def _write_image(image: Image, targets: dict[Path, Path]) -> None:
+    if read_header(image.path).mends:
+        open_image(image.path, image.levels).save(targets[image.path])
     else:
-        shutil.copyfile(path, targets[path])
+        shutil.copyfile(image.path, targets[image.path])

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import nn
 
 from app.datasets.coco import Dataset
+from app.datasets.depth import levels_of
 from app.datasets.images import open_image
 from app.datasets.square import to_square
 from app.datasets.synthetic.shapes import make_shapes
@@ -191,9 +192,10 @@ def _encode(predictor: Predictor, prompts: Sequence[str]) -> dict[str, NDArray[A
 def _pictures(images: str | None, valid: Dataset | None, most: int) -> Iterator[list[Image.Image]]:
     """Yield the images to compare on: those given, those of the dataset, or drawn ones."""
     if images is not None:
-        files = find_images(images)[:most]
+        files, levels = find_images(images)[:most], None
     elif valid is not None:
         files = [image.path for image in valid.images[:most]]
+        levels = levels_of(valid)
     else:
         with tempfile.TemporaryDirectory() as folder:
             drawn = Path(folder) / "set"
@@ -201,7 +203,7 @@ def _pictures(images: str | None, valid: Dataset | None, most: int) -> Iterator[
             log.info("compared on %d drawn images; --images DIR takes yours", DRAWN)
             yield [open_image(file) for file in sorted((drawn / "train" / "images").iterdir())]
         return
-    yield [open_image(file) for file in files]
+    yield [open_image(file, levels) for file in files]
 
 
 def _describe(folder: Path, header: weights.Header, wanted: Wanted, source: Path) -> Manifest:
@@ -244,6 +246,7 @@ def _describe(folder: Path, header: weights.Header, wanted: Wanted, source: Path
             "data_hash": header.data_hash,
         },
         target=wanted.target or {},
+        levels=header.levels,
     )
 
 

@@ -43,10 +43,12 @@ def evaluate(config: Config, splits: Splits, pretrained_path: Path | None) -> di
     device = choose_device(config.training.device)
     precision = choose_precision(config.training.precision, device, config.model)
     set_seed(config.seed)
-    model = build_model(config.model)
+    model, header = build_model(config.model), None
     if pretrained_path is not None:
         weights.load_into(model, pretrained_path, merge=False)
-    predictor = Predictor(model.to(device), config.model, precision)
+        header = weights.read_header(pretrained_path)
+    levels = None if header is None else header.levels
+    predictor = Predictor(model.to(device), config.model, precision, levels=levels)
     validation = score_dataset(predictor, dataset, config, config.evaluation.split)
     folder = Path(config.output_dir)
     write_predictions(folder, dataset, validation.results, config, config.evaluation.split)

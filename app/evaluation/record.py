@@ -79,7 +79,13 @@ def _dataset(document: dict[str, Any]) -> Dataset:
     """Read what `coco.write` wrote, without looking for the images."""
     return Dataset(
         tuple(
-            Image(entry["id"], Path(entry["file_name"]), entry["width"], entry["height"])
+            Image(
+                entry["id"],
+                Path(entry["file_name"]),
+                entry["width"],
+                entry["height"],
+                tuple(entry["levels"]) if "levels" in entry else None,
+            )
             for entry in document["images"]
         ),
         tuple(

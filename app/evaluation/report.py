@@ -59,7 +59,7 @@ def draw_comparisons(
     folder.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
     for image in dataset.images[:count]:
-        pixels = open_image(image.path)
+        pixels = open_image(image.path, image.levels)
         detections = [r for r in results if r["image_id"] == image.id and r["score"] > threshold]
         truth = [
             {"category_id": a.category_id, "bbox": a.bbox_xywh, "segmentation": a.segmentation}

@@ -133,7 +133,7 @@ def _answer(
     """Return COCO results and firings of a few images, which may be none."""
     if not batch:
         return Answers([], [])
-    images = [open_image(image.path) for image in batch]
+    images = [open_image(image.path, finder.levels or image.levels) for image in batch]
     prompts = [category.name for category in dataset.categories]
     category_ids = [category.id for category in dataset.categories]
     results: list[dict[str, Any]] = []

@@ -66,7 +66,7 @@ def predict_images(
     pages: dict[str, int] = {}
     for job in batch:
         try:
-            image, state = open_image(job.image), file_state(job.image)
+            image, state = open_image(job.image, finder.levels), file_state(job.image)
             normalised_boxes([*settings.boxes, *settings.negative_boxes], image)
             opened.append((job, image, state))
             if (count := count_pages(job.image)) > 1:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from app.datasets.images import open_image, to_rgb
+from app.datasets.levels import Levels
 from app.errors import UserError
 from app.inference.detections import Detections
 from app.inference.inputs import BOX_IN_TILE, check_length, check_prompts
@@ -53,10 +54,13 @@ class Finder(ABC):
     Attributes:
         prompts: asked for where a call names none: the classes of the weights.
         threshold: 0..1, the least score where a call names none.
+        levels: the values that become 0 and 255 in images of more than 8 bits, as in training;
+            None: each image's own. `open_image` takes them.
     """
 
     prompts: tuple[str, ...]
     threshold: float
+    levels: Levels | None = None
     _context_length = 32  # tokens of a prompt, with those of start and end
     _told = ""  # the last note of `check_length`
 
@@ -133,7 +137,7 @@ class Finder(ABC):
             threshold=self.threshold if threshold is None else threshold,
             max_detections=max_detections,
         )
-        opened = [_open(image) for image in images]
+        opened = [_open(image, self.levels) for image in images]
         if tile is None:
             results = self._find(opened, query)
         else:
@@ -192,16 +196,16 @@ def _check_ranges(
         raise UserError(problems)
 
 
-def _open(image: Picture) -> Image.Image:
+def _open(image: Picture, levels: Levels | None) -> Image.Image:
     """Return what `predict` was given as an RGB image.
 
     Raises:
         UserError: a file or an array that is no image.
     """
     if isinstance(image, str | Path):
-        return open_image(Path(image))
+        return open_image(Path(image), levels)
     if isinstance(image, Image.Image):
-        return image if image.mode == "RGB" else to_rgb(image)
+        return image if image.mode == "RGB" else to_rgb(image, levels)
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
         raise UserError(

@@ -61,7 +61,7 @@ def label(
         with progress("labelling: image", len(paths)) as advance:
             for done, path in enumerate(paths, start=1):
                 try:
-                    pixels = open_image(path)
+                    pixels = open_image(path, predictor.levels)
                 except ImageError as error:
                     bad += error.problems
                     continue

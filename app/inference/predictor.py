@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torchvision.transforms import v2
 
 from app.config.schema import ModelConfig
+from app.datasets.levels import Levels
 from app.datasets.rle import Rle
 from app.datasets.square import to_square
 from app.inference.detections import Detections
@@ -57,6 +58,7 @@ class Predictor(Finder):
         precision: float32, or bfloat16 for autocast.
         prompts: asked for where a call names none.
         threshold: 0..1, least score where a call names none.
+        levels: as of `Finder`.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class Predictor(Finder):
         *,
         prompts: Sequence[str] = (),
         threshold: float = THRESHOLD,
+        levels: Levels | None = None,
     ) -> None:
         self.model = model.eval()
         self.config = config
         self.precision = precision
         self.prompts = tuple(prompts)
         self.threshold = threshold
+        self.levels = levels
         self._parameters = list(model.parameters())
         self.device = self._parameters[0].device
         self._text_features: dict[tuple[str, ...], dict[str, Tensor]] = {}
@@ -101,7 +105,12 @@ class Predictor(Finder):
         dtype = choose_precision(precision, target, header.model)
         threshold = THRESHOLD if header.threshold is None else header.threshold
         return cls(
-            model.to(target), header.model, dtype, prompts=header.prompts, threshold=threshold
+            model.to(target),
+            header.model,
+            dtype,
+            prompts=header.prompts,
+            threshold=threshold,
+            levels=header.levels,
         )
 
     def _fill_caches(self) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from sam3.model.sam3_image import Sam3Image
@@ -55,7 +55,8 @@ class Header(BaseModel):
     """The facts about weights: JSON in the metadata of their safetensors file.
 
     `threshold` is the score that maximised F1 on the validation images; None where nothing was
-    found on them, or from weights made before it was kept.
+    found on them, or from weights made before it was kept. `levels` are the values of training
+    images of more than 8 bits that became 0 and 255; None where there were none.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -65,6 +66,7 @@ class Header(BaseModel):
     pin: str = Field(default=COMMIT, max_length=100)
     data_hash: str = Field(default="", max_length=100)
     threshold: float | None = Field(default=None, ge=0, le=1)
+    levels: tuple[FiniteFloat, FiniteFloat] | None = None
     version: str = __version__
 
 

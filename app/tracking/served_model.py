@@ -10,12 +10,15 @@ import base64
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 from PIL import Image
+
+if TYPE_CHECKING:
+    from app.datasets.levels import Levels
 
 
 class Sam3(PythonModel):
@@ -63,7 +66,7 @@ class Sam3(PythonModel):
         if prompts is None or isinstance(prompts, float):  # NaN, where other rows have some
             prompts = []
         detections = self.predictor.predict(
-            _read_image(row.get("image")),
+            _read_image(row.get("image"), self.predictor.levels),
             prompts if isinstance(prompts, str) else list(prompts),
             threshold=None if threshold is None or pd.isna(threshold) else float(threshold),
         )
@@ -75,8 +78,11 @@ class Sam3(PythonModel):
         }
 
 
-def _read_image(content: object) -> Image.Image:
+def _read_image(content: object, levels: Levels | None) -> Image.Image:
     """Return an image of the bytes of a file, or of their base64, as text or as bytes.
+
+    Args:
+        levels: of images of more than 8 bits, as the weights know it.
 
     Raises:
         UserError: it is neither.
@@ -99,7 +105,7 @@ def _read_image(content: object) -> Image.Image:
             file.write(content)
         file.flush()
         try:
-            return open_image(Path(file.name))
+            return open_image(Path(file.name), levels)
         except ImageError as error:
             raise UserError(f"image: cannot be read as an image ({error.reason})") from None
 

@@ -20,6 +20,7 @@ from app.console import counted, duration
 from app.datasets.build import Splits
 from app.datasets.coco import Dataset
 from app.datasets.dataset_report import write_page
+from app.datasets.depth import levels_of
 from app.evaluation import report
 from app.evaluation.evaluate import score_dataset, write_predictions
 from app.evaluation.model_card import write_card
@@ -120,7 +121,10 @@ def train(
 
     # The run itself.
     header = weights.Header(
-        model=config.model, prompts=splits.train.class_names, data_hash=splits.train.content_hash()
+        model=config.model,
+        prompts=splits.train.class_names,
+        data_hash=splits.train.content_hash(),
+        levels=levels_of(splits.train),
     )
     trainer = Trainer(
         config,

@@ -241,7 +241,7 @@ def _draw_prompts(
 def _load(dataset: Dataset, image: Image, size: ModelConfig, order: random.Random) -> list[Floats]:
     """Return pixels (3, R, R), shares (classes, g, g) and covered (R, R) of one image."""
     side, cells = size.resolution, size.resolution // size.vision.patch_size
-    rgb = np.asarray(open_image(image.path).resize((side, side)), np.float32)
+    rgb = np.asarray(open_image(image.path, image.levels).resize((side, side)), np.float32)
     shares = np.zeros((len(dataset.categories), cells, cells), np.float32)
     covered = np.zeros((image.height, image.width), np.uint8)
     rows = {category.id: row for row, category in enumerate(dataset.categories)}

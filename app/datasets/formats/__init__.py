@@ -12,6 +12,7 @@ from app.config.schema import FormatName
 from app.datasets.coco import Reading, examine
 from app.datasets.folders import split_folders
 from app.datasets.formats import (
+    cityscapes,
     coco,
     createml,
     cvat,
@@ -21,10 +22,12 @@ from app.datasets.formats import (
     labelme,
     labelstudio,
     masks,
+    panoptic,
     supervisely,
     tables,
     via,
     voc,
+    voc_masks,
     yolo,
 )
 from app.datasets.formats.draft import Read
@@ -114,6 +117,40 @@ def _yolo_sources(folder: Path, _: ReadingConfig) -> dict[str, Source]:
     }
 
 
+def _mask_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
+    return {
+        split: Source(found.part.images, partial(masks.read, found, folder))
+        for split, found in masks.find_splits(folder, reading).items()
+    }
+
+
+def _panoptic_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
+    return {
+        split: Source(path, partial(panoptic.read, path, folder, reading))
+        for split, path in panoptic.find_jsons(folder).items()
+    }
+
+
+def _cityscapes_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
+    return {
+        split: Source(part, partial(cityscapes.read, part, folder, reading))
+        for split, part in cityscapes.find_splits(folder).items()
+    }
+
+
+def _voc_mask_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
+    parts = {} if voc_masks.is_voc_masks(folder) else split_folders(folder)
+    if not parts:
+        found = voc_masks.find_splits(folder, reading)
+        return {s: Source(folder, partial(voc_masks.read, found, s)) for s in found.stems}
+    return {
+        split: Source(
+            part, partial(voc_masks.read, voc_masks.find_splits(part, reading, whole=True), "train")
+        )
+        for split, part in parts.items()
+    }
+
+
 def _by_folder(
     key: FormatName,
     name: str,
@@ -164,6 +201,14 @@ COCO = Format(
     _coco_sources,
 )
 FORMATS = (
+    # before COCO, whose keys its JSON has as well
+    Format(
+        "panoptic",
+        "COCO panoptic",
+        "panoptic_<split>.json and a folder of PNGs of its name",
+        panoptic.is_panoptic,
+        _panoptic_sources,
+    ),
     COCO,
     _by_splits(
         "labelstudio",
@@ -233,7 +278,25 @@ FORMATS = (
         tables.splits,
     ),
     _by_splits("kitti", "KITTI", "label_2/*.txt and image_2/", kitti.is_kitti, kitti.splits),
-    _by_folder(
-        "masks", "mask PNGs", "images/ and masks/*.png of object ids", masks.is_masks, masks.read
+    Format(
+        "cityscapes",
+        "Cityscapes",
+        "gtFine/train/<city>/*_gtFine_instanceIds.png or polygons, and leftImg8bit/",
+        cityscapes.is_cityscapes,
+        _cityscapes_sources,
+    ),
+    Format(
+        "voc-masks",
+        "Pascal VOC's masks",
+        "SegmentationClass/ and JPEGImages/",
+        lambda folder: any(map(voc_masks.is_voc_masks, (folder, *split_folders(folder).values()))),
+        _voc_mask_sources,
+    ),
+    Format(
+        "masks",
+        "mask PNGs",
+        "images/ and masks/*.png, or masks beside images as x_mask.png",
+        masks.is_masks,
+        _mask_sources,
     ),
 )

@@ -196,10 +196,12 @@ class Draft:
         x, y, w, h = clip_box(box_xywh, image.width, image.height)
         self._add(image, name, (x, y, w, h), None, w * h, place)
 
-    def add_mask(self, image: Image, name: object, mask: Rle, place: str) -> None:
+    def add_mask(
+        self, image: Image, name: object, mask: Rle, place: str, *, iscrowd: bool = False
+    ) -> None:
         """Add an object with a mask, whose box is the mask's."""
         x, y, w, h = coco_mask.toBbox(mask).tolist()
-        self._add(image, name, (x, y, w, h), mask, float(coco_mask.area(mask)), place)
+        self._add(image, name, (x, y, w, h), mask, float(coco_mask.area(mask)), place, iscrowd)
 
     def _add(
         self,
@@ -209,12 +211,13 @@ class Draft:
         mask: Rle | None,
         area: float,
         place: str,
+        iscrowd: bool = False,
     ) -> None:
         if not isinstance(name, str) or not name.strip():
             self.drop_object("label", place, name, "must have the class's name, as text")
             return
         id = len(self._objects) + 1
-        annotation = Annotation(id, image.id, 0, bbox_xywh, mask, area, iscrowd=False)
+        annotation = Annotation(id, image.id, 0, bbox_xywh, mask, area, iscrowd)
         self._objects.append((name.strip(), annotation))
 
     def finish(self) -> Reading:

@@ -77,7 +77,7 @@ class _Split:
         width, height = upright_size(picture)
         if max(width, height) > MAX_SIDE:
             raise ValueError(f"must have at most {MAX_SIDE} pixels a side")
-        file_name = f"images/{index:07d}{KEPT.get(picture.format or '', '.png')}"
+        file_name = f"images/{index:07d}{_ending(picture)}"
         _save(picture, data, self.folder / file_name)
         identity = len(self.images) + 1
         self.images.append(
@@ -118,9 +118,16 @@ def _entry(labelled: Labelled, id: int, image_id: int) -> dict[str, Any]:
     }
 
 
+def _ending(picture: PILImage.Image) -> str:
+    """Return the ending of the file to save; more than 8 bits stay TIFF, which holds them all."""
+    if picture.format == "TIFF" and picture.mode.startswith(("I", "F")):
+        return ".tif"
+    return KEPT.get(picture.format or "", ".png")
+
+
 def _save(picture: PILImage.Image, data: bytes, path: Path) -> None:
-    """Save the bytes as they came where they are JPEG or PNG, else a PNG of the same pixels."""
-    if picture.format in KEPT:
+    """Save the bytes as they came where `_ending` keeps their format, else a PNG of the pixels."""
+    if path.suffix == ".tif" or picture.format in KEPT:
         path.write_bytes(data)
     else:
         picture.convert("RGB").save(path, exif=picture.getexif())

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags
 from PIL import Image as PILImage
 from pycocotools import mask as coco_mask
 
-from app.datasets.formats.masks import ONE_CHANNEL
+from app.datasets.formats.mask_files import ONE_CHANNEL
 from app.datasets.formats.outlines import Rle, encode, union
+from app.datasets.formats.pieces import foreground
 from app.datasets.geometry import decode_counts, polygon_fault
 from app.files import parse_json
 
@@ -166,14 +165,6 @@ def _binary_mask(pixels: NDArray[Any], width: int, height: int) -> Rle:
     return encode(foreground(_sized(pixels, width, height)))
 
 
-def foreground(pixels: NDArray[Any]) -> NDArray[np.bool_]:
-    """Return where a mask of two values, such as 0 and 1 or 0 and 255, is not 0.
-
-    Above half of the range: a lossy file has values near to both.
-    """
-    return np.asarray(pixels > (127 if pixels.max(initial=0) > 127 else 0))
-
-
 def _sized(pixels: NDArray[Any], width: int, height: int) -> NDArray[Any]:
     if pixels.shape[:2] != (height, width):
         raise ValueError(
@@ -181,13 +172,6 @@ def _sized(pixels: NDArray[Any], width: int, height: int) -> NDArray[Any]:
             f"{width} x {height}"
         )
     return pixels
-
-
-def components(mask: NDArray[np.bool_]) -> Iterator[Rle]:
-    """Yield the mask of each group of pixels that touch, at corners too."""
-    count, numbers = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
-    for number in range(1, count):
-        yield encode(numbers == number)
 
 
 def map_channel(pixels: Numbers, channel: int, width: int, height: int) -> Numbers:

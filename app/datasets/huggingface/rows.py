@@ -10,13 +10,12 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from app.datasets.formats.outlines import Rle, encode
+from app.datasets.formats.pieces import components, foreground
 from app.datasets.geometry import box_fault, clip_box
 from app.datasets.huggingface.boxes import to_xywh
 from app.datasets.huggingface.columns import FIELDS, Columns
 from app.datasets.huggingface.masks import (
     Numbers,
-    components,
-    foreground,
     map_channel,
     read_bytes,
     read_map,

@@ -61,6 +61,7 @@ class Manifest:
         source: name and sha256 of the weights, upstream's pin, hash of the training data.
         target: the TensorRT and device that were asked for.
         parity: precision → the measured differences from the model.
+        levels: the values that become 0 and 255 in images of more than 8 bits; None: each its own.
     """
 
     size: str
@@ -80,6 +81,7 @@ class Manifest:
     source: Mapping[str, str] = field(default_factory=dict)
     target: Mapping[str, str] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
+    levels: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of the file."""
@@ -109,6 +111,9 @@ def read_manifest(folder: Path) -> Manifest:
         content["tolerances"] = {k: Tolerance(**v) for k, v in content["tolerances"].items()}
         for key in ("prompts", "classes"):
             content[key] = None if content[key] is None else tuple(content[key])
+        if content.get("levels") is not None:
+            low, high = content["levels"]
+            content["levels"] = float(low), float(high)
         manifest = Manifest(**content)
         _check_values(manifest)
         named = [name for graph in manifest.graphs.values() for name in graph.values()]
