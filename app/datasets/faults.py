@@ -75,7 +75,6 @@ KINDS = {
             category_id="missing, no whole number, or taken: annotations point to it",
             category_name="empty, no text, or too long: a short name, as you would say it",
             alike_names="the same but for case or space: merge or rename",
-            one_prompt="two classes that the model reads as one: shorten or rename",
             names="the classes' names are missing, doubled or no text: mend the list",
             split="a split that cannot be found: mend the path",
             attribute="more than one attribute could be the class: --attribute names it",

@@ -306,7 +306,7 @@ def check_length(
     for prompt in dict.fromkeys(prompts) if long else ():
         same.setdefault(tuple(tokens(prompt)[:read]), []).append(prompt)
     problems = [
-        f"--prompt '{group[0]}' and '{group[1]}': are one prompt to this model, which reads "
+        f"'{group[0]}' and '{group[1]}': are one prompt to this model, which reads "
         f"{read} tokens of each; shorten them"
         for group in same.values()
         if len(group) > 1
@@ -316,7 +316,7 @@ def check_length(
     if not long:
         return ""
     return "\n".join(
-        f"--prompt '{prompt}': has {len(tokens(prompt))} tokens, of which this model reads the "
+        f"'{prompt}': has {len(tokens(prompt))} tokens, of which this model reads the "
         f"first {read}; shorten it"
         for prompt in long
     )

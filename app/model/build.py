@@ -170,7 +170,7 @@ def _text(config: ModelConfig) -> VETextEncoder | StoredText:
     if config.vocabulary is not None:
         return StoredText(config.vocabulary, text.context_length, config.d_model)
     return VETextEncoder(
-        tokenizer=_tokenizer(),
+        tokenizer=tokenizer(),
         d_model=config.d_model,
         width=text.width,
         heads=text.num_heads,
@@ -181,7 +181,7 @@ def _text(config: ModelConfig) -> VETextEncoder | StoredText:
 
 
 @functools.cache
-def _tokenizer() -> SimpleTokenizer:
+def tokenizer() -> SimpleTokenizer:
     """Read once a process: that takes a third of the time in which a small model is built."""
     return SimpleTokenizer(bpe_path=str(pin.bpe_path()))
 

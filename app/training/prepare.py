@@ -27,7 +27,9 @@ from app.datasets.read_splits import read_splits
 from app.errors import UserError, nearest
 from app.evaluation.evaluate import choose_split
 from app.files import free_folder, last_folder
+from app.inference.inputs import check_length
 from app.model import weights
+from app.model.build import tokenizer
 from app.model.bundled import bundled_nano
 from app.model.device import choose_device
 from app.model.vocabulary import unknown_words
@@ -324,14 +326,19 @@ def default_weights(
 
 
 def check_words(config: Config, splits: Splits) -> None:
-    """Refuse words that weights with a stored vocabulary do not have.
+    """Refuse words that weights with a stored vocabulary do not have, and two that are one prompt.
 
     Raises:
-        UserError: each class, synonym and near miss that is not among their prompts.
+        UserError: each class, synonym and near miss that is not among their prompts; names that
+            differ only beyond the tokens that the model reads.
     """
     names = [name for c in splits.train.categories for name in (c.name, *c.synonyms)]
     if problems := unknown_words(config.model.vocabulary, [*names, *config.dataset.near_misses]):
         raise UserError(problems)
+    if config.model.vocabulary is None:
+        length = config.model.text.context_length
+        if note := check_length(names, lambda name: tokenizer().encode(name), length):
+            log.info("%s", note)
 
 
 def check_masks(config: Config, dataset: Dataset) -> None:

@@ -121,3 +121,17 @@ def test_images_in_no_labels_and_files_of_other_kinds_are_said(tmp_path):
     assert "1 images are in no labels, such as new.png: not used" in said
     assert "1 .cr2: not read, such as raw.cr2" in said
     assert ".hidden" not in said
+
+
+def test_two_classes_that_the_model_reads_as_one_are_refused(command, tmp_path):
+    """A prompt is cut at 32 tokens."""
+    document = coco(scenes(tmp_path))
+    common = " ".join(["a long description of a thing on the left side of the road"] * 3)
+    for index, category in enumerate(document["categories"]):
+        category["name"] = f"{common} {index}"
+    put(tmp_path / "annotations.json", document)
+    words = ("--dataset-dir", tmp_path, "--output-dir", tmp_path / "out", "--model", "nano")
+    done = command("train", *words)
+    assert done.code == 2
+    assert "are one prompt to this model" in done.err
+    assert not (tmp_path / "out").exists()

@@ -160,7 +160,7 @@ def test_prompts_that_are_not_read_to_their_end() -> None:
     assert check_length(["dog", "kitten"], tokens, 8) == ""
     note = check_length(["kittens", "dog"], tokens, 8)
     assert note == (
-        "--prompt 'kittens': has 7 tokens, of which this model reads the first 6; shorten it"
+        "'kittens': has 7 tokens, of which this model reads the first 6; shorten it"
     )
     for pair in (["kittens", "kittenish"], ["kitten", "kittens"]):
         with pytest.raises(UserError, match=r"'kitten.*' and 'kitten.*': are one prompt"):
