@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -378,4 +379,8 @@ def _problem(item: Any) -> str:
         return f"{where}: nothing reads this key"
     if item["type"] == "value_error":
         return message
-    return f"{where}: {message} (it is {item['input']!r})"
+    return f"{where}: {message} (it is {_short.repr(item['input'])})"
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200

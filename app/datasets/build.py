@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -116,7 +116,7 @@ def load_splits(
             "annotations; raise limit, lower valid_fraction, or take another seed"
         )
     splits = replace(splits, train=_askable(splits.train))
-    advice = [fault.remedy for fault in advise(splits, folder)]
+    advice = [fault.remedy for fault in advise(splits, folder, surveyed.faults)]
     return replace(splits, notes=(*splits.notes, *notes(surveyed.faults), *advice))
 
 
@@ -228,8 +228,12 @@ def make_splits(
     )
 
 
-def advise(splits: Splits, folder: Path) -> list[Fault]:
-    """Return warnings of what makes a sound dataset train to something else than its user wants."""
+def advise(splits: Splits, folder: Path, faults: Sequence[Fault] = ()) -> list[Fault]:
+    """Return warnings of what makes a sound dataset train to something else than its user wants.
+
+    Args:
+        faults: what is told already.
+    """
     findings = Findings(str(folder))
     for title, dataset in (("validation", splits.valid), ("test", splits.test)):
         if dataset is not None and (
@@ -240,8 +244,9 @@ def advise(splits: Splits, folder: Path) -> list[Fault]:
             findings.add("untrained class", title, missing, remedy)
     train = splits.train
     findings.faults += _crowds(splits, folder)
+    told = any(fault.kind == "numbers" for fault in faults)
     numbers = [name for name in train.class_names if name.strip().isdecimal()]
-    if numbers:
+    if numbers and not told:
         remedy = (
             f"{len(numbers)} classes are called by numbers, such as '{numbers[0]}': a prompt is a "
             "noun phrase, and numbers mean nothing to the model; --prompts FILE gives each words"

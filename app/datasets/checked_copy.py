@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def check(folder: Path, format: str, reading: ReadingConfig = AS_WRITTEN) -> Che
     valid, test = surveyed.splits.get("valid", empty), surveyed.splits.get("test")
     # Advice on the splits that are given, before any is made of them.
     given = Splits(train, valid, test, ())
-    advice = _advice(given, folder, load_config()) if train.images else []
+    advice = _advice(given, folder, load_config(), surveyed.faults) if train.images else []
     return Check(folder, surveyed, (*surveyed.faults, *advice))
 
 
@@ -97,7 +98,7 @@ def build(folder: Path, output: Path, config: Config) -> Splits:
         test_fraction=dataset.test_fraction,
         seed=config.seed,
     )
-    advice = _advice(splits, folder, config)
+    advice = _advice(splits, folder, config, surveyed.faults)
     all_notes = [*splits.notes, *notes(surveyed.faults)]
     info = {"source": str(folder), "seed": config.seed, **counts_of(surveyed.faults)}
     named = {"train": splits.train, "valid": splits.valid, "test": splits.test}
@@ -130,8 +131,8 @@ def _survey_whole(folder: Path, format: str, reading: ReadingConfig) -> Survey:
         return decode(surveyed, folder, lambda done: advance(done, ""))
 
 
-def _advice(splits: Splits, folder: Path, config: Config) -> list[Fault]:
-    return [*advise(splits, folder), *settings_advice(splits, config)]
+def _advice(splits: Splits, folder: Path, config: Config, faults: Sequence[Fault]) -> list[Fault]:
+    return [*advise(splits, folder, faults), *settings_advice(splits, config)]
 
 
 def require_apart(output: Path, source: Path) -> None:

@@ -133,7 +133,7 @@ def read(folder: Path, format: str = "auto", max_drop: float = 0.01, **decided: 
     # made splits and advice as well, so that nothing of a real run is passed over
     splits = load_splits(folder, format=format, max_drop=max_drop, reading=ReadingConfig(**decided))
     kinds: dict[str, int] = {}
-    for fault in (*surveyed.faults, *advise(make_splits(surveyed), folder)):
+    for fault in (*surveyed.faults, *advise(make_splits(surveyed), folder, surveyed.faults)):
         kinds[fault.kind] = kinds.get(fault.kind, 0) + 1
     texts = [str(fault) for fault in surveyed.faults if fault.action is not Action.REFUSED]
     return Read(surveyed.splits, kinds, "\n".join([*splits.notes, *texts]))

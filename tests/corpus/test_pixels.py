@@ -192,7 +192,7 @@ def test_a_prediction_uses_the_range_of_the_weights(tmp_path):
             return [Detections(*nothing, query.prompts, [], *image.size) for image in images]
 
     settings = Settings(checkpoint="x", prompts=("circle",), save=())
-    jobs = [Job(tmp_path / "set/images" / name, "x") for name in list(made)[:1]]
+    jobs = [Job(tmp_path / "set/images" / name, name, "x") for name in list(made)[:1]]
     for levels in (None, (0.0, 4095.0)):
         Stub.levels = levels
         predict_images(Stub(), settings, tmp_path, jobs)

@@ -189,7 +189,7 @@ def test_prompts_that_transformers_reads_otherwise_are_named(tmp_path: Path) -> 
     long = " ".join(["tall"] * 40)
     folder = _save(tmp_path / "weights", prompts=["R&amp;D sign", long, "stop sign"])
     card = (export(folder, tmp_path / "out") / "README.md").read_text()
-    assert "- “R&amp;D sign”: ask for “r&d sign”\n" in card
+    assert "- “R&amp;amp;D sign”: ask for “r&amp;d sign”\n" in card
     assert f"- “{long}”: longer than 32 tokens, cut it\n" in card
     assert "- “stop sign”" not in card
     assert "text='stop sign'" in card

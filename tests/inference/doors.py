@@ -12,7 +12,7 @@ from PIL import Image
 
 from app.inference.batch import Work, predict_images
 from app.inference.detections import Detections
-from app.inference.folder import predict_folder
+from app.inference.folder import list_jobs, predict_folder
 from app.inference.masks import place
 from app.inference.settings import Settings
 
@@ -21,6 +21,8 @@ SETTINGS = Settings("none", prompts=("=1+1",), threshold=0.5)
 
 class Same:
     """Finds a square in the corner of each image."""
+
+    levels = None  # of images of more than 8 bits
 
     def predict_batch(
         self, images: Sequence[Image.Image], prompts: Sequence[str], **_: Any
@@ -60,4 +62,5 @@ def predict(
         yield lambda batches: (predict_images(finder, settings, output, b) for b in batches), "fp32"
 
     settings = Settings(**{**SETTINGS.__dict__, "save": save or ("overlay", "coco")})
-    return predict_folder(str(source), output, settings, open_work, overwrite=overwrite)
+    jobs = list_jobs(str(source), output, settings.save, overwrite=overwrite)
+    return predict_folder(jobs, output, settings, open_work, overwrite=overwrite)

@@ -95,8 +95,10 @@ def test_replaced_cutouts_are_cutouts(images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["..png", "...png", "....png", f"{'x' * 240}.png"])
 def test_an_images_name_leads_nowhere_else(images: Path, tmp_path: Path, name: str) -> None:
     Image.new("RGB", (30, 20)).save(images / name, format="PNG")
+    # a folder's hidden files are passed over, and a list names them
+    (images / "list.txt").write_text(f"a.png\nb.png\n{name}\n")
     out, kinds = tmp_path / "out", [*PER_IMAGE, "coco", "csv"]
-    assert predict(images, out, *kinds) == []
+    assert predict(images / "list.txt", out, *kinds) == []
     assert len(list((out / "cutouts").iterdir())) == 3
     assert all(folder.is_dir() and any(folder.iterdir()) for folder in (out / "cutouts").iterdir())
     files = {path.relative_to(out).parts[0] for path in out.rglob("*") if path.is_file()}
@@ -106,7 +108,8 @@ def test_an_images_name_leads_nowhere_else(images: Path, tmp_path: Path, name: s
 
 def test_a_pipe_among_the_images_fails_alone(images: Path, tmp_path: Path) -> None:
     os.mkfifo(images / "c.png")
-    (failed,) = predict(images, tmp_path / "out")
+    (images / "list.txt").write_text("a.png\nb.png\nc.png\n")
+    (failed,) = predict(images / "list.txt", tmp_path / "out")
     assert "c.png" in failed
     assert "no regular file" in failed
 

@@ -123,7 +123,7 @@ def test_pictures_of_an_earlier_prediction_are_no_input(images: Path, caplog) ->
     for folder, name in ((images, "b.png"), (found, "instances/a.png")):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-        (folder / JOURNAL).write_text(f'{{"save": []}}\n{{"files": ["{name}"]}}\n')
+        (folder / JOURNAL).write_text(f'{{"checkpoint": "x"}}\n{{"files": ["{name}"]}}\n')
     with caplog.at_level("INFO", "app"):
         assert [p.name for p in find_images(str(images))] == ["a.png", "b.jpg", "ä.JPG"]
         assert len(find_images(str(images / "**" / "*"))) == 3
@@ -159,9 +159,7 @@ def test_prompts_that_are_not_read_to_their_end() -> None:
     tokens = lambda prompt: [ord(letter) for letter in prompt]  # noqa: E731
     assert check_length(["dog", "kitten"], tokens, 8) == ""
     note = check_length(["kittens", "dog"], tokens, 8)
-    assert note == (
-        "'kittens': has 7 tokens, of which this model reads the first 6; shorten it"
-    )
+    assert note == ("'kittens': has 7 tokens, of which this model reads the first 6; shorten it")
     for pair in (["kittens", "kittenish"], ["kitten", "kittens"]):
         with pytest.raises(UserError, match=r"'kitten.*' and 'kitten.*': are one prompt"):
             check_length(pair, tokens, 8)

@@ -58,7 +58,8 @@ def _same(ours, theirs) -> None:
     assert np.allclose(ours.scores, theirs["scores"][order], atol=1e-6)
     assert np.allclose(ours.boxes_xyxy, boxes, atol=1e-4)
     for rle, mask in zip(ours.masks, theirs["masks"][order, 0].numpy(), strict=True):
-        assert np.array_equal(mask_utils.decode(rle).astype(bool), mask)
+        # A logit within rounding of 0 falls on either side of it by the order of a sum.
+        assert (mask_utils.decode(rle).astype(bool) != mask).mean() <= 1e-3
 
 
 def test_words_find_what_upstreams_processor_finds(predictor, image) -> None:

@@ -228,7 +228,8 @@ def test_prompts_in_a_header_are_counted(command, saved: Path, tmp_path: Path) -
     assert header is not None
     many = header.model_copy(update={"prompts": ["circle"] * 1_000_000})
     save_file(load_file(file), file, metadata=weights.to_metadata(many))
-    words = ("--input", tmp_path, "--output-dir", tmp_path / "out")
+    Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    words = ("--input", tmp_path / "a.png", "--output-dir", tmp_path / "out")
     done = command("infer", "--checkpoint", saved, *words)
     assert done.code == 2
     assert "prompts: List should have at most 50000 items" in done.err

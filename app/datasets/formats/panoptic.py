@@ -20,6 +20,7 @@ from app.datasets.formats.mask_files import MAX_NUMBERS, MaskError, read_mask
 from app.datasets.formats.mask_layout import IMAGE_FOLDERS, SPLITS
 from app.datasets.formats.mask_meaning import values_of
 from app.datasets.formats.pieces import components, encode_numbers
+from app.datasets.formats.telling import few, mentions
 from app.datasets.image_files import name_fault
 from app.datasets.names import Names, fold
 from app.errors import UserError
@@ -50,7 +51,12 @@ def find_jsons(folder: Path) -> dict[str, Path]:
 def _jsons(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.glob("*.json") if fold(p.name).startswith(PREFIX))
+    named = (path for path in few(folder, "*.json") if fold(path.name).startswith(PREFIX))
+    return [
+        path
+        for path in named
+        if fold(path.name).startswith(f"{PREFIX}_") or mentions(path, "segments_info", "categories")
+    ]
 
 
 def is_panoptic(folder: Path) -> bool:
