@@ -372,9 +372,10 @@ def read_json(
 def parse_json(text: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Parse JSON within bounds, so that whatever walks through the values comes to an end.
 
+    A whole number of more than `MAX_DIGITS` digits is read as a float, as JavaScript does.
+
     Raises:
-        ValueError: broken JSON (`json.JSONDecodeError`), nested more than `MAX_DEPTH` deep, or with
-            a whole number of more than `MAX_DIGITS` digits.
+        ValueError: broken JSON (`json.JSONDecodeError`), or nested more than `MAX_DEPTH` deep.
     """
     data = text.encode("utf-8", "surrogatepass")  # bytes are looked through ten times as fast
     # A hook for each number would double the time of large files; few have numbers that need one.
@@ -396,10 +397,8 @@ _STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 _BRACKET = re.compile(rb'"[^"]*"|[][{}]')  # or a string, whose brackets are none
 
 
-def _short_int(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits)} digits")
-    return int(digits)
+def _short_int(digits: str) -> float:
+    return int(digits) if len(digits) <= MAX_DIGITS else float(digits)
 
 
 def _is_deep(data: bytes) -> bool:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import signal
 import socket
@@ -29,6 +30,7 @@ from app.files import (
     locked,
     open_file,
     open_own,
+    parse_json,
     read_json,
     short_hash,
     write_csv,
@@ -201,11 +203,9 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
         ("[" * 70 + "]" * 70, "nested more than 64 deep"),
         ('{"a]]]]\\"]]": ' * 70 + "1" + "}" * 70, "nested more than 64 deep"),
         ("[" * 100_000, "nested too deeply"),
-        ("9" * 6000, "a number of 6000 digits"),
-        (f'{{"area": -{"9" * 300}}}', "a number of 301 digits"),
     ],
 )
-def test_json_is_bounded_in_depth_and_digits(tmp_path: Path, text: str, said: str) -> None:
+def test_json_is_bounded_in_depth(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match=said):
         read_json(tmp_path / "a.json")
@@ -260,7 +260,6 @@ def test_what_is_written_has_the_usual_permissions(tmp_path: Path) -> None:
         (b"\xff\xfe", "UTF-8"),
         (b"", "line 1, column 1"),
         (b"[" * 100_000, "no dataset holds"),
-        (b"1" * 5000, "no dataset holds"),
     ],
 )
 def test_broken_json_is_located(tmp_path: Path, content: bytes, said: str) -> None:
@@ -366,3 +365,9 @@ def test_outputs_that_nobody_named_are_numbered(tmp_path: Path) -> None:
         assert last_folder(folder) == tmp_path / name
     (tmp_path / "train-2" / "file").unlink()
     assert free_folder(folder) == tmp_path / "train-2"
+
+
+def test_numbers_of_too_many_digits_are_floats() -> None:
+    assert parse_json("9" * 6000) == math.inf
+    assert parse_json(f'{{"area": -{"9" * 40}}}') == {"area": -1e40}
+    assert parse_json("9" * 20) == 10**20 - 1
