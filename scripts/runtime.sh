@@ -58,6 +58,9 @@ find_python() {
 # and only completed. The stamp comes last, by a rename: an install that was cut off has none.
 make_venv() {
   local python
+  if [ -L "$venv" ]; then # what it leads to is another tree's, and would be emptied
+    fail "$venv is a link, and not to packages of this requirements.lock: remove the link"
+  fi
   if [ -e "$stamp" ] || [ -e "$stamp.part" ] || ! python_serves "$venv/bin/python" pip; then
     python="$(find_python)" || exit
     "$python" -m venv --clear "$venv" >&2 || fail "$python could not make $venv: see above"

@@ -169,3 +169,15 @@ passes_on() {
   [ "$status" = 0 ]
   [[ "$output" == *"1/"*" tests collected"* ]]
 }
+
+@test "a .venv that is a link to other packages is left as it is" {
+  tree="$BATS_TEST_TMPDIR/tree"
+  mkdir -p "$tree/theirs/bin"
+  cp -r "$copy"/{train.sh,scripts,requirements.lock,app} "$tree"
+  touch "$tree/theirs/keep"
+  ln -s theirs "$tree/.venv"
+  SAM3_RUNTIME=local run "$tree/train.sh"
+  [ "$status" = 2 ]
+  [[ "$output" == *"is a link"* ]]
+  [ -f "$tree/theirs/keep" ]
+}
