@@ -224,8 +224,9 @@ def examine_document(
     sound = check(document, findings)
     if isinstance(names, Names):
         files, named = find_files(sound.images, names, findings)
-        faulty = [entry for entry in listed(document, "images") if isinstance(entry, dict)]
-        named |= names.paths(entry.get("file_name") for entry in faulty)
+        looked_up = {id(entry) for _, entry in sound.images}
+        rest = (entry for entry in listed(document, "images") if id(entry) not in looked_up)
+        named |= names.paths(entry.get("file_name") for entry in rest if isinstance(entry, dict))
     else:
         files = {entry["id"]: names / entry["file_name"] for _, entry in sound.images}
         named = set()

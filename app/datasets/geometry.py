@@ -125,3 +125,17 @@ def is_int(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[float]:
     """Return whether it is finite and of a sane size; NaN fails every comparison."""
     return (isinstance(value, float) or is_int(value)) and abs(value) < LARGEST_NUMBER
+
+
+def to_number(text: str | None) -> float:
+    """Return the number that a text of labels says; NaN, which every check refuses, for none."""
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return float("nan")
+
+
+def to_side(text: str | None) -> int:
+    """Return the side in pixels that a text says; 0, which is passed over, where it is none."""
+    text = (text or "").strip()
+    return int(text) if text.isdecimal() and len(text) < 10 else 0

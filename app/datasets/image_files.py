@@ -37,7 +37,7 @@ def find_files(
             remedy = f"is the same file as {owners[path]}; list each image once"
             findings.add("listed twice", place, name, remedy)
         elif header := usable_header(path, place, name, findings):
-            if fault := other_size(header, (image["width"], image["height"])):
+            if fault := _other_size(header, (image["width"], image["height"])):
                 findings.add("other size", place, name, fault)
             else:
                 files[image["id"]], owners[path] = path, f"{place}"
@@ -64,7 +64,7 @@ def usable_header(path: Path, place: str, name: str, findings: Findings) -> Head
     return header
 
 
-def other_size(header: Header, size: tuple[int, int]) -> str | None:
+def _other_size(header: Header, size: tuple[int, int]) -> str | None:
     """Return how the file's pixels differ from what its labels say; None where they do not."""
     if header.size == size:
         return None

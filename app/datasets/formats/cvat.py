@@ -18,7 +18,7 @@ from app.datasets.formats.outlines import Rle, ellipse_mask, placed_mask, polygo
 from app.datasets.formats.parts import Box, Part, add_objects
 from app.datasets.formats.telling import few, root_element
 from app.datasets.formats.voc import parse_xml
-from app.datasets.geometry import MAX_SIDE, is_number
+from app.datasets.geometry import MAX_SIDE, is_number, to_number, to_side
 from app.datasets.names import Names
 from app.errors import UserError
 
@@ -81,7 +81,7 @@ def _read(folder: Path, entries: Sequence[tuple[str, Path, Entry]]) -> Reading:
         image = draft.add_named(entry.get("name"), place)
         if image is None:
             continue
-        sides = (_whole(entry.get("width")), _whole(entry.get("height")))
+        sides = (to_side(entry.get("width")), to_side(entry.get("height")))
         draft.check_size(image, sides, place)
         shapes = [shape for shape in entry if shape.tag != "tag"]
         tags += len(entry) - len(shapes)
@@ -120,7 +120,7 @@ def _shape(shape: Entry, image: Image) -> Box | Rle:
         left, top, width, height = (round(n) for n in _numbers(shape, *BOX))
         if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE) or width * height > _area(image):
             raise ValueError("must be a mask of no more pixels than its image has")
-        runs = [_whole(run) for run in (shape.get("rle") or "").split(",")]
+        runs = [to_side(run) for run in (shape.get("rle") or "").split(",")]
         return placed_mask(runs_mask(runs, width, height), left, top, *size)
     raise ValueError(f"is a {shape.tag}: understood are {UNDERSTOOD}")
 
@@ -139,16 +139,7 @@ def _numbers(shape: Entry, *names: str) -> list[float]:
 
 
 def _number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
+    number = to_number(text)
     if not is_number(number):
         raise ValueError("must have finite numbers, in pixels")
     return number
-
-
-def _whole(text: str | None) -> int:
-    """Return a number of pixels; 0 where it is none."""
-    text = (text or "").strip()
-    return int(text) if text.isdecimal() and len(text) < 10 else 0

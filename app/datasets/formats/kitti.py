@@ -12,6 +12,7 @@ from app.datasets.coco import Image, Reading
 from app.datasets.folders import by_way, image_folders
 from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.telling import few, files
+from app.datasets.geometry import to_number
 from app.datasets.names import Names
 
 FOLDERS = ("label_2", "labels", "label")
@@ -80,16 +81,9 @@ def _read_lines(draft: Draft, image: Image, path: Path) -> int:
         if line.split()[:1] == [NO_CLASS]:
             ignored += 1
         elif LINE.match(line):
-            left, top, right, bottom = (_number(word) for word in line.split()[4:8])
+            left, top, right, bottom = (to_number(word) for word in line.split()[4:8])
             box = [left, top, right - left, bottom - top]
             draft.add_box(image, line.split()[0], box, place)
         elif line.strip():
             draft.drop_object("label", place, line, "must have a class and 14 numbers, as KITTI")
     return ignored
-
-
-def _number(word: str) -> float:
-    try:
-        return float(word)
-    except ValueError:
-        return float("nan")

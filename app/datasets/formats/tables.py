@@ -13,6 +13,7 @@ from app.datasets.coco import Image, Reading
 from app.datasets.folders import image_folders, split_on_way, splits_of
 from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.telling import few
+from app.datasets.geometry import to_number, to_side
 from app.datasets.names import Names
 
 PATTERNS = ("*.csv", "*/*.csv")
@@ -84,22 +85,9 @@ def _add_row(
     if name not in images:
         images[name] = draft.add_named(name, place)
         if (image := images[name]) is not None:
-            sides = [_whole(row.get("width")), _whole(row.get("height"))]
+            sides = [to_side(row.get("width")), to_side(row.get("height"))]
             draft.check_size(image, (sides[0], sides[1]), place)
     if (image := images[name]) is not None:
-        left, top, right, bottom = (_number(row.get(key)) for key in COLUMNS[2:])
+        left, top, right, bottom = (to_number(row.get(key)) for key in COLUMNS[2:])
         box = [left, top, right - left, bottom - top]
         draft.add_box(image, row.get("class"), box, place)
-
-
-def _whole(text: str | None) -> int:
-    """Return a side in pixels; 0, which is passed over, where it is none."""
-    text = (text or "").strip()
-    return int(text) if text.isdecimal() and len(text) < 10 else 0
-
-
-def _number(text: str | None) -> float:
-    try:
-        return float(text or "nan")
-    except ValueError:
-        return float("nan")

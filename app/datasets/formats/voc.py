@@ -18,6 +18,7 @@ from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.masks import read_numbers
 from app.datasets.formats.outlines import encode, polygon_mask
 from app.datasets.formats.telling import few, files, leads_out, root_element
+from app.datasets.geometry import to_number
 from app.datasets.names import Names, fold
 
 PATTERNS = ("*.xml", "*/*.xml", "*/*/*.xml")  # beside the images, or in a folder of any name
@@ -215,8 +216,8 @@ def _add_shape(
         draft.add_box(image, name, list(_box_xywh(element)), place)
         return
     half = len(points) // 2
-    flat = [_number(points[k].text) for pair in range(half) for k in (pair, half + pair)]
-    flat = flat or [_number(child.text) for child in outline]  # x1, y1, x2, …
+    flat = [to_number(points[k].text) for pair in range(half) for k in (pair, half + pair)]
+    flat = flat or [to_number(child.text) for child in outline]  # x1, y1, x2, …
     try:
         draft.add_mask(image, name, polygon_mask(flat, image.width, image.height), place)
     except ValueError as fault:
@@ -226,16 +227,9 @@ def _add_shape(
 def _box_xywh(element: ElementTree.Element) -> tuple[float, float, float, float]:
     """Return the box in pixels, with NaN, which is refused later, for what is no number."""
     left, top, right, bottom = (
-        _number(element.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")
+        to_number(element.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")
     )
     return left - 1, top - 1, right - left + 1, bottom - top + 1
-
-
-def _number(text: str | None) -> float:
-    try:
-        return float(text or "nan")
-    except ValueError:
-        return float("nan")
 
 
 def _crosses(mask: NDArray[np.bool_], box_xywh: tuple[float, float, float, float]) -> bool:
