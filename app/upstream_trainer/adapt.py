@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError
 
 from app.config.compose import load_model_config, model_config, nearest_key
 from app.config.schema import ModelConfig
@@ -134,7 +135,7 @@ def _replace_builder(config: DictConfig, size: str, flags: dict[str, str]) -> No
             f"trainer.model._target_: '{target}' is not built here: the image model alone is, "
             f"{_BUILDER}; run this YAML in upstream's repository"
         )
-    wanted = str(flags.pop("checkpoint", None) or node.get("checkpoint_path") or "auto")
+    wanted = str(flags.pop("checkpoint", None) or _named_weights(node) or "auto")
     path = None if wanted in ("none", "auto") else Path(wanted)
     described = weights.describe(path, None if size == "auto" else size) if path else None
     name = described.model.name if described else size
@@ -167,6 +168,16 @@ def _replace_builder(config: DictConfig, size: str, flags: dict[str, str]) -> No
         "segmentation": bool(segmentation),
         "checkpoint_path": str(path) if path else None,
     }
+
+
+def _named_weights(node: DictConfig) -> str | None:
+    """Return the weights that the YAML names, if any; some of upstream's name a key they lack."""
+    try:
+        return node.get("checkpoint_path")
+    except InterpolationKeyError as error:
+        reason = str(error).partition("\n")[0]
+        log.info("note: trainer.model.checkpoint_path: %s; --checkpoint names weights", reason)
+        return None
 
 
 def _apply(config: DictConfig, flags: dict[str, str], lr: float | None) -> None:

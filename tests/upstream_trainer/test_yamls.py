@@ -216,7 +216,7 @@ def _literal_sizes(content: dict[str, Any]) -> None:
 
 
 def _unknown_interpolation(content: dict[str, Any]) -> None:
-    content["trainer"]["model"]["checkpoint_path"] = "${paths.checkpoint_path}"
+    content["trainer"]["data"]["val"]["dataset"]["img_folder"] = "${paths.images}"
 
 
 def _no_file(content: dict[str, Any]) -> None:
@@ -233,7 +233,7 @@ def _no_training(content: dict[str, Any]) -> None:
     [
         (_video, "'sam3.model_builder.build_sam3_video_model' is not built here"),
         (_literal_sizes, "data.val.dataset.transforms[0].sizes: 1008 px, and the model takes 128"),
-        (_unknown_interpolation, "Interpolation key 'paths.checkpoint_path' not found"),
+        (_unknown_interpolation, "Interpolation key 'paths.images' not found"),
         (_no_file, "builds on '/configs/eval_base.yaml', and no folder above it holds"),
         (_no_training, "trainer.data.train: not in this YAML, and trainer.mode train needs it"),
         (lambda _: None, "no annotations at <YOUR_DATASET_DIR>/-grccs/test/_annotations.coco.json"),
@@ -249,6 +249,16 @@ def test_what_cannot_run_is_said_in_one_line(command, tmp_path, monkeypatch, cha
     assert said in done.err
     assert len(done.err.splitlines()) == 1
     assert not (tmp_path / "outputs").exists()
+
+
+def test_weights_by_a_key_that_is_missing_are_the_default_ones(shapes, tmp_path, caplog) -> None:
+    content = yamls.roboflow("val")
+    content["trainer"]["model"]["checkpoint_path"] = "${paths.checkpoint_path}"
+    with caplog.at_level("INFO"):
+        flags = {"checkpoint": "", "dataset.dir": str(shapes)}  # none was given
+        config = _prepare(yamls.write(tmp_path / "theirs.yaml", content), **flags)[0]
+    assert config.trainer.model.checkpoint_path == str(NANO / "model.safetensors")
+    assert "'paths.checkpoint_path' not found; --checkpoint names weights" in caplog.text
 
 
 def test_a_base_without_data_says_so(command, tmp_path) -> None:
