@@ -23,7 +23,7 @@ from app.files import write_json
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model
-from app.model.device import choose_device, choose_precision
+from app.model.device import choose_device, choose_precision, choose_threads
 from app.model.vocabulary import in_vocabulary
 
 log = logging.getLogger("app")
@@ -42,6 +42,7 @@ def evaluate(config: Config, splits: Splits, pretrained_path: Path | None) -> di
     dataset = choose_split(config, splits)
     device = choose_device(config.training.device)
     precision = choose_precision(config.training.precision, device, config.model)
+    choose_threads(device, config.model)
     set_seed(config.seed)
     model, header = build_model(config.model), None
     if pretrained_path is not None:

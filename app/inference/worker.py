@@ -23,7 +23,7 @@ from app.inference.batch import Job, Outcome, Work, predict_images
 from app.inference.predictor import Predictor
 from app.inference.settings import RANDOM, Settings
 from app.model.build import build_model
-from app.model.device import choose_device, choose_precision
+from app.model.device import choose_device, choose_precision, choose_threads
 
 log = logging.getLogger("app")
 CHUNKS = 4  # batches that a process takes at once
@@ -67,16 +67,19 @@ def open_work(settings: Settings, output: Path, processes: int) -> Iterator[tupl
 
 
 def load_predictor(settings: Settings) -> Predictor:
-    """Load the checkpoint of the settings, or make a model of random weights."""
+    """Load the checkpoint of the settings, or make a model of random weights; set the threads."""
     options: dict[str, Any] = {"size": settings.size, "resolution": settings.resolution}
     if settings.checkpoint != RANDOM:
         choice = {"device": settings.device, "precision": settings.precision}
-        return Predictor.load(settings.checkpoint, **choice, **options)
+        predictor = Predictor.load(settings.checkpoint, **choice, **options)
+        choose_threads(predictor.device, predictor.config)
+        return predictor
     changes = [f"model.resolution={settings.resolution}"] if settings.resolution else []
     config = load_model_config(settings.size or "nano", changes)
     log.info("weights: random; what is found means nothing")
     torch.manual_seed(0)
     target = choose_device(settings.device)
+    choose_threads(target, config)
     model = build_model(config).to(target)
     return Predictor(model, config, choose_precision(settings.precision, target, config))
 

@@ -31,7 +31,7 @@ from app.files import read_json
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, count_parameters, padding_note
-from app.model.device import choose_device, choose_precision
+from app.model.device import choose_device, choose_precision, choose_threads
 from app.signals import StopRequest
 from app.training import checkpoints, features, method
 from app.training.batches import Batches, query_dataset
@@ -95,6 +95,8 @@ def train(
         config = features.decide_feature_cache(config, splits, resume, meta)
     device = choose_device(config.training.device)
     precision = choose_precision(config.training.precision, device, config.model)
+    if teach is None:  # a teacher is wide
+        choose_threads(device, config.model)
     accelerator = build_accelerator(device, find_unused=method.leaves_unused(config.method))
     is_main = accelerator.is_main_process
 
