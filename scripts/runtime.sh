@@ -162,6 +162,17 @@ bind_input() {
   bind "$(readlink -f "$path")" readonly
 }
 
+# A YAML may build on others: beside it, or in a folder above it called configs, as upstream's do.
+bind_config() {
+  local file beside
+  bind_input "$1"
+  file="$(readlink -f "$(absolute "$1")" || true)"
+  case "$file" in */configs/*) bind "${file%/configs/*}/configs" readonly ;; esac
+  for beside in "${file%/*}"/*.yaml; do
+    if [ -f "$beside" ]; then bind "$beside" readonly; fi
+  done
+}
+
 # Docker would make a missing folder as root.
 bind_output() {
   local path
@@ -258,7 +269,8 @@ docker_command() {
   bind_output "$cache"
   bind_flags bind_output "--output-dir" "$@"
   bind_flags bind_dataset "--dataset-dir" "$@"
-  bind_flags bind_input "--hf-dataset --checkpoint --teacher --input --config --prompts" "$@"
+  bind_flags bind_input "--hf-dataset --checkpoint --teacher --input --prompts" "$@"
+  bind_flags bind_config "--config" "$@"
   if [ -n "${SAM3_BASE:-}" ]; then bind_input "$SAM3_BASE"; fi
   command+=("$image" "$@")
 }

@@ -294,6 +294,20 @@ def test_docker_mounts_the_paths_of_flags_where_they_are(machine: Machine, tmp_p
     assert (outside / "runs/new").is_dir()
 
 
+def test_docker_mounts_what_a_yaml_builds_on(machine: Machine, tmp_path: Path) -> None:
+    """Upstream's lie in configs/*/ and build on configs/eval_base.yaml; others on one beside."""
+    machine.docker()
+    configs, mine = tmp_path.resolve() / "up stream/configs", tmp_path.resolve() / "mine"
+    for file in (configs / "evals/gold.yaml", mine / "run.yaml", mine / "base.yaml"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    theirs = mounts(machine.docker_run("--config", str(configs / "evals/gold.yaml")))
+    assert theirs[str(configs)] == "ro"
+    own = mounts(machine.docker_run(f"--config={mine / 'run.yaml'}"))
+    assert [own.get(str(mine / name)) for name in ("run.yaml", "base.yaml")] == ["ro", "ro"]
+    assert str(mine) not in own
+
+
 def test_docker_mounts_a_folder_once_and_writable_where_it_is_written(
     machine: Machine, tmp_path: Path
 ) -> None:
