@@ -77,13 +77,13 @@ def test_random_weights_keep_the_full_rate() -> None:
 
 @pytest.mark.parametrize(
     ("images", "epochs", "every"),
-    [(1, 75, 5), (20, 75, 5), (43, 74, 5), (240, 13, 1), (9000, 10, 1)],
+    [(1, 60, 4), (20, 60, 4), (43, 55, 4), (240, 10, 1), (9000, 10, 1)],
 )
 def test_nano_sees_as_much_of_few_images_as_of_many(images: int, epochs: int, every: int) -> None:
     config = load_config(auto(images, "nano", [], pretrained=True))
     assert (config.training.epochs, config.training.batch_size) == (epochs, 4)
     assert (config.evaluation.every, config.training.save_every) == (every, every)
-    assert (config.optim.lr_scale, config.optim.layer_decay) == (0.5, 1)
+    assert (config.optim.lr_scale, config.optim.layer_decay) == (0.8, 1)
     own = load_config([*auto(images, "nano", ["training.epochs=3"], pretrained=True)])
     assert (own.evaluation.every, own.training.save_every) == (1, 1)
     lora = load_config([*auto(images, "nano", ["method=lora"], pretrained=True), "method=lora"])
@@ -93,7 +93,7 @@ def test_nano_sees_as_much_of_few_images_as_of_many(images: int, epochs: int, ev
 @pytest.mark.parametrize(
     ("words", "rate"),
     [
-        ([], 0.5),
+        ([], 0.8),
         (["--recipe", "none"], None),
         (["optim.lr_scale=0.2"], 0.2),
         (["--checkpoint", "none"], None),
