@@ -21,6 +21,12 @@ from app.datasets.geometry import (
 from app.datasets.image_files import is_unicode, name_fault
 
 MAX_NAME = 200  # characters; a prompt is a noun phrase
+LISTS = ("images", "annotations", "categories")
+UNKNOWN = (
+    "no labels' file that is known: COCO's JSON has images, annotations and categories; read are "
+    "also the JSONs of Label Studio, LabelMe, Supervisely, Datumaro, VGG Image Annotator, CreateML "
+    "and Cityscapes (docs/data.md): export one of these"
+)
 
 Entry = tuple[str, dict[str, Any]]  # place in the file, JSON object
 
@@ -55,11 +61,12 @@ def check(document: object, findings: Findings) -> Sound:
 
     An annotation of an image that is reported is left out without a word of its own.
     """
-    if not isinstance(document, dict):
-        findings.add("root", "the file", document, "must be a COCO JSON object; export it again")
+    if not isinstance(document, dict) or not any(key in document for key in LISTS):
+        held = list(document) if isinstance(document, dict) else document
+        findings.add("root", "its top level", held, UNKNOWN)
         return Sound()
     _check_keys("the file", document, findings)
-    for key in ("images", "annotations", "categories"):
+    for key in LISTS:
         if not isinstance(document.get(key), list):
             findings.add("root", f"'{key}'", document.get(key), "must be a list, as COCO has it")
     images = _check_images(document, findings)

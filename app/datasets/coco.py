@@ -19,10 +19,17 @@ from pycocotools import mask as coco_mask
 
 from app.config.reading import AS_WRITTEN, ReadingConfig
 from app.datasets import conventions
-from app.datasets.check import Entry, check, is_area, is_id, keep_doubled, listed
+from app.datasets.check import UNKNOWN, Entry, check, is_area, is_id, keep_doubled, listed
 from app.datasets.conventions import TO_XYWH
 from app.datasets.faults import MAX_DROP, Fault, Findings, Tally, problems
-from app.datasets.geometry import clip_box, decode_counts, is_absent, is_number
+from app.datasets.geometry import (
+    clip_box,
+    decode_counts,
+    is_absent,
+    is_number,
+    is_side,
+    mask_fault,
+)
 from app.datasets.image_files import find_files
 from app.datasets.levels import Levels
 from app.datasets.names import Names
@@ -244,7 +251,7 @@ def examine_document(
         for place, entry in sound.annotations
         if entry["image_id"] in files and entry["category_id"] in usable
     ]
-    annotations = _read_annotations(entries, images, findings)
+    annotations = _read_annotations(entries, images, findings, reading)
     dataset = Dataset(images, annotations, categories)
     total, labelled = (len(listed(document, key)) for key in ("images", "annotations"))
     tally = Tally(total, labelled, len(images), len(annotations))
@@ -284,7 +291,17 @@ def _convert_boxes(document: object, convention: str) -> None:
         elif (
             isinstance(box, list) and len(box) == 4 and size and all(map(is_number, [*box, *size]))
         ):
-            entry["bbox"] = TO_XYWH[convention](box, size)
+            entry["bbox"] = _converted(box, entry.get("segmentation"), size, convention)
+
+
+def _converted(
+    box: list[float], segmentation: Any, size: tuple[Any, Any], convention: str
+) -> Sequence[float]:
+    """Return the box as x y width height; as it stands where its mask says that it is so."""
+    if is_absent(segmentation) or not all(map(is_side, size)) or mask_fault(segmentation, *size):
+        return TO_XYWH[convention](box, size)
+    mask_xywh = _box_of(compress(segmentation, *size) or {})
+    return list(conventions.nearest(box, mask_xywh, size, convention))
 
 
 def _parse(json_path: Path, findings: Findings) -> Any:
@@ -295,7 +312,7 @@ def _parse(json_path: Path, findings: Findings) -> Any:
         findings.add_error("JSON", error)
         return None
     if document is None:
-        findings.add("root", "the file", None, "must be a COCO JSON object; export it again")
+        findings.add("root", "its top level", None, UNKNOWN)
     with json_path.open("rb") as file:
         if file.read(3) == codecs.BOM_UTF8:
             findings.add("BOM", "the file's start", "a byte order mark", "is passed over")
@@ -303,7 +320,10 @@ def _parse(json_path: Path, findings: Findings) -> Any:
 
 
 def _read_annotations(
-    entries: Sequence[Entry], images: Sequence[Image], findings: Findings
+    entries: Sequence[Entry],
+    images: Sequence[Image],
+    findings: Findings,
+    reading: ReadingConfig,
 ) -> tuple[Annotation, ...]:
     sizes = {image.id: (image.width, image.height) for image in images}
     plain = [
@@ -312,6 +332,8 @@ def _read_annotations(
         if is_absent(entry.get("segmentation"))
     ]
     of_all = conventions.convention(plain)
+    # another flag than the one that is given would undo what that one did
+    advised = conventions.possible(plain) if reading.boxes == "xywh" else ()
     annotations = []
     for (place, entry), id in zip(entries, _free_ids(entries), strict=True):
         size = sizes[entry["image_id"]]
@@ -322,7 +344,9 @@ def _read_annotations(
             remedy = "covers no pixel; delete it"
             findings.add("zero area", f"{place}.segmentation", entry["segmentation"], remedy)
         elif not is_absent(box) and (
-            fault := of_all if mask is None else conventions.misfit(box, _box_of(mask), size)
+            fault := of_all
+            if mask is None
+            else conventions.misfit(box, _box_of(mask), size, advised)
         ):
             findings.add("box convention", f"{place}.bbox", box, fault)
         else:

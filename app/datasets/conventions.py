@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+
+from app.datasets.geometry import clip_box
 
 Box = Sequence[float]
 Size = tuple[int, int]  # of the image: width and height, pixels
@@ -28,15 +30,35 @@ def _scaled(box: Box, size: Size) -> list[float]:
     return [side * size[axis % 2] for axis, side in enumerate(box)]
 
 
-def misfit(box: Box, mask_xywh: Box, size: Size) -> str | None:
-    """Return why a box cannot be that of its mask, as a remedy; None where it can."""
-    overlap = _overlap(box, mask_xywh)
+def nearest(box: Box, mask_xywh: Box, size: Size, name: str) -> Box:
+    """Return the box as `name` reads it, or as it stands where that is nearer to its mask's."""
+    return max((TO_XYWH[name](box, size), box), key=lambda read: _overlap(read, mask_xywh, size))
+
+
+def possible(boxes: Sequence[tuple[Box, Size]]) -> list[str]:
+    """Return the conventions that all of these boxes can have: each then lies in its image."""
+    return [name for name in TO_XYWH if _can_be(name, boxes)]
+
+
+def _can_be(name: str, boxes: Sequence[tuple[Box, Size]]) -> bool:
+    read = ((TO_XYWH[name](box, size), size) for box, size in boxes)
+    return all(min(box[2:]) > 0 and _fits(box, size) for box, size in read)
+
+
+def misfit(box: Box, mask_xywh: Box, size: Size, names: Collection[str]) -> str | None:
+    """Return why a box cannot be that of its mask, as a remedy; None where it can.
+
+    Args:
+        names: conventions that may be advised, as the boxes without a mask can have them as well.
+    """
+    overlap = _overlap(box, mask_xywh, size)
     if overlap >= UNLIKE:
         return None
-    for name, convert in TO_XYWH.items():
-        if _overlap(convert(box, size), mask_xywh) > LIKE:
-            return _is_as(name)
-    if overlap >= FAR:
+    read = (n for n in TO_XYWH if _overlap(TO_XYWH[n](box, size), mask_xywh, size) > LIKE)
+    name = next(read, None)
+    if name is not None and name in names:
+        return _is_as(name)
+    if name is None and overlap >= FAR:
         return None
     shown = [round(side, 1) for side in mask_xywh]
     return f"is far from its mask, whose box is {shown}: --boxes masks takes the masks' boxes"
@@ -59,10 +81,7 @@ def convention(boxes: Sequence[tuple[Box, Size]]) -> str | None:
     for name, needed in (("xyxy", max(1, len(boxes) / 4)), ("cxcywh", max(2, len(boxes) / 50))):
         if name == "cxcywh" and len(boxes) < FEWEST:
             continue
-        read = [(TO_XYWH[name](box, size), size) for box, size in boxes]
-        if leaving_boxes >= needed and all(
-            min(box[2:]) > 0 and _fits(box, size) for box, size in read
-        ):
+        if leaving_boxes >= needed and _can_be(name, boxes):
             return _is_as(name)
     return None
 
@@ -88,8 +107,12 @@ def _fits(box: Box, size: Size) -> bool:
     return not leaves(box, size)
 
 
-def _overlap(one: Box, other: Box) -> float:
-    """Return the intersection over union of two xywh boxes; 0 where one has no width or height."""
+def _overlap(one: Box, other: Box, size: Size) -> float:
+    """Return the intersection over union of a box, cut off at its image, and its mask's; xywh.
+
+    It is 0 where one has no width or height.
+    """
+    one = clip_box(one, *size)
     if min(*one[2:], *other[2:]) <= 0:
         return 0.0
     width = min(one[0] + one[2], other[0] + other[2]) - max(one[0], other[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,8 +51,9 @@ NOT_READ = (
 def settle(reading: Reading, decisions: ReadingConfig) -> Reading:
     """Return the reading without what is no object: names of no class, and objects that are double.
 
-    Crowds become objects where the user decided so.
+    Crowds become objects where the user decided so. Images that are all missing are one fault.
     """
+    reading = replace(reading, faults=_missing_once(reading.faults, reading.tally))
     findings = Findings("")
     dataset = _without_no_class(reading.dataset, findings)
     if decisions.crowd == "instances":
@@ -64,6 +65,19 @@ def settle(reading: Reading, decisions: ReadingConfig) -> Reading:
     return replace(
         reading, dataset=dataset, faults=(*reading.faults, *findings.faults), tally=tally
     )
+
+
+def _missing_once(faults: Sequence[Fault], tally: Tally) -> tuple[Fault, ...]:
+    """Make one fault of those of images that are missing, where none is there."""
+    missing = [fault for fault in faults if fault.kind == "image missing"]
+    if len(missing) < 2 or len(missing) != tally.images:
+        return tuple(faults)
+    place = f"{len(missing)} of {tally.images} images are missing: {missing[0].place}"
+    remedy = missing[0].remedy.replace(
+        "add it, or mend its name", "put the images there, or name the folder that holds them too"
+    )
+    rest = [fault for fault in faults if fault.kind != "image missing"]
+    return (replace(missing[0], place=place, remedy=remedy), *rest)
 
 
 def _without_no_class(dataset: Dataset, findings: Findings) -> Dataset:

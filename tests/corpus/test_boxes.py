@@ -60,6 +60,42 @@ def test_without_masks_they_are_told_from_all_boxes(tmp_path, name):
     assert things_of(read(tmp_path, boxes=name).train) == made
 
 
+# otx 2.6.0, tests/assets/tiling_small_objects: corners where there is no mask, COCO's boxes else
+@pytest.mark.parametrize("name", ["xyxy", "shares", "cxcywh"])
+def test_a_flag_does_not_spoil_boxes_that_are_their_masks(tmp_path, name):
+    made = mixed(tmp_path, plain=OTHERS[name])
+    assert f"--boxes {name}" in refusal(tmp_path)
+    assert things_of(read(tmp_path, boxes=name).train) == made
+
+
+def test_one_flag_reads_corners_with_and_without_masks(tmp_path):
+    made = mixed(tmp_path, plain=OTHERS["xyxy"], masked=OTHERS["xyxy"])
+    assert "--boxes masks" not in refusal(tmp_path)
+    assert things_of(read(tmp_path, boxes="xyxy").train) == made
+
+
+def test_no_flag_is_advised_that_spoils_boxes_without_masks(tmp_path):
+    made = mixed(tmp_path, masked=OTHERS["xyxy"])
+    said = refusal(tmp_path)
+    assert "--boxes masks" in said
+    assert "--boxes xyxy" not in said
+    assert things_of(read(tmp_path, boxes="masks").train) == made
+
+
+def mixed(folder, plain=lambda *box: [*box, box[2]], masked=lambda *box: [*box, box[2]]):
+    """Circles have masks, rectangles none."""
+    made = scenes(folder, 20)
+    document = coco(made)
+    for annotation in document["annotations"]:
+        x, y, side, _ = annotation["bbox"]
+        is_plain = annotation["category_id"] == 2
+        annotation["bbox"] = (plain if is_plain else masked)(x, y, side)
+        if is_plain:
+            annotation["segmentation"] = []
+    put(folder / "annotations.json", document)
+    return sorted_things(made)
+
+
 @pytest.mark.parametrize(
     "convert",
     [
@@ -87,6 +123,22 @@ def test_a_mask_that_is_loosely_boxed_is_sound(tmp_path):
     """As Roboflow's rotations leave them."""
     boxes(tmp_path, lambda x, y, s: [x - 3, y - 3, s + 6, s + 6], masks=True)
     assert "box convention" not in read(tmp_path).kinds
+
+
+# otx 2.6.0, tests/assets/tiling_small_objects: the box leaves the image, and the mask ends with it
+def test_a_box_that_goes_on_beyond_the_image_is_its_masks(tmp_path):
+    made = scenes(tmp_path, 12)
+    document = coco(made)
+    for annotation in document["annotations"]:
+        x, y, side, _ = annotation["bbox"]
+        annotation["bbox"] = [x, -side, side, y + 2 * side]
+        annotation["segmentation"] = [[x, 0, x + side, 0, x + side, y + side, x, y + side]]
+    put(tmp_path / "annotations.json", document)
+    found = read(tmp_path)
+    assert found.kinds == {"bbox clipped": 24}
+    assert {a.bbox_xywh for a in found.train.annotations} == {
+        (x, 0, side, y + side) for things in made.values() for _, x, y, side in things
+    }
 
 
 def test_data_fix_writes_what_was_decided(tmp_path):

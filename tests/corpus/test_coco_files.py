@@ -109,3 +109,16 @@ def test_coco_2017(tmp_path):
     found = read(tmp_path)
     assert things_of(found.train) == sorted_things(made["train2017"])
     assert things_of(found.splits["valid"]) == sorted_things(made["val2017"])
+
+
+# pycocowriter 0.5.6, tests/example_coco.json: 128 images, none of them in the package
+def test_images_that_are_all_missing_are_said_once(tmp_path):
+    made = scenes(tmp_path / "elsewhere", 30)
+    (tmp_path / "set").mkdir()
+    put(tmp_path / "set/annotations.json", coco(made))
+    said = refusal(tmp_path / "set")
+    assert said.count("no such file") == 1
+    assert "30 of 30 images are missing: images[0].file_name is 'img_0.png'" in said
+    assert "put the images there" in said
+    scenes(tmp_path / "set", 1)  # one is there: the others are said one by one
+    assert refusal(tmp_path / "set").count("no such file") == 20
