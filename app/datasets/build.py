@@ -30,6 +30,7 @@ from app.datasets.faults import (
 )
 from app.datasets.formats import COCO, Source, choose
 from app.datasets.formats.coco import JSON_NAMES
+from app.datasets.formats.panoptic import passed_over
 from app.datasets.settling import alike_names, settle, unread_files
 from app.datasets.splitting import stratify
 from app.datasets.synthetic.shapes import check_shapes, info, is_shapes, make_shapes
@@ -165,6 +166,10 @@ def decode(surveyed: Survey, folder: Path, on_image: Callable[[int], None]) -> S
     unusable, findings = find_unusable(surveyed.splits, folder, on_image)
     splits, tally = {}, surveyed.tally
     for split, dataset in surveyed.splits.items():
+        if split not in unusable:
+            images, objects = len(dataset.images), len(dataset.annotations)
+            tally += Tally(-images, -objects, -images, -objects)  # neither listed nor left out
+            continue
         usable = {image.id for image in dataset.images} - unusable[split]
         splits[split] = part = dataset.subset(usable)
         images = len(part.images) - len(dataset.images)
@@ -377,7 +382,9 @@ def _find_sources(
         raise UserError(f"{folder}: no 'train' folder to train on; there is {there}")
     if key != "auto":
         return sources, [f"read as {format.name}, as dataset.format says"]
-    return sources, [] if format is COCO else [f"no COCO JSON: read as {format.name}"]
+    if format is COCO:
+        return sources, passed_over(folder)
+    return sources, [f"no COCO JSON: read as {format.name}"]
 
 
 def _share_categories(splits: dict[str, Dataset]) -> dict[str, Dataset]:

@@ -17,8 +17,10 @@ def find_unusable(
 ) -> tuple[dict[str, set[int]], Findings]:
     """Find each split's images that are to be left out; return their ids, and the faults.
 
-    An image that is in another split as well is left out of the training images: the figures of
-    the others would be too good. Memory does not grow with the images' size or number.
+    An image that is in another split as well is left out of the training images, else of the test
+    images: the figures would be too good. A test split that has images of the validation split
+    alone has nothing to say: it is none of those that are returned. Memory does not grow with the
+    images' size or number.
 
     Args:
         folder: the dataset's; images are named relative to it.
@@ -27,8 +29,9 @@ def find_unusable(
     findings = Findings(str(folder))
     unusable: dict[str, set[int]] = {split: set() for split in splits}
     owners: dict[bytes, tuple[str, str]] = {}  # of these pixels: split and place
-    # training images last, so that those of the other splits are known
-    order = sorted(splits, key=lambda split: split == "train")
+    # what an image is left out of comes later, so that those that keep it are known
+    order = sorted(splits, key=("valid", "test", "train").index)
+    copies: dict[str, list[tuple[str, str, str]]] = {split: [] for split in splits}
     listed = [(split, image) for split in order for image in splits[split].images]
     results = in_threads(_digest, [image for _, image in listed], on_image)
     for (split, image), digest in zip(listed, results, strict=True):
@@ -40,12 +43,19 @@ def find_unusable(
             continue
         owner, first = owners.setdefault(digest, (split, place))
         if owner != split:
-            remedy = f"has the pixels of {first}; keep it in one split"
-            findings.add("in two splits", place, image.path.name, remedy)
+            copies[split].append((place, image.path.name, first))
             unusable[split].add(image.id)
         elif first != place:
             remedy = f"has the pixels of {first}; list each image once"
             findings.add("image twice", place, image.path.name, remedy)
+    tested = splits["test"].images if "test" in splits else ()
+    if tested and len(copies["test"]) == len(tested):
+        remedy = "its images are all in valid as well: the set is read without a test split"
+        findings.add("same splits", "test", f"{len(copies.pop('test'))} images", remedy)
+        del unusable["test"]
+    for place, name, first in (copy for found in copies.values() for copy in found):
+        remedy = f"has the pixels of {first}; keep it in one split"
+        findings.add("in two splits", place, name, remedy)
     return unusable, findings
 
 

@@ -127,6 +127,7 @@ KINDS = {
             void="pixels of no object in a mask: left out",
             lossy_mask="a mask of two values as JPEG: cut at half",
             same_object="the same object twice: once",
+            same_splits="test has images of valid and no others: the set is read without it",
             EXIF="turned upright once; labels are those of the upright image",
             CMYK="converted to RGB",
             palette="converted to RGB",
@@ -168,7 +169,8 @@ class Fault:
         return KINDS[self.kind].action
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.place} is {self.value}: {self.remedy}"
+        where = f"{self.where}: " if self.where else ""  # of what is of the whole dataset
+        return f"{where}{self.place} is {self.value}: {self.remedy}"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 from tests.corpus.making import (
     Thing,
+    coco,
     mask_iou,
     put,
     read,
@@ -217,3 +220,45 @@ def test_names_of_no_split_and_of_one_twice(tmp_path):
     assert "panoptic_day.json: must be panoptic_train.json" in refusal(tmp_path)
     (tmp_path / "panoptic_day.json").rename(tmp_path / "panoptic_train2017.json")
     assert "is for train, as" in refusal(tmp_path)
+
+
+# labelbox 7.17.0, tests/integration/.../coco: instances.json, panoptic.json, images/ and masks/
+def plainly_named(folder: Path, masks: str = "masks", **more: Any) -> dict[str, list[Thing]]:
+    made, _ = panoptic(folder, **more)
+    (folder / "panoptic_train").rename(folder / masks)
+    (folder / "panoptic_train.json").rename(folder / "panoptic.json")
+    return made
+
+
+@pytest.mark.parametrize("masks", ["masks", "annotations/pngs", "panoptic"])
+def test_pngs_in_a_folder_of_another_name(tmp_path, masks):
+    (tmp_path / "annotations").mkdir()
+    made = plainly_named(tmp_path, masks)
+    put(tmp_path / "instances.json", coco(made))
+    found = read(tmp_path)
+    assert things_of(found.train) == sorted_things(made)
+    assert "read as COCO panoptic" in found.said
+
+
+def test_images_that_are_pngs_of_the_masks_names(tmp_path):
+    made = plainly_named(tmp_path)
+    document = json.loads((tmp_path / "panoptic.json").read_text())
+    for image in document["images"]:
+        path = tmp_path / "images" / image["file_name"]
+        image["file_name"] = f"{path.stem}.png"
+        put(path.with_suffix(".png"), Image.open(path))
+        path.unlink()
+    put(tmp_path / "panoptic.json", document)
+    wanted = {name.replace("jpg", "png"): things for name, things in made.items()}
+    assert things_of(read(tmp_path).train) == sorted_things(wanted)
+
+
+def test_without_its_pngs_the_objects_of_coco_are_read_and_that_is_said(tmp_path):
+    made = plainly_named(tmp_path)
+    put(tmp_path / "instances.json", coco(made))
+    shutil.rmtree(tmp_path / "masks")
+    found = read(tmp_path)
+    assert things_of(found.train) == sorted_things(made)
+    assert "not read beside COCO's objects: panoptic.json (COCO panoptic), whose PNGs" in found.said
+    (tmp_path / "instances.json").unlink()
+    assert "no such file" in refusal(tmp_path)

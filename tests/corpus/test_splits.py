@@ -6,6 +6,7 @@ import pytest
 
 from app.config.compose import load_config
 from app.datasets.build import load_splits, make_splits, settings_advice
+from app.datasets.checked_copy import build, check
 from tests.corpus.making import coco, put, read, refusal, scene, scenes, survey_of
 
 
@@ -135,3 +136,44 @@ def test_two_classes_that_the_model_reads_as_one_are_refused(command, tmp_path):
     assert done.code == 2
     assert "are one prompt to this model" in done.err
     assert not (tmp_path / "out").exists()
+
+
+# --- images that are in two splits, which a full decode finds
+
+
+def same_images(folder, *splits):
+    """Splits of one set of three images, and a training set of others."""
+    put(folder / "train/_annotations.coco.json", coco(scenes(folder, 4, "train", start=20)))
+    for split in splits:
+        put(folder / split / "_annotations.coco.json", coco(scenes(folder, 3, split)))
+
+
+# otx 2.6.0, tests/assets/car_tree_bug and common_semantic_segmentation_dataset
+def test_a_test_split_that_is_the_validation_split_is_left_away(tmp_path):
+    same_images(tmp_path / "set", "valid", "test")
+    found = check(tmp_path / "set", "auto")
+    assert {split: len(part.images) for split, part in found.survey.splits.items()} == {
+        "train": 4,
+        "valid": 3,
+    }
+    assert [fault.kind for fault in found.survey.faults] == ["same splits"]
+    found.survey.require_sound(0)
+    build(tmp_path / "set", tmp_path / "built", load_config())
+    assert sorted(p.name for p in (tmp_path / "built").iterdir() if p.is_dir()) == [
+        "train",
+        "valid",
+    ]
+
+
+def test_an_image_is_left_out_of_test_before_valid_and_of_train_before_both(tmp_path):
+    same_images(tmp_path, "valid", "test")
+    put(tmp_path / "test/img_1.png", scene(40)[0])  # an image of its own
+    put(tmp_path / "train/img_3.png", scene(1)[0])  # that of valid/img_1.png
+    found = check(tmp_path, "auto").survey
+    assert {split: len(part.images) for split, part in found.splits.items()} == {
+        "train": 3,
+        "valid": 3,
+        "test": 1,
+    }
+    places = sorted(fault.place for fault in found.faults if fault.kind == "in two splits")
+    assert places == ["test/img_0.png", "test/img_2.png", "train/img_3.png"]

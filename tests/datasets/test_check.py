@@ -48,7 +48,7 @@ def test_a_sound_document_has_no_problems(document):
 @pytest.mark.parametrize("root", [None, [], "text", 3, True, NAN])
 def test_a_root_that_is_no_object(root):
     (problem,) = check(root, "f.json")
-    assert problem.startswith("f.json: the file is")
+    assert problem.startswith("f.json: its top level is")
 
 
 def test_missing_lists_are_all_named():
@@ -510,6 +510,14 @@ def test_one_image_in_two_splits_is_told_by_its_pixels(complete, save, tmp_path)
     ((kind, action, place),) = faults_of(folder)
     assert (kind, action) == ("image twice", "warning")
     assert place == "train/b.png"
+
+
+def test_a_test_split_that_is_the_validation_split_is_left_away(complete, save, tmp_path):
+    for split in ("train", "valid", "test"):
+        save(complete, f"set/{split}")
+    for path in (tmp_path / "set/valid").glob("*.png"):
+        shutil.copyfile(path, tmp_path / "set/test" / path.name)
+    assert faults_of(tmp_path / "set") == [("same splits", "mended", "test")]
 
 
 def test_a_split_without_images_is_refused(complete, save, tmp_path):

@@ -15,15 +15,17 @@ from numpy.typing import NDArray
 from app.config.reading import ReadingConfig
 from app.datasets.check import is_id
 from app.datasets.coco import Image, Reading
+from app.datasets.formats.coco import is_coco
 from app.datasets.formats.draft import Draft
 from app.datasets.formats.mask_files import MAX_NUMBERS, MaskError, read_mask
 from app.datasets.formats.mask_layout import IMAGE_FOLDERS, SPLITS
 from app.datasets.formats.mask_meaning import values_of
 from app.datasets.formats.pieces import components, encode_numbers
-from app.datasets.formats.telling import few, mentions
+from app.datasets.formats.telling import FEW, entries, few, mentions
 from app.datasets.image_files import name_fault
-from app.datasets.names import Names, fold
+from app.datasets.names import Names, fold, walk_images
 from app.errors import UserError
+from app.files import read_json
 
 PREFIX = "panoptic"
 
@@ -60,10 +62,42 @@ def _jsons(folder: Path) -> list[Path]:
 
 
 def is_panoptic(folder: Path) -> bool:
-    """Return whether there is a JSON of segments, and none of objects that COCO's format reads."""
-    if any(folder.glob("annotations/instances_*.json")):
+    """Return whether there is a JSON of segments, and none of objects that is to be read instead.
+
+    annotations/instances_*.json is, and so is any COCO JSON where the PNGs are missing.
+    """
+    jsons = [*_jsons(folder), *_jsons(folder / "annotations")]
+    if not jsons or any(folder.glob("annotations/instances_*.json")):
         return False
-    return any(_jsons(folder)) or any(_jsons(folder / "annotations"))
+    return any(_has_pngs(path, folder) for path in jsons) or not is_coco(folder)
+
+
+def passed_over(folder: Path) -> list[str]:
+    """Return a note of the JSONs of segments in a folder that is read as COCO's objects."""
+    jsons = [*_jsons(folder), *_jsons(folder / "annotations")]
+    if not jsons:
+        return []
+    names = ", ".join(path.name for path in jsons)
+    lost = "" if any(_has_pngs(path, folder) for path in jsons) else ", whose PNGs are not there"
+    return [f"not read beside COCO's objects: {names} (COCO panoptic){lost}"]
+
+
+def _has_pngs(path: Path, folder: Path) -> bool:
+    """Return whether one of the first PNGs that a JSON names is there."""
+    if any(any(walk_images(own, (".png",))) for own in _own_folders(folder, path)):
+        return True  # its name tells, and so it need not be parsed
+    try:
+        document = read_json(path)
+    except UserError:
+        return True  # so that reading it says what is wrong with it
+    masks = Names(_mask_roots(folder.resolve(), path, document), folder.resolve())
+    return bool(masks.paths(_png_names(document)[:FEW]))
+
+
+def _png_names(document: object) -> list[str]:
+    listed = document.get("annotations") if isinstance(document, dict) else None
+    names = (entry.get("file_name") for entry in entries(listed))
+    return [str(name) for name in names if name_fault(name) is None]
 
 
 def read(path: Path, folder: Path, reading: ReadingConfig) -> Reading:
@@ -85,7 +119,7 @@ def read(path: Path, folder: Path, reading: ReadingConfig) -> Reading:
     names = _image_names(document.get("images"))
     roots = _image_roots(folder.resolve(), path)
     draft.names = Names(roots, draft.root, roots[0])
-    masks = Names(_mask_roots(draft.root, path), draft.root)
+    masks = Names(_mask_roots(draft.root, path, document), draft.root)
     for index, entry in enumerate(document["annotations"]):
         place = f"{draft.place(path)}: annotations[{index}]"
         if not isinstance(entry, dict) or not isinstance(entry.get("segments_info"), list):
@@ -139,11 +173,28 @@ def _image_roots(folder: Path, path: Path) -> list[Path]:
     return [root for root in roots if subset and root.is_dir()] or [folder]
 
 
-def _mask_roots(root: Path, path: Path) -> list[Path]:
-    """Return the folder of the JSON's name beside it, else the folders that may hold its PNGs."""
+def _mask_roots(root: Path, path: Path, document: object) -> list[Path]:
+    """Return the folder of the JSON's name beside it, else the one that holds its first PNG.
+
+    Images may be PNGs of the same names: their folders do not count.
+    """
+    if found := _own_folders(root, path):
+        return found
+    key = fold(Path(next(iter(_png_names(document)), "")).name)
+    images = {*IMAGE_FOLDERS, *(fold(image.name) for image in _image_roots(root, path))}
+    holding = {
+        file.parent.resolve()
+        for file in walk_images(root, (".png",))
+        if fold(file.name) == key
+        and not images.intersection(map(fold, file.relative_to(root).parts[:-1]))
+    }
+    return list(holding) if len(holding) == 1 else [path.parent.resolve()]
+
+
+def _own_folders(root: Path, path: Path) -> list[Path]:
+    """Return the folders that have the name of a JSON."""
     beside = [path.parent / path.stem, root / path.stem, root / "annotations" / path.stem]
-    found = [folder.resolve() for folder in beside if folder.is_dir()]
-    return found or [path.parent.resolve() / "panoptic", path.parent.resolve()]
+    return [folder.resolve() for folder in beside if folder.is_dir()]
 
 
 def _read_segments(
