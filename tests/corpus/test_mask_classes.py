@@ -59,6 +59,8 @@ def assert_classes(found, made) -> None:
         ),
         ("classes.csv", "id,name\n1,circle\n2,rectangle\n"),
         ("obj_class_to_machine_color.json", '{"circle": [1, 1, 1], "rectangle": [2, 2, 2]}'),
+        # Datumaro's common semantic segmentation (otx 2.6.0, tests/assets)
+        ("dataset_meta.json", '{"label_map": {"0": "Other", "1": "circle", "2": "rectangle"}}'),
     ],
 )  # fmt: skip
 def test_files_of_names(tmp_path, name, content):
@@ -285,3 +287,42 @@ def test_a_list_is_not_looked_for_outside(tmp_path):
     found = read(tmp_path / "set")
     assert found.train.class_names == ["object"]
     assert len(found.train.annotations) == sum(map(len, made.values()))
+
+
+# otx 2.6.0, tests/assets/common_semantic_segmentation_dataset: a list in each split's folder
+def test_lists_of_the_splits_and_one_class(tmp_path):
+    made = {}
+    for split, start in (("train", 0), ("val", 50)):
+        one = lambda things: drawn(things, dict.fromkeys(COLORS, 1))  # noqa: E731
+        made[split] = masked(tmp_path / split, one, start=start)
+        put(tmp_path / split / "dataset_meta.json", {"label_map": {"0": "Background", "1": "Box"}})
+    found = read(tmp_path)
+    for split, its in (("train", "train"), ("valid", "val")):
+        wanted = {name: [("Box", *t[1:]) for t in things] for name, things in made[its].items()}
+        assert things_of(found.splits[split]) == sorted_things(wanted)
+
+
+def test_colours_of_datumaro(tmp_path):
+    made = masked(tmp_path, painted)
+    put(
+        tmp_path / "dataset_meta.json",
+        {
+            "label_map": {"0": "background", "1": "circle", "2": "rectangle"},
+            "segmentation_colors": [[0, 0, 0], [200, 10, 30], [0, 128, 0]],
+        },
+    )
+    assert_classes(read(tmp_path), made)
+
+
+# quantori/prj-covid-scoring, dataset/obj_class_to_machine_color.json: "Other" is a class of it
+@pytest.mark.parametrize("name", ["Other", "unknown", "none"])
+def test_what_is_called_other_is_a_class_unless_it_is_number_0(tmp_path, name):
+    made = masked(tmp_path)
+    put(tmp_path / "classes.json", {"circle": 1, name: 2})
+    wanted = {
+        image: [(name if t[0] == "rectangle" else t[0], *t[1:]) for t in things]
+        for image, things in made.items()
+    }
+    assert things_of(read(tmp_path).train) == sorted_things(wanted)
+    put(tmp_path / "classes.json", {name: 0, "circle": 1, "rectangle": 2})
+    assert things_of(read(tmp_path).train) == sorted_things(made)

@@ -1,7 +1,8 @@
 """The file that says what the numbers or colours of masks mean.
 
 `classes.txt` (a name a line, or a number and a name), `labelmap.txt` of CVAT, `class_dict.csv`
-(name,r,g,b), `label_colors.txt` of CamVid, `obj.names`, `classes.json` and others alike.
+(name,r,g,b), `label_colors.txt` of CamVid, `obj.names`, `classes.json`, `dataset_meta.json` of
+Datumaro and others alike.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ FILES = (
     *("labelmap.txt", "class_dict.csv", "class_dict_seg.csv", "label_colors.txt", "classes.csv"),
     *("palette.csv", "classes.txt", "class_names.txt", "labels.txt", "obj.names", "codes.txt"),
     *("classes.names", "classes.json", "labels.json", "palette.json", "label_map.json"),
-    "obj_class_to_machine_color.json",
+    *("obj_class_to_machine_color.json", "dataset_meta.json"),
 )
 MAX_BYTES = 2**20
 MAX_CLASSES = 10_000
 MAX_NAME = 200  # characters; a prompt is a noun phrase
 # what a list of classes calls the pixels of no object
 BACKGROUND = {
-    *("", "background", "bg", "unlabeled", "unlabelled", "void", "ignore", "none", "other"),
-    *("unknown", "unclassified", "ignored", "no class"),
+    *("", "background", "bg", "unlabeled", "unlabelled", "void", "ignore", "ignored"),
+    *("unclassified", "no class"),
 }
+REST = {"none", "other", "unknown"}  # no object as number 0, else a class: Supervisely's "Other"
 COLOR = re.compile(r"\s*(\d{1,3})\s*,?\s+(\d{1,3})\s*,?\s+(\d{1,3})\s+(\S.*?)\s*")
 NUMBERED = re.compile(r"\s*(\d{1,9})\s*[:=,;\t ]\s*(\S.*?)\s*")
 NAME_KEYS = ("name", "class", "class_name", "label", "title")
@@ -127,6 +129,7 @@ def read_legend(path: Path) -> Legend:
             lines = [line for line in text.splitlines() if line.strip()]
             _from_csv(lines, legend) if path.suffix == ".csv" else _from_lines(lines, legend)
         _check(legend)
+        _name_rest(legend)
     except (OSError, UnicodeDecodeError, csv.Error, ValueError) as fault:
         raise UserError(f"{path}: {fault}; mend it, or remove it") from None
     return legend
@@ -144,6 +147,17 @@ def _check(legend: Legend) -> None:
     doubled = {name for name in legend.names if legend.names.count(name) > 1}
     if doubled and not legend.colors:
         raise ValueError(f"names '{min(doubled)}' twice")
+
+
+def _name_rest(legend: Legend) -> None:
+    """Call what number 0 names, or the first name, background where it is the rest."""
+    if legend.numbers or legend.colors:
+        if fold_name(legend.numbers.get(0, "")) in REST:
+            legend.numbers[0] = "background"
+        if fold_name(legend.colors.get(0, "")) in REST:
+            legend.colors[0] = "background"
+    elif fold_name(legend.names[0]) in REST:
+        legend.names[0] = "background"
 
 
 def _from_lines(lines: list[str], legend: Legend) -> None:
@@ -201,7 +215,12 @@ def _columns(heading: list[str], keys: tuple[str, str, str]) -> tuple[int, ...] 
 
 def _from_json(document: Any, legend: Legend) -> None:
     """Read a list of names, or of objects; or names by number or colour, or the other way round."""
-    if isinstance(document, dict):
+    if isinstance(document, dict) and isinstance(document.get("label_map"), dict):
+        colors = document.get("segmentation_colors")  # of Datumaro: in the order of the numbers
+        document = document["label_map"]
+        if isinstance(colors, list) and len(colors) == len(document):
+            legend.colors.update(zip(map(_color, colors), map(str, document.values()), strict=True))
+    elif isinstance(document, dict):
         for key in ("classes", "names", "labels", "categories"):
             if isinstance(document.get(key), list | dict):
                 document = document[key]

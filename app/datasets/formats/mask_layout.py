@@ -16,6 +16,7 @@ MASK_FOLDERS = (
     *("masks", "mask", "labels", "label", "annotations", "annotation", "annots", "annot"),
     *("gt", "gts", "groundtruth", "ground_truth", "segmentations", "segmentation"),
 )
+DEFECT_FREE = "train/good"  # of MVTec AD: ground_truth/crack/, test/crack/, test/good/
 SPLITS = {
     **{"train": "train", "training": "train", "test": "test", "testing": "test"},
     **{"val": "valid", "valid": "valid", "validation": "valid"},
@@ -37,10 +38,16 @@ IMAGE_ENDING = re.compile(r"\.(?:jpe?g|png|bmp|tiff?|webp|gif)$")
 
 @dataclass(frozen=True)
 class Part:
-    """The folders of a split's images and masks; one folder where they lie side by side."""
+    """The folders of a split's images and masks; one folder where they lie side by side.
+
+    Attributes:
+        defects: whether they are those of MVTec AD, where images and masks alike lie in folders of
+            their class, and images without a defect in good/.
+    """
 
     images: Path
     masks: Path
+    defects: bool = False
 
     @property
     def beside(self) -> bool:
@@ -70,6 +77,8 @@ def find_parts(folder: Path) -> dict[str, Part]:
     """
     if pair := _pair(folder):
         return _split_pair(pair)
+    if (folder / DEFECT_FREE).is_dir() and has_masks(folder / "ground_truth"):
+        return {"train": Part(folder, folder / "ground_truth", defects=True)}
     parts: dict[str, Part] = {}
     images, masks = dict[str, Path](), dict[str, Path]()
     for path in _folders(folder):
@@ -198,6 +207,8 @@ def _image_of(mask: Path, part: Part, by_key: dict[str, list[Path]]) -> Path | N
     for key in [*_mask_keys(mask), *map(fold, within.parts[::-1])]:
         if found := by_key.get(key):
             same = [image for image in found if image.relative_to(part.images).parent == within]
+            if part.defects:
+                same = [image for image in found if image.parent == part.images / "test" / within]
             found = same or found
             # several of one folder are reported as alike; of several folders none can be meant
             return found[0] if len({image.parent for image in found}) == 1 else None
@@ -212,6 +223,8 @@ def class_of(mask: Path, part: Part, image: Path) -> str | None:
     """
     if part.beside:
         return None
+    if part.defects:
+        return mask.parent.name
     no_classes = {*SPLITS, *MASK_FOLDERS, *_image_keys(image)}
     no_classes.update(fold(name) for name in image.relative_to(part.images).parent.parts)
     for name in reversed(mask.relative_to(part.masks).parent.parts):

@@ -17,6 +17,10 @@ from app.datasets.formats.mask_files import read_numbers as read_numbers  # voc.
 from app.datasets.formats.mask_layout import Pairs, Part, class_of, find_parts, pair_up
 from app.datasets.formats.mask_meaning import Evidence, Meaning, decide
 
+DEFECTS = (
+    "MVTec AD's layout: images in train/ show no defect, so they and those of test/ are one set, "
+    "to be split anew"
+)
 LOSSY = "a JPEG of two values: cut at half; PNG keeps masks as they were drawn"
 
 
@@ -114,7 +118,8 @@ def read(split: MaskSplit, root: Path) -> Reading:
         draft.findings.add("listed twice", draft.place(path), path.name, remedy)
     for path, masks in split.pairs.masks.items():
         image = draft.add_image(path, draft.place(path))
-        if image is not None and not masks:
+        sound = split.part.defects and path.parent.name == "good"
+        if image is not None and not masks and not sound:
             remedy = "has no mask: it is taken to show no object"
             draft.findings.add("unlabelled", draft.place(path), path.name, remedy)
         for mask in masks if image is not None else []:
@@ -133,7 +138,8 @@ def read(split: MaskSplit, root: Path) -> Reading:
             f"class, into {draft.root / 'classes.txt'}"
         )
         draft.findings.add("numbers", "masks", f"{len(found)} classes", remedy)
-    return replace(reading, faults=tuple(draft.findings.faults), notes=split.meaning.notes)
+    notes = (*([DEFECTS] if split.part.defects else []), *split.meaning.notes)
+    return replace(reading, faults=tuple(draft.findings.faults), notes=notes)
 
 
 def _read_mask(draft: Draft, image: Image, path: Path, name: str, meaning: Meaning) -> None:
