@@ -189,6 +189,49 @@ def test_tasks_without_annotations_are_not_taken_for_empty_images(tmp_path):
     assert "2 tasks have no annotation" in found.said
 
 
+# The template for OCR, and choices of a region: HumanSignal/label-studio-converter,
+# tests/data/test_export_yolo/data.json
+def test_what_is_said_of_a_region_is_no_region_of_its_own(tmp_path):
+    made = scenes(tmp_path)
+    listed = tasks(made)
+    for entry in listed:
+        results = entry["annotations"][0]["result"]
+        for number, region in enumerate(list(results)):
+            place = {k: v for k, v in region["value"].items() if not k.endswith("labels")}
+            own = {**region, "id": f"region {number}"}
+            region["id"] = own["id"]
+            results.insert(0, {**own, "type": "rectangle", "value": place})
+            results.append({**own, "type": "textarea", "value": {**place, "text": ["ABC 1"]}})
+            results.append({**own, "type": "choices", "value": {**place, "choices": ["unsure"]}})
+    put(tmp_path / "export.json", listed)
+    found = read(tmp_path)
+    assert things_of(found.train) == sorted_things(made)
+    assert found.kinds == {"tag": 1}
+    assert "24 results" in found.said
+
+
+def test_the_choice_of_a_region_without_labels_is_its_class(tmp_path):
+    made = scenes(tmp_path)
+    listed = tasks(made)
+    for entry in listed:
+        results = entry["annotations"][0]["result"]
+        for number, region in enumerate(list(results)):
+            (name,) = region["value"].pop("rectanglelabels")
+            region.update(id=f"region {number}", type="rectangle")
+            value = {**region["value"], "choices": [name]}
+            results.append({**region, "type": "choices", "value": value})
+    put(tmp_path / "export.json", listed)
+    found = read(tmp_path)
+    assert things_of(found.train) == sorted_things(made)
+    assert not found.kinds
+    for entry in listed:  # of several choices none is the class
+        for result in entry["annotations"][0]["result"]:
+            if "choices" in result["value"]:
+                result["value"]["choices"].append("unsure")
+    put(tmp_path / "export.json", listed)
+    assert "must be the class's name" in refusal(tmp_path)
+
+
 def test_choices_are_passed_over_and_keypoints_left_out(tmp_path):
     made = scenes(tmp_path)
     document = tasks(made)

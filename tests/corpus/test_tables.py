@@ -1,4 +1,4 @@
-"""TensorFlow's CSV and CreateML's JSON, as Roboflow exports both and IBM's and Apple's tools do."""
+"""CSV of boxes and CreateML's JSON, as Roboflow exports both and IBM's and Apple's tools do."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_table(tmp_path, sub):
     put(tmp_path / "labels.csv", rows(made))
     found = read(tmp_path)
     assert things_of(found.train) == sorted_things(made)
-    assert "read as TensorFlow's CSV" in found.said
+    assert "read as CSV of boxes" in found.said
     assert not found.kinds
 
 
@@ -80,6 +80,71 @@ def test_bad_rows_are_named(tmp_path):
     assert "line 8" not in said
     put(tmp_path / "labels.csv", rows(made) + "x" * 200_000 + "\n")
     assert "must be CSV" in refusal(tmp_path)
+
+
+# VoTT's CSV (panlabel 0.7.0, sample_valid.vott.csv), DeepForest's (deepforest 2.1.0, OSBS_029.csv)
+@pytest.mark.parametrize(
+    "heading",
+    [
+        '"image","xmin","ymin","xmax","ymax","label"',
+        "image_path,xmin,ymin,xmax,ymax,label",
+        "label,filename,xmin,ymin,xmax,ymax,class",  # the label is another column then
+    ],
+)
+def test_columns_of_other_names(tmp_path, heading):
+    made = scenes(tmp_path)
+    lines = [
+        f"x,{name},{x},{y},{x + side},{y + side},{kind}"
+        for name, things in made.items()
+        for kind, x, y, side in things
+    ]
+    cut = 0 if heading.startswith("label") else 2
+    put(tmp_path / "labels.csv", "\n".join([heading, *(line[cut:] for line in lines)]))
+    assert things_of(read(tmp_path).train) == sorted_things(made)
+
+
+# Roboflow's "RetinaNet Keras CSV": c-palma0/facemask-data, train/_annotations.csv
+def test_retinanets_tables_without_a_heading(tmp_path):
+    made = {}
+    for split, start in (("train", 0), ("valid", 20)):
+        made[split] = scenes(tmp_path, 4, split, start=start)
+        made[split]["img_0.png"] = []
+        lines = [
+            f"{name},{x},{y},{x + side},{y + side},{kind}"
+            for name, things in made[split].items()
+            for kind, x, y, side in things
+        ]
+        # as keras-retinanet has images without objects
+        put(tmp_path / split / "_annotations.csv", "\n".join([*lines, "img_0.png,,,,,"]))
+    found = read(tmp_path)
+    for split in ("train", "valid"):
+        assert things_of(found.splits[split]) == sorted_things(made[split])
+    assert "read as CSV of boxes" in found.said
+
+
+# panlabel 0.7.0, sample_valid.tfod.csv: corners as TensorFlow's records have them
+def test_corners_that_are_shares(tmp_path):
+    made = scenes(tmp_path)
+    lines = [
+        f"{name},{WIDTH},{HEIGHT},{kind},{x / WIDTH},{y / HEIGHT},"
+        f"{(x + s) / WIDTH},{(y + s) / HEIGHT}"
+        for name, things in made.items()
+        for kind, x, y, s in things
+    ]
+    put(tmp_path / "labels.csv", HEADER + "\n".join(lines))
+    found = read(tmp_path)
+    assert things_of(found.train) == sorted_things(made)
+    assert "boxes are shares of their images" in found.said
+
+
+def test_shares_in_a_format_of_pixels_are_left_out_and_not_taken_for_specks(tmp_path):
+    document = createml(scenes(tmp_path, sub="."))
+    for entry in document:
+        for box in entry["annotations"]:
+            box["coordinates"] = {"x": 0.5, "y": 0.5, "width": 0.25, "height": 0.2}
+    put(tmp_path / "a.json", document)
+    said = refusal(tmp_path, max_drop=0.5)
+    assert "all 12 boxes lie within the first pixel, as shares of an image do" in said
 
 
 @pytest.mark.parametrize("key", ["image", "imagefilename"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 
@@ -56,16 +57,36 @@ SITUATIONS = {
         "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax\n",
     ),
     "a table of classes (classification)": ("_classes.csv", "filename, cat, dog\na.png, 0, 1\n"),
-    "CSV of boxes without a header, as RetinaNet's": (
-        "annotations.csv",
-        "images/img_0.png,1,2,30,40,car\n",
+    "Google AutoML's CSV": ("labels.csv", "TRAIN,gs://b/img_0.png,car,0.1,0.2,,,0.5,0.8,,\n"),
+    "CSV of boxes in one column, as Kaggle's wheat heads": (
+        "train.csv",
+        'image_id,width,height,bbox,source\nimg_0,160,120,"[4.0, 2.0, 5.5, 6.0]",usask_1\n',
     ),
+    # the shapes of these are those of the fixtures of panlabel 0.7.0
+    "VoTT's JSON": (
+        "shapes-export.json",
+        {"assets": {"a": {"regions": [{"boundingBox": {"left": 1}, "tags": ["car"]}]}}},
+    ),
+    "IBM Cloud Annotations' JSON": (
+        "_annotations.json",
+        {"version": "1.0", "type": "localization", "labels": ["car"], "annotations": {}},
+    ),
+    "Unity Perception's JSON": (
+        "sequence.0/step0.frame_data.json",
+        {"frame": 2, "captures": [{"@type": "type.unity.com/unity.solo.RGBCamera"}]},
+    ),
+    "Scale AI's JSON": ("tasks.json", [{"task_id": "x", "response": {"annotations": []}}]),
+    "Dataloop's JSON": ("json/img_0.json", {"filename": "/img_0.png", "itemMetadata": {}}),
+    "OpenLABEL's JSON": ("labels.json", {"openlabel": {"metadata": {}, "objects": {}}}),
     "DOTA's text files": ("labelTxt/img_0.txt", "1.0 2.0 9.0 2.0 9.0 9.0 1.0 9.0 plane 0\n"),
     "WIDER FACE's list": (
         "wider_face_train_bbx_gt.txt",
         "0--Parade/0_Parade.jpg\n1\n449 330 122 149 0 0 0 0 0 0 \n",
     ),
-    "MOT's tracks": ("MOT17-02/gt/gt.txt", "1,1,912,484,97,109,0,7,1\n1,2,9,4,97,109,0,7,1\n"),
+    "MOT's tracks": (
+        "MOT17-02/gt/gt.txt",
+        "# by CVAT\n1,1,912,484,97,109,0,7,1\n1,2,9,4,97,109,0,7,1\n",
+    ),
     "YOLO's text files without the names of their classes": (
         "labels/img_0.txt",
         "0 0.5 0.5 0.25 0.25\n",
@@ -103,10 +124,33 @@ def test_images_alone_are_no_classes(tmp_path):
 
 def test_a_json_of_no_known_kind(tmp_path):
     scenes(tmp_path, 2)
-    put(tmp_path / "labels.json", {"a": 1})
-    assert "must be a list, as COCO has it" in refusal(tmp_path)
     put(tmp_path / "labels.json", '{"images": [')
     assert "broken JSON" in refusal(tmp_path)
+    put(tmp_path / "labels.json", {"images": [], "annotations": []})
+    assert "'categories' is missing: must be a list, as COCO has it" in refusal(tmp_path)
+
+
+# imgaug 0.4.0, imgaug/quokka_annotations.json: a JSON of its own
+@pytest.mark.parametrize(
+    ("document", "shown"),
+    [
+        ({"bounding_boxes": [{"x1": 148.0}], "keypoints": []}, "['bounding_boxes', 'keypoints']"),
+        ({}, "[]"),
+        ({f"key {n}\u001b[31m\n": n for n in range(500)}, "['key 0\\x1b[31m\\n', 'key 1"),
+        ([[1, 2]], "[[1, 2]]"),
+        ("null", "missing"),
+        (3, "3"),
+    ],
+)
+def test_a_json_of_nobody(tmp_path, document, shown):
+    scenes(tmp_path, 2)
+    put(tmp_path / "labels.json", json.dumps(document) if document == 3 else document)
+    said = refusal(tmp_path)
+    assert said.startswith(f"{tmp_path / 'labels.json'}: its top level is {shown}")
+    assert "no labels' file that is known" in said
+    assert "LabelMe" in said
+    assert "must be a list" not in said
+    assert len(said) < 1000
 
 
 @pytest.mark.parametrize(

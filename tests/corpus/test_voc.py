@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.corpus.making import (
     HEIGHT,
@@ -210,3 +211,52 @@ def test_bad_xmls_are_all_named(tmp_path):
         *("img_3.xml: object[0]", "ghost.xml: filename is 'ghost.png': no such file", "empty.xml"),
     ):
         assert part in said
+
+
+# QuantuM410/cctv-count-object-detection, Annotations/000001.xml: as CVAT writes them
+@pytest.mark.parametrize("fraction", [0.25, 0.0])
+def test_xmls_that_count_from_0(tmp_path, fraction):
+    made = scenes(tmp_path)
+    for name, things in made.items():
+        first = f"<xmin>{fraction or 0}</xmin><ymin>3</ymin><xmax>20</xmax><ymax>33</ymax>"
+        objects = f"<object><name>bus</name><bndbox>{first}</bndbox></object>"
+        for kind, x, y, side in things:
+            sides = (
+                f"<xmin>{x}</xmin><ymin>{y}</ymin><xmax>{x + side}</xmax><ymax>{y + side}</ymax>"
+            )
+            objects += f"<object><name>{kind}</name><bndbox>{sides}</bndbox></object>"
+        put(
+            tmp_path / "Annotations" / f"{stem(name)}.xml",
+            voc(name, []).replace("</size>", f"</size>{objects}"),
+        )
+    found = read(tmp_path).train
+    for image in found.images:
+        bus, *others = found.annotations_by_image[image.id]
+        assert bus.bbox_xywh == (fraction, 3, 20 - fraction, 30)
+        boxes = sorted(annotation.bbox_xywh for annotation in others)
+        assert boxes == sorted((x, y, s, s) for _, x, y, s in made[image.path.name])
+
+
+# LabelMe's web tool: openvinotoolkit/datumaro, tests/assets/labelme_dataset
+def test_masks_and_sizes_of_labelmes_xmls(tmp_path):
+    made = scenes(tmp_path, sub="Images/day")
+    for name, things in made.items():
+        objects = ""
+        for index, (kind, x, y, side) in enumerate(things):
+            file = f"{stem(name)}_mask_{index}.png"
+            mask = Image.new("L", (WIDTH, HEIGHT))
+            mask.paste(255, (x, y, x + side, y + side))
+            put(tmp_path / "Masks/day" / file, mask)
+            drawn = f"<deleted>0</deleted><segm><box/><mask>{file}</mask></segm>"
+            objects += f"<object><name>\n{kind}\n</name>{drawn}</object>"
+        objects += "<object><name>gone</name><deleted>\n1\n</deleted></object>"
+        sizes = f"<imagesize><nrows>{HEIGHT}</nrows><ncols>{WIDTH}</ncols></imagesize>"
+        text = f"<annotation><filename>\n{name}\n</filename>{objects}{sizes}</annotation>"
+        put(tmp_path / "Annotations/day" / f"{stem(name)}.xml", text)
+    found = read(tmp_path)
+    assert things_of(found.train) == sorted_things(made)
+    assert mask_iou(found.train, made) == 1
+    (tmp_path / "Masks/day/img_0_mask_1.png").unlink()
+    assert "no such mask in the dataset" in refusal(tmp_path)
+    put(tmp_path / "Annotations/day/img_1.xml", text.replace(f"<nrows>{HEIGHT}", "<nrows>999"))
+    assert "must be the image's 160 x 120 pixels" in refusal(tmp_path)

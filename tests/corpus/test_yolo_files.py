@@ -86,3 +86,19 @@ def test_names_are_missing_or_doubled(tmp_path):
     assert "is another class's name too" in refusal(tmp_path)
     put(tmp_path / "classes.txt", "\n\n")
     assert "must list the classes' names" in refusal(tmp_path)
+
+
+# openvinotoolkit/datumaro, tests/assets/yolo_dataset: yolov8_with_list_of_imgs, _with_subset_txt
+@pytest.mark.parametrize("kind", ["images", "list"])
+def test_images_that_data_yaml_lists(tmp_path, kind):
+    made = scenes(tmp_path, 4, "images/train")
+    for image, things in made.items():
+        put(tmp_path / "labels/train" / image.replace("png", "txt"), yolo(things))
+    listed = [f"images/train/{name}" for name in list(made)[:3]]
+    train = "train.txt"
+    if kind == "images":
+        train = "".join(f"\n  - {name}" for name in listed)
+    put(tmp_path / "train.txt", "".join(f"data/{name}\n" for name in listed))
+    put(tmp_path / "data.yaml", f"path: .\ntrain: {train}\nnames: [circle, rectangle]\n")
+    found = read(tmp_path)
+    assert things_of(found.train) == sorted_things({n: made[n] for n in list(made)[:3]})

@@ -272,8 +272,8 @@ FORMATS = (
     ),
     _by_splits(
         "csv",
-        "TensorFlow's CSV",
-        f"a table of {', '.join(tables.COLUMNS)}",
+        "CSV of boxes",
+        f"a table of {', '.join(tables.COLUMNS)}, as TensorFlow's, or RetinaNet's",
         tables.is_table,
         tables.splits,
     ),

@@ -119,6 +119,8 @@ def _paint(
     crowds: set[int] = set()
     for index, entry in enumerate(objects, start=1):
         place = f"{draft.place(path)}: objects[{index - 1}]"
+        if isinstance(entry, dict) and entry.get("deleted"):
+            continue  # as cityscapesscripts passes it over (json2instanceImg.py)
         try:
             label = entry["label"] if isinstance(entry, dict) else None
             points = entry["polygon"] if isinstance(entry, dict) else None

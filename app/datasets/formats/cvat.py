@@ -14,7 +14,14 @@ from app.datasets.coco import Image, Reading
 from app.datasets.folders import split_on_way, splits_of, subset_folders
 from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.embedded import runs_mask
-from app.datasets.formats.outlines import Rle, ellipse_mask, placed_mask, polygon_mask, turned_box
+from app.datasets.formats.outlines import (
+    Rle,
+    closes,
+    ellipse_mask,
+    placed_mask,
+    polygon_mask,
+    turned_box,
+)
 from app.datasets.formats.parts import Box, Part, add_objects
 from app.datasets.formats.telling import few, root_element
 from app.datasets.formats.voc import parse_xml
@@ -110,9 +117,11 @@ def _shape(shape: Entry, image: Image) -> Box | Rle:
         box, (turn,) = [left, top, right - left, bottom - top], _numbers(shape, "rotation")
         center = ((left + right) / 2, (top + bottom) / 2)
         return turned_box(box, turn, center, *size) if turn else box
-    if shape.tag == "polygon":
+    if shape.tag in ("polygon", "polyline"):
         points = [pair.split(",") for pair in (shape.get("points") or "").split(";")]
-        return polygon_mask([_number(side) for pair in points for side in pair], *size)
+        flat = [_number(side) for pair in points for side in pair]
+        if shape.tag == "polygon" or closes(flat):
+            return polygon_mask(flat, *size)
     if shape.tag == "ellipse":
         x, y, rx, ry, turn = _numbers(shape, "cx", "cy", "rx", "ry", "rotation")
         return ellipse_mask((x, y), (rx, ry), *size, angle=float(np.radians(turn)))

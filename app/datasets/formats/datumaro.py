@@ -11,7 +11,7 @@ from app.config.reading import ReadingConfig
 from app.datasets.coco import Image, Reading, compress
 from app.datasets.folders import splits_of, subset_folders
 from app.datasets.formats.draft import Draft, Read
-from app.datasets.formats.outlines import Rle, ellipse_mask, polygon_mask
+from app.datasets.formats.outlines import Rle, closes, ellipse_mask, polygon_mask
 from app.datasets.formats.parts import Box, Part, add_objects
 from app.datasets.formats.telling import entries, holding
 from app.datasets.geometry import is_int, is_number, rle_fault
@@ -142,7 +142,7 @@ def _shape(shape: dict[str, Any], image: Image) -> Box | Rle:
         if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
             raise ValueError("must have four finite numbers [x, y, width, height]")
         return box
-    if kind == "polygon":
+    if kind == "polygon" or (kind == "polyline" and closes(shape.get("points"))):
         return polygon_mask(shape.get("points"), *size)
     if kind == "mask":
         rle = shape.get("rle")

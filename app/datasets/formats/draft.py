@@ -220,8 +220,21 @@ class Draft:
         annotation = Annotation(id, image.id, 0, bbox_xywh, mask, area, iscrowd)
         self._objects.append((name.strip(), annotation))
 
+    def _drop_specks(self) -> None:
+        """Leave out boxes that all lie in the first pixel: they are shares of the image."""
+        boxes = [(*one.bbox_xywh, one.segmentation) for _, one in self._objects]
+        if boxes and all(mask is None and max(x + w, y + h) <= 1 for x, y, w, h, mask in boxes):
+            remedy = (
+                f"all {len(boxes)} boxes lie within the first pixel, as shares of an image do: "
+                "export them in pixels"
+            )
+            self.findings.add("box convention", "the boxes", list(boxes[0][:4]), remedy)
+            self._dropped_objects += len(boxes)
+            self._objects = []
+
     def finish(self) -> Reading:
         """Return all that was read, and all that was reported."""
+        self._drop_specks()
         names = self._class_names or sorted({name for name, _ in self._objects})
         ids = {name: id for id, name in enumerate(names, start=1)}
         annotations = tuple(

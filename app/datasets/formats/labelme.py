@@ -13,7 +13,7 @@ from app.datasets.coco import Image, Reading
 from app.datasets.folders import by_way, image_folders
 from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.embedded import png_mask
-from app.datasets.formats.outlines import Rle, ellipse_mask, placed_mask, polygon_mask
+from app.datasets.formats.outlines import Rle, closes, ellipse_mask, placed_mask, polygon_mask
 from app.datasets.formats.parts import Box, Part, add_objects
 from app.datasets.formats.telling import files, holding, leads_out, mentions
 from app.datasets.names import Names
@@ -126,8 +126,10 @@ def _part(shape: object, index: int, place: str, image: Image) -> Part:
 def _shape(entry: dict[str, Any], image: Image) -> Box | Rle:
     kind, size = entry.get("shape_type") or "polygon", (image.width, image.height)
     points = _points(entry.get("points"))
-    if kind in ("polygon", "rotation"):  # as X-AnyLabeling calls the corners of a turned box
-        return polygon_mask([side for point in points for side in point], *size)
+    flat = [side for point in points for side in point]
+    # rotation: as X-AnyLabeling calls the corners of a turned box
+    if kind in ("polygon", "rotation") or (kind == "linestrip" and closes(flat)):
+        return polygon_mask(flat, *size)
     if kind == "rectangle":
         (left, top), (right, bottom) = _rectangle(points)
         return [left, top, right - left, bottom - top]

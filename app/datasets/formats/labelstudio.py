@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from app.files import read_json
 
 PATTERNS = ("*.json", "*/*.json")
 UPLOAD = re.compile(r"(.*[/\\])?[0-9a-f]{8}-(?=[^/\\]+$)")  # that Label Studio puts before a name
+TEXTS = ("text", "rating", "number", "taxonomy", "datetime")  # of a region, beside its labels
 UNDERSTOOD = "rectangles, polygons, ellipses and brush strokes"
 
 
@@ -140,17 +141,52 @@ def _read_task(draft: Draft, place: str, task: dict[str, Any], notes: _Notes) ->
         remedy = f"are annotations of one image: the last, updated {last.get('updated_at')}, counts"
         draft.findings.add("several labels", place, len(found), remedy)
     parts = []
-    for index, result in enumerate(results):
-        spot, value = f"{place}: result[{index}]", result.get("value")
-        if not isinstance(value, dict) or not _is_shape(value):
-            notes.tags += 1
-            continue
+    regions, tags = _regions(results)
+    notes.tags += tags
+    for index, labels in regions:
+        spot, result = f"{place}: result[{index}]", results[index]
+        value = result["value"]
         sides = (result.get("original_width"), result.get("original_height"))
         draft.check_size(image, sides, spot)
-        for label in _labels(value):
+        for label in labels:
             make = partial(_shape, value, result.get("image_rotation"), image)
             parts.append(Part(label, None, spot, value, make))
     add_objects(draft, image, parts)
+
+
+def _regions(results: Sequence[dict[str, Any]]) -> tuple[list[tuple[int, list[object]]], int]:
+    """Return the results that are regions, each with its labels, and how many mark no place.
+
+    A region that has a choice or a text of its own, as of what is written there, is a result for
+    each, with its id and place in all of them. Its labels count; where there are none, the choice.
+    """
+    shapes: dict[str, list[int]] = {}
+    for index, result in enumerate(results):
+        value = result.get("value")
+        if isinstance(value, dict) and _is_shape(value):
+            place = {key: value[key] for key in value if not _is_said(key)}
+            shapes.setdefault(repr((result.get("id"), place)), []).append(index)
+    regions: list[tuple[int, list[object]]] = []
+    tags = len(results) - sum(map(len, shapes.values()))
+    for same in shapes.values():
+        said = {index: _labels(results[index]["value"]) for index in same}
+        labelled = [index for index in same if said[index]]
+        chosen = [c for i in same for c in _list(results[i]["value"].get("choices"))]
+        regions += [(index, said[index]) for index in labelled]
+        if not labelled:
+            regions.append((same[0], chosen if len(chosen) == 1 else [None]))
+        kinds = ("choices", *TEXTS) if labelled or len(chosen) != 1 else TEXTS
+        tags += sum(any(key in results[index]["value"] for key in kinds) for index in same)
+    return sorted(regions, key=lambda region: region[0]), tags
+
+
+def _is_said(key: str) -> bool:
+    """Return whether a key of a region's value says what is there, and not where."""
+    return key.endswith("labels") or key in ("choices", *TEXTS)
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
 
 
 def _image_name(data: dict[str, Any], results: list[dict[str, Any]]) -> object:
@@ -179,11 +215,11 @@ def _is_shape(value: dict[str, Any]) -> bool:
     return any(key in value for key in places)
 
 
-def _labels(value: dict[str, Any]) -> Iterator[object]:
-    """Yield the labels of a region: `rectanglelabels`, `brushlabels` or plain `labels`."""
+def _labels(value: dict[str, Any]) -> list[object]:
+    """Return the labels of a region: `rectanglelabels`, `brushlabels` or plain `labels`."""
     found = [labels for key, labels in value.items() if key.endswith("labels") and labels]
-    labels = found[0] if found else None
-    yield from labels if isinstance(labels, list) else [labels]
+    labels = found[0] if found else []
+    return labels if isinstance(labels, list) else [labels]
 
 
 def _shape(value: dict[str, Any], image_turn: object, image: Image) -> Box | Rle:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from app.datasets.geometry import polygon_fault
+from app.datasets.geometry import is_number, polygon_fault
 
 Rle = dict[str, Any]
 
@@ -31,6 +31,20 @@ def polygon_mask(polygon: object, width: int, height: int) -> Rle:
     if len(points) < 3:
         raise ValueError(f"lies outside its image of {width} x {height} pixels; redraw it")
     return _covering(coco_mask.frPyObjects([points.ravel().tolist()], height, width)[0])
+
+
+def closes(line: object) -> bool:
+    """Return whether the ends of a flat line [x1, y1, x2, …] meet: it was drawn as an outline.
+
+    A hand that clicks near its first point leaves a gap, of 2 % of the line's length at most.
+    """
+    if not isinstance(line, list) or len(line) < 8 or len(line) % 2:
+        return False
+    if not all(map(is_number, line)):
+        return False
+    points = np.asarray(line, dtype=np.float64).reshape(-1, 2)
+    length = np.linalg.norm(np.diff(points, axis=0), axis=1).sum()
+    return bool(np.linalg.norm(points[0] - points[-1]) <= length / 50)
 
 
 def ellipse_mask(

@@ -12,7 +12,7 @@ from app.datasets.coco import Image, Reading
 from app.datasets.folders import WORDS, split_of, split_on_way, splits_of
 from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.embedded import png_mask
-from app.datasets.formats.outlines import Rle, placed_mask, polygon_mask, without
+from app.datasets.formats.outlines import Rle, closes, placed_mask, polygon_mask, without
 from app.datasets.formats.parts import Box, Part, add_objects
 from app.datasets.formats.telling import entries, files, holding, leads_out
 from app.datasets.geometry import is_number
@@ -128,7 +128,7 @@ def _shape(entry: dict[str, Any], image: Image) -> Box | Rle:
             raise ValueError("must have two corners")
         (left, right), (top, bottom) = (sorted(sides) for sides in zip(*corners, strict=True))
         return [left, top, right - left + 1, bottom - top + 1]  # the last pixel is inside
-    if kind == "polygon":
+    if kind == "polygon" or (kind == "line" and closes(_flat(exterior))):
         mask = polygon_mask(_flat(exterior), *size)
         cut = holes if isinstance(holes, list) else []
         return without(mask, [polygon_mask(_flat(hole), *size) for hole in cut]) if cut else mask

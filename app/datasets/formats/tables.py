@@ -1,40 +1,66 @@
-"""TensorFlow's CSV of boxes: filename, width, height, class, xmin, ymin, xmax, ymax."""
+"""CSV of boxes: TensorFlow's columns, in any order and under their usual names, or RetinaNet's.
+
+TensorFlow's are filename, width, height, class, xmin, ymin, xmax, ymax; VoTT and DeepForest call
+them image or image_path, and label. RetinaNet's have no heading: path, x1, y1, x2, y2, class.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from app.config.reading import ReadingConfig
 from app.datasets.coco import Image, Reading
+from app.datasets.conventions import TO_XYWH
 from app.datasets.folders import image_folders, split_on_way, splits_of
 from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.telling import few
-from app.datasets.geometry import to_number, to_side
+from app.datasets.geometry import is_number, to_number, to_side
 from app.datasets.names import Names
 
 PATTERNS = ("*.csv", "*/*.csv")
 COLUMNS = ("filename", "class", "xmin", "ymin", "xmax", "ymax")
+ALSO = {
+    **dict.fromkeys(("image", "image_path", "image_name", "file_name"), "filename"),
+    **dict.fromkeys(("label", "class_name", "category"), "class"),
+}
+RETINANET = ["filename", "xmin", "ymin", "xmax", "ymax", "class"]
+# a line without a heading; of an image without objects all but its path is empty
+PLAIN = re.compile(r"[^\n,]+\.(jpe?g|png|bmp|tiff?)((, ?-?\d+(\.\d+)?){4},[^\n,]+|,{5})\s*", re.I)
+SLACK = 0.01  # that rounding may leave 0..1 by
+Row = tuple[str, dict[str, str | None]]  # place, cells by column
 
 
 def is_table(folder: Path) -> bool:
-    """Return whether a CSV's first line names these columns, in any order."""
+    """Return whether a CSV's first line names these columns, or is of RetinaNet's."""
     return any(_tables(folder))
 
 
 def _tables(folder: Path) -> list[Path]:
-    return [path for path in few(folder, *PATTERNS) if set(COLUMNS) <= set(_header(path))]
+    return [path for path in few(folder, *PATTERNS) if _columns(_first_line(path))]
 
 
-def _header(path: Path) -> list[str]:
+def _first_line(path: Path) -> str:
     try:
         with path.open(encoding="utf-8-sig") as file:
-            return [cell.strip().strip('"').lower() for cell in file.readline(1000).split(",")]
+            return file.readline(1000)
     except (OSError, UnicodeDecodeError):
-        return []
+        return ""
+
+
+def _columns(line: str) -> list[str] | None:
+    """Return the columns that a first line tells; None where it is of another table."""
+    if PLAIN.fullmatch(line):
+        return RETINANET
+    cells = [cell.strip().strip('"').lower() for cell in line.split(",")]
+    # one that is called as TensorFlow calls it counts before any that means the same
+    names = [cell if ALSO.get(cell) in cells else ALSO.get(cell, cell) for cell in cells]
+    return names if set(COLUMNS) <= set(names) else None
 
 
 def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
@@ -56,6 +82,8 @@ def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
 def _read(folder: Path, own: Sequence[Path], paths: Sequence[Path]) -> Reading:
     """Read these tables, a row an object.
 
+    Corners that all lie in 0..1, as TensorFlow has them in its records, are shares of the image.
+
     Args:
         own: the folders of the split's images.
 
@@ -65,21 +93,43 @@ def _read(folder: Path, own: Sequence[Path], paths: Sequence[Path]) -> Reading:
     roots = [*own, *dict.fromkeys(path.parent for path in paths), folder]
     draft = Draft(folder, names=Names(roots, folder, own[0] if own else folder))
     images: dict[str, Image | None] = {}
-    for path in paths:
-        rows = csv.DictReader(io.StringIO(draft.read_text(path) or "", newline=""))
-        rows.fieldnames = [name.strip().lower() for name in rows.fieldnames or []]
-        place = draft.place(path)
-        try:
-            for row in rows:
-                _add_row(draft, images, row, f"{place} line {rows.line_num}")
-        except csv.Error as error:
-            remedy = "must be CSV: export it again"
-            draft.drop_object("label", f"{place} line {rows.line_num}", str(error), remedy)
-    return draft.finish()
+    rows = [row for path in paths for row in _rows(draft, path)]
+    corners = [number for _, row in rows for number in _corners(row) if is_number(number)]
+    shares = bool(corners) and min(corners) >= 0 and max(corners) <= 1 + SLACK
+    for place, row in rows:
+        _add_row(draft, images, row, place, shares=shares)
+    notes = ("boxes are shares of their images, 0 to 1, and read as such",) if shares else ()
+    return replace(draft.finish(), notes=notes)
+
+
+def _rows(draft: Draft, path: Path) -> Iterator[Row]:
+    text, place = draft.read_text(path) or "", draft.place(path)
+    heading = text.partition("\n")[0]
+    names = _columns(heading) or []
+    rows = csv.DictReader(io.StringIO(text, newline=""), names)
+    try:
+        if names is not RETINANET:
+            next(rows, None)
+        for row in rows:
+            yield f"{place} line {rows.line_num}", row
+    except csv.Error as error:
+        remedy = "must be CSV: export it again"
+        draft.drop_object("label", f"{place} line {rows.line_num}", str(error), remedy)
+
+
+def _corners(row: dict[str, str | None]) -> list[float]:
+    """Return left, top, right, bottom; nothing of an image without objects."""
+    empty = all(row.get(key) == "" for key in COLUMNS[1:])
+    return [] if empty else [to_number(row.get(key)) for key in COLUMNS[2:]]
 
 
 def _add_row(
-    draft: Draft, images: dict[str, Image | None], row: dict[str, str | None], place: str
+    draft: Draft,
+    images: dict[str, Image | None],
+    row: dict[str, str | None],
+    place: str,
+    *,
+    shares: bool,
 ) -> None:
     name = row.get("filename") or ""
     if name not in images:
@@ -87,7 +137,9 @@ def _add_row(
         if (image := images[name]) is not None:
             sides = [to_side(row.get("width")), to_side(row.get("height"))]
             draft.check_size(image, (sides[0], sides[1]), place)
-    if (image := images[name]) is not None:
-        left, top, right, bottom = (to_number(row.get(key)) for key in COLUMNS[2:])
+    if (image := images[name]) is not None and (corners := _corners(row)):
+        left, top, right, bottom = corners
         box = [left, top, right - left, bottom - top]
+        if shares:
+            box = TO_XYWH["shares"](box, (image.width, image.height))
         draft.add_box(image, row.get("class"), box, place)

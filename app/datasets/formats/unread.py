@@ -72,6 +72,19 @@ UNREAD = (
         "convert it: bdd100k.label.to_coco",
         (r'"(box2d|poly2d)"\s*:',),
     ),
+    Unread(
+        "VoTT's JSON", ("*.json", "*.vott"), "export Pascal VOC or CSV", (r'"boundingBox"\s*:',)
+    ),
+    Unread("IBM Cloud Annotations' JSON", JSONS, COCO, (r'"type"\s*:\s*"localization"',)),
+    Unread(
+        "Unity Perception's JSON",
+        JSONS,
+        "convert it: pysolotools' solo2coco",
+        (r'"captures"\s*:', r'"(annotation_definition|instance_id|@type)"\s*:'),
+    ),
+    Unread("Scale AI's JSON", JSONS, COCO, (r'"task_id"\s*:', r'"(geometries|response)"\s*:')),
+    Unread("Dataloop's JSON", JSONS, COCO, (r'"itemMetadata"\s*:',)),
+    Unread("OpenLABEL's JSON", JSONS, COCO, (r'\A\s*\{\s*"openlabel"\s*:',)),
     Unread("ISAT's JSON", JSONS, COCO, (r'"description"\s*:\s*"ISAT"',)),
     Unread("COCO captions", JSONS, "take instances_*.json of that set", (r'"caption"\s*:',)),
     Unread(
@@ -98,10 +111,16 @@ UNREAD = (
         (r"\A\W?(filename|image|image_id|id)\W?,", r"\A[^\n]*\n[^\n,]+(, ?[01])+\r?$"),
     ),
     Unread(
-        "CSV of boxes without a header, as RetinaNet's",
+        "Google AutoML's CSV",
         CSVS,
-        "write the line filename,xmin,ymin,xmax,ymax,class above it",
-        (r"\A[^\n,]+\.(jpe?g|png|bmp|tiff?)(, ?\d+(\.\d+)?){4},",),
+        COCO,
+        (r"\A(set|TRAIN|TRAINING|VALIDATION|VALIDATE|TEST|UNASSIGNED),[^\n,]+,[^\n,]*,[\d.]",),
+    ),
+    Unread(
+        "CSV of boxes in one column, as Kaggle's wheat heads",
+        CSVS,
+        "write the columns filename,xmin,ymin,xmax,ymax,class",
+        (r"\A[^\n]*\bbbox\b", r'"\[[\d., ]+\]"'),
     ),
     Unread(
         "DOTA's text files",
@@ -119,7 +138,7 @@ UNREAD = (
         "MOT's tracks",
         ("gt.txt",),
         "export the frames as images with COCO JSON",
-        (r"\A\d+,-?\d+(,-?\d+(\.\d+)?){4,8}\r?$",),
+        (r"^\d+,-?\d+(,-?\d+(\.\d+)?){4,8}\r?$",),  # after lines of comment, as some have
     ),
     Unread(
         "YOLO's text files without the names of their classes",

@@ -12,7 +12,7 @@ from typing import Any
 from app.config.reading import ReadingConfig
 from app.datasets.coco import Image, Reading
 from app.datasets.formats.draft import Draft
-from app.datasets.formats.outlines import ellipse_mask, polygon_mask
+from app.datasets.formats.outlines import closes, ellipse_mask, polygon_mask
 from app.datasets.names import Names
 from app.errors import UserError
 from app.files import read_json
@@ -198,12 +198,13 @@ def _class(value: object) -> str | None:
 
 def _mask(shape: dict[str, Any], width: int, height: int) -> dict[str, Any]:
     kind, center = shape.get("name"), (shape.get("cx"), shape.get("cy"))
-    if kind == "polygon":
+    if kind in ("polygon", "polyline"):
         xs, ys = shape.get("all_points_x"), shape.get("all_points_y")
         if not isinstance(xs, list) or not isinstance(ys, list) or len(xs) != len(ys):
             raise ValueError("must have as many all_points_x as all_points_y")
-        points = zip(xs, ys, strict=True)
-        return polygon_mask([side for point in points for side in point], width, height)
+        flat = [side for point in zip(xs, ys, strict=True) for side in point]
+        if kind == "polygon" or closes(flat):
+            return polygon_mask(flat, width, height)
     if kind == "circle":
         return ellipse_mask(center, (shape.get("r"), shape.get("r")), width, height)
     if kind == "ellipse":

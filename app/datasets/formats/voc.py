@@ -18,11 +18,12 @@ from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.masks import read_numbers
 from app.datasets.formats.outlines import encode, polygon_mask
 from app.datasets.formats.telling import few, files, leads_out, root_element
-from app.datasets.geometry import to_number
+from app.datasets.geometry import is_number, to_number
 from app.datasets.names import Names, fold
 
 PATTERNS = ("*.xml", "*/*.xml", "*/*/*.xml")  # beside the images, or in a folder of any name
 SETS = {"train": ("train", "trainval", "default"), "valid": ("val", "valid"), "test": ("test",)}
+Box = tuple[float, float, float, float]  # x, y, width, height in pixels
 VOID = 255  # the border around objects in VOC's masks, which belongs to none
 
 
@@ -79,6 +80,7 @@ def _read(
     """Read these XMLs, their images, and their masks where there are any.
 
     Boxes are of whole pixels counted from 1, as VOC has them: xmin 1 and xmax W span the image.
+    Where an XML has a 0 or a fraction, as CVAT's have, its boxes are counted from 0.
     Object k of the XML has number k in the PNG of its name in SegmentationObject/. Images without
     an XML are not part of the dataset.
 
@@ -139,7 +141,10 @@ def _read_xml(draft: Draft, folder: Path, path: Path) -> None:
     image = draft.add_named(_meant(draft, name, path), f"{place}: filename", path.parent)
     if image is None:
         return
-    size = (annotation.findtext("size/width"), annotation.findtext("size/height"))
+    size = [
+        annotation.findtext(f"size/{side}") or annotation.findtext(f"imagesize/{count}")
+        for side, count in (("width", "ncols"), ("height", "nrows"))  # the latter as LabelMe's
+    ]
     draft.check_size(image, (_whole(size[0]), _whole(size[1])), f"{place}: size")
     _read_objects(draft, image, annotation.findall("object"), _instances(draft, folder, image))
 
@@ -187,12 +192,13 @@ def _read_objects(
             image, "label file", f"{image.path.stem}.png's number", int(numbers.max()), remedy
         )
         return
+    first = _first_pixel(objects)
     for index, element in enumerate(objects):
         place = f"{image.path.stem}.xml: object[{index}]"
-        name, box = (element.findtext("name") or ""), _box_xywh(element)
+        name, box = (element.findtext("name") or ""), _box_xywh(element, first)
         mask = None if numbers is None else numbers == index + 1
         if mask is None or not mask.any():
-            _add_shape(draft, image, name, element, place)
+            _add_shape(draft, image, name, element, place, box)
         elif not _crosses(mask, box):
             remedy = f"must be around number {index + 1} of its PNG in SegmentationObject/"
             draft.drop_object("box convention", f"{place}.bndbox", box, remedy)
@@ -201,10 +207,18 @@ def _read_objects(
 
 
 def _add_shape(
-    draft: Draft, image: Image, name: str, element: ElementTree.Element, place: str
+    draft: Draft,
+    image: Image,
+    name: str,
+    element: ElementTree.Element,
+    place: str,
+    box: Box,
 ) -> None:
     """Add the object of an XML: its box, or the outline that LabelMe's and Roboflow's XMLs have."""
-    if element.findtext("deleted") == "1":
+    if (element.findtext("deleted") or "").strip() == "1":
+        return
+    if mask := (element.findtext("segm/mask") or "").strip():
+        _add_drawn(draft, image, name, mask, place)
         return
     outline = element.find("polygon")
     points = [] if outline is None else [*outline.findall("pt/x"), *outline.findall("pt/y")]
@@ -213,7 +227,7 @@ def _add_shape(
         draft.drop_object("shape", place, kinds, "must have a bndbox or a polygon")
         return
     if outline is None:
-        draft.add_box(image, name, list(_box_xywh(element)), place)
+        draft.add_box(image, name, list(box), place)
         return
     half = len(points) // 2
     flat = [to_number(points[k].text) for pair in range(half) for k in (pair, half + pair)]
@@ -224,15 +238,36 @@ def _add_shape(
         draft.drop_object("shape", place, flat, str(fault))
 
 
-def _box_xywh(element: ElementTree.Element) -> tuple[float, float, float, float]:
+def _add_drawn(draft: Draft, image: Image, name: str, file: str, place: str) -> None:
+    """Add an object whose mask is a PNG of its own in Masks/, as LabelMe's web tool has it."""
+    path = draft.find(file)
+    try:
+        if path is None or not draft.contains(path, place):
+            raise ValueError("no such mask in the dataset; add it")
+        drawn = read_numbers(path, image.width, image.height) > 0
+        draft.add_mask(image, name, encode(drawn), place)
+    except ValueError as fault:
+        draft.drop_object("shape", f"{place}: segm", file, str(fault))
+
+
+def _first_pixel(objects: Sequence[ElementTree.Element]) -> int:
+    """Return what the first pixel is called in an XML's boxes: 1, or 0."""
+    sides = [number for element in objects for number in _sides(element) if is_number(number)]
+    return 0 if any(number == 0 or number % 1 for number in sides) else 1
+
+
+def _sides(element: ElementTree.Element) -> list[float]:
+    names = ("xmin", "ymin", "xmax", "ymax")
+    return [to_number(element.findtext(f"bndbox/{name}")) for name in names]
+
+
+def _box_xywh(element: ElementTree.Element, first: int) -> Box:
     """Return the box in pixels, with NaN, which is refused later, for what is no number."""
-    left, top, right, bottom = (
-        to_number(element.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")
-    )
-    return left - 1, top - 1, right - left + 1, bottom - top + 1
+    left, top, right, bottom = _sides(element)
+    return left - first, top - first, right - left + first, bottom - top + first
 
 
-def _crosses(mask: NDArray[np.bool_], box_xywh: tuple[float, float, float, float]) -> bool:
+def _crosses(mask: NDArray[np.bool_], box_xywh: Box) -> bool:
     """Return whether a mask has a pixel in the box."""
     x, y, w, h = box_xywh
     rows, columns = np.nonzero(mask)

@@ -17,6 +17,7 @@ from app.datasets.faults import Findings
 from app.datasets.folders import FOLDERS, split_folders
 from app.datasets.formats.draft import Draft
 from app.datasets.formats.outlines import polygon_mask
+from app.datasets.images import EXTENSIONS
 from app.datasets.names import Names, walk_images
 from app.errors import UserError
 
@@ -306,9 +307,9 @@ def _locate(entry: str, base: str, root: Path) -> Path | None:
 
 
 def _images_of(source: Path, draft: Draft) -> list[tuple[Path, Image | None]]:
-    """Add the images of a folder or a list; return each file, and its image where it is used."""
-    if source.is_dir():
-        paths = list(walk_images(source))
+    """Add the images of a folder, a list, or one; return each file, and its image where used."""
+    if source.is_dir() or source.suffix.lower() in EXTENSIONS:
+        paths = list(walk_images(source)) if source.is_dir() else [source]
         return [(path, draft.add_image(path, draft.place(path))) for path in paths]
     images: list[tuple[Path, Image | None]] = []
     for number, line in enumerate((draft.read_text(source) or "").splitlines(), start=1):
