@@ -29,7 +29,7 @@ from app.datasets.faults import (
     problems,
 )
 from app.datasets.formats import COCO, Source, choose
-from app.datasets.formats.coco import JSON_NAMES
+from app.datasets.formats.coco import JSON_NAMES, coco_files
 from app.datasets.formats.panoptic import passed_over
 from app.datasets.settling import alike_names, settle, unread_files
 from app.datasets.splitting import stratify
@@ -384,6 +384,9 @@ def _find_sources(
         return sources, [f"read as {format.name}, as dataset.format says"]
     if format is COCO:
         return sources, passed_over(folder)
+    if others := coco_files(folder):  # beside panoptic segments
+        names = ", ".join(path.name for path in others)
+        return sources, [f"read as {format.name}; not read beside it: {names} (COCO)"]
     return sources, [f"no COCO JSON: read as {format.name}"]
 
 

@@ -48,6 +48,16 @@ def test_the_right_camera_is_not_taken_for_the_left(tmp_path):
     assert {image.path.parent.name for image in found.train.images} == {"image_2"}
 
 
+# lightly-ai/labelformat, tests/fixtures/object_detection/KITTI: "bicycle with space"
+@pytest.mark.parametrize("score", ["", " 0.9"])
+def test_classes_of_several_words(tmp_path, score):
+    made = scenes(tmp_path)
+    for name, things in made.items():
+        made[name] = [(f"red {kind} sign", *rest) for kind, *rest in things]
+        put(tmp_path / "labels" / name.replace("png", "txt"), lines(made[name], score))
+    assert things_of(read(tmp_path).train) == sorted_things(made)
+
+
 def test_splits_and_empty_files(tmp_path):
     made = {}
     for split, start in (("train", 0), ("val", 20)):

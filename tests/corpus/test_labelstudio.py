@@ -232,6 +232,14 @@ def test_the_choice_of_a_region_without_labels_is_its_class(tmp_path):
     assert "must be the class's name" in refusal(tmp_path)
 
 
+# dagshub-annotation-converter 0.3.0, tests/label_studio_video/res/sample_task.json
+def test_videos_are_named(tmp_path):
+    made = scenes(tmp_path)
+    film = task("/data/upload/film.mp4", [result(t) for t in made["img_0.png"]])
+    put(tmp_path / "export.json", [*tasks(made), film])
+    assert "film.mp4': is a video: label images of its frames" in refusal(tmp_path)
+
+
 def test_choices_are_passed_over_and_keypoints_left_out(tmp_path):
     made = scenes(tmp_path)
     document = tasks(made)

@@ -53,6 +53,11 @@ def assert_classes(found, made) -> None:
         ("classes.json", '{"1": "circle", "2": "rectangle"}'),
         ("classes.json", '{"circle": 1, "rectangle": 2}'),
         ("classes.json", '["background", "circle", "rectangle"]'),
+        # lightly-ai/labelformat, tests/fixtures/semantic_segmentation/pascalvoc
+        (
+            "class_id_to_name.json",
+            '{"0": "background", "1": "circle", "2": "rectangle", "255": "void"}',
+        ),
         (
             "classes.json",
             '{"classes": [{"id": 1, "name": "circle"}, {"id": 2, "name": "rectangle"}]}',

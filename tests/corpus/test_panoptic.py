@@ -237,7 +237,7 @@ def test_pngs_in_a_folder_of_another_name(tmp_path, masks):
     put(tmp_path / "instances.json", coco(made))
     found = read(tmp_path)
     assert things_of(found.train) == sorted_things(made)
-    assert "read as COCO panoptic" in found.said
+    assert "read as COCO panoptic; not read beside it: instances.json (COCO)" in found.said
 
 
 def test_images_that_are_pngs_of_the_masks_names(tmp_path):

@@ -214,11 +214,12 @@ def test_bad_xmls_are_all_named(tmp_path):
 
 
 # QuantuM410/cctv-count-object-detection, Annotations/000001.xml: as CVAT writes them
-@pytest.mark.parametrize("fraction", [0.25, 0.0])
+# lightly-ai/labelformat, tests/fixtures/object_detection/PascalVOC: 540.0, and no fraction
+@pytest.mark.parametrize("fraction", ["0.25", "0", "7.0"])
 def test_xmls_that_count_from_0(tmp_path, fraction):
     made = scenes(tmp_path)
     for name, things in made.items():
-        first = f"<xmin>{fraction or 0}</xmin><ymin>3</ymin><xmax>20</xmax><ymax>33</ymax>"
+        first = f"<xmin>{fraction}</xmin><ymin>3</ymin><xmax>20</xmax><ymax>33</ymax>"
         objects = f"<object><name>bus</name><bndbox>{first}</bndbox></object>"
         for kind, x, y, side in things:
             sides = (
@@ -232,7 +233,7 @@ def test_xmls_that_count_from_0(tmp_path, fraction):
     found = read(tmp_path).train
     for image in found.images:
         bus, *others = found.annotations_by_image[image.id]
-        assert bus.bbox_xywh == (fraction, 3, 20 - fraction, 30)
+        assert bus.bbox_xywh == (float(fraction), 3, 20 - float(fraction), 30)
         boxes = sorted(annotation.bbox_xywh for annotation in others)
         assert boxes == sorted((x, y, s, s) for _, x, y, s in made[image.path.name])
 

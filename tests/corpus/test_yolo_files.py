@@ -102,3 +102,19 @@ def test_images_that_data_yaml_lists(tmp_path, kind):
     put(tmp_path / "data.yaml", f"path: .\ntrain: {train}\nnames: [circle, rectangle]\n")
     found = read(tmp_path)
     assert things_of(found.train) == sorted_things({n: made[n] for n in list(made)[:3]})
+
+
+# AlexeyAB/Yolo_mark: data/obj.data, data/train.txt that says data/img/air1.jpg, data/img/air1.txt
+def test_yolo_mark_and_the_folder_above_it(tmp_path):
+    made = scenes(tmp_path, sub="data/img")
+    for image, things in made.items():
+        put(tmp_path / "data/img" / image.replace("png", "txt"), yolo(things))
+    put(tmp_path / "data/obj.names", NAMES.rstrip())
+    put(tmp_path / "data/train.txt", "".join(f"data/img/{name}\n" for name in made))
+    config = "classes= 2\ntrain  = data/train.txt\nvalid  = data/train.txt\nnames = data/obj.names"
+    put(tmp_path / "data/obj.data", f"{config}\nbackup = backup/\n")
+    said = refusal(tmp_path)
+    assert f"data/ is YOLO: name {tmp_path / 'data'} instead" in said
+    found = read(tmp_path / "data")
+    assert things_of(found.train) == sorted_things(made)
+    assert set(found.splits) == {"train"}

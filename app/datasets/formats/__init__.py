@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from app.datasets.formats import (
     yolo,
 )
 from app.datasets.formats.draft import Read
+from app.datasets.formats.telling import FEW
 from app.datasets.formats.unread import UNLABELLED, labels_there, name_classification, name_unread
 from app.datasets.names import walk_images
 from app.errors import UserError, nearest
@@ -78,6 +80,8 @@ def choose(folder: Path, key: str) -> Format:
     for format in formats:
         if format.recognises(folder):
             return format
+    if key == "auto" and (inner := _inside(folder)):
+        raise UserError(inner)
     if key == "auto" and (unread := name_unread(folder)):
         raise UserError(unread)
     # a single JSON that is broken, or of no known kind: reading it says what is wrong with it
@@ -86,6 +90,21 @@ def choose(folder: Path, key: str) -> Format:
     if key == "auto" and (classes := name_classification(folder)):
         raise UserError(classes)
     raise UserError(_nothing_found(folder, formats))
+
+
+def _inside(folder: Path) -> str | None:
+    """Return which folder to name, where one of this folder's holds a dataset by itself."""
+    folders = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
+    found = []
+    for path in folders[:FEW]:
+        with contextlib.suppress(UserError):  # of a folder that nobody named
+            found += [(path, format)] if (format := detect(path)) else []
+    if len(found) != 1:
+        return None
+    path, format = found[0]
+    return (
+        f"{folder}: no dataset lies in it, but {path.name}/ is {format.name}: name {path} instead"
+    )
 
 
 def _nothing_found(folder: Path, formats: Sequence[Format]) -> str:

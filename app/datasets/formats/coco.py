@@ -19,7 +19,7 @@ PATTERNS = ("*.json", "annotations/*.json", "Annotations/*.json", "labels/*.json
 
 def is_coco(folder: Path) -> bool:
     """Return whether a COCO JSON, told by what it holds, is in the folder or in a split's."""
-    return any(_found(path) for path in (folder, *split_folders(folder).values()))
+    return any(coco_files(path) for path in (folder, *split_folders(folder).values()))
 
 
 def find_jsons(folder: Path) -> dict[str, Path]:
@@ -29,7 +29,7 @@ def find_jsons(folder: Path) -> dict[str, Path]:
         UserError: a split's folder has no JSON, or several; two files are of one split.
     """
     folders = split_folders(folder)
-    if not any(map(_found, folders.values())) and (found := _found(folder)):
+    if not any(map(coco_files, folders.values())) and (found := coco_files(folder)):
         return _by_split(found)
     jsons = {split: _one(path) for split, path in folders.items()}
     present = {split: path for split, path in jsons.items() if path is not None}
@@ -71,7 +71,7 @@ def holds_coco(path: Path) -> bool:
     return "segments_info" not in first and not ("caption" in first and "category_id" not in first)
 
 
-def _found(folder: Path) -> list[Path]:
+def coco_files(folder: Path) -> list[Path]:
     """Return the COCO JSONs of a folder: of the usual names, else all that hold one."""
     usual = [path for name in JSON_NAMES if (path := folder / name).is_file() and holds_coco(path)]
     if usual:
@@ -82,7 +82,7 @@ def _found(folder: Path) -> list[Path]:
 
 def _one(folder: Path) -> Path | None:
     """Return a folder's COCO JSON, or its only JSON, which then is at fault."""
-    found = _found(folder) or list(few(folder, "*.json"))
+    found = coco_files(folder) or list(few(folder, "*.json"))
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,20 +11,20 @@ from app.datasets.coco import Image, Reading
 from app.datasets.folders import by_way, image_folders
 from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.telling import few, files
-from app.datasets.geometry import to_number
+from app.datasets.geometry import is_number, to_number
 from app.datasets.names import Names
 
 FOLDERS = ("label_2", "labels", "label")
 WAYS = ("{}/*.txt", "*/{}/*.txt", "*/*/{}/*.txt", "{}/*/*.txt")
 PATTERNS = tuple(way.format(name) for way in WAYS for name in FOLDERS)
 # class, truncated, occluded, alpha, left, top, right, bottom, h, w, l, x, y, z, ry, and a score
-LINE = re.compile(r"[^\d\s.+-]\S*(\s+[-+]?[\d.]+(e[-+]?\d+)?){14,15}\s*$", re.IGNORECASE)
+NUMBERS = 14  # after the class, and a score where the labels are detections
 NO_CLASS = "DontCare"  # parts of an image in which nothing is labelled
 
 
 def is_kitti(folder: Path) -> bool:
     """Return whether one of the first label files has a line of 15 columns."""
-    return any(LINE.match(_first_line(path)) for path in few(folder, *PATTERNS))
+    return any(_parse(_first_line(path)) for path in few(folder, *PATTERNS))
 
 
 def _first_line(path: Path) -> str:
@@ -34,6 +33,22 @@ def _first_line(path: Path) -> str:
             return file.readline(1000)
     except OSError:
         return ""
+
+
+def _parse(line: str) -> tuple[str, list[float]] | None:
+    """Return a line's class, which may have blanks as other tools write it, and its 14 numbers."""
+    words = line.split()
+    scored = len(words) > NUMBERS + 1 and is_number(to_number(words[-NUMBERS - 1]))
+    count = NUMBERS + scored
+    name, numbers = words[:-count], [to_number(word) for word in words[-count:]]
+    if (
+        not name
+        or name[0][0] in ".+-"
+        or name[0][0].isdecimal()
+        or not all(map(is_number, numbers))
+    ):
+        return None
+    return " ".join(name), numbers[:NUMBERS]
 
 
 def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
@@ -80,10 +95,10 @@ def _read_lines(draft: Draft, image: Image, path: Path) -> int:
         place = f"{draft.place(path)} line {number}"
         if line.split()[:1] == [NO_CLASS]:
             ignored += 1
-        elif LINE.match(line):
-            left, top, right, bottom = (to_number(word) for word in line.split()[4:8])
-            box = [left, top, right - left, bottom - top]
-            draft.add_box(image, line.split()[0], box, place)
+        elif parsed := _parse(line):
+            name, numbers = parsed
+            left, top, right, bottom = numbers[3:7]
+            draft.add_box(image, name, [left, top, right - left, bottom - top], place)
         elif line.strip():
             draft.drop_object("label", place, line, "must have a class and 14 numbers, as KITTI")
     return ignored

@@ -26,6 +26,7 @@ from app.files import read_json
 PATTERNS = ("*.json", "*/*.json")
 UPLOAD = re.compile(r"(.*[/\\])?[0-9a-f]{8}-(?=[^/\\]+$)")  # that Label Studio puts before a name
 TEXTS = ("text", "rating", "number", "taxonomy", "datetime")  # of a region, beside its labels
+VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm")
 UNDERSTOOD = "rectangles, polygons, ellipses and brush strokes"
 
 
@@ -133,6 +134,11 @@ def _read_task(draft: Draft, place: str, task: dict[str, Any], notes: _Notes) ->
     if last is None:
         notes.unlabelled.append(place)
         draft.pass_over(meant)
+        return
+    if str(meant).lower().split("?")[0].endswith(VIDEOS):
+        draft.drop_file(
+            "no image", f"{place}: data", meant, "is a video: label images of its frames"
+        )
         return
     image = draft.add_named(meant, f"{place}: data")
     if image is None:

@@ -24,7 +24,7 @@ FILES = (
     *("labelmap.txt", "class_dict.csv", "class_dict_seg.csv", "label_colors.txt", "classes.csv"),
     *("palette.csv", "classes.txt", "class_names.txt", "labels.txt", "obj.names", "codes.txt"),
     *("classes.names", "classes.json", "labels.json", "palette.json", "label_map.json"),
-    *("obj_class_to_machine_color.json", "dataset_meta.json"),
+    *("obj_class_to_machine_color.json", "dataset_meta.json", "class_id_to_name.json"),
 )
 MAX_BYTES = 2**20
 MAX_CLASSES = 10_000

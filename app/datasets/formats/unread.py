@@ -50,7 +50,9 @@ UNREAD = (
         ("task-*-annotation-*.npy", "task-*-annotation-*.png"),
         AS_JSON,
     ),
-    Unread("Labelbox's export", ("*.ndjson", *JSONS), COCO, (r'"(data_row|Labeled Data)"\s*:',)),
+    Unread(
+        "Labelbox's export", ("*.ndjson", *JSONS), COCO, (r'"(data_row|dataRow|Labeled Data)"\s*:',)
+    ),
     Unread(
         "SuperAnnotate's JSON",
         JSONS,

@@ -18,7 +18,7 @@ from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.masks import read_numbers
 from app.datasets.formats.outlines import encode, polygon_mask
 from app.datasets.formats.telling import few, files, leads_out, root_element
-from app.datasets.geometry import is_number, to_number
+from app.datasets.geometry import to_number
 from app.datasets.names import Names, fold
 
 PATTERNS = ("*.xml", "*/*.xml", "*/*/*.xml")  # beside the images, or in a folder of any name
@@ -80,7 +80,7 @@ def _read(
     """Read these XMLs, their images, and their masks where there are any.
 
     Boxes are of whole pixels counted from 1, as VOC has them: xmin 1 and xmax W span the image.
-    Where an XML has a 0 or a fraction, as CVAT's have, its boxes are counted from 0.
+    Where an XML has a 0 or a decimal point, as CVAT's have, its boxes are counted from 0.
     Object k of the XML has number k in the PNG of its name in SegmentationObject/. Images without
     an XML are not part of the dataset.
 
@@ -252,18 +252,18 @@ def _add_drawn(draft: Draft, image: Image, name: str, file: str, place: str) -> 
 
 def _first_pixel(objects: Sequence[ElementTree.Element]) -> int:
     """Return what the first pixel is called in an XML's boxes: 1, or 0."""
-    sides = [number for element in objects for number in _sides(element) if is_number(number)]
-    return 0 if any(number == 0 or number % 1 for number in sides) else 1
+    sides = [side for element in objects for side in _sides(element)]
+    return 0 if any("." in side or to_number(side) == 0 for side in sides) else 1
 
 
-def _sides(element: ElementTree.Element) -> list[float]:
+def _sides(element: ElementTree.Element) -> list[str]:
     names = ("xmin", "ymin", "xmax", "ymax")
-    return [to_number(element.findtext(f"bndbox/{name}")) for name in names]
+    return [element.findtext(f"bndbox/{name}") or "" for name in names]
 
 
 def _box_xywh(element: ElementTree.Element, first: int) -> Box:
     """Return the box in pixels, with NaN, which is refused later, for what is no number."""
-    left, top, right, bottom = _sides(element)
+    left, top, right, bottom = map(to_number, _sides(element))
     return left - first, top - first, right - left + first, bottom - top + first
 
 

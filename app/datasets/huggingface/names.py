@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from app.datasets.formats.legends import REST, fold_name, is_background
 from app.datasets.huggingface.columns import Columns, Features, object_fields
 from app.errors import UserError
 
-# What a map calls the pixels that are no object.
-BACKGROUND = {"", "background", "bg", "unlabeled", "unlabelled", "void", "ignore", "none", "other"}
 NO_OBJECT = (0, 255)  # where no name says otherwise
 
 
@@ -37,7 +36,8 @@ class Names:
     def is_background(self, number: int) -> bool:
         """Return whether pixels of that number in a map are no object."""
         if number in self.by_id:
-            return self.by_id[number].strip("_ ").lower() in BACKGROUND
+            name = self.by_id[number]
+            return is_background(name) or (number == 0 and fold_name(name) in REST)
         return number in NO_OBJECT
 
     def listed(self) -> list[str]:
