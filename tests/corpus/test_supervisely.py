@@ -140,6 +140,24 @@ def test_tags_are_splits(tmp_path):
     assert found.kinds == {"unlisted": 1}
 
 
+# supervisely/docs, assets/legacy/all_images/json_format_demo: objects do not say their shape
+@pytest.mark.parametrize("kind", ["rectangle", "polygon", "bitmap"])
+@pytest.mark.parametrize("listed", ["classes.json", "meta.json"])
+def test_shapes_that_only_the_classes_say(tmp_path, kind, listed):
+    made = project(tmp_path, kind)
+    for path in (tmp_path / "ds1/ann").iterdir():
+        written = json.loads(path.read_text())
+        for one in written["objects"]:
+            del one["geometryType"]
+            one.setdefault("bitmap", None)
+        put(path, written)
+    if listed == "classes.json":
+        classes = json.loads((tmp_path / "meta.json").read_text())["classes"]
+        (tmp_path / "meta.json").unlink()
+        put(tmp_path / "classes.json", classes)
+    assert things_of(read(tmp_path).train) == sorted_things(made)
+
+
 def test_names_without_the_ending_as_older_projects_have_them(tmp_path):
     made = project(tmp_path)
     for name in made:

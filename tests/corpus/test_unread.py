@@ -30,6 +30,15 @@ SITUATIONS = {
     "Labelbox's export": ("export.ndjson", '{"data_row": {"id": "x"}, "projects": {}}\n'),
     "SuperAnnotate's JSON": ("annotations/img_0.png.json", SUPER),
     "V7's Darwin JSON": ("releases/img_0.json", DARWIN),
+    # NoelShin/PixelPick, via/via_debug_project.js
+    "VIA 3's project": (
+        "via_project.json",
+        {
+            "project": {"data_format_version": "3.1.1", "vid_list": ["1"]},
+            "file": {},
+            "metadata": {},
+        },
+    ),
     "Encord's JSON": ("encord.json", [{"label_hash": "x", "data_units": {}}]),
     "Kili's JSON": ("kili.json", [{"labels": [{"jsonResponse": {}}]}]),
     "Hasty's JSON": ("hasty.json", {"export_format_version": "1.1", "labels": []}),

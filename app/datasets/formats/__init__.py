@@ -94,7 +94,8 @@ def choose(folder: Path, key: str) -> Format:
 
 def _inside(folder: Path) -> str | None:
     """Return which folder to name, where one of this folder's holds a dataset by itself."""
-    folders = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] != "."]
+    plain = (path for path in sorted(folder.iterdir()) if not path.is_symlink())
+    folders = [path for path in plain if path.is_dir() and path.name[0] != "."]
     found = []
     for path in folders[:FEW]:
         with contextlib.suppress(UserError):  # of a folder that nobody named

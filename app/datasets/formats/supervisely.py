@@ -80,6 +80,7 @@ def _read(folder: Path, paths: Sequence[Path], untagged: Sequence[Path] = ()) ->
         What is sound, and every fault of every object.
     """
     draft = Draft(folder, names=Names([folder], folder))
+    kinds = _class_shapes(draft)
     for path in paths:
         document = draft.read_object(path)
         if document is None:
@@ -95,7 +96,8 @@ def _read(folder: Path, paths: Sequence[Path], untagged: Sequence[Path] = ()) ->
         if not isinstance(objects, list):
             draft.drop_image(image, "label file", f"{place}: objects", objects, "must be a list")
             continue
-        add_objects(draft, image, [_part(one, i, place, image) for i, one in enumerate(objects)])
+        parts = [_part(one, i, place, image, kinds) for i, one in enumerate(objects)]
+        add_objects(draft, image, parts)
     if untagged:
         for path in untagged:
             draft.pass_over(path.stem, path.parent.parent / "img")
@@ -104,8 +106,25 @@ def _read(folder: Path, paths: Sequence[Path], untagged: Sequence[Path] = ()) ->
     return draft.finish()
 
 
-def _part(entry: object, index: int, place: str, image: Image) -> Part:
+def _class_shapes(draft: Draft) -> dict[str, object]:
+    """Return the shape of each class, as the project's list says; older objects do not."""
+    for name in ("meta.json", "classes.json"):  # the latter is older, and a list
+        path = draft.root / name
+        if not path.is_file() or leads_out(path, draft.root):
+            continue
+        try:
+            document = read_json(path)
+        except UserError:
+            continue
+        listed = document.get("classes") if isinstance(document, dict) else document
+        return {str(entry.get("title")): entry.get("shape") for entry in entries(listed)}
+    return {}
+
+
+def _part(entry: object, index: int, place: str, image: Image, kinds: dict[str, object]) -> Part:
     found = entry if isinstance(entry, dict) else {}
+    kind = found.get("geometryType") or kinds.get(str(found.get("classTitle")))
+    found = {**found, "geometryType": "bitmap" if isinstance(found.get("bitmap"), dict) else kind}
     # smart-tool masks of one object have one `instance`
     return Part(
         label=found.get("classTitle"),

@@ -32,6 +32,7 @@ ALSO = {
 RETINANET = ["filename", "xmin", "ymin", "xmax", "ymax", "class"]
 # a line without a heading; of an image without objects all but its path is empty
 PLAIN = re.compile(r"[^\n,]+\.(jpe?g|png|bmp|tiff?)((, ?-?\d+(\.\d+)?){4},[^\n,]+|,{5})\s*", re.I)
+LONGEST = 1000  # characters of a heading
 SLACK = 0.01  # that rounding may leave 0..1 by
 Row = tuple[str, dict[str, str | None]]  # place, cells by column
 
@@ -48,7 +49,7 @@ def _tables(folder: Path) -> list[Path]:
 def _first_line(path: Path) -> str:
     try:
         with path.open(encoding="utf-8-sig") as file:
-            return file.readline(1000)
+            return file.readline(LONGEST)
     except (OSError, UnicodeDecodeError):
         return ""
 
@@ -104,8 +105,7 @@ def _read(folder: Path, own: Sequence[Path], paths: Sequence[Path]) -> Reading:
 
 def _rows(draft: Draft, path: Path) -> Iterator[Row]:
     text, place = draft.read_text(path) or "", draft.place(path)
-    heading = text.partition("\n")[0]
-    names = _columns(heading) or []
+    names = _columns(text[:LONGEST].partition("\n")[0]) or []
     rows = csv.DictReader(io.StringIO(text, newline=""), names)
     try:
         if names is not RETINANET:

@@ -65,6 +65,7 @@ UNREAD = (
         "export COCO JSON, or convert it: darwin convert coco",
         (r'("schema_ref"\s*:\s*"[^"\n]*darwin|"slots"\s*:|"bounding_box"\s*:)',),
     ),
+    Unread("VIA 3's project", JSONS, "export COCO JSON, or label with VIA 2", (r'"vid_list"\s*:',)),
     Unread("Encord's JSON", JSONS, COCO, (r'"(label_hash|data_units|objectHash)"\s*:',)),
     Unread("Kili's JSON", JSONS, COCO, (r'"jsonResponse"\s*:',)),
     Unread("Hasty's JSON", JSONS, COCO, (r'"export_format_version"\s*:',)),
