@@ -56,6 +56,7 @@ LABELME = {
         {"label": "dog", "points": SQUARE, "shape_type": "polygon", "group_id": 1},
         {"label": "dog", "points": SQUARE[::2], "shape_type": "rectangle", "group_id": 1},
         {"label": "cat", "points": SQUARE[:2], "shape_type": "circle", "group_id": None},
+        {"label": "cat", "points": [*SQUARE, SQUARE[0]], "shape_type": "linestrip"},
         {
             **{"label": "cat", "points": [[1, 1], [9, 9]], "shape_type": "mask"},
             "mask": text64(png()),
@@ -74,6 +75,7 @@ VALUES = [
         "brushlabels": ["dog"],
     },
     {"choices": ["x"]},
+    {"x": 10, "y": 10, "width": 50, "height": 50, "rotation": 10, "choices": ["x"]},
 ]
 SIDES = {"original_width": 40, "original_height": 30}
 LABELSTUDIO = [
@@ -100,6 +102,11 @@ SUPERVISELY = {
         {"classTitle": "cat", "geometryType": "rectangle", "points": {"exterior": SQUARE[::2]}},
         {
             "classTitle": "cat",
+            "geometryType": "line",
+            "points": {"exterior": [*SQUARE, SQUARE[0]], "interior": []},
+        },
+        {
+            "classTitle": "cat",
             "geometryType": "bitmap",
             "bitmap": {"data": text64(zlib.compress(png())), "origin": [3, 4]},
         },
@@ -110,6 +117,7 @@ SHAPES = [
     {"type": "polygon", "points": [1, 2, 30, 2, 30, 20]},
     {"type": "mask", "rle": RLE},
     {"type": "ellipse", "points": [1, 2, 20, 20]},
+    {"type": "polyline", "points": [1, 2, 20, 2, 20, 20, 1, 20, 1, 2]},
     {"type": "label"},
 ]
 DATUMARO = {
@@ -156,6 +164,7 @@ CVAT = (
     '<box label="dog" xtl="1" ytl="2" xbr="20" ybr="20" rotation="30" group_id="1"/>'
     '<polygon label="dog" points="1,2;20,2;20,20" group_id="1"/>'
     '<ellipse label="cat" cx="20" cy="15" rx="9" ry="5" rotation="9"/><tag label="x"/>'
+    '<polyline label="cat" points="1,2;20,2;20,20;1,20;1,2"/>'
     '<mask label="cat" rle="1,2,2,4" left="6" top="7" width="3" height="3"/></image></annotations>'
 )
 TEXTS = {
@@ -164,7 +173,8 @@ TEXTS = {
     "kitti": ("label_2/a.txt", "Car 0.00 0 -1.58 5.0 5.0 20.0 20.0 1 1 3 -0 1 46 -1\n" * 2),
     "csv": (
         "train_labels.csv",
-        "filename,width,height,class,xmin,ymin,xmax,ymax\na.png,40,30,dog,1,2,20,20\n",
+        "filename,width,height,class,xmin,ymin,xmax,ymax\na.png,40,30,dog,1,2,20,20\n"
+        "b.png,40,30,cat,.1,.2,.7,.8\n",
     ),
     "yolo": ("a.txt", "0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.9 0.1 0.9 0.9\n"),
     "labelme": ("a.json", json.dumps(LABELME)),
