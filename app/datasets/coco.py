@@ -333,7 +333,8 @@ def _read_annotations(
     ]
     of_all = conventions.convention(plain)
     # another flag than the one that is given would undo what that one did
-    advised = conventions.possible(plain) if reading.boxes == "xywh" else ()
+    mixed = len(plain) < len(entries) and reading.boxes == "xywh"
+    advised = conventions.possible(plain) if mixed else ()
     annotations = []
     for (place, entry), id in zip(entries, _free_ids(entries), strict=True):
         size = sizes[entry["image_id"]]

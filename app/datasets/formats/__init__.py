@@ -95,17 +95,16 @@ def choose(folder: Path, key: str) -> Format:
 def _inside(folder: Path) -> str | None:
     """Return which folder to name, where one of this folder's holds a dataset by itself."""
     plain = (path for path in sorted(folder.iterdir()) if not path.is_symlink())
-    folders = [path for path in plain if path.is_dir() and path.name[0] != "."]
-    found = []
-    for path in folders[:FEW]:
+    inner = [path for path in plain if path.is_dir() and path.name[0] != "."][:FEW]
+    found: list[tuple[Path, Format]] = []
+    for path in inner:
         with contextlib.suppress(UserError):  # of a folder that nobody named
-            found += [(path, format)] if (format := detect(path)) else []
+            if own := detect(path):
+                found.append((path, own))
     if len(found) != 1:
         return None
-    path, format = found[0]
-    return (
-        f"{folder}: no dataset lies in it, but {path.name}/ is {format.name}: name {path} instead"
-    )
+    ((path, own),) = found
+    return f"{folder}: no dataset lies in it, but {path.name}/ is {own.name}: name {path} instead"
 
 
 def _nothing_found(folder: Path, formats: Sequence[Format]) -> str:

@@ -67,9 +67,13 @@ def is_panoptic(folder: Path) -> bool:
     annotations/instances_*.json is, and so is any COCO JSON where the PNGs are missing.
     """
     jsons = [*_jsons(folder), *_jsons(folder / "annotations")]
-    if not jsons or any(folder.glob("annotations/instances_*.json")):
+    if not jsons or _has_instances(folder):
         return False
     return any(_has_pngs(path, folder) for path in jsons) or not is_coco(folder)
+
+
+def _has_instances(folder: Path) -> bool:
+    return any(folder.glob("annotations/instances_*.json"))
 
 
 def passed_over(folder: Path) -> list[str]:
@@ -78,7 +82,7 @@ def passed_over(folder: Path) -> list[str]:
     if not jsons:
         return []
     names = ", ".join(path.name for path in jsons)
-    lost = "" if any(_has_pngs(path, folder) for path in jsons) else ", whose PNGs are not there"
+    lost = "" if _has_instances(folder) else ", whose PNGs are not there"
     return [f"not read beside COCO's objects: {names} (COCO panoptic){lost}"]
 
 
