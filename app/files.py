@@ -52,6 +52,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_unfinished(path: Path) -> None:
+    """Remove what killed writers of the file `path` left beside it.
+
+    It is for who has claimed the folder: another writer's would go as well.
+    """
+    patterns = [f"{glob.escape(f'.{path.name}.')}*"]
+    if path.suffix == ".safetensors":
+        patterns.append(".tmp??????")  # what the library has not finished is called so
+    for part in (part for pattern in patterns for part in path.parent.glob(pattern)):
+        if part.is_file():
+            part.unlink()
+
+
 @contextlib.contextmanager
 def atomic_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; swap it into place only when the block succeeds.

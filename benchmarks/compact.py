@@ -19,7 +19,7 @@ import torch
 
 from app.compression.compaction import REPORT, compact
 from app.compression.cut import Cut, cut_model
-from app.compression.goal import CutFlags
+from app.compression.flags import CutFlags
 from app.compression.teaching import teach
 from app.config.compose import load_config, load_model_config, recipe_file
 from app.datasets.build import Splits

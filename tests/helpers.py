@@ -6,10 +6,12 @@ import csv
 import fcntl
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +76,58 @@ def finish(*words: object) -> None:
             raise RuntimeError(f"the run ended with {stop.code}") from None
     finally:
         sys.argv = before
+
+
+APART = """
+import json, os, sys
+from app.__main__ import main
+commands, before, user = json.loads(sys.argv[1])
+for number, words in enumerate(before + commands):
+    if number == len(before) and user is not None:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
+    sys.argv = ["app", *words]
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    print("ended", code, "torch" in sys.modules, file=sys.stderr, flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Apart:
+    """What a command in another process came to, and whether torch was imported by then."""
+
+    code: int
+    imported_torch: bool
+    err: str
+
+
+def run_apart(
+    *commands: Sequence[object], user: int | None = None, before: Sequence[Sequence[object]] = ()
+) -> list[Apart]:
+    """Run commands, one after the other, in one process that has imported nothing before.
+
+    Args:
+        user: id of the user who runs them, where root starts them.
+        before: commands that root runs first, so that all is imported that the user may not read.
+    """
+    words = [[[*map(str, command)] for command in part] for part in (commands, before)]
+    done = subprocess.run(
+        [sys.executable, "-c", APART, json.dumps([*words, user])],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    parts = re.split(r"^ended (\d+) (True|False)\n", done.stderr, flags=re.MULTILINE)
+    ends = zip(parts[1::3], parts[2::3], parts[::3], strict=False)
+    found = [Apart(int(code), torch == "True", err) for code, torch, err in ends][len(before) :]
+    assert len(found) == len(commands), done.stderr
+    return found
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:

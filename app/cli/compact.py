@@ -88,10 +88,19 @@ def compact(
     source: options.SourceFlags,
 ) -> None:
     """Cut weights down to smaller ones, and say what each step removes, leaves and costs."""
-    from app.compression.compaction import compact as cut_down
-    from app.compression.goal import CutFlags, check_width
+    from app.compression.flags import CutFlags, check_width
+    from app.files import check_writable
+    from app.inference.inputs import find_images
+    from app.model.weight_files import require_free
 
     given = options.to_overrides(overrides, source.by_key())
+    by = check_width(width)  # this and what follows: before torch is imported
+    options.check_paths([*given, f"checkpoint={checkpoint}"])
+    require_free(output_dir, overwrite=overwrite)
+    check_writable(output_dir)
+    paths = None if images is None else find_images(images)
+    from app.compression.compaction import compact as cut_down
+
     file = cut_down(
         checkpoint,
         output_dir,
@@ -109,8 +118,8 @@ def compact(
             resolution=resolution,
         ),
         given,
-        by=check_width(width),
-        images=images,
+        by=by,
+        images=paths,
         measure_on=measure_on,
         has_data=any(text.startswith("dataset.") for text in given),
         overwrite=overwrite,

@@ -71,16 +71,18 @@ def evaluate(
         "prediction.threshold": threshold,
         "output_dir": output_dir,
     }
+    given = options.to_overrides(overrides, flags)
     with signals.watch():
         from app.training.output_folder import check_folder
 
         if output_dir is not None:  # before torch is imported
             check_folder(output_dir, resume=None, overwrite=overwrite)
+        options.check_paths(given)
         from app.cli import training
         from app.training.prepare import Request
 
         request = Request(
-            options.to_overrides(overrides, flags),
+            given,
             size=weights.model,
             eval_only=True,
             overwrite=overwrite,

@@ -159,6 +159,7 @@ def export(
     from app.deploy.output import check_output
 
     check_output(output_dir, checkpoint, overwrite=overwrite)  # before torch is imported
+    options.check_paths([*given, f"checkpoint={checkpoint}"])
     if to_format == "onnx":
         write_graphs(
             checkpoint, output_dir, given, flags, measure_on=measure_on, overwrite=overwrite

@@ -109,7 +109,8 @@ def infer(
     """Find what the prompts name in images; the same command again does what a stop left over."""
     from app.files import free_folder
     from app.inference.folder import list_jobs, predict_folder
-    from app.inference.settings import Settings, make_settings, with_defaults
+    from app.inference.settings import RANDOM, Settings, make_settings, with_defaults
+    from app.model.weight_files import find_file
 
     settings = Settings(
         checkpoint=checkpoint,
@@ -133,6 +134,8 @@ def infer(
     )
     output = output_dir or free_folder(Path("outputs/infer"))
     jobs = list_jobs(input, output, settings.save, overwrite=overwrite)
+    if checkpoint != RANDOM:
+        find_file(Path(checkpoint))
     from app.inference.worker import open_work  # torch: only where there is something to do
 
     failed = predict_folder(

@@ -29,6 +29,12 @@ def merge(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Join a LoRA with its base into plain weights."""
+    from app.files import check_writable
+    from app.model.weight_files import require_adapter, require_free
+
+    require_adapter(adapter)  # before torch is imported
+    require_free(output_dir, overwrite=overwrite)
+    check_writable(output_dir)
     from app.evaluation.model_card import write_merged_card
     from app.model import weights
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from app.errors import UserError
+from app.model.weight_files import ADAPTER, FILE, find_file
 
 log = logging.getLogger("app")
 
@@ -63,15 +65,15 @@ def last_weights(weights: Any) -> Any:
     if str(weights) != "last" or Path("last").exists():
         return weights
     files = [
-        file
-        for name in ("model.safetensors", "adapter_model.safetensors")
-        for file in Path("outputs").glob(f"**/weights/best/{name}")
+        file for name in (FILE, ADAPTER) for file in Path("outputs").glob(f"**/weights/best/{name}")
     ]
     if not files:
         raise UserError("--checkpoint last: no run in outputs has weights; name a file or a folder")
-    folder = max(files, key=lambda file: file.stat().st_mtime).parent
-    log.info("weights: %s (the newest run's)", folder)
-    return type(weights)(folder)
+    newest = max(files, key=lambda file: file.stat().st_mtime)
+    ahead = newest.stat().st_mtime > time.time() + 60  # the clock of another machine may differ
+    why = ", by a date in the future: name the run, if another is meant" if ahead else ""
+    log.info("weights: %s (the newest run's%s)", newest.parent, why)
+    return type(weights)(newest.parent)
 
 
 Weights = Annotated[
@@ -240,3 +242,27 @@ def to_overrides(overrides: Sequence[str] | None, flags: Mapping[str, object]) -
     """Return the user's `KEY=VALUE`s, and those of the flags that were given, which win."""
     given = [f"{key}={value}" for key, value in flags.items() if value is not None]
     return [*(overrides or []), *given]
+
+
+def check_paths(overrides: Sequence[str]) -> None:
+    """Refuse a dataset or weights that are not there, before torch is imported, which takes long.
+
+    Args:
+        overrides: the command's `KEY=VALUE`s, of which the last of a key holds.
+
+    Raises:
+        UserError: names all of them.
+    """
+    named = dict(text.partition("=")[::2] for text in overrides)
+    given = {key: value for key, value in named.items() if value not in ("", "null")}
+    problems = []
+    if "dataset.dir" in given and not Path(given["dataset.dir"]).exists():
+        problems.append(f"--dataset-dir {given['dataset.dir']}: no such folder or zip")
+    for key in ("checkpoint", "distill.teacher"):
+        if given.get(key, "none") not in ("auto", "none"):
+            try:
+                find_file(Path(given[key]))
+            except UserError as error:
+                problems += error.problems
+    if problems:
+        raise UserError(problems)

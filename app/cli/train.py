@@ -202,6 +202,7 @@ def train(
         named = [text.partition("=")[2] for text in overrides if text.startswith("output_dir=")]
         if named and not plan and not (eval_only and resume) and os.environ.get("RANK", "0") == "0":
             check_folder(Path(named[-1]), resume=resume, overwrite=overwrite)
+        options.check_paths(overrides)
         from app.cli import training
         from app.training.prepare import Request
 

@@ -22,8 +22,9 @@ from app.compression.cut import (
     replace_text,
     store_vocabulary,
 )
-from app.compression.goal import CutFlags, Goal, all_but, check_goal, make_goal
-from app.compression.importance import Measure, Width, WidthBy, choose_layers, choose_queries, most
+from app.compression.flags import CutFlags, WidthBy
+from app.compression.goal import Goal, all_but, check_goal, make_goal
+from app.compression.importance import Measure, Width, choose_layers, choose_queries, most
 from app.config.compose import load_config, model_config
 from app.config.schema import Config, ModelConfig
 from app.console import counted
@@ -34,9 +35,8 @@ from app.datasets.levels import Levels
 from app.datasets.read_splits import read_splits
 from app.evaluation.evaluate import score_dataset
 from app.evaluation.scoring import THRESHOLD
-from app.files import claim, write_json
+from app.files import claim, remove_unfinished, write_json
 from app.inference.flops import count_flops
-from app.inference.inputs import find_images
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, count_parameters, padding_note
@@ -72,7 +72,7 @@ def compact(
     overrides: Sequence[str],
     *,
     by: WidthBy,
-    images: str | None = None,
+    images: Sequence[Path] | None = None,
     measure_on: int = 16,
     has_data: bool = False,
     overwrite: bool = False,
@@ -84,7 +84,7 @@ def compact(
         flags: what shall stay.
         overrides: of the configuration: the dataset, and settings.
         by: how MLP units and heads are chosen.
-        images: file, folder or glob of images without labels to measure importance on.
+        images: without labels, to measure importance on.
         measure_on: the most images to measure importance on.
         has_data: whether the overrides name a dataset. Importance is then measured on its training
             images, and each step is scored on its validation images.
@@ -114,7 +114,7 @@ def compact(
             train = splits.train
             few = train.subset([image.id for image in train.images[:measure_on]])
         else:
-            paths = find_images(str(images))[:measure_on]
+            paths = list(images or ())[:measure_on]
             few = unlabelled(paths, header.prompts, header.levels)
         cutting.measure_on(few, importance.cache_file(LOSSES, source, few, config))
     cutting.cut(goal, by)
@@ -131,6 +131,8 @@ def compact(
     if note := padding_note(header.model):
         log.info("note: %s", note)
     claim(folder)
+    for name in (weights.FILE, REPORT):
+        remove_unfinished(folder / name)
     file = weights.save(cutting.model, folder, header)
     write_json(folder / REPORT, {"source": str(source), "width": by, "steps": cutting.rows})
     return file

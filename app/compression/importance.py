@@ -12,7 +12,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from hydra.utils import instantiate
@@ -29,6 +29,7 @@ from app.compression.distillation import (
     forward_features,
     last_outputs,
 )
+from app.compression.flags import WidthBy
 from app.config.schema import Config, ModelConfig
 from app.console import progress
 from app.datasets.coco import Dataset
@@ -40,7 +41,6 @@ from app.model.device import autocast
 from app.training.losses import LabelLosses
 
 log = logging.getLogger("app")
-WidthBy = Literal["taylor", "activation", "svd"]
 
 
 class Measure:

@@ -18,6 +18,7 @@ from app.files import atomic_folder, check_writable
 from app.inference.detections import Detections
 from app.inference.inputs import check_prompts, find_images
 from app.inference.postprocess import threshold_below
+from app.model.weight_files import find_file
 
 log = logging.getLogger("app")
 LABELLER = "labelled by python -m app label"
@@ -49,6 +50,7 @@ def label(
         raise UserError(f"--output-dir {folder}: is there already; name another folder")
     check_writable(folder)
     paths = find_images(source)
+    find_file(checkpoint)
     from app.inference.predictor import Predictor  # torch: only where there is something to do
 
     predictor = Predictor.load(checkpoint, device=device)

@@ -63,9 +63,9 @@ class Settings:
         settings = asdict(self)
         del settings["device"]
         if self.checkpoint != RANDOM:
-            from app.model import weights
+            from app.model.weight_files import find_file  # here: an exported folder needs none
 
-            settings["weights"] = file_state(weights.find_file(Path(self.checkpoint)))
+            settings["weights"] = file_state(find_file(Path(self.checkpoint)))
         return settings
 
 

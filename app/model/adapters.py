@@ -22,11 +22,12 @@ from torch import nn
 from app.config.schema import LoraConfig, problems_of
 from app.errors import UserError
 from app.files import SETTINGS_BYTES, atomic_path, read_json, write_json
+from app.model.weight_files import ADAPTER
 
 if TYPE_CHECKING:
     import peft
 
-FILE = "adapter_model.safetensors"
+FILE = ADAPTER
 CONFIG = "adapter_config.json"
 _NAME = "default"  # peft's name of the only adapter
 _PREFIX = "base_model.model."  # of keys in an adapter's file: where a PeftModel holds its base

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from app.errors import UserError
-from app.files import atomic_path, claim, hash_file, write_text
+from app.files import atomic_path, claim, hash_file, remove_unfinished, write_text
 from app.model.weights import FILE, find_file, read_header
 
 NANO = Path(__file__).resolve().parents[1] / "assets" / "nano"
@@ -49,6 +49,7 @@ def pack(source: Path, folder: Path) -> Path:
     }
     packed = folder / FILE
     claim(folder)
+    remove_unfinished(packed)
     if packed.exists():
         raise UserError(f"--output-dir {folder}: holds {FILE} already; name another folder")
     with atomic_path(packed) as temporary:

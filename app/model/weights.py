@@ -27,15 +27,17 @@ from app.config.compose import load_model_config, model_config, model_names
 from app.config.schema import ModelConfig, Prompt, problems_of
 from app.console import command
 from app.errors import UserError
-from app.files import atomic_path, claim, exists_problem, flatten, hash_file
+from app.files import atomic_path, claim, flatten, hash_file, remove_unfinished
 from app.model import adapters
 from app.model.build import build_model
 from app.model.transformers.config import read_config
 from app.model.transformers.state import from_transformers, is_layout, is_transformers
 from app.model.upstream.pin import COMMIT
 from app.model.vocabulary import VISUAL_PROMPT
+from app.model.weight_files import FILE as FILE  # of `weights` for all who load torch anyway
+from app.model.weight_files import find_file as find_file
+from app.model.weight_files import require_adapter, require_free
 
-FILE = "model.safetensors"
 HUB = ("facebook/sam3", "sam3.pt")
 BASE = "SAM3_BASE"  # environment variable: the file of an adapter's base, where it was moved
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of weights that an adapter may build on
@@ -128,19 +130,13 @@ def load(
 
 def merge(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
     """Write an adapter and its base as one plain `folder/model.safetensors`."""
-    if not is_adapter(path):
-        raise UserError(f"{path}: is no adapter (a folder with {adapters.FILE}); nothing to merge")
+    require_adapter(path)
     require_free(folder, overwrite=overwrite)
     model, header = load(path, merge=True)
     claim(folder)
     require_free(folder, overwrite=overwrite)  # again, now that no other process writes here
+    remove_unfinished(folder / FILE)
     return save(model, folder, header)
-
-
-def require_free(folder: Path, *, overwrite: bool) -> None:
-    """Raise UserError where a folder holds weights that may not be replaced."""
-    if (folder / FILE).exists() and not overwrite:
-        raise UserError(exists_problem(folder, f"holds {FILE} already"))
 
 
 def describe(path: Path, size: str | None = None, resolution: int | None = None) -> Header:
@@ -225,21 +221,6 @@ def find_base(folder: Path) -> Path:
     if _hash(file, state.st_size, state.st_mtime_ns) != base.sha256:
         raise UserError(f"{folder}: needs {wanted}; {file} is another. Set {BASE}=FILE to them.")
     return file
-
-
-def find_file(path: Path) -> Path:
-    """Return the weights file that a file or folder stands for."""
-    names = (FILE, adapters.FILE, "checkpoint.pt")
-    candidates = [path] if path.is_file() else [path / name for name in names]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    if path.is_dir():
-        inside = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise UserError(
-            f"{path}: holds no {FILE}, {adapters.FILE} or checkpoint.pt; there is {inside}"
-        )
-    raise UserError(f"{path}: no such checkpoint (a file, or a folder with {FILE})")
 
 
 def is_adapter(path: Path) -> bool:

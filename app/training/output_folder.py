@@ -21,10 +21,12 @@ from app.files import (
     check_writable,
     claim,
     exists_problem,
+    remove_unfinished,
     write_json,
     write_text,
 )
 from app.model.upstream.pin import COMMIT
+from app.model.weight_files import ADAPTER, FILE
 
 if TYPE_CHECKING:
     from app.datasets.build import Splits
@@ -84,8 +86,9 @@ def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> N
             pass
         for path in (folder / name for name in present if overwrite):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for unfinished in folder.glob("weights/*/.model.safetensors.*"):
-            unfinished.unlink()
+        for name in (FILE, ADAPTER):
+            for place in ("best", "last"):
+                remove_unfinished(folder / "weights" / place / name)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
 

@@ -14,7 +14,8 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from app.__main__ import COMMANDS
-from tests.helpers import REPOSITORY, Command
+from app.model.bundled import NANO
+from tests.helpers import REPOSITORY, Command, run_apart
 
 # Sources of labelled images, alike in each command that reads them.
 SOURCES = ("--dataset-dir", "--hf-dataset", "--hf-config", "--hf-split", "--columns", "--roboflow")
@@ -130,3 +131,38 @@ def test_modules_in_the_callers_folder_are_not_run(tmp_path: Path) -> None:
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Usage:" in done.stdout
+
+
+def test_paths_that_are_wrong_are_told_before_torch_is_imported(tmp_path: Path) -> None:
+    """Importing it takes seconds; one process is enough to see that nothing of it was."""
+    scene, none = REPOSITORY / "examples" / "scene.png", tmp_path / "none"
+    adapter, taken, file = tmp_path / "adapter", tmp_path / "taken", tmp_path / "file"
+    for path in (adapter / "adapter_model.safetensors", taken / "model.safetensors", file):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    out, found = ("--output-dir", tmp_path / "out"), ("--input", scene, "--prompt", "circle")
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("merge", none, *out), "no such checkpoint"),
+        (("merge", NANO, *out), "is no adapter"),
+        (("merge", adapter, "--output-dir", taken), "holds model.safetensors already"),
+        (("merge", adapter, "--output-dir", file / "out"), "is no folder"),
+        (("compact", none, *out, "--to", "small"), "no such checkpoint"),
+        (("compact", NANO, *out, "--mlp", "0.5", "--dataset-dir", none), "no such folder or zip"),
+        (("compact", NANO, *out, "--mlp", "0.5", "--images", none), "no such file, folder or glob"),
+        (("compact", NANO, *out, "--mlp", "0.5", "--width", "magic"), "give one of taylor"),
+        (("compact", NANO, "--output-dir", taken, "--mlp", "0.5"), "holds model.safetensors"),
+        (("compact", NANO, "--output-dir", file / "out", "--mlp", "0.5"), "is no folder"),
+        (("export", NANO, *out, "--dataset-dir", none), "no such folder or zip"),
+        (("export", none, *out), "no such checkpoint"),
+        (("train", "--dataset-dir", none), "no such folder or zip"),
+        (("train", f"dataset.dir={none}", *out), "no such folder or zip"),
+        (("train", "--checkpoint", none), "no such checkpoint"),
+        (("train", "--teacher", none), "no such checkpoint"),
+        (("evaluate", "--checkpoint", none, "--dataset-dir", none), "no such folder or zip"),
+        (("infer", "--checkpoint", none, *found, *out), "no such checkpoint"),
+        (("label", "--checkpoint", none, *found, *out), "no such checkpoint"),
+    ]
+    for (words, message), done in zip(cases, run_apart(*(w for w, _ in cases)), strict=True):
+        assert (done.code, done.imported_torch) == (2, False), words
+        assert message in done.err, words
+    assert not (tmp_path / "out").exists()

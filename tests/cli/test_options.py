@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from dataclasses import FrozenInstanceError, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -82,6 +84,26 @@ def test_flags_that_were_given_win_over_overrides() -> None:
         "dataset.format=yolo",
     ]
     assert options.to_overrides(None, options.SourceFlags().by_key()) == []
+
+
+def test_a_newest_run_of_the_future_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The clock was ahead when it was written: later runs seem older."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(options.log, "propagate", True)
+    for name, ahead in (("ahead", 86_400), ("train", 0)):
+        file = Path("outputs") / name / "weights/best/model.safetensors"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.utime(file, (time.time() + ahead, time.time() + ahead))
+    with caplog.at_level("INFO", logger="app"):
+        assert options.last_weights("last") == "outputs/ahead/weights/best"
+        assert "by a date in the future: name the run" in caplog.text
+        caplog.clear()
+        shutil.rmtree("outputs/ahead")
+        assert options.last_weights("last") == "outputs/train/weights/best"
+        assert "future" not in caplog.text
 
 
 def test_last_is_the_run_that_wrote_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
