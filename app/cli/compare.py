@@ -25,8 +25,9 @@ def compare(
     """Print two runs' figures side by side, and what of their difference chance could explain."""
     from app.evaluation import compare as comparing
 
-    show(comparing.compare(run, other), run, other)
-    for line in comparing.other_settings(run, other):
+    comparison = comparing.compare(run, other)
+    show(comparison, run, other)
+    for line in comparison.settings:
         log.info("%s", line)
 
 

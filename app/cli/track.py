@@ -27,6 +27,9 @@ def track(
     ] = None,
 ) -> None:
     """Send to MLflow what it has not of a run: after a server was down, or for the first time."""
+    from app.tracking.contents import check_contents
+
+    check_contents(run)  # before MLflow is imported, which takes seconds
     from app.tracking import mlflow as tracking
     from app.tracking.state import registered
 

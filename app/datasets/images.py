@@ -225,6 +225,8 @@ def _explain(path: Path, error: Exception) -> ImageError:
             head = file.read(512)
     except OSError as failure:
         return ImageError("image damaged", path, failure.strerror or str(failure))
+    except ValueError as failure:  # a path with NUL, or with halves of characters
+        return ImageError("image missing", path, str(failure))
     if not head:
         return ImageError("image empty", path, "it has 0 bytes")
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()

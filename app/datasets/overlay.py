@@ -52,8 +52,9 @@ def draw_objects(
     canvas = np.array(image.convert("RGB"))
     decoded = [None if mask is None else mask_utils.decode(mask) for mask in masks or []]
     decoded += [None] * (len(labels) - len(decoded))
-    boxes: list[Box] = [(float(a), float(b), float(c), float(d)) for a, b, c, d in boxes_xyxy]
     scale = max(image.size)
+    near = np.clip(boxes_xyxy, -scale, 2 * scale)  # OpenCV draws to no number of more than 32 bits
+    boxes: list[Box] = [(float(a), float(b), float(c), float(d)) for a, b, c, d in near]
     width = max(2, round(scale / 320))
     for box, mask, color in reversed(list(zip(boxes, decoded, colors, strict=True))):
         if mask is not None and mask.any():

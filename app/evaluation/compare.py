@@ -11,7 +11,6 @@ import hotcoco
 import numpy as np
 from numpy.typing import NDArray
 
-from app.config.compose import read_yaml
 from app.datasets.coco import Category, Dataset
 from app.errors import UserError
 from app.evaluation import record
@@ -20,8 +19,9 @@ from app.evaluation.matching import Overlaps, overlaps
 from app.evaluation.metrics import accumulate, iou_types
 from app.evaluation.off_prompt import firing_of
 from app.evaluation.record import Record
-from app.evaluation.report_page import HEADLINE, KIND, ONCE, SETTINGS
-from app.files import flatten, read_json
+from app.evaluation.report_page import HEADLINE, KIND, ONCE
+from app.evaluation.run_files import RunFiles, read_run
+from app.files import flatten
 
 Counts = NDArray[np.float64]
 RESAMPLINGS = 500
@@ -55,11 +55,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Hold the lines of a comparison: figures first, then a line a class."""
+    """Hold the lines of a comparison: figures first, then a line a class.
+
+    Attributes:
+        settings: lines that name the settings in which two runs differ; empty where a folder does
+            not hold them.
+    """
 
     lines: tuple[Line, ...]
     images: int
     resamplings: int
+    settings: tuple[str, ...]
 
 
 def compare(one: Path, other: Path, resamplings: int = RESAMPLINGS) -> Comparison:
@@ -72,6 +78,7 @@ def compare(one: Path, other: Path, resamplings: int = RESAMPLINGS) -> Compariso
         UserError: a folder holds no evaluation, or they were scored on different truths.
     """
     first, second = record.read(one), record.read(other)
+    files = read_run(one), read_run(other)
     if not _is_same(first.truth, second.truth):
         raise UserError(
             f"{one} ({first.split}) and {other} ({second.split}): were scored on different images "
@@ -80,10 +87,11 @@ def compare(one: Path, other: Path, resamplings: int = RESAMPLINGS) -> Compariso
     kinds = [t for t in iou_types(first.truth, first.results) if t in _kinds(second)]
     lines = [line for kind in kinds for line in _figures(first, second, kind, resamplings)]
     lines += [line for kind in kinds for line in _concepts(first, second, kind, resamplings)]
-    lines += _stored_concepts(one, other, {line.name for line in lines})
+    lines += _stored_concepts(*files, {line.name for line in lines})
     lines += _firing(first, second, kinds[-1], resamplings)
     lines += [line for kind in kinds for line in _classes(first, second, kind, resamplings)]
-    return Comparison(tuple(lines), len(first.truth.images), resamplings)
+    settings = tuple(_other_settings(*files))
+    return Comparison(tuple(lines), len(first.truth.images), resamplings, settings)
 
 
 def label(name: str) -> str:
@@ -96,11 +104,10 @@ def label(name: str) -> str:
     return f"{KIND[kind]} {figure}{f' of {of_class}' if of_class else ''}"
 
 
-def other_settings(one: Path, other: Path) -> list[str]:
-    """Return the settings in which two runs differ; none where a folder does not hold them."""
-    if not all((folder / SETTINGS).is_file() for folder in (one, other)):
+def _other_settings(one: RunFiles, other: RunFiles) -> list[str]:
+    if not (one.all_settings and other.all_settings):
         return []
-    first, second = (flatten(read_yaml(folder / SETTINGS)) for folder in (one, other))
+    first, second = flatten(one.all_settings), flatten(other.all_settings)
     differing = [
         f"  {key}: {first.get(key)}, {second.get(key)}"
         for key in {**first, **second}
@@ -112,20 +119,16 @@ def other_settings(one: Path, other: Path) -> list[str]:
     return ["settings that differ, of the first and of the second:", *differing[:SHOWN], *more]
 
 
-def _stored_concepts(one: Path, other: Path, known: Collection[str]) -> list[Line]:
+def _stored_concepts(one: RunFiles, other: RunFiles, known: Collection[str]) -> list[Line]:
     """Return cgF1 as both runs have it in metrics.json, where the classes alone define none.
 
     It counts nouns that no image shows as well. It has no interval, because these are not kept.
     """
-    files = [folder / "metrics.json" for folder in (one, other)]
-    if not all(file.is_file() for file in files):
-        return []
-    first, second = map(read_json, files)
     names = [f"{kind}/{name}" for kind in KIND for name in ("cgF1", "IL_MCC")]
     return [
-        Line(name, first[name], second[name])
+        Line(name, one.figures[name], other.figures[name])
         for name in names
-        if name not in known and name in first and name in second
+        if name not in known and name in one.figures and name in other.figures
     ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from accelerate.utils import set_seed
 
@@ -52,10 +51,11 @@ def evaluate(config: Config, splits: Splits, pretrained_path: Path | None) -> di
     predictor = Predictor(model.to(device), config.model, precision, levels=levels)
     validation = score_dataset(predictor, dataset, config, config.evaluation.split)
     folder = Path(config.output_dir)
-    write_predictions(folder, dataset, validation.results, config, config.evaluation.split)
+    scored = Record(config.evaluation.split, dataset, validation.results)
+    write_predictions(folder, scored, config)
     write_json(folder / "metrics.json", validation.figures)
     log.info("%s", summary(validation.figures))
-    log.info("figures: %s; report: %s", folder / "metrics.json", write_report(folder))
+    log.info("figures: %s; report: %s", folder / "metrics.json", write_report(folder, scored))
     return validation.figures
 
 
@@ -113,14 +113,12 @@ def score_dataset(
         )
 
 
-def write_predictions(
-    folder: Path, dataset: Dataset, results: list[dict[str, Any]], config: Config, split: str
-) -> None:
+def write_predictions(folder: Path, scored: Record, config: Config) -> None:
     """Write what figures were computed from: the results, the truth, and pictures of both."""
-    record.write(folder, Record(split, dataset, results))
+    record.write(folder, scored)
     report.draw_comparisons(
-        dataset,
-        results,
+        scored.truth,
+        scored.results,
         folder / "plots",
         count=config.evaluation.pictures,
         threshold=config.prediction.threshold,

@@ -83,6 +83,7 @@ def _overlaps(
         shapes = [list(a.bbox_xywh) for a in objects]
         detections = [result["bbox"] for result in ordered]
     iou = coco_mask.iou(detections, shapes, crowds) if detections and shapes else []
+    iou = np.nan_to_num(np.asarray(iou, dtype=np.float64))  # two boxes of no size share 0 of 0
     return Overlaps(
         image_id=image_id,
         results=ordered,
@@ -90,5 +91,5 @@ def _overlaps(
         detected=np.array([result["category_id"] for result in ordered], dtype=np.int64),
         objects=np.array([a.category_id for a in objects], dtype=np.int64),
         crowds=np.array(crowds, dtype=bool),
-        iou=np.asarray(iou, dtype=np.float64).reshape(len(detections), len(shapes)),
+        iou=iou.reshape(len(detections), len(shapes)),
     )

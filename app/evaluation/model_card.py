@@ -18,7 +18,8 @@ from app.config.schema import Config, DatasetConfig, Node
 from app.console import command, counted, duration, plain
 from app.datasets.build import Splits
 from app.evaluation.report_page import HEADLINE, KIND, ONCE, number
-from app.files import read_json, write_text
+from app.evaluation.run_files import Environment, read_environment, read_figures
+from app.files import read_text, remove_unfinished, write_text
 from app.model import weights
 from app.model.bundled import NANO
 
@@ -49,9 +50,7 @@ def write_card(
     folder = Path(config.output_dir)
     best = folder / "weights" / "best"
     header = weights.describe(best)
-    figures = read_json(folder / "metrics.json")
-    by_command = folder / "environment.json"  # a run from Python has none
-    environment = read_json(by_command) if by_command.is_file() else {}
+    figures, environment = read_figures(folder), read_environment(folder)
     metas = pretrained_path is not None and not header.model.name.startswith("nano")
     data = ModelCardData(
         **licence(metas=metas),
@@ -126,12 +125,12 @@ def write_merged_card(adapter: Path, folder: Path) -> Path:
 
     Args:
         adapter: folder of the LoRA.
-        folder: of the merged weights.
+        folder: of the merged weights, which this process has claimed.
     """
     merged = "These are plain weights: a LoRA, merged with the weights that it was trained on."
     card = adapter / CARD
     if card.is_file():
-        text = card.read_text(encoding="utf-8").replace(_TRAINING, f"{_TRAINING}\n\n{merged}", 1)
+        text = read_text(card).replace(_TRAINING, f"{_TRAINING}\n\n{merged}", 1)
     else:
         header = weights.describe(folder)
         metas = not header.model.name.startswith("nano")
@@ -139,6 +138,7 @@ def write_merged_card(adapter: Path, folder: Path) -> Path:
         parts = [f"---\n{data.to_yaml()}\n---", f"# {folder.resolve().name}", merged]
         parts += ["## What it finds", _prompts(header), "## Limits", _limits(header)]
         text = "\n\n".join([*parts, "## Use", _use(header)]) + "\n"
+    remove_unfinished(folder / CARD)
     write_text(folder / CARD, text)
     return folder / CARD
 
@@ -192,14 +192,14 @@ def _figures(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _command(environment: Mapping[str, Any], figures: Mapping[str, Any]) -> str:
+def _command(environment: Environment, figures: Mapping[str, Any]) -> str:
     """Return the command of the run, and how long it took on which machine."""
     given = machine = ""
-    if environment:
-        words = environment["command"][1:]
+    if environment.command:  # a run from Python has none
+        words = environment.command[1:]
         given = f"```bash\n{command('./train.sh', *words)}\n```\n\n"
-        machine = environment["gpu"] or f"{environment['cpus']} CPU threads"
-        machine = f" on {machine}, torch {environment['packages']['torch']}"
+        machine = environment.gpu or f"{environment.cpus} CPU threads"
+        machine = f" on {machine}, torch {environment.packages.get('torch')}"
     epochs = counted(figures["epochs"], "epoch")
     return f"{given}{epochs} in {duration(figures['seconds'])}{machine}:"
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from app.config.schema import problems_of
 from app.datasets import coco
 from app.datasets.coco import Annotation, Category, Dataset, Image
+from app.datasets.geometry import LARGEST_NUMBER, MAX_SIDE, rle_fault
 from app.errors import UserError
 from app.evaluation.metrics import by_class
+from app.evaluation.results import read_results
+from app.evaluation.run_files import shortened
 from app.files import csv_text, read_json, write_csv, write_json
 
 FOLDER = "predictions"
@@ -48,7 +55,7 @@ def read(folder: Path) -> Record:
     """Read the record of a run or an evaluation.
 
     Raises:
-        UserError: the folder holds none.
+        UserError: the folder holds none, or one that is not as it was written.
     """
     splits = _splits(folder)
     if not splits:
@@ -57,10 +64,8 @@ def read(folder: Path) -> Record:
             "finished training, or of python -m app evaluate"
         )
     results, truth = _files(folder, splits[0])
-    try:
-        return Record(splits[0], _dataset(read_json(truth)), read_json(results))
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{truth}: is not as it was written ({error!r})") from None
+    dataset = _read_truth(truth)
+    return Record(splits[0], dataset, read_results(results, dataset))
 
 
 def _files(folder: Path, split: str) -> tuple[Path, Path]:
@@ -72,33 +77,100 @@ def _splits(folder: Path) -> list[str]:
     """Return the splits with results and truth: one, or more where a writer was killed."""
     truths = sorted((folder / FOLDER).glob(f"*{_TRUTH}"))
     splits = [file.name.removesuffix(_TRUTH) for file in truths]
-    return [split for split in splits if _files(folder, split)[0].is_file()]
+    return [split for split in splits if _files(folder, split)[0].exists()]
 
 
-def _dataset(document: dict[str, Any]) -> Dataset:
-    """Read what `coco.write` wrote, without looking for the images."""
+# --- the truth, as `coco.write` wrote it; its images need not be there
+
+_Id = Annotated[int, Field(gt=-(2**63), lt=2**63)]
+_Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+_Number = Annotated[float, Field(gt=-LARGEST_NUMBER, lt=LARGEST_NUMBER)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class _Image(_Entry):
+    id: _Id
+    file_name: str
+    width: _Side
+    height: _Side
+    levels: Annotated[list[_Number], Field(min_length=2, max_length=2)] | None = None
+
+
+class _Annotation(_Entry):
+    id: _Id
+    image_id: _Id
+    category_id: _Id
+    bbox: Annotated[list[_Number], Field(min_length=4, max_length=4)]
+    segmentation: dict[str, Any] | Annotated[list[Any], Field(max_length=0)]
+    area: _Number
+    iscrowd: int
+
+
+class _Category(_Entry):
+    id: _Id
+    name: str
+
+
+class _Truth(_Entry):
+    images: Annotated[list[_Image], Field(min_length=1)]
+    annotations: list[_Annotation]
+    categories: Annotated[list[_Category], Field(min_length=1)]
+
+
+def _read_truth(file: Path) -> Dataset:
+    try:
+        truth = _Truth.model_validate(read_json(file))
+    except ValidationError as error:
+        raise UserError(shortened(file, problems_of(error))) from None
+    if problems := [*_problems(truth)]:
+        raise UserError(shortened(file, problems))
     return Dataset(
         tuple(
             Image(
-                entry["id"],
-                Path(entry["file_name"]),
-                entry["width"],
-                entry["height"],
-                tuple(entry["levels"]) if "levels" in entry else None,
+                entry.id,
+                Path(entry.file_name),
+                entry.width,
+                entry.height,
+                None if entry.levels is None else (entry.levels[0], entry.levels[1]),
             )
-            for entry in document["images"]
+            for entry in truth.images
         ),
         tuple(
             Annotation(
-                id=entry["id"],
-                image_id=entry["image_id"],
-                category_id=entry["category_id"],
-                bbox_xywh=tuple(entry["bbox"]),
-                segmentation=entry["segmentation"] or None,
-                area=entry["area"],
-                iscrowd=bool(entry["iscrowd"]),
+                id=entry.id,
+                image_id=entry.image_id,
+                category_id=entry.category_id,
+                bbox_xywh=(entry.bbox[0], entry.bbox[1], entry.bbox[2], entry.bbox[3]),
+                segmentation=entry.segmentation if isinstance(entry.segmentation, dict) else None,
+                area=entry.area,
+                iscrowd=bool(entry.iscrowd),
             )
-            for entry in document["annotations"]
+            for entry in truth.annotations
         ),
-        tuple(Category(entry["id"], entry["name"]) for entry in document["categories"]),
+        tuple(Category(entry.id, entry.name) for entry in truth.categories),
     )
+
+
+def _problems(truth: _Truth) -> Iterator[str]:
+    """Yield what is wrong between the entries: ids that are taken or lead nowhere, masks."""
+    sizes = {image.id: (image.width, image.height) for image in truth.images}
+    categories = {category.id for category in truth.categories}
+    for key in ("images", "annotations", "categories"):
+        entries = getattr(truth, key)
+        if len({entry.id for entry in entries}) < len(entries):
+            yield f"{key}: two have one id"
+    for index, entry in enumerate(truth.annotations):
+        place = f"annotations.{index}"
+        if min(entry.bbox[2:]) < 0:
+            yield f"{place}: bbox is {entry.bbox}: must have a width and a height of 0 or more"
+        if entry.category_id not in categories:
+            yield f"{place}: category_id is {entry.category_id}, and there is no such category"
+        if entry.image_id not in sizes:
+            yield f"{place}: image_id is {entry.image_id}, and there is no such image"
+        elif isinstance(entry.segmentation, dict) and (
+            fault := rle_fault(entry.segmentation, *sizes[entry.image_id])
+        ):
+            yield f"{place}: segmentation {fault}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from app.config.yaml_data import read_yaml
 from app.console import command, counted
 from app.datasets.coco import Annotation, Image
 from app.datasets.dataset_report import REPORT as DATASET_REPORT
@@ -22,11 +20,11 @@ from app.evaluation.diagnosis import KINDS, Diagnosis, confusion, extremes
 from app.evaluation.matching import Overlaps, overlaps
 from app.evaluation.metrics import accumulate, by_class, iou_types
 from app.evaluation.record import Record
-from app.files import read_json, write_text
+from app.evaluation.run_files import FIGURES, SETTINGS, RunFiles, Settings, read_run
+from app.files import read_text, write_text
 from app.page import drawing, page, picture, table, text
 
 REPORT = "report.html"
-SETTINGS = "config_resolved.yaml"
 EXTREMES = 12  # worst images, and best
 SHOWN_CLASSES = 20  # in the table of confusions
 SIZES = {"": "all", "_small": "under 32²", "_medium": "32² to 96²", "_large": "above 96²"}
@@ -71,20 +69,29 @@ class Scored:
     threshold: float
 
 
-def write_report(folder: Path) -> Path:
-    """Write `report.html` of a folder; raise UserError where the folder holds no evaluation."""
+def write_report(folder: Path, evaluation: Record | None = None) -> Path:
+    """Write `report.html` of a folder; return its file.
+
+    Args:
+        evaluation: the folder's record, where it is at hand.
+
+    Raises:
+        UserError: the folder holds no evaluation, or files that are not as they were written.
+    """
     file = folder / REPORT
-    write_text(file, render(folder))
+    write_text(file, render(folder, evaluation))
     return file
 
 
-def render(folder: Path) -> str:
+def render(folder: Path, evaluation: Record | None = None) -> str:
     """Return the page of a run or of an evaluation; text from outside is escaped."""
-    scored = _read(folder)
-    rows = _rows(folder / "metrics.csv")
-    settings = _settings(folder)
+    evaluation = evaluation or record.read(folder)
+    files = read_run(folder)
+    if not files.figures:
+        raise UserError(f"{folder / FIGURES}: no figures; score the weights again")
+    scored, rows = _scored(evaluation, files), files.rows
     parts = [
-        _summary(scored, settings),
+        _summary(scored, files.settings),
         "<h2>Figures</h2>",
         _headline(scored.figures),
         *([f'<h2>Training</h2><div class="row">{_curves(rows)}</div>'] if rows else []),
@@ -102,42 +109,25 @@ def render(folder: Path) -> str:
     return page(f"Report: {folder.resolve().name}", parts)
 
 
-def _read(folder: Path) -> Scored:
-    evaluation = record.read(folder)
-    figures = read_json(folder / "metrics.json")
+def _scored(evaluation: Record, files: RunFiles) -> Scored:
     iou_type = iou_types(evaluation.truth, evaluation.results)[-1]
     return Scored(
         record=evaluation,
-        figures=figures,
+        figures=files.figures,
         images=overlaps(evaluation.truth, evaluation.results, iou_type),
         iou_type=iou_type,
-        threshold=figures.get("calibration/threshold", 0.5),
+        threshold=files.figures.get("calibration/threshold", 0.5),
     )
 
 
-def _rows(file: Path) -> list[dict[str, float]]:
-    """Read the rows of metrics.csv; none for an evaluation."""
-    if not file.is_file():
-        return []
-    with file.open(encoding="utf-8", newline="") as lines:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(lines)]
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """Read the run's configuration; empty for results of another tool."""
-    file = folder / SETTINGS
-    return dict(read_yaml(file)) if file.is_file() else {}
-
-
-def _summary(scored: Scored, settings: Mapping[str, Any]) -> str:
+def _summary(scored: Scored, settings: Settings) -> str:
     truth = scored.record.truth
     sentence = (
         f"{counted(len(truth.images), 'image')} of the split “{scored.record.split}”, "
         f"{counted(len(truth.annotations), 'object')} of {counted(len(truth.categories), 'class')}."
     )
-    if settings:
-        model = settings["model"]
-        sentence = f"SAM 3, size {model['name']}, {model['resolution']} px. {sentence}"
+    if model := settings.model:
+        sentence = f"SAM 3, size {model.name}, {model.resolution} px. {sentence}"
     return f"<p>{text(sentence)}</p>"
 
 
@@ -355,5 +345,5 @@ def _shown_settings(folder: Path) -> str:
     file = folder / SETTINGS
     if not file.is_file():
         return ""
-    settings = file.read_text(encoding="utf-8")
+    settings = read_text(file)
     return f"<details><summary>All settings</summary><pre>{text(settings)}</pre></details>"

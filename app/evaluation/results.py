@@ -22,7 +22,7 @@ def read_truth(file: Path) -> Dataset:
     Raises:
         UserError: with every problem of the file.
     """
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"--truth {file}: no such file (a COCO JSON with images and annotations)")
     return examine(file, None).sound()
 
@@ -35,7 +35,7 @@ def read_results(file: Path, truth: Dataset) -> list[dict[str, Any]]:
     Raises:
         UserError: with the first problems, and how many there are.
     """
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"--predictions {file}: no such file (a JSON list of COCO results)")
     content = read_json(file)
     if not isinstance(content, list):

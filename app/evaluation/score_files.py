@@ -30,10 +30,11 @@ def score_files(
     truth = read_truth(truth_file)
     results = read_results(results_file, truth)
     figures = score(truth, results, threshold=threshold)
-    record.write(output, Record(results_file.stem, truth, results))
+    evaluation = Record(results_file.stem, truth, results)
+    record.write(output, evaluation)
     write_json(output / METRICS, figures)
     for name, value in figures.items():
         if "/AP/" not in name:
             log.info("%-24s %.4f", name, value)
-    log.info("figures: %s; report: %s", output / METRICS, write_report(output))
+    log.info("figures: %s; report: %s", output / METRICS, write_report(output, evaluation))
     return figures

@@ -11,7 +11,6 @@ ends must be finished, while the run must not wait for it.
 from __future__ import annotations
 
 import contextlib
-import csv
 import io
 import json
 import logging
@@ -35,20 +34,16 @@ from mlflow.models import ModelSignature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.types.schema import Array, ColSpec, DataType, Schema, TensorSpec
 
-from app.config.yaml_data import read_yaml
 from app.errors import UserError
-from app.files import flatten, locked, read_json
+from app.evaluation.run_files import read_environment, read_figures, read_rows, read_settings
+from app.files import flatten, locked
+from app.tracking.contents import BEST, FILES, FOLDERS, check_own
 from app.tracking.state import State, mlflow_uri, read_state, without_password, write_state
 from app.training.metric import gain, metric_name
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 2.0  # between two looks at the folder
 RETRY_SECONDS = 30.0  # after the tracker has failed
-FILES = (
-    *("report.html", "dataset_report.html", "config.yaml", "config_resolved.yaml"),
-    *("environment.json", "metrics.csv", "metrics.json", "metrics_by_class.csv", "train.log"),
-)
-FOLDERS = ("plots", "predictions")
 MODEL_SCRIPT = Path(__file__).with_name("served_model.py")
 CHAMPION = "champion"
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
@@ -81,43 +76,42 @@ def follow(folder: Path, uri: str, ended: TextIO) -> None:
             last_sent = now
         except Exception as error:
             if sender.state.problem is None:
-                print(f"MLflow: {sender.explain(error)}", file=sys.__stderr__)
-            sender.save_state(problem=sender.explain(error))
+                print(f"MLflow: {explain(error, uri)}", file=sys.__stderr__)
+            sender.save_state(problem=explain(error, uri))
             wait = RETRY_SECONDS
     if monitor is not None:
         monitor.finish()
     try:
         sender.finish()
     except Exception as error:
-        sender.save_state(problem=sender.explain(error))
+        sender.save_state(problem=explain(error, uri))
 
 
 def track(folder: Path, asked: str = "auto", register_as: str | None = None) -> tuple[str, State]:
     """Send what MLflow does not have yet of a run.
 
     Args:
+        folder: of the run, as `contents.check_contents` has found it.
         asked: as `tracking.mlflow` in the configuration.
 
     Returns:
         The address without a password, and what MLflow has of the run.
 
     Raises:
-        UserError: no run in the folder, or MLflow took no figures; says why.
+        UserError: MLflow took no figures; says why.
     """
-    if not (folder / "config_resolved.yaml").is_file():
-        raise UserError(f"{folder}: no run of this project (it has no config_resolved.yaml)")
     uri = mlflow_uri(asked)
     if uri is None:
         raise UserError("--mlflow=none: nowhere to send to")
     os.environ.setdefault(RETRIES, "1")  # MLflow's own seven take minutes
     with locked(folder):
-        sender = Sender(folder, uri, register_as)
         try:
+            sender = Sender(folder, uri, register_as)
             with _quiet():
                 sender.finish()
         except Exception as error:
             raise UserError(
-                f"MLflow at {without_password(uri)} took not all figures: {sender.explain(error)}"
+                f"MLflow at {without_password(uri)} took not all figures: {explain(error, uri)}"
             ) from None
     return without_password(uri), sender.state
 
@@ -135,12 +129,10 @@ class Sender:
 
     def __init__(self, folder: Path, uri: str, register_as: str | None = None) -> None:
         self.folder, self.uri = folder, uri
-        self.settings: dict[str, Any] = read_yaml(folder / "config_resolved.yaml")
-        environment = folder / "environment.json"  # a run from Python has none
-        self.environment = read_json(environment) if environment.is_file() else {}
-        tracking = self.settings.get("tracking", {})
-        self.experiment = tracking.get("experiment", "sam3-finetuning")
-        self.register_as = register_as or tracking.get("register_as")
+        self.settings, self.all_settings = read_settings(folder)
+        self.environment = read_environment(folder)
+        self.experiment = self.settings.tracking.experiment
+        self.register_as: Any = register_as or self.settings.tracking.register_as
         mlflow.set_tracking_uri(uri)
         self.client = MlflowClient(uri)
         self.state = read_state(folder)
@@ -161,24 +153,19 @@ class Sender:
         run_id = self.state.run_id
         if run_id is None or not self._reopen_run(run_id):
             run_id = self._create_run()
-        table = self.folder / "metrics.csv"
-        if table.is_file():
-            with table.open(newline="", encoding="utf-8") as file:
-                rows = list(csv.DictReader(file))
-            for row in rows[self.state.epochs :]:
-                self._log(run_id, {k: float(v) for k, v in row.items() if v}, int(row["epoch"]))
-                self.save_state(epochs=self.state.epochs + 1)
+        for row in read_rows(self.folder)[self.state.epochs :]:
+            self._log(run_id, row, int(row["epoch"]))
+            self.save_state(epochs=self.state.epochs + 1)
         return run_id
 
     def finish(self) -> None:
         """Send all of a run that has ended; where files fail, the weights are sent all the same."""
         run_id = self.send_epochs()
-        final = self.folder / "metrics.json"
-        if not final.is_file():  # the run was stopped, and may be resumed one day
+        figures = read_figures(self.folder)
+        if not figures:  # the run was stopped, and may be resumed one day
             self.client.set_terminated(run_id, "KILLED")
             self.save_state(complete=True, problem=None)
             return
-        figures = read_json(final)
         if not self.state.figures:
             last = int(figures["epochs"])
             self._log(run_id, _best_and_baseline(figures), last)
@@ -189,15 +176,8 @@ class Sender:
             try:
                 step(run_id, figures)
             except Exception as error:  # a store of files may fail where figures do not
-                problems.append(self.explain(error))
+                problems.append(explain(error, self.uri))
         self.save_state(complete=not problems, problem="; ".join(problems) or None)
-
-    def explain(self, error: Exception) -> str:
-        """Return what went wrong as a line without the password of the address."""
-        if isinstance(error, ImportError) and error.name:
-            return f"no files: {error.name} is not installed"
-        text = " ".join(str(error).split()).replace(self.uri, without_password(self.uri))
-        return f"{text or type(error).__name__}"[:300]
 
     def _reopen_run(self, run_id: str) -> bool:
         """Set a run to running that had ended; return False where MLflow has no such run."""
@@ -243,10 +223,10 @@ class Sender:
             logged: the parameters that MLflow has already.
         """
         environment = self.environment
-        settings = _parameters(self.settings) | {
-            "sam3_commit": str(environment.get("sam3_commit")),
-            "git": str(environment.get("git")),
-            "git_modified": str(environment.get("git_modified")),
+        settings = _parameters(self.all_settings) | {
+            "sam3_commit": str(environment.sam3_commit),
+            "git": str(environment.git),
+            "git_modified": str(environment.git_modified),
             "data_sha256": self._data_hash("train"),
             "valid_sha256": self._data_hash("valid"),
         }
@@ -262,20 +242,19 @@ class Sender:
 
     def _log_data(self, run_id: str) -> None:
         """Log each split: its source, hash and number of images."""
-        data = self.settings["dataset"]
-        source = data["dir"] or data["huggingface"]["name"] or data["roboflow"] or "shapes"
+        data = self.settings.dataset
         inputs = [
             DatasetInput(
                 Dataset(
-                    name=Path(source).name,
-                    digest=split["sha256"][:DIGEST_LENGTH],
-                    source_type="local" if data["dir"] else "other",
-                    source=json.dumps({"uri": source}),
-                    profile=json.dumps({"images": split["images"]}),
+                    name=Path(data.source).name,
+                    digest=split.sha256[:DIGEST_LENGTH],
+                    source_type="local" if data.dir else "other",
+                    source=json.dumps({"uri": data.source}),
+                    profile=json.dumps({"images": split.images}),
                 ),
                 tags=[InputTag("mlflow.data.context", name)],
             )
-            for name, split in self.environment.get("data", {}).items()
+            for name, split in self.environment.data.items()
         ]
         if inputs:
             self.client.log_inputs(run_id, datasets=inputs)
@@ -296,6 +275,7 @@ class Sender:
         """Send report, settings, tables, plots and predictions, those that there are."""
         if self.state.files:
             return
+        check_own(self.folder)
         for name in FILES:
             if (self.folder / name).is_file():
                 self.client.log_artifact(run_id, str(self.folder / name))
@@ -309,14 +289,14 @@ class Sender:
 
         Of LoRA those are the adapter and the reference to its base, as they lie in weights/best.
         """
-        best = self.folder / "weights" / "best"
-        name = metric_name(figures, self.settings["evaluation"]["metric"])
+        check_own(self.folder)
+        name = metric_name(figures, self.settings.evaluation.metric)
         if self.state.model is None:
             with mlflow.start_run(run_id=run_id):
                 info = mlflow.pyfunc.log_model(
                     name="sam3",
                     python_model=str(MODEL_SCRIPT),
-                    artifacts={"weights": str(best.resolve())},
+                    artifacts={"weights": str((self.folder / BEST).resolve())},
                     code_paths=[str(ROOT / "app"), str(ROOT / "configs")],
                     pip_requirements=_requirements(),
                     signature=_signature(),
@@ -348,7 +328,16 @@ class Sender:
 
     def _data_hash(self, split: str) -> str:
         """Return the SHA-256 of a split's content; "None" where the run did not note it."""
-        return str(self.environment.get("data", {}).get(split, {}).get("sha256"))
+        found = self.environment.data.get(split)
+        return str(None if found is None else found.sha256)
+
+
+def explain(error: Exception, uri: str) -> str:
+    """Return what went wrong as a line without the password of the address."""
+    if isinstance(error, ImportError) and error.name:
+        return f"no files: {error.name} is not installed"
+    text = " ".join(str(error).split()).replace(uri, without_password(uri))
+    return f"{text or type(error).__name__}"[:300]
 
 
 def _parameters(settings: Mapping[str, Any]) -> dict[str, str]:

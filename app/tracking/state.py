@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from app.errors import UserError
 from app.files import read_json, write_text
@@ -32,7 +32,7 @@ class State(BaseModel):
 
     tracker: str = ""
     run_id: str | None = None
-    epochs: int = 0
+    epochs: NonNegativeInt = 0
     figures: bool = False
     files: bool = False
     model: str | None = None

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from sam3.model.sam3_image import Sam3Image
 
@@ -54,6 +56,9 @@ class RunState:
     baseline: dict[str, float] = field(default_factory=dict)
     durations: dict[str, list[float]] = field(default_factory=dict)
     elapsed: float = 0.0
+
+
+_STATE = TypeAdapter(RunState)  # only compared: it makes 1.0 of 1, which tables would show
 
 
 def save(
@@ -110,18 +115,32 @@ def find_newest(folder: Path) -> Path | None:
 
 
 def read(checkpoint: Path) -> tuple[RunState, Fingerprint]:
-    """Return how far the run had come, and its fingerprint."""
-    content = read_json(checkpoint / "run.json")
-    return RunState(**content["state"]), content["fingerprint"]
+    """Return how far the run had come, and its fingerprint.
+
+    Raises:
+        UserError: run.json is not as it was written.
+    """
+    file = checkpoint / "run.json"
+    content = read_json(file)
+    try:
+        state = RunState(**content["state"])
+        if _STATE.validate_python(content["state"]) != state:
+            raise TypeError("texts stand where numbers must be")
+        return state, {**content["fingerprint"]}
+    except (ValidationError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{file}: is not as it was written ({' '.join(str(error).split())}); resume from "
+            "another checkpoint, or take the weights alone: --resume=weights"
+        ) from None
 
 
 def restore(checkpoint: Path, step: Step, rank: int) -> RunState:
     """Load what `save` wrote, the random states of process `rank` included, but for the weights."""
     try:
-        content = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        content = _load(checkpoint / "state.pt")
         step.load_state_dict(content)
         restore_random_state(content["random"][rank])
-    except (OSError, RuntimeError, KeyError, ValueError, IndexError) as error:
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{checkpoint}: cannot be resumed with these settings ({error}). Resume with the "
             "settings it was started with, or take its weights alone: --resume=weights"
@@ -204,6 +223,13 @@ def disk_errors(folder: Path) -> Iterator[None]:
             f"--output-dir {folder}: could not be written ({error}). {left}. Free "
             "space on its disk, then go on with the same command and --resume."
         ) from None
+
+
+def _load(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (UnpicklingError, EOFError) as error:
+        raise ValueError(f"{file.name} is damaged: {error}") from None
 
 
 def _write(content: dict[str, Any], file: Path) -> None:

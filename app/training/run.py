@@ -24,10 +24,11 @@ from app.datasets.depth import levels_of
 from app.evaluation import report
 from app.evaluation.evaluate import score_dataset, write_predictions
 from app.evaluation.model_card import write_card
+from app.evaluation.record import Record
 from app.evaluation.report_page import write_report
+from app.evaluation.run_files import read_figures
 from app.evaluation.summary import gain_in_words
 from app.evaluation.validate import Ranks, Validation
-from app.files import read_json
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, count_parameters, padding_note
@@ -171,15 +172,16 @@ def train(
     if is_main:
         check_reloaded(scored.figures, state, config, device)
         with checkpoints.disk_errors(folder):
-            write_predictions(folder, splits.valid, scored.results, config, "valid")
+            evaluation = Record("valid", splits.valid, scored.results)
+            write_predictions(folder, evaluation, config)
             report.plot_curves(state.rows, folder / "plots")
             seconds = time.monotonic() - begun
-            if was_finished and (folder / "metrics.json").is_file():
-                seconds = read_json(folder / "metrics.json")["seconds"]
+            if was_finished:
+                seconds = read_figures(folder).get("seconds", seconds)
             if recorder is not None:
                 recorder.finish(all_figures(scored.figures, state, seconds))
             write_page(folder, splits)
-            page = write_report(folder)
+            page = write_report(folder, evaluation)
             write_card(
                 config,
                 pretrained_path,

@@ -21,7 +21,8 @@ from app.datasets.images import ImageError, open_image, open_small
 from app.datasets.levels import describe, find_levels, scale
 from app.datasets.queries import QueryDataset
 from app.datasets.writing import write_split
-from app.evaluation.record import _dataset
+from app.evaluation import record
+from app.evaluation.record import Record
 from app.inference.batch import Job, predict_images
 from app.inference.detections import Detections
 from app.inference.finder import Finder
@@ -147,7 +148,8 @@ def test_training_validation_report_and_copy_use_the_range_of_the_set(tmp_path):
 def test_the_range_is_part_of_the_record_and_the_hash(tmp_path):
     deep(tmp_path, 16)
     dataset = read(tmp_path).train
-    assert _dataset(json.loads(json.dumps(dataset.to_json()))).images == dataset.images
+    record.write(tmp_path / "run", Record("valid", dataset, []))
+    assert record.read(tmp_path / "run").truth.images == dataset.images
     plain = Dataset(
         tuple(type(i)(i.id, i.path, i.width, i.height) for i in dataset.images),
         dataset.annotations,

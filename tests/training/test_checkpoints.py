@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from app.config.compose import load_config
+from app.errors import UserError
 from app.files import LOCK
-from app.training import method
+from app.training import checkpoints, method
 from app.training.checkpoints import checkpoint_bytes, run_bytes
 from app.training.step import Step
 from tests.helpers import REPOSITORY, TINY, Command, finish, once
@@ -63,6 +66,30 @@ def test_the_size_that_is_foretold(whole_run: Path) -> None:
     assert checkpoint_bytes(config, model) == pytest.approx(size, rel=0.05)
     parameters = sum(p.numel() for p in model.parameters())
     assert checkpoint_bytes(average, model) - checkpoint_bytes(config, model) == 4 * parameters
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "{}", "7", '{"state": {}}', '{"state": 3, "fingerprint": {}}', "[" * 10_000),
+        *('{"state": {}, "fingerprint": []}', '{"state": {"epoch": "1"}, "fingerprint": {}}'),
+        '{"state": {"epoch": [1]}, "fingerprint": {}}',
+        '{"state": {"rows": [{"epoch": {}}]}, "fingerprint": {}}',
+        '{"state": {"unheard of": 1}, "fingerprint": {}}',
+    ],
+)
+def test_a_spoiled_progress_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"run\.json: "):
+        checkpoints.read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04", pickle.dumps({"step": 1}, 2)])
+def test_a_spoiled_state_is_told(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "state.pt").write_bytes(content)
+    step: Any = None  # nothing is loaded into it
+    with pytest.raises(UserError, match="cannot be resumed with these settings"):
+        checkpoints.restore(tmp_path, step, 0)
 
 
 def test_a_lora_of_the_full_size_resumes_from_little() -> None:
