@@ -139,7 +139,10 @@ def survey(folder: Path, format: str = "auto", reading: ReadingConfig = AS_WRITT
         UserError: there is no dataset, or no saying where its splits are.
     """
     sources, notes = _find_sources(folder, format, reading)
-    readings = {split: settle(_read(source), reading) for split, source in sources.items()}
+    written = {split: _read(source) for split, source in sources.items()}
+    if reading.crowd == "instances" and not any(map(_has_crowds, written.values())):
+        notes = [*notes, "--crowd instances: changes nothing, because no object is a crowd"]
+    readings = {split: settle(read, reading) for split, read in written.items()}
     faults = [fault for read in readings.values() for fault in read.faults]
     for split, read in readings.items():
         refused = any(fault.action is Action.REFUSED for fault in read.faults)
@@ -187,6 +190,10 @@ def _read(source: Source) -> Reading:
     except UserError as error:
         faults = messages("root", str(source.where), error)
         return Reading(Dataset((), (), ()), tuple(faults), Tally())
+
+
+def _has_crowds(reading: Reading) -> bool:
+    return any(annotation.iscrowd for annotation in reading.dataset.annotations)
 
 
 def _emptiness(split: str, reading: Reading, where: Path) -> list[Fault]:
@@ -376,6 +383,7 @@ def _find_sources(
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the one that holds the dataset")
     format = choose(folder, key)
+    format.check_decisions(reading)
     sources = format.sources(folder, reading)
     if "train" not in sources:
         there = ", ".join(f"'{source.where.name}'" for source in sources.values())

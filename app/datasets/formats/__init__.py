@@ -53,6 +53,7 @@ class Format:
     Attributes:
         key: what `dataset.format` calls it.
         name: what people call it.
+        reads: the decisions of `ReadingConfig` that its files may need.
     """
 
     key: FormatName
@@ -60,6 +61,23 @@ class Format:
     layout: str
     recognises: Callable[[Path], bool]
     sources: Callable[[Path, ReadingConfig], dict[str, Source]]
+    reads: tuple[str, ...] = ()
+
+    def check_decisions(self, reading: ReadingConfig) -> None:
+        """Refuse decisions that nothing reads; crowds are settled alike in every format.
+
+        Raises:
+            UserError: names all of them.
+        """
+        given = reading.model_dump(exclude_defaults=True)
+        problems = [
+            f"--{key} {value}: nothing reads it in a dataset that is read as {self.name}; leave "
+            "it out"
+            for key, value in given.items()
+            if key not in (*self.reads, "crowd")
+        ]
+        if problems:
+            raise UserError(problems)
 
 
 def detect(folder: Path) -> Format | None:
@@ -143,16 +161,16 @@ def _mask_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
     }
 
 
-def _panoptic_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
+def _panoptic_sources(folder: Path, _: ReadingConfig) -> dict[str, Source]:
     return {
-        split: Source(path, partial(panoptic.read, path, folder, reading))
+        split: Source(path, partial(panoptic.read, path, folder))
         for split, path in panoptic.find_jsons(folder).items()
     }
 
 
-def _cityscapes_sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
+def _cityscapes_sources(folder: Path, _: ReadingConfig) -> dict[str, Source]:
     return {
-        split: Source(part, partial(cityscapes.read, part, folder, reading))
+        split: Source(part, partial(cityscapes.read, part, folder))
         for split, part in cityscapes.find_splits(folder).items()
     }
 
@@ -176,12 +194,14 @@ def _by_folder(
     layout: str,
     recognises: Callable[[Path], bool],
     read: Callable[[Path, Path, ReadingConfig], Reading],
+    reads: tuple[str, ...] = (),
 ) -> Format:
     """Make a format in which each split has a folder, or the dataset is one such folder.
 
     Args:
         read: of a split's folder, the dataset's, which its images must not leave, and what the user
             decided.
+        reads: as `Format` has it.
     """
 
     def recognises_any(folder: Path) -> bool:
@@ -194,7 +214,7 @@ def _by_folder(
             for split, part in (parts or {"train": folder}).items()
         }
 
-    return Format(key, name, layout, recognises_any, sources)
+    return Format(key, name, layout, recognises_any, sources, reads)
 
 
 def _by_splits(
@@ -203,13 +223,14 @@ def _by_splits(
     layout: str,
     recognises: Callable[[Path], bool],
     splits: Callable[[Path, ReadingConfig], dict[str, Read]],
+    reads: tuple[str, ...] = (),
 ) -> Format:
     """Make a format that finds its splits itself."""
 
     def sources(folder: Path, reading: ReadingConfig) -> dict[str, Source]:
         return {split: Source(folder, read) for split, read in splits(folder, reading).items()}
 
-    return Format(key, name, layout, recognises, sources)
+    return Format(key, name, layout, recognises, sources, reads)
 
 
 COCO = Format(
@@ -218,6 +239,7 @@ COCO = Format(
     f"{' or '.join(coco.JSON_NAMES)}, a single *.json, or annotations/instances_*.json",
     coco.is_coco,
     _coco_sources,
+    reads=("boxes",),
 )
 FORMATS = (
     # before COCO, whose keys its JSON has as well
@@ -270,6 +292,7 @@ FORMATS = (
         "via_region_data.json or .csv, or a project",
         via.is_via,
         via.read,
+        reads=("attribute",),
     ),
     _by_splits(
         "labelme", "LabelMe", "a JSON with 'shapes' an image", labelme.is_labelme, labelme.splits
@@ -281,6 +304,7 @@ FORMATS = (
         "metadata.jsonl with objects",
         imagefolder.is_imagefolder,
         imagefolder.splits,
+        reads=("boxes",),
     ),
     _by_folder(
         "createml",
@@ -310,6 +334,7 @@ FORMATS = (
         "SegmentationClass/ and JPEGImages/",
         lambda folder: any(map(voc_masks.is_voc_masks, (folder, *split_folders(folder).values()))),
         _voc_mask_sources,
+        reads=("void",),
     ),
     Format(
         "masks",
@@ -317,5 +342,6 @@ FORMATS = (
         "images/ and masks/*.png, or masks beside images as x_mask.png",
         masks.is_masks,
         _mask_sources,
+        reads=("void", "masks"),
     ),
 )

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from app.config.reading import ReadingConfig
 from app.datasets.coco import Image, Reading
 from app.datasets.formats.draft import Draft
 from app.datasets.formats.mask_files import MaskError, read_numbers
@@ -59,7 +58,7 @@ def _label_files(part: Path) -> Iterator[Path]:
                 yield path
 
 
-def read(part: Path, folder: Path, _: ReadingConfig) -> Reading:
+def read(part: Path, folder: Path) -> Reading:
     """Read the objects of every labelled image of a split; groups are crowds."""
     draft = Draft(folder)
     root = folder.resolve()

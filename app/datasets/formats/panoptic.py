@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from app.config.reading import ReadingConfig
 from app.datasets.check import is_id
 from app.datasets.coco import Image, Reading
+from app.datasets.folders import WORDS
 from app.datasets.formats.coco import is_coco
 from app.datasets.formats.draft import Draft
 from app.datasets.formats.mask_files import MAX_NUMBERS, MaskError, read_mask
-from app.datasets.formats.mask_layout import IMAGE_FOLDERS, SPLITS
+from app.datasets.formats.mask_layout import IMAGE_FOLDERS
 from app.datasets.formats.mask_meaning import values_of
 from app.datasets.formats.pieces import components, encode_numbers
 from app.datasets.formats.telling import FEW, entries, few, mentions
@@ -40,7 +40,7 @@ def find_jsons(folder: Path) -> dict[str, Path]:
     paths = [p for place in (folder, folder / "annotations") for p in _jsons(place)]
     for path in paths:
         subset = fold(path.stem)[len(PREFIX) :].strip("_-").rstrip("0123456789")
-        split = "train" if len(paths) == 1 else SPLITS.get(subset)
+        split = "train" if len(paths) == 1 else WORDS.get(subset)
         if split is None:
             names = "panoptic_train.json, panoptic_val.json or panoptic_test.json"
             raise UserError(f"{path}: must be {names}; rename it")
@@ -104,13 +104,12 @@ def _png_names(document: object) -> list[str]:
     return [str(name) for name in names if name_fault(name) is None]
 
 
-def read(path: Path, folder: Path, reading: ReadingConfig) -> Reading:
+def read(path: Path, folder: Path) -> Reading:
     """Read the segments of a split: things are objects, and each piece of stuff is one.
 
     A segment that is no thing (`isthing` 0), such as sky, has no objects to be told apart: each
     group of its touching pixels is taken for one.
     """
-    del reading
     draft = Draft(folder)
     document = draft.read_object(path, "JSON")
     if document is None:
