@@ -11,40 +11,14 @@ from app.config.reading import ReadingConfig
 from app.datasets.check import as_read
 from app.datasets.coco import Annotation, Dataset, Reading
 from app.datasets.faults import Fault, Findings, Tally
-from app.datasets.images import EXTENSIONS
+from app.datasets.images import EXTENSIONS, FILMS
 
 NO_CLASS = ("__ignore__", "_background_")  # LabelMe's names for what is no class
 # pictures and films of kinds that are not read: told by their endings alone
 NOT_READ = (
-    *(
-        ".svg",
-        ".eps",
-        ".pdf",
-        ".psd",
-        ".ai",
-        ".xcf",
-        ".exr",
-        ".hdr",
-        ".dcm",
-        ".nii",
-        ".czi",
-        ".nd2",
-    ),
-    *(
-        ".lif",
-        ".svs",
-        ".dng",
-        ".cr2",
-        ".cr3",
-        ".nef",
-        ".arw",
-        ".orf",
-        ".rw2",
-        ".raw",
-        ".npy",
-        ".jxl",
-    ),
-    *(".mp4", ".mov", ".avi", ".mkv", ".webm"),
+    *(".svg", ".eps", ".pdf", ".psd", ".ai", ".xcf", ".exr", ".hdr", ".dcm", ".nii", ".czi"),
+    *(".nd2", ".lif", ".svs", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raw"),
+    *(".npy", ".jxl", *FILMS),
 )
 
 

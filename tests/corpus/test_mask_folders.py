@@ -110,7 +110,7 @@ def test_usual_names(tmp_path, images, masks, name):
         ("{}", "{}annot"),  # SegNet's CamVid
     ],
 )
-@pytest.mark.parametrize("valid", ["val", "valid"])
+@pytest.mark.parametrize("valid", ["val", "valid", "dev"])
 def test_splits_are_no_classes(tmp_path, images, masks, valid):
     made = {}
     for split, start in (("train", 0), (valid, 50), ("test", 90)):

@@ -211,3 +211,18 @@ def test_lists_that_are_no_text(tmp_path):
 def test_void_is_255(tmp_path):
     voc(tmp_path)
     assert "void is 255 in VOC's masks" in refusal(tmp_path, void=3)
+
+
+def test_trainval_is_the_training_list_where_there_is_no_other(tmp_path):
+    made = voc(tmp_path)
+    for name, stems in (("trainval", "img_0 img_1 img_2 img_3"), ("test", "img_4 img_5")):
+        put(tmp_path / f"ImageSets/Segmentation/{name}.txt", stems.replace(" ", "\n"))
+    found = read(tmp_path)
+    assert {split: len(part.images) for split, part in found.splits.items()} == {
+        **{"train": 4, "test": 2}
+    }
+    assert things_of(found.splits["test"]) == sorted_things(
+        {f"img_{index}.jpg": made[f"img_{index}.jpg"] for index in (4, 5)}
+    )
+    put(tmp_path / "ImageSets/Segmentation/train.txt", "img_0\nimg_1")
+    assert len(read(tmp_path).train.images) == 2

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from app.datasets.formats import yolo as reader
 from tests.corpus.making import (
     HEIGHT,
     WIDTH,
@@ -132,3 +133,29 @@ def test_a_list_that_names_a_missing_image_drops_it(tmp_path):
     put(tmp_path / "data.yaml", DATA.replace("images/train", "train.txt"))
     assert "train.txt line 11" in refusal(tmp_path)
     assert len(read(tmp_path, max_drop=0.1).train.images) == 10
+
+
+@pytest.mark.parametrize("ending", ["mp4", "wmv", "m4v", "nef"])
+def test_films_beside_images_are_counted(tmp_path, ending):
+    labelled(tmp_path, 10)
+    put(tmp_path / f"images/train/clip.{ending}", "frames")
+    put(tmp_path / "data.yaml", DATA)
+    assert read(tmp_path).kinds["not read"] == 1
+
+
+def test_the_dataset_is_walked_once_for_all_its_splits(tmp_path, monkeypatch):
+    for split in ("train", "val", "test"):
+        labelled(tmp_path, 2, images=f"images/{split}", labels=f"labels/{split}")
+    put(tmp_path / "data.yaml", DATA + "val: images/val\ntest: images/test\n")
+    walked, walk = [], reader.walk_images
+
+    def noted(folder: Path):
+        walked.append(folder)
+        return walk(folder)
+
+    monkeypatch.setattr(reader, "walk_images", noted)
+    config = reader.read_config(tmp_path)
+    for split in config.splits:
+        reader.read(config, split)
+    assert walked.count(tmp_path) == 1
+    assert len(walked) == 4

@@ -2,7 +2,7 @@
 
 `classes.txt` (a name a line, or a number and a name), `labelmap.txt` of CVAT, `class_dict.csv`
 (name,r,g,b), `label_colors.txt` of CamVid, `obj.names`, `classes.json`, `dataset_meta.json` of
-Datumaro and others alike.
+Datumaro, `legend.json` of `infer --save semantic`, and others alike.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ FILES = (
     *("palette.csv", "classes.txt", "class_names.txt", "labels.txt", "obj.names", "codes.txt"),
     *("classes.names", "classes.json", "labels.json", "palette.json", "label_map.json"),
     *("obj_class_to_machine_color.json", "dataset_meta.json", "class_id_to_name.json"),
+    "legend.json",
 )
 MAX_BYTES = 2**20
 MAX_CLASSES = 10_000

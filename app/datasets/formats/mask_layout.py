@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from app.datasets.folders import WORDS
 from app.datasets.formats.mask_files import ENDINGS
 from app.datasets.names import fold, walk_images
 from app.errors import UserError
@@ -15,15 +16,12 @@ IMAGE_FOLDERS = ("images", "image", "imgs", "img", "jpegimages")
 MASK_FOLDERS = (
     *("masks", "mask", "labels", "label", "annotations", "annotation", "annots", "annot"),
     *("gt", "gts", "groundtruth", "ground_truth", "segmentations", "segmentation"),
+    *("instances", "semantic"),  # of `infer --save`
 )
 DEFECT_FREE = "train/good"  # of MVTec AD: ground_truth/crack/, test/crack/, test/good/
-SPLITS = {
-    **{"train": "train", "training": "train", "test": "test", "testing": "test"},
-    **{"val": "valid", "valid": "valid", "validation": "valid"},
-}
 # train, train_images and train_masks, trainannot (SegNet's CamVid) …
 SPLIT_FOLDER = re.compile(
-    rf"({'|'.join(sorted(SPLITS, key=len, reverse=True))})"
+    rf"({'|'.join(sorted(WORDS, key=len, reverse=True))})"
     rf"(?:[_-]?({'|'.join(IMAGE_FOLDERS)})|[_-]?({'|'.join(MASK_FOLDERS)}))?"
 )
 # of a mask's name: x_mask.png, x_L.png (CamVid), x_mask_1.png (BUSI); and of an image's: x_sat.jpg
@@ -85,7 +83,7 @@ def find_parts(folder: Path) -> dict[str, Part]:
         if match := SPLIT_FOLDER.fullmatch(fold(path.name)):
             split, _, mask_name = match.groups()
             held = masks if mask_name else images
-            _once(held, SPLITS[split], path)
+            _once(held, WORDS[split], path)
     for split, path in images.items():
         if pair := _pair(path):
             parts[split] = pair
@@ -125,7 +123,7 @@ def _split_pair(pair: Part) -> dict[str, Part]:
 def _split_folders(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in _folders(folder):
-        if split := SPLITS.get(fold(path.name)):
+        if split := WORDS.get(fold(path.name)):
             _once(found, split, path)
     return found
 
@@ -225,7 +223,7 @@ def class_of(mask: Path, part: Part, image: Path) -> str | None:
         return None
     if part.defects:
         return mask.parent.name
-    no_classes = {*SPLITS, *MASK_FOLDERS, *_image_keys(image)}
+    no_classes = {*WORDS, *MASK_FOLDERS, *_image_keys(image)}
     no_classes.update(fold(name) for name in image.relative_to(part.images).parent.parts)
     for name in reversed(mask.relative_to(part.masks).parent.parts):
         if fold(name) not in no_classes:

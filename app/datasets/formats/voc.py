@@ -18,7 +18,7 @@ from app.datasets.formats.draft import Draft, Read
 from app.datasets.formats.masks import read_numbers
 from app.datasets.formats.outlines import encode, polygon_mask
 from app.datasets.formats.telling import few, files, leads_out, root_element
-from app.datasets.geometry import to_number
+from app.datasets.geometry import to_number, to_side
 from app.datasets.names import Names, fold
 
 PATTERNS = ("*.xml", "*/*.xml", "*/*/*.xml")  # beside the images, or in a folder of any name
@@ -145,7 +145,7 @@ def _read_xml(draft: Draft, folder: Path, path: Path) -> None:
         annotation.findtext(f"size/{side}") or annotation.findtext(f"imagesize/{count}")
         for side, count in (("width", "ncols"), ("height", "nrows"))  # the latter as LabelMe's
     ]
-    draft.check_size(image, (_whole(size[0]), _whole(size[1])), f"{place}: size")
+    draft.check_size(image, (to_side(size[0]), to_side(size[1])), f"{place}: size")
     _read_objects(draft, image, annotation.findall("object"), _instances(draft, folder, image))
 
 
@@ -160,11 +160,6 @@ def _meant(draft: Draft, name: str, path: Path) -> str:
     remedy = f"is read as {own.name}, as the XML is called"
     draft.findings.add("other name", f"{draft.place(path)}: filename", name, remedy)
     return str(own.relative_to(draft.root)) if own.is_relative_to(draft.root) else name
-
-
-def _whole(text: str | None) -> int:
-    """Return a side in pixels; 0, which is passed over, where it is none."""
-    return int(text) if text and text.strip().isdecimal() else 0
 
 
 def _instances(draft: Draft, folder: Path, image: Image) -> NDArray[np.integer] | None:

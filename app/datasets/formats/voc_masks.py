@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from app.config.reading import ReadingConfig
 from app.datasets.coco import Image, Reading
+from app.datasets.folders import WORDS
 from app.datasets.formats.draft import Draft
 from app.datasets.formats.legends import Legend, find_legend, is_background
 from app.datasets.formats.mask_files import ENDINGS, MaskError, pack, read_mask, rgb
-from app.datasets.formats.mask_layout import IMAGE_FOLDERS, SPLITS
+from app.datasets.formats.mask_layout import IMAGE_FOLDERS
 from app.datasets.formats.mask_meaning import show_color, values_of
 from app.datasets.formats.pieces import components, encode_numbers
 from app.datasets.names import Named, Names, fold, walk_images
@@ -107,9 +108,12 @@ def _stems(root: Path, classes: dict[str, Path]) -> dict[str, list[str]]:
     """Return the stems of each split by ImageSets/Segmentation/*.txt; all to train on without."""
     lists = root / "ImageSets" / "Segmentation"
     found: dict[str, list[str]] = {}
-    for path in sorted(lists.glob("*.txt")) if lists.is_dir() else []:
-        split = SPLITS.get(fold(path.stem)) or ("train" if fold(path.stem) == "default" else None)
-        if split is None:  # trainval.txt repeats both
+    paths = sorted(lists.glob("*.txt"))
+    names = {fold(path.stem) for path in paths}
+    for path in paths:
+        name = fold(path.stem)
+        split = "train" if name == "default" else WORDS.get(name)
+        if split is None or (name == "trainval" and "train" in names):  # which it repeats, with val
             continue
         if not path.resolve().is_relative_to(root) or path.stat().st_size > MAX_LIST:
             raise UserError(f"{path}: leads out of the dataset, or is no list of images")

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ class Config:
     splits: dict[str, tuple[Path, ...]]
     keypoints: int = 0
 
+    @property
+    def root(self) -> Path:
+        folder = self.path.parent.resolve()
+        return folder.parent if self.path.parent.name == "labels" else folder
+
+    @cached_property
+    def owned(self) -> frozenset[Path]:
+        """Return the label files that the dataset's images may have, of whatever split."""
+        return frozenset(_label_path(path, self.root) for path in walk_images(self.root))
+
 
 def is_yolo(folder: Path) -> bool:
     if _config_path(folder) is not None:
@@ -70,6 +81,8 @@ def read_config(folder: Path) -> Config:
         key = next((key for key in keys if document.get(key)), None)
         if key is not None:
             splits[split] = _locate_all(document, key, folder.resolve(), findings)
+    if not any(document.get(key) for keys in SPLIT_KEYS.values() for key in keys):
+        splits = _folders(folder.resolve())  # as `infer --save yolo` writes it, beside images/
     if "train" not in splits:
         findings.add("split", "'train'", None, "must be the folder of the training images")
     keypoints = _keypoints(document.get("kpt_shape"), findings)
@@ -157,9 +170,7 @@ def read(config: Config, split: str) -> Reading:
     Returns:
         What is sound, and every fault of every line.
     """
-    root = config.path.parent.resolve()
-    if config.path.parent.name == "labels":
-        root = root.parent
+    root = config.root
     draft = Draft(root, config.class_names, Names([root, *config.splits[split]], root, root))
     seen = 0
     images = [pair for source in config.splits[split] for pair in _images_of(source, draft)]
@@ -176,16 +187,15 @@ def read(config: Config, split: str) -> Reading:
         looked_for = draft.place(_label_path(images[0][0], root))
         remedy = f"none has a label file; looked for {looked_for} and so on"
         draft.findings.add("empty", "the images", f"{len(images)} files", remedy)
-    _report_orphans(draft, [_label_path(path, root) for path, _ in images])
+    _report_orphans(draft, config, [_label_path(path, root) for path, _ in images])
     return draft.finish()
 
 
-def _report_orphans(draft: Draft, labels: Sequence[Path]) -> None:
+def _report_orphans(draft: Draft, config: Config, labels: Sequence[Path]) -> None:
     """Report the label files beside these that no image of the dataset has."""
-    owned = {_label_path(path, draft.root) for path in walk_images(draft.root)}
     for folder in sorted({path.parent for path in labels}):
         for path in sorted(folder.glob("*.txt")):
-            if path in owned or path.name in NO_LABELS or not LABEL_LINE.match(_head(path)):
+            if path in config.owned or path.name in NO_LABELS or not LABEL_LINE.match(_head(path)):
                 continue
             others = {other.name for other in _twin(path, draft.root).parent.glob(f"{path.stem}.*")}
             beside = next(iter(sorted(others - {path.name})), None)
