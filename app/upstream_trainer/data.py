@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from app.config.compose import load_config
 from app.datasets import coco
 from app.datasets.coco import Dataset
+from app.datasets.images import read_header, read_values
 from app.datasets.read_splits import read_splits
 from app.errors import UserError
 from app.files import read_json, write_json
@@ -46,6 +47,7 @@ def read_datasets(config: DictConfig, flags: dict[str, str]) -> dict[str, Datase
         named = {split: file for split, file in files.items() if file is not None}
         datasets = _read_named(config, nodes, named)
     _check_masks(config, datasets)
+    _check_depth(datasets)
     return datasets
 
 
@@ -158,6 +160,17 @@ def _check_masks(config: DictConfig, datasets: dict[str, Dataset]) -> None:
         raise UserError(
             f"val: {len(bare)} of {len(objects)} objects have no mask, and this YAML scores masks; "
             "label masks, or take a YAML that scores boxes (odinw13, roboflow_v100)"
+        )
+
+
+def _check_depth(datasets: dict[str, Dataset]) -> None:
+    """Refuse gray images of more than 8 bits, which upstream's loader cuts off at 255."""
+    images = (image.path for dataset in datasets.values() for image in dataset.images)
+    deep = (path for path in images if "bits" in read_header(path).mends)
+    if path := next((path for path in deep if read_values(path).ndim == 2), None):
+        raise UserError(
+            f"{path}: has more than 8 bits a pixel, which upstream's Trainer cuts off at 255; "
+            "train on a copy of 8 bits, as python -m app data build writes it"
         )
 
 

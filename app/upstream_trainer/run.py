@@ -18,7 +18,6 @@ from sam3.train.matcher import BinaryHungarianMatcherV2
 from app.config.schema import ModelConfig
 from app.datasets.build import Splits
 from app.datasets.coco import Dataset
-from app.datasets.depth import levels_of
 from app.errors import UserError
 from app.files import write_text
 from app.launch import torchrun
@@ -113,7 +112,6 @@ def _export(folder: Path, config: ModelConfig, datasets: dict[str, Dataset]) -> 
         model=config,
         prompts=train.class_names,
         data_hash=train.content_hash(),
-        levels=levels_of(train),
     )
     weights.save(model, folder / "weights" / "last", header)
     log_next_steps(folder / "weights" / "last", splits)

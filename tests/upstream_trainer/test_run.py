@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from PIL import Image
 
 from app.config.compose import CONFIGS
 from app.model import weights
@@ -146,4 +149,22 @@ def test_bad_input(command, shapes, tmp_path, monkeypatch, words, said) -> None:
     assert done.code == 2, done.out
     assert said in done.err
     assert "Traceback" not in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [True, False])
+def test_pixels_of_more_than_8_bits_are_refused(command, shapes, tmp_path, flags) -> None:
+    """Upstream's loader would cut them off at 255, and train on white images."""
+    deep = shutil.copytree(shapes, tmp_path / "set")
+    image = min((deep / "valid" / "images").iterdir())
+    with Image.open(image) as drawn:
+        gray = np.asarray(drawn.convert("L"), dtype=np.uint16)
+    Image.fromarray(gray * 16).save(image)
+    shutil.copytree(deep / "valid", deep / "test")
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(_users_yaml(deep, tmp_path / "out")))
+    base = ("--use-base-config", "--dataset-dir", deep, *TINY[:1])
+    words = base if flags else ("--config", tmp_path / "theirs.yaml")
+    done = command("train", *words, "--model", "nano", "--output-dir", tmp_path / "out")
+    assert done.code == 2, done.out
+    assert f"{image.name}: has more than 8 bits a pixel" in done.err
     assert not (tmp_path / "out").exists()
