@@ -403,7 +403,10 @@ def compress(segmentation: Any, width: int, height: int) -> dict[str, Any] | Non
     if is_absent(segmentation):
         return None
     if isinstance(segmentation, dict):
-        runs = _join_empty_runs(decode_counts(segmentation["counts"], width * height))
+        runs = decode_counts(segmentation["counts"], width * height)
+        if isinstance(segmentation["counts"], str) and runs[1:].all():
+            return {"size": [height, width], "counts": segmentation["counts"]}
+        runs = _join_empty_runs(runs)
         uncompressed = {"size": [height, width], "counts": runs.tolist()}
         rle = coco_mask.frPyObjects(uncompressed, height, width)
     else:

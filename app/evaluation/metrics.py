@@ -45,18 +45,25 @@ def iou_types(truth: Dataset, results: Sequence[dict[str, Any]]) -> tuple[str, .
 
 def accumulate(truth: Dataset, results: Sequence[dict[str, Any]], iou_type: str) -> COCOeval:
     """Return COCO's evaluation, evaluated and accumulated."""
-    ground_truth = COCO(truth.to_json())
+    ground_truth = _to_hotcoco(truth)
     # loadRes derives area from segmentation when both are there, and boxes must be scored by boxes.
     other = "bbox" if iou_type == "segm" else "segmentation"
     plain = [{k: v for k, v in r.items() if k != other} if other in r else r for r in results]
     # load_res raises IndexError on an empty list
     detections = (
-        ground_truth.load_res(plain) if plain else COCO(replace(truth, annotations=()).to_json())
+        ground_truth.load_res(plain) if plain else _to_hotcoco(replace(truth, annotations=()))
     )
     evaluation = COCOeval(ground_truth, detections, iou_type)
     evaluation.evaluate()
     evaluation.accumulate()
     return evaluation
+
+
+def _to_hotcoco(truth: Dataset) -> COCO:
+    content = truth.to_json()
+    for image in content["images"]:
+        image["file_name"] = ""  # which hotcoco refuses where it is not UTF-8
+    return COCO(content)
 
 
 def _evaluate(truth: Dataset, results: Sequence[dict[str, Any]], iou_type: str) -> dict[str, float]:

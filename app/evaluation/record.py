@@ -13,6 +13,7 @@ from app.config.schema import problems_of
 from app.datasets import coco
 from app.datasets.coco import Annotation, Category, Dataset, Image
 from app.datasets.geometry import LARGEST_NUMBER, MAX_SIDE, rle_fault
+from app.datasets.image_files import is_unicode
 from app.errors import UserError
 from app.evaluation.metrics import by_class
 from app.evaluation.results import read_results
@@ -162,6 +163,9 @@ def _problems(truth: _Truth) -> Iterator[str]:
         entries = getattr(truth, key)
         if len({entry.id for entry in entries}) < len(entries):
             yield f"{key}: two have one id"
+    for category in truth.categories:
+        if not is_unicode(category.name):
+            yield f"categories: {category.name!r} is no text"
     for index, entry in enumerate(truth.annotations):
         place = f"annotations.{index}"
         if min(entry.bbox[2:]) < 0:

@@ -154,6 +154,7 @@ BROKEN: dict[str, tuple[str, Callable[[Any], object]]] = {
     "a damaged mask": (TRUTH, _set("annotations", 0, "segmentation", A_MASK)),
     "levels that are none": (TRUTH, _set("images", 0, "levels", [0, float("inf")])),
     "a name that is none": (TRUTH, _set("categories", 0, "name", None)),
+    "half a character": (TRUTH, _set("categories", 0, "name", "\ud800")),
     "a result of no class": (RESULTS, _set(0, "category_id", 99)),
     "a score of no number": (RESULTS, _set(0, "score", float("nan"))),
     "a result that is none": (RESULTS, _set(0, 7)),
@@ -196,7 +197,7 @@ def test_every_problem_is_told_at_once(command: Command, run: Path, tiny_run: Pa
 def test_what_only_cannot_be_drawn_is_passed_over(command: Command, run: Path) -> None:
     """Images that are gone, names that are none, boxes far outside: each costs its picture."""
     _change(run / TRUTH, _set("images", 0, "file_name", "a\0.png"))
-    _change(run / TRUTH, _set("images", 1, "file_name", "/dev/null"))
+    _change(run / TRUTH, _set("images", 1, "file_name", "\udcff.png"))  # a name of bytes
     _change(run / RESULTS, _set(0, "bbox", [-1e11, 1e11, 1e11, 0]))
     done = command("report", run)
     assert done.code == 0, done.err
