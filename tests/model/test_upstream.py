@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 import sklearn.metrics
 import torch
+from sam3.model import box_ops
 from sam3.model.decoder import TransformerDecoder
 from sam3.model.model_misc import MultiheadAttentionWrapper
 from sam3.model.position_encoding import PositionEmbeddingSine
 from sam3.model.text_encoder_ve import ResidualAttentionBlock
 from sam3.train.loss import loss_fns
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from app.config.compose import load_model_config
 from app.errors import UserError
@@ -120,6 +123,104 @@ def test_focal_loss_on_a_cpu_is_its_formula() -> None:
     p = torch.where(targets > 0, logits.sigmoid(), 1 - logits.sigmoid()).double()
     alpha = torch.where(targets > 0, 0.25, 0.75).double()
     assert loss.item() == pytest.approx((-alpha * (1 - p) ** 2 * p.log()).mean(1).sum().item() / 5)
+
+
+@pytest.mark.parametrize("logit", [-100.0, -20.0, 0.0, 16.7, 20.0])
+def test_the_presence_loss_has_a_gradient_at_any_logit(logit: float) -> None:
+    """Its gamma is 0; upstream's kernel for GPUs makes NaN of it from 16.7 on."""
+    logits = torch.full((1, 2), logit, requires_grad=True)
+    targets = torch.tensor([[0.0, 1.0]])
+    loss_fns.sigmoid_focal_loss(logits, targets, num_boxes=1, alpha=0.5, gamma=0.0).backward()
+    expected = (logits.detach().double().sigmoid() - targets) / 4
+    torch.testing.assert_close(logits.grad.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_no_loss_calls_a_kernel_that_a_compiler_makes() -> None:
+    """As on a GPU: fake tensors know their device, and no launcher of Triton's takes them."""
+    with FakeTensorMode():
+        logits, targets = torch.empty(2, 5, 7, device="cuda", dtype=torch.bfloat16).unbind()
+        for reduce in (True, False):
+            loss = loss_fns.sigmoid_focal_loss(logits, targets, num_boxes=5.0, reduce=reduce)
+            assert (loss.device.type, loss.dtype) == ("cuda", torch.float32)
+
+
+def test_memory_that_runs_out_in_the_dice_loss_is_an_error() -> None:
+    """Upstream would go on on the CPU, and again at the next step."""
+
+    class OnFullDevice(torch.Tensor):
+        def sigmoid(self) -> torch.Tensor:
+            raise torch.OutOfMemoryError
+
+        def cpu(self) -> torch.Tensor:
+            return torch.zeros(2, 3)
+
+    logits = torch.zeros(2, 3).as_subclass(OnFullDevice)
+    with pytest.raises(torch.OutOfMemoryError):
+        loss_fns.dice_loss(logits, torch.zeros(2, 3), 1.0)
+
+
+def _boxes(count: int, least: float) -> torch.Tensor:
+    start = torch.rand(count, 2)
+    return torch.cat([start, start + least + torch.rand(count, 2) / 10], dim=1).requires_grad_()
+
+
+@pytest.mark.parametrize("least", [0.0, 1.0])  # most are apart, with 0 for a side; or none is
+@pytest.mark.parametrize("name", ["fast_diag_box_iou", "fast_diag_generalized_box_iou"])
+def test_overlaps_and_gradients_are_upstreams_to_the_bit(name: str, least: float) -> None:
+    spec = importlib.util.find_spec("sam3.model.box_ops")
+    upstreams = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(upstreams)
+    torch.manual_seed(0)
+    boxes, others = _boxes(200, least), _boxes(200, least)
+    expected = getattr(upstreams, name)(boxes, others)
+    expected.sum().backward()
+    gradients = [boxes.grad.clone(), others.grad.clone()]
+    boxes.grad = others.grad = None
+    with torch.profiler.profile() as profile:
+        found = getattr(box_ops, name)(boxes, others)
+        found.sum().backward()
+    assert torch.equal(found, expected)
+    assert torch.equal(boxes.grad, gradients[0])
+    assert torch.equal(others.grad, gradients[1])
+    assert not {"aten::prod", "aten::item"} & {event.name for event in profile.events()}
+
+
+def test_nothing_is_scripted_where_torch_came_first() -> None:
+    """PYTORCH_JIT=0 comes too late then; on a GPU scripted functions are compiled by NVRTC."""
+    code = (
+        "import torch\nfrom app.model.upstream.fixes import apply_fixes\napply_fixes()\n"
+        "from sam3.model import box_ops\nfrom torch.jit import ScriptFunction\n"
+        "print([n for n, f in vars(box_ops).items() if isinstance(f, ScriptFunction)])"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTORCH_JIT"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_decoder_knows_the_feature_size_without_asking_the_device() -> None:
+    encoder = build_model(load_model_config("nano"), device="meta").transformer.encoder
+    features = torch.empty(1, 8, 4, 6, device="meta")
+    size = encoder._prepare_multilevel_features([features], [None], [features])[-1]
+    assert (size.device.type, size.tolist()) == ("cpu", [[4, 6]])
+
+
+def test_zeros_of_losses_are_torchs() -> None:
+    zero = loss_fns.torch.tensor(0.0, device="cpu")
+    assert (zero.item(), zero.dtype, zero.shape) == (0.0, torch.float32, ())
+    assert loss_fns.torch.zeros is torch.zeros
+
+
+def test_the_mask_head_follows_the_model_to_another_device() -> None:
+    model = build_model(load_model_config("nano"))
+    assert model.segmentation_head.device.type == "cpu"
+    assert model.to("meta").segmentation_head.device.type == "meta"
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

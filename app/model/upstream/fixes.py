@@ -9,6 +9,7 @@ alone needs are in `upstream_trainer/fixes.py`.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -60,7 +61,12 @@ def apply_fixes() -> None:
         _decoder_feedforward_in_float32_on_any_device,
         _box_prompts_without_cuda,
         _activation_checkpointing_by_choice,
-        _focal_loss_without_triton_on_cpu,
+        _focal_loss_without_triton,
+        _dice_loss_on_its_own_device,
+        _zero_losses_without_waiting,
+        _box_overlaps_without_waiting,
+        _feature_size_on_the_host,
+        _mask_head_on_any_device,
         _text_attention_on_contiguous_tokens,
         _attention_on_contiguous_tokens,
         _loss_normalisation_without_process_group,
@@ -347,10 +353,16 @@ def _attention_on_contiguous_tokens() -> None:
     MultiheadAttentionWrapper.forward = forward
 
 
-def _focal_loss_without_triton_on_cpu() -> None:
-    """Take the Triton kernel of the focal loss for CUDA tensors alone.
+def _focal_loss_without_triton() -> None:
+    """Compute the focal loss by torch on every device.
 
-    loss_fns.py:134 takes it by default. Goes when upstream asks `inputs.is_cuda` there.
+    loss_fns.py:134 takes a Triton kernel by default. Its backward pass computes
+    `pow(1 - p, gamma - 1) * (1 - p)`: with the presence loss's gamma of 0 that is infinity times 0
+    from a logit of 16.7 on, where p rounds to 1. It also needs a C compiler and Python's headers at
+    the first step. The loss takes under 1 ms of a step on a GPU. As the kernel does, it computes in
+    float32 there.
+
+    Goes when upstream's kernel is finite for any gamma, and needs no compiler.
     """
     from sam3.train.loss import loss_fns
 
@@ -358,9 +370,133 @@ def _focal_loss_without_triton_on_cpu() -> None:
 
     @functools.wraps(original)
     def sigmoid_focal_loss(inputs: Any, *args: Any, triton: bool = True, **kwargs: Any) -> Any:
-        return original(inputs, *args, triton=triton and inputs.is_cuda, **kwargs)
+        del triton
+        inputs = inputs if inputs.device.type == "cpu" else inputs.float()
+        return original(inputs, *args, triton=False, **kwargs)
 
     loss_fns.sigmoid_focal_loss = sigmoid_focal_loss
+
+
+def _dice_loss_on_its_own_device() -> None:
+    """Raise where a GPU's memory runs out in the dice loss, as anywhere else.
+
+    loss_fns.py:81 goes on on the CPU instead, at each step, and the next operation runs out.
+
+    Goes when upstream no longer catches it.
+    """
+    from sam3.train.loss import loss_fns
+
+    loss_fns.dice_loss = loss_fns._dice_loss
+
+
+def _zero_losses_without_waiting() -> None:
+    """Let the losses fill a tensor on the GPU with 0, and not copy a 0 there.
+
+    loss_fns.py:404 and others write `torch.tensor(0.0, device=…)`: the host waits for each copy, 24
+    times an update. Their module gets a torch whose `tensor` fills.
+
+    Goes when upstream writes `new_zeros(())`.
+    """
+    import torch
+    from sam3.train.loss import loss_fns
+
+    class Filling(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
+
+        @staticmethod
+        def tensor(value: float, **options: Any) -> Any:
+            return torch.full((), value, **options)
+
+    loss_fns.torch = Filling("torch")
+
+
+def _box_overlaps_without_waiting() -> None:
+    """Multiply the sides of boxes without a look at them, in the Python that stands there.
+
+    box_ops.py:145,172 multiply them by `prod`, whose backward pass asks the GPU whether a side is
+    0: 36 times an update. Both functions are scripted, and compiled by NVRTC at their third call,
+    where torch was imported before PYTORCH_JIT=0 could be set. Gradients are `prod`'s to the bit.
+
+    Goes when upstream multiplies two columns, and scripts nothing.
+    """
+    import torch
+    from sam3.model import box_ops
+
+    class Product(torch.autograd.Function):
+        """The product of both sides (N, 2), and torch's gradient of it (prod_backward)."""
+
+        @staticmethod
+        def forward(ctx: Any, sides: Any) -> Any:
+            product = sides[:, 0] * sides[:, 1]
+            ctx.save_for_backward(sides, product)
+            return product
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Any) -> Any:
+            sides, product = ctx.saved_tensors
+            others = torch.where((sides == 0).any(), sides.flip(1), product[:, None] / sides)
+            return gradient[:, None] * others
+
+    area = Product.apply
+
+    def fast_diag_generalized_box_iou(boxes1: Any, boxes2: Any) -> Any:
+        """Return the GIoU (N,) of boxes (N, 4) xyxy, by upstream's operations in their order."""
+        assert len(boxes1) == len(boxes2)
+        end1, start1, end2, start2 = boxes1[:, 2:], boxes1[:, :2], boxes2[:, 2:], boxes2[:, :2]
+        area1, area2 = area(end1 - start1), area(end2 - start2)
+        inner_start, outer_start = torch.max(start1, start2), torch.min(start1, start2)
+        inner_end, outer_end = torch.min(end1, end2), torch.max(end1, end2)
+        common = area((inner_end - inner_start).clamp(min=0))
+        total = area((outer_end - outer_start).clamp(min=0))
+        union = area1 + area2 - common
+        return common / union - (total - union) / total
+
+    def fast_diag_box_iou(boxes1: Any, boxes2: Any) -> Any:
+        """Return the IoU (N,) of boxes (N, 4) xyxy, likewise."""
+        assert len(boxes1) == len(boxes2)
+        end1, start1, end2, start2 = boxes1[:, 2:], boxes1[:, :2], boxes2[:, 2:], boxes2[:, :2]
+        area1, area2 = area(end1 - start1), area(end2 - start2)
+        start, end = torch.max(start1, start2), torch.min(end1, end2)
+        common = area((end - start).clamp(min=0))
+        return common / (area1 + area2 - common)
+
+    box_ops.fast_diag_box_iou = fast_diag_box_iou
+    box_ops.fast_diag_generalized_box_iou = fast_diag_generalized_box_iou
+
+
+def _feature_size_on_the_host() -> None:
+    """Tell the decoder the size of the feature map by a tensor of the CPU.
+
+    encoder.py:352 puts it on the GPU, where nothing reads it but `_get_rpb_matrix`, twice a layer:
+    the host then waits for all work before.
+
+    Goes when upstream passes the size as two numbers.
+    """
+    import torch
+    from sam3.model.encoder import TransformerEncoder
+
+    original = TransformerEncoder._prepare_multilevel_features
+
+    @functools.wraps(original)
+    def prepare(self: Any, srcs: Any, *args: Any) -> tuple[Any, ...]:
+        features = original(self, srcs, *args)
+        return (*features[:-1], torch.tensor([tuple(src.shape[-2:]) for src in srcs]))
+
+    TransformerEncoder._prepare_multilevel_features = prepare
+
+
+def _mask_head_on_any_device() -> None:
+    """Ask the mask head's parameters where they are.
+
+    maskformer_segmentation.py:88 remembers it, and forgets it where the head itself is moved, not
+    where the model is: later batches of two and more images met weights of another device.
+
+    Goes when upstream remembers no device.
+    """
+    from sam3.model.maskformer_segmentation import SegmentationHead
+
+    SegmentationHead.device = property(lambda self: next(self.parameters()).device)
 
 
 def _loss_normalisation_without_process_group() -> None:

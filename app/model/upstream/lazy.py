@@ -28,8 +28,8 @@ def import_later() -> None:
         _later("timm"),
         # sam3/__init__.py builds video models
         _later("sam3"),
-        # Triton's kernels for videos (sam3_tracker_utils.py:8) and of the focal loss on a GPU
-        # (loss_fns.py:15), which import torch's compiler
+        # Triton's kernels for videos (sam3_tracker_utils.py:8) and of the focal loss
+        # (loss_fns.py:15), which import torch's compiler; fixes.py leaves the latter out
         _later("sam3.model.edt", functions=("edt_triton",)),
         _later(
             "sam3.train.loss.sigmoid_focal_loss",

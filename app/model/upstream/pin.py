@@ -84,10 +84,16 @@ def prepare_import() -> None:
     changes once it has profiled their first calls: the first step of a process, and so a resumed
     run, would differ in the last bit. Both that and its decorators for CUDA autocast warn at import
     of what says nothing about the user's run.
+
+    torch 2.15 multiplies outer products on a GPU by a Triton kernel (torch/_native), where it finds
+    a C compiler: the first step waits for it, and warns. cuBLAS does as well, elsewhere and here.
     """
     os.environ.setdefault("PYTORCH_JIT", "0")
+    os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
     warnings.filterwarnings("ignore", message="CUDA is not available or torch_xla", module="sam3")
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+    # of a driver that is too old, which `device.gpu_problem` says in one line
+    warnings.filterwarnings("ignore", message="CUDA initialization")
     if importlib.util.find_spec("torchmetrics") is None:
         sys.modules["torchmetrics"] = _torchmetrics()
     if "torch" not in sys.modules and importlib.util.find_spec("torch") is not None:
