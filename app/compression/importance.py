@@ -51,7 +51,7 @@ class Measure:
         model: the whole model, from which the models to measure are cut.
         images: images with annotations, or without any: the outputs of the whole model are then
             the targets.
-        precision: float32, or bfloat16 to multiply in.
+        precision: float32, or the half to multiply in.
         cache: file of the losses that were measured before, for the same weights, images and
             settings: see `cache_file`.
 
@@ -93,7 +93,8 @@ class Measure:
 
     def losses(self, model: Sam3Image) -> Iterator[Tensor]:
         """Yield the loss of each image, a scalar with the graph."""
-        with torch.random.fork_rng(devices=[]):
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus):
             for index, batch in enumerate(self.batches):
                 torch.manual_seed(index)  # for the points at which masks are compared
                 if self.labelled:

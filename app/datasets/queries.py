@@ -174,7 +174,8 @@ class QueryDataset(TorchDataset):
 
 def _seed(words: str) -> None:
     random.seed(words)
-    torch.manual_seed(random.getrandbits(63))
+    # Not torch.manual_seed, which seeds the GPU as well: dropout would come again with the views.
+    torch.default_generator.manual_seed(random.getrandbits(63))
 
 
 def _object(index: int, annotation: Annotation, width: int, height: int) -> Object:

@@ -159,6 +159,14 @@ def test_synonyms_are_drawn(dataset: Dataset) -> None:
     assert names <= seen
 
 
+def test_an_item_leaves_a_gpus_generator_alone(dataset: Dataset, monkeypatch) -> None:
+    """Else the dropout of a step would come again with the image, and with its view."""
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    QueryDataset(dataset, _transforms(), seed=0, views=2)[(3, 1)]
+    assert not seeds
+
+
 def test_an_item_depends_on_seed_epoch_and_index_alone(dataset: Dataset) -> None:
     changes = ("transforms.augment.flip=0.5", "transforms.augment.scale=[0.5,1.0]")
     items = QueryDataset(dataset, _transforms(*changes), seed=0)
