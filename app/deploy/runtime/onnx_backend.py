@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from app.deploy.runtime.external_data import locations
 from app.deploy.runtime.manifest import PRECISIONS, REMEDY, Manifest, check_files, list_variants
 from app.errors import UserError, nearest
 
+log = logging.getLogger("app")
 CUDA = "CUDAExecutionProvider"
 FASTEST = {True: "fp16", False: "int8"}  # by whether there is CUDA
 UNSUPPORTED_PRECISION = "bf16"  # ONNX Runtime has no kernels of most operators for it
@@ -44,6 +46,26 @@ class OnnxRuntimeBackend:
     def __init__(self, folder: Path, manifest: Manifest, precision: str | None = None) -> None:
         self._ort = import_onnxruntime()
         self._on_gpu = CUDA in self._ort.get_available_providers()
+        self._open_all(folder, manifest, precision)
+        if self._on_gpu and not all(CUDA in s.get_providers() for s in self._sessions.values()):
+            # What the package was built with, this machine need not have: a driver, CUDA, cuDNN.
+            log.warning(
+                "note: on the CPU: ONNX Runtime %s cannot load CUDA here, though it is built with "
+                "it. Its own log says why: python -c 'import onnxruntime; "
+                "onnxruntime.preload_dlls()'",
+                self._ort.__version__,
+            )
+            self._on_gpu = False
+            self._open_all(folder, manifest, precision)
+        side = list(manifest.shapes["image"]["pixels"])[-1]
+        if side != manifest.resolution:
+            raise UserError(
+                f"{folder}: the image graph takes {side} pixels, and the manifest says "
+                f"{manifest.resolution}. {REMEDY}"
+            )
+
+    def _open_all(self, folder: Path, manifest: Manifest, precision: str | None) -> None:
+        """Open a session of each graph, in the precision that is asked for or fastest."""
         chosen = choose_precisions(manifest, precision, on_gpu=self._on_gpu)
         files = {graph: manifest.graphs[graph][level] for graph, level in chosen.items()}
         check_graphs(folder, manifest, list(files.values()))
@@ -52,12 +74,6 @@ class OnnxRuntimeBackend:
             graph: self._open(folder / file, manifest.shapes[graph])
             for graph, file in files.items()
         }
-        side = list(manifest.shapes["image"]["pixels"])[-1]
-        if side != manifest.resolution:
-            raise UserError(
-                f"{folder}: the image graph takes {side} pixels, and the manifest says "
-                f"{manifest.resolution}. {REMEDY}"
-            )
 
     def _open(self, file: Path, shapes: Mapping[str, Any]) -> Any:
         """Return a session of a graph, whose inputs and outputs must have these shapes."""

@@ -209,6 +209,24 @@ def test_each_graph_takes_the_precision_or_the_next_safer_one(tiny: Path) -> Non
         choose(manifest, "fp32")
 
 
+def test_a_cuda_that_cannot_be_loaded_leaves_the_cpu(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The package lists what it was built with; a session says what it has."""
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("ONNX Runtime has CUDA here")
+    expected = Runtime.load(tiny, backend="onnxruntime")
+    every = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: every)
+    monkeypatch.setattr(logging.getLogger("app"), "propagate", True)
+    with pytest.warns(UserWarning, match="CUDAExecutionProvider"):
+        runtime = Runtime.load(tiny, backend="onnxruntime")
+    assert "cannot load CUDA here" in caplog.text
+    scene = open_image(SCENE)
+    found, same = (each.predict(scene, threshold=0.0) for each in (runtime, expected))
+    assert np.array_equal(found.scores, same.scores)
+
+
 # --- faults --------------------------------------------------------------------------------------
 
 
