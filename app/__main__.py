@@ -38,6 +38,7 @@ COMMANDS = {
     "data": "Check a dataset, or build a checked copy of it.",
 }
 AGAIN = "Mend that, as by freeing space on the disk, and run the same command again"
+LESS = "Free it (nvidia-smi names who holds it), or take less of it, as by --device cpu"
 # typer has no options whose value may be left out.
 DEFAULTS = {"--resume": "--resume=all", "--plan": "--plan=show", "--mlflow": "--mlflow=auto"}
 
@@ -82,6 +83,13 @@ def main() -> None:
         sys.exit(2)
     except SafetensorError as error:  # what it says of a full disk is no OSError
         show_problems(UserError(f"weights: {error}. {AGAIN}"))
+        sys.exit(2)
+    except RuntimeError as error:
+        if "CUDA" not in str(error) or "out of memory" not in str(error):
+            raise
+        from app.model.device import told
+
+        show_problems(UserError(f"{told(error)} {LESS}"))
         sys.exit(2)
     except FloatingPointError as error:  # a loss that is not finite
         print(f"error: {error}", file=sys.stderr)

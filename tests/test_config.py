@@ -135,7 +135,7 @@ def test_a_part_takes_what_its_signature_reads() -> None:
         ("training.epochs", "an override is KEY=VALUE"),
         ("training.epochs=0", "greater than or equal to 1"),
         ("training.epochs=many", "valid integer"),
-        ("training.precision=fp8", "'auto', 'fp32' or 'bf16'"),
+        ("training.precision=fp8", "'auto', 'fp32', 'bf16' or 'fp16'"),
         ("model.name=${nowhere}", "model.name: '${…}' is for configs/ alone"),
         ("optim.optimizer._target_=os.system", "not allowed"),
         ("optim.optimizer._target_=torch.optim.Adamw", "Did you mean 'torch.optim.Adam"),

@@ -96,7 +96,7 @@ def infer(
     resolution: options.Resolution = None,
     device: options.Device = "auto",
     precision: Annotated[
-        str, typer.Option(help="auto, fp32 or bf16", rich_help_panel=MODEL)
+        str, typer.Option(help="auto, fp32, bf16 or fp16", rich_help_panel=MODEL)
     ] = "auto",
     batch_size: Annotated[
         int, typer.Option(min=1, help="images seen together", rich_help_panel=DETECTION)

@@ -9,15 +9,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from app.config.schema import PlanKind
 from app.console import counted
 from app.errors import UserError
-from app.model.device import is_main
+from app.model.device import is_main, told
 from app.signals import StopRequest
 from app.training import features, run
 from app.training.output_folder import prepare_folder
 from app.training.prepare import (
     BATCH_SIZE,
+    PRECISION,
     Prepared,
     Request,
     check_resume,
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from app.planning.plan import Planner
 
 log = logging.getLogger("app")
+WHAT_WOULD_FIT = "What would take less, begun anew or by --resume=weights:"
 
 
 def start(request: Request, stop: StopRequest, *, base_config: bool, plan: PlanKind | None) -> None:
@@ -112,6 +116,8 @@ def train(request: Request, stop: StopRequest, *, plan: PlanKind | None = None) 
     if prepared.elsewhere:
         if request.resume:
             open_keys = [*features.DECIDED, *([BATCH_SIZE] if request.fits_batch else [])]
+            if prepared.config.training.precision == "auto":
+                open_keys.append(PRECISION)
             check_resume(prepared, prepared.processes, open_keys)
         prepare_folder(prepared.folder, resume=request.resume, overwrite=request.overwrite)
         slurm.submit(prepared.config, sys.argv[1:], request.resume)
@@ -141,15 +147,37 @@ def train_here(prepared: Prepared, stop: StopRequest) -> None:
 
         teach = teaching.teach
     with torchrun.end_quietly_if_peer_died(), following:
-        run.train(
-            prepared.config,
-            prepared.splits,
-            prepared.pretrained_path,
-            resume=prepared.request.resume,
-            stop=stop,
-            recorder=recorder,
-            teach=teach,
-        )
+        try:
+            run.train(
+                prepared.config,
+                prepared.splits,
+                prepared.pretrained_path,
+                resume=prepared.request.resume,
+                stop=stop,
+                recorder=recorder,
+                teach=teach,
+            )
+            return
+        except torch.OutOfMemoryError as error:
+            shortage = told(error)
+        # Not before the error is gone, which holds the model and its step.
+        raise UserError([f"{shortage} {WHAT_WOULD_FIT}", *what_would_fit(prepared)])
+
+
+def what_would_fit(prepared: Prepared) -> list[str]:
+    """Return lines, each with a change by which a run fits in the memory that it used up.
+
+    Where its plan fits, because that foretold too little or other programs hold the memory, a
+    change must spare a fifth of its step.
+    """
+    from app.planning.plan import Planner
+
+    planner = Planner(prepared)
+    plan = planner.plan()
+    if plan.spare_memory >= 0:
+        planner = Planner(prepared, most_memory=plan.memory.total - plan.memory.step // 5)
+        plan = planner.plan()
+    return planner.ways_to_fit(plan)
 
 
 def fit_batch(prepared: Prepared, planner: Planner) -> Prepared:

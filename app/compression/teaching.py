@@ -34,6 +34,7 @@ class TaughtLosses:
     def __init__(self, labels: LabelLosses, distiller: Distiller) -> None:
         self.labels, self.distiller = labels, distiller
         self.criterion: Any = labels.criterion
+        self.precision = labels.precision
 
     def wrap(self, model: Sam3Image) -> nn.Module:
         """Return a module that returns the model's features beside its outputs."""

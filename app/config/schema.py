@@ -271,7 +271,7 @@ class TrainingConfig(_Strict):
     num_gpus: int = Field(ge=1)
     num_workers: int | Literal["auto"]
     device: Literal["auto", "cpu", "cuda"]
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
     check_finite: bool
     save_every: int = Field(ge=1)
     save_minutes: float | None = Field(ge=0)

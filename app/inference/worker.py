@@ -23,7 +23,7 @@ from app.inference.batch import Job, Outcome, Work, predict_images
 from app.inference.predictor import Predictor
 from app.inference.settings import RANDOM, Settings
 from app.model.build import build_model
-from app.model.device import choose_device, choose_precision, choose_threads
+from app.model.device import choose_device, choose_precision, choose_threads, in_words
 
 log = logging.getLogger("app")
 CHUNKS = 4  # batches that a process takes at once
@@ -85,7 +85,7 @@ def load_predictor(settings: Settings) -> Predictor:
 
 
 def _precision(predictor: Predictor) -> str:
-    return str(predictor.precision).removeprefix("torch.")
+    return in_words(predictor.device, predictor.precision)
 
 
 def _begin_process(rank: Synchronized[int], processes: int, on_gpu: bool) -> None:

@@ -42,7 +42,7 @@ class StepBytes:
         Args:
             model: on the meta device; its tensors may be fake afterwards.
             batch: with real labels; its pixels are not read.
-            precision: float32, or bfloat16 to multiply in.
+            precision: float32, or the half to multiply in.
         """
         parts = (config.model, config.loss, config.distill)
         key = (

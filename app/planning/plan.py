@@ -174,10 +174,12 @@ class Planner:
 
     Args:
         prepared: the run; its weights are not read.
+        most_memory: bytes that a process can have, where that is known to be less than is free.
     """
 
-    def __init__(self, prepared: Prepared) -> None:
+    def __init__(self, prepared: Prepared, most_memory: int | None = None) -> None:
         self.prepared, self.splits = prepared, prepared.splits
+        self.most_memory = math.inf if most_memory is None else most_memory
         self.pretrained = prepared.pretrained_path is not None
         _process_bytes()
         self._models: dict[tuple[str, str], Sam3Image] = {}  # by size and method
@@ -193,6 +195,9 @@ class Planner:
         precision = choose_precision(config.training.precision, device, config.model)
         model = self._model(config)
         batches = math.ceil(len(self._sampler(config)) / config.training.batch_size)
+        free = free_memory(device, config.training.num_gpus)
+        if device.type == "cuda":
+            free += CUDA_CONTEXT  # of this process, which the driver counts as used
         return Plan(
             config,
             parameters=count_parameters(model)["total"],
@@ -201,7 +206,7 @@ class Planner:
             disk=predict_disk(config, self.splits, model, precision),
             free_disk=shutil.disk_usage(nearest_existing(Path(config.output_dir))).free,
             memory=self.predict_memory(config, model, device, precision),
-            free_memory=free_memory(device, config.training.num_gpus),
+            free_memory=round(min(free, self.most_memory)),
         )
 
     def require_fit(self, plan: Plan) -> None:
@@ -221,10 +226,12 @@ class Planner:
         if plan.spare_memory < 0:
             problems.append(f"memory: {-plan.spare_memory / GB:.2f} GB more are needed")
         problems[-1] += "; what would do:"
+        raise UserError([*problems, *self.ways_to_fit(plan)])
+
+    def ways_to_fit(self, plan: Plan) -> list[str]:
+        """Return lines, each with a change by which the run would fit, the mildest first."""
         ways = list(itertools.islice(self._ways_to_fit(plan), PROPOSED))
-        raise UserError(
-            [*problems, *(ways or ["  no single change; a smaller model or another machine"])]
-        )
+        return ways or ["  no single change; a smaller model or another machine"]
 
     def _ways_to_fit(self, plan: Plan) -> Iterator[str]:
         """Yield lines, each with a change that is enough."""

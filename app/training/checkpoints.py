@@ -37,6 +37,7 @@ class RunState:
         epoch: epochs that are done, validated where that was due.
         updates: updates that are done, over all epochs.
         losses, images, seconds: summed over the updates of the epoch under way.
+        skipped: of these updates, as their scaled gradients were beyond float16.
         best: the best value of the chosen metric so far; None before the first validation.
         stale: validations in a row that did not better it.
         rows: the rows of metrics.csv.
@@ -50,6 +51,7 @@ class RunState:
     losses: dict[str, float] = field(default_factory=dict)
     images: int = 0
     seconds: float = 0.0
+    skipped: int = 0
     best: float | None = None
     stale: int = 0
     rows: list[dict[str, float]] = field(default_factory=list)

@@ -25,9 +25,11 @@ class Losses(Protocol):
 
     Attributes:
         criterion: upstream's Sam3LossWrapper.
+        precision: float32, or the half to multiply in.
     """
 
     criterion: Any
+    precision: torch.dtype
 
     def wrap(self, model: Sam3Image) -> nn.Module:
         """Return the module to call in training: the model, or one that returns more of it."""
@@ -49,7 +51,7 @@ class LabelLosses:
 
     Args:
         criterion: upstream's Sam3LossWrapper.
-        precision: float32, or bfloat16 to multiply in.
+        precision: float32, or the half to multiply in.
     """
 
     def __init__(self, criterion: nn.Module, precision: torch.dtype) -> None:

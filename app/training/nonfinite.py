@@ -39,9 +39,11 @@ def explain(step: Step, batches: Sequence[BatchedDatapoint], epoch: int) -> str:
     step.undo()
     faults = faults or [("no module and no gradient alone", images)]
     where = "; ".join(f"{fault}; with the images {images}" for fault, images in faults)
+    in_float16 = step.losses.precision == torch.float16
+    beyond = " So does training.precision=fp32, with its larger range." if in_float16 else ""
     return (
         f"The loss or its gradient is not finite: {where}. "
-        "The weights were not updated. A lower --lr often mends it."
+        f"The weights were not updated. A lower --lr often mends it.{beyond}"
     )
 
 

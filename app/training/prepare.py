@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from sam3.model.sam3_image import Sam3Image
 
 from app.config.compose import (
@@ -31,7 +30,7 @@ from app.inference.inputs import check_length
 from app.model import weights
 from app.model.build import tokenizer
 from app.model.bundled import bundled_nano
-from app.model.device import choose_device
+from app.model.device import PRECISIONS, choose_device, choose_precision
 from app.model.vocabulary import unknown_words
 from app.training import checkpoints, method
 from app.training.features import decide_feature_cache
@@ -40,7 +39,7 @@ from app.training.output_folder import RESOLVED, prepare_folder, write_settings
 from app.training.recipe import auto
 
 log = logging.getLogger("app")
-BATCH_SIZE = "training.batch_size"
+BATCH_SIZE, PRECISION = "training.batch_size", "training.precision"
 RUNS = Path("outputs/train")  # `output_dir` of configs/train.yaml
 GROUPS = {"model", "method", "loss", "transforms", "optim"}  # of configs/
 
@@ -170,12 +169,34 @@ def prepare(request: Request, *, in_job: bool = False) -> Prepared:
     if elsewhere:
         return prepared
     assert prepared.meta_model is not None
-    config = decide_feature_cache(prepared.config, splits, request.resume, prepared.meta_model)
+    config = decide_precision(prepared.config, request.resume)
+    config = decide_feature_cache(config, splits, request.resume, prepared.meta_model)
     decided = (
+        f"{PRECISION}={config.training.precision}",
         f"training.cache_features={json.dumps(config.training.cache_features)}",
         f"dataset.views={json.dumps(config.dataset.views)}",
     )
     return replace(prepared, config=config, decided=decided)
+
+
+def decide_precision(config: Config, resume: Resume | None) -> Config:
+    """Return the configuration with `training.precision` decided, where it is auto.
+
+    A resumed run keeps the one of its checkpoint, because it decides the weights.
+    """
+    if config.training.precision != "auto":
+        return config
+    newest = None
+    if resume in ("all", "auto"):
+        newest = checkpoints.find_newest(Path(config.output_dir) / "checkpoints")
+    if newest is not None:
+        name = checkpoints.read(newest)[1][PRECISION]
+    else:
+        device = choose_device(config.training.device)
+        dtype = choose_precision(config.training.precision, device, config.model)
+        name = next(name for name, each in PRECISIONS.items() if each == dtype)
+    training = config.training.model_copy(update={"precision": name})
+    return config.model_copy(update={"training": training})
 
 
 def with_settings_of_folder(request: Request) -> Request:
@@ -304,7 +325,7 @@ def default_weights(
     say = (lambda *_: None) if told else log.info
     if size == "auto":
         cached = not random and weights.cached_sam3() is not None
-        size = "sam3" if torch.cuda.is_available() and cached else "nano"
+        size = "sam3" if choose_device().type == "cuda" and cached else "nano"
         why = (
             "a GPU and SAM 3's weights are at hand"
             if size == "sam3"

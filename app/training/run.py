@@ -32,7 +32,7 @@ from app.evaluation.validate import Ranks, Validation
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, count_parameters, padding_note
-from app.model.device import choose_device, choose_precision, choose_threads
+from app.model.device import choose_device, choose_precision, choose_threads, in_words
 from app.signals import StopRequest
 from app.training import checkpoints, features, method
 from app.training.batches import Batches, query_dataset
@@ -48,6 +48,7 @@ from app.training.trainer import Figures, Recorder, Trainer, ranks_of
 from app.training.warm_start import warm_start
 
 log = logging.getLogger("app")
+TOLERANCE = 0.005  # of a figure, between two validations of the same weights on CUDA
 
 # Adds a teacher's losses to those of the labels: (config, model, splits, label losses) -> both.
 Teach = Callable[[Config, Sam3Image, Splits, LabelLosses], Losses]
@@ -85,6 +86,7 @@ def train(
     Raises:
         Stopped: by a signal; the state is saved.
         FloatingPointError: a loss or gradient is not finite; the state before is saved.
+        torch.OutOfMemoryError: the GPU's memory is used up; says what is saved.
         UserError: the disk is full; the last checkpoint is whole.
     """
     begun = time.monotonic()
@@ -255,7 +257,7 @@ def describe(
         count_parameters(model)["total"] / 1e6,
         config.model.resolution,
         accelerator.device,
-        str(precision).removeprefix("torch."),
+        in_words(accelerator.device, precision),
         counted(accelerator.num_processes, "process"),
     )
     method.describe(model, config.method.name)
@@ -295,12 +297,22 @@ def score_best(
 
 
 def check_reloaded(figures: Figures, state: RunState, config: Config, device: torch.device) -> None:
-    """Raise a RuntimeError where reloaded weights do not score as when they were saved."""
+    """Compare what reloaded weights score with what they scored when they were saved.
+
+    On CUDA a difference beyond TOLERANCE is logged: kernels add in any order there, and one
+    detection of few is much of a figure.
+
+    Raises:
+        RuntimeError: they differ on a CPU, where they are the same to the bit.
+    """
     again = figures[metric_name(figures, config.evaluation.metric)]
-    # Kernels on CUDA add in any order; on a CPU the figures are the same to the bit.
-    tolerance = 0.0 if device.type == "cpu" else 0.005
-    if state.best is None or abs(again - state.best) > tolerance:
-        raise RuntimeError(f"weights/best reloaded give {again}, and gave {state.best} when saved")
+    if again == state.best:
+        return
+    problem = f"weights/best reloaded give {again}, and gave {state.best} when saved"
+    if state.best is None or device.type == "cpu":
+        raise RuntimeError(problem)
+    if abs(again - state.best) > TOLERANCE:
+        log.warning("note: %s", problem)
 
 
 def all_figures(best: Figures, state: RunState, seconds: float) -> dict[str, float | str | int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from sam3.model.data_misc import BatchedDatapoint
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.utils.misc import copy_data_to_device
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.config.schema import Config
 from app.training.batches import Batches
@@ -34,12 +35,14 @@ class StepResult:
     """One update: mean losses of its batches, norm of its gradient, number of its images.
 
     `losses` holds "loss", which is trained, and upstream's parts of it before they are weighted, of
-    the last decoder layer and one object a query.
+    the last decoder layer and one object a query. A `skipped` update changed no weights, because
+    its scaled gradient was beyond float16.
     """
 
     losses: dict[str, float]
     gradient_norm: float
     images: int
+    skipped: bool = False
 
     @property
     def loss(self) -> float:
@@ -50,6 +53,9 @@ class Step:
     """Everything that an update changes: model, AdamW, schedule, EMA. Every rank has one.
 
     `module` is the model; `model` is what is called, around it: of a teacher's losses, or DDP.
+    In float16 `scaler` multiplies the loss, so that small gradients do not become 0, and lowers its
+    factor where large ones become infinite. `is_whole` says that no update was broken off between
+    the first weight and the last.
 
     Args:
         model: with its pretrained weights, frozen parts and adapters.
@@ -75,9 +81,14 @@ class Step:
         self.scheduler = build_scheduler(optimizer, config.optim.schedule, updates)
         self.module = model
         self.model, self.optimizer = accelerator.prepare(losses.wrap(model), optimizer)
+        in_float16 = losses.precision == torch.float16
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=in_float16)
+        if accelerator.num_processes > 1:
+            _keep_gradients_contiguous(model)
         decay = config.training.ema
         self.ema = None if decay is None else EMA(model, decay)
         self.random_before = random_state()  # before the last update
+        self.is_whole = True
 
     def set_training(self) -> None:
         """Set the model's training mode, but for frozen components."""
@@ -92,30 +103,54 @@ class Step:
         Raises:
             NotFiniteError: a loss or gradient is not finite, on any rank; names images and module.
                 Nothing was updated.
+            torch.OutOfMemoryError: nothing was updated, where `is_whole`.
         """
         self.random_before = random_state()
-        totals: dict[str, float] = {}
         try:
+            names: list[str] = []
+            found: list[Tensor] = []  # what the GPU has not told yet: asking for it is to wait
             for number, batch in enumerate(batches, 1):
                 with self._sync(last=number == len(batches)):
                     losses = self.batch_losses(batch, epoch)  # scalars; "loss" has the graph
-                    means = self._mean_over_ranks(losses)  # (len(losses),)
-                    _check_finite(means[0])  # the loss: the same on all ranks
-                    self.accelerator.backward(losses["loss"] / len(batches))
-                for name, value in zip(losses, means.tolist(), strict=True):
-                    totals[name] = totals.get(name, 0.0) + value / len(batches)
+                    names += losses
+                    found.append(self._mean_over_ranks(losses))  # (len(losses),)
+                    loss = self.scaler.scale(losses["loss"] / len(batches))
+                    self.accelerator.backward(loss)
+            self.scaler.unscale_(self.optimizer.optimizer)
             norm = self.accelerator.clip_grad_norm_(
                 self.model.parameters(), self.config.optim.max_grad_norm
             )
-            _check_finite(norm)
+            *means, gradient_norm = torch.cat([*found, norm[None]]).tolist()
+            totals = _mean_of_batches(names, means, len(batches))
+            skipped = self._is_skipped(totals["loss"], gradient_norm)
         except FloatingPointError:
             raise NotFiniteError(explain(self, batches, epoch)) from None
-        self.optimizer.step()
+        except torch.OutOfMemoryError:
+            self.undo()
+            raise
+        self.is_whole = False
+        self.scaler.step(self.optimizer.optimizer)  # not where the gradient is not finite
+        self.is_whole = True
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
-        if self.ema is not None:
+        if not skipped:
+            self.scheduler.step()
+        if self.ema is not None and not skipped:
             self.ema.update()
-        return StepResult(totals, float(norm), sum(len(batch.img_batch) for batch in batches))
+        images = sum(len(batch.img_batch) for batch in batches)
+        return StepResult(totals, gradient_norm, images, skipped)
+
+    def _is_skipped(self, loss: float, gradient_norm: float) -> bool:
+        """Return whether the scale of the loss was too high for the gradient, which is no error.
+
+        Raises:
+            FloatingPointError: the loss is not finite, or its gradient without a scale to blame.
+        """
+        if math.isfinite(loss) and math.isfinite(gradient_norm):
+            return False
+        if math.isfinite(loss) and self.scaler.get_scale() > 1:
+            return True
+        raise FloatingPointError
 
     def batch_losses(
         self, batch: BatchedDatapoint, epoch: int, *, watched: bool = False
@@ -151,6 +186,7 @@ class Step:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "average": self.ema.state_dict() if self.ema is not None else None,
+            "scaler": self.scaler.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -159,6 +195,8 @@ class Step:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["average"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
 
     @property
     def learning_rate(self) -> float:
@@ -166,9 +204,23 @@ class Step:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
 
-def _check_finite(value: Tensor) -> None:
-    if not torch.isfinite(value):
-        raise FloatingPointError
+def _keep_gradients_contiguous(model: nn.Module) -> None:
+    """Give each trained parameter a gradient of its own strides, where it has others.
+
+    Those of PEFT's ParamWrapper are transposed (peft 0.21, tuners/lora/layer.py), of which DDP
+    warns (reducer.cpp).
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(Tensor.contiguous)
+
+
+def _mean_of_batches(names: list[str], values: list[float], batches: int) -> dict[str, float]:
+    """Return each loss's mean over the batches, whose names and values follow one another."""
+    totals: dict[str, float] = {}
+    for name, value in zip(names, values, strict=True):
+        totals[name] = totals.get(name, 0.0) + value / batches
+    return totals
 
 
 def build_accelerator(device: torch.device, *, find_unused: bool = True) -> Accelerator:

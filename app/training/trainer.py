@@ -18,13 +18,14 @@ from accelerate.utils import gather_object
 from sam3.model.sam3_image import Sam3Image
 
 from app.config.schema import Config
-from app.console import progress
+from app.console import counted, progress
 from app.datasets.coco import Dataset
 from app.evaluation.evaluate import score_dataset
 from app.evaluation.scoring import THRESHOLD
 from app.evaluation.validate import ALONE, Ranks
 from app.inference.predictor import Predictor
 from app.model import weights
+from app.model.device import told
 from app.signals import Stopped, StopRequest
 from app.training import checkpoints
 from app.training.batches import Batches
@@ -38,6 +39,7 @@ from app.training.table import Table
 
 log = logging.getLogger("app")
 Figures = dict[str, float]  # of a validation, by their names in metrics.json
+SKIPPED = "train/skipped_updates"
 
 
 def ranks_of(accelerator: Accelerator) -> Ranks:
@@ -101,6 +103,7 @@ class Trainer:
         Raises:
             Stopped: by a signal; the state is saved.
             FloatingPointError: a loss or gradient is not finite; the state before is saved.
+            torch.OutOfMemoryError: the GPU's memory is used up; says what is saved.
             UserError: the disk is full; the last checkpoint is whole.
         """
         self.table = Table(self.config.training.epochs)
@@ -119,6 +122,11 @@ class Trainer:
             except FloatingPointError as error:
                 self.save()
                 raise FloatingPointError(f"{error} Stopped {self._where()}") from None
+            except torch.OutOfMemoryError as error:
+                # Other ranks are in the midst of their step, and take no part in a save.
+                if self.step.is_whole and self.accelerator.num_processes == 1:
+                    self.save()
+                raise torch.OutOfMemoryError(f"{told(error)} Stopped {self._where()}") from None
 
     def is_finished(self) -> bool:
         return self._is_stale() or self.state.epoch >= self.config.training.epochs
@@ -128,11 +136,11 @@ class Trainer:
         return patience is not None and self.state.stale >= patience
 
     def _where(self) -> str:
-        state = self.state
-        return (
-            f"after update {state.updates}, in epoch {state.epoch + 1}; saved in "
-            f"{self.folder / 'checkpoints'}; go on with the same command and --resume"
-        )
+        state, folder = self.state, self.folder / "checkpoints"
+        saved = f"saved in {folder}; go on with the same command and --resume"
+        if checkpoints.find_newest(folder) is None:
+            saved = "nothing is saved yet"
+        return f"after update {state.updates}, in epoch {state.epoch + 1}; {saved}"
 
     def validate_start(self) -> None:
         """Take the figures before training, with which all others are compared."""
@@ -157,6 +165,7 @@ class Trainer:
                 for name, value in done.losses.items():
                     state.losses[name] = state.losses.get(name, 0.0) + value
                 state.images += done.images
+                state.skipped += done.skipped
                 seconds = time.monotonic() - begun
                 state.seconds += seconds
                 self.pace.add("update", seconds)
@@ -197,9 +206,15 @@ class Trainer:
             self._keep_best(figures)
         state.rows.append(row)
         state.epoch += 1
-        state.losses, state.images, state.seconds = {}, 0, 0.0
+        state.losses, state.images, state.seconds, state.skipped = {}, 0, 0.0, 0
         for line in self.table.row(state.epoch, row, self.time_left()).splitlines():
             log.info("%s", line)
+        if skipped := row.get(SKIPPED):
+            log.info(
+                "note: %d of %s skipped, with gradients beyond float16; the scale is %g now",
+                *(skipped, counted(self.batches.updates_per_epoch, "update")),
+                self.step.scaler.get_scale(),
+            )
         if self._is_stale():
             log.info("no better in %d validations (training.patience): the end", state.stale)
         if self.recorder is not None:
@@ -213,12 +228,14 @@ class Trainer:
     def _row(self) -> Figures:
         """Return the epoch's row of metrics.csv, before its validation."""
         state, updates = self.state, self.batches.updates_per_epoch
+        skipped = {SKIPPED: state.skipped} if self.step.scaler.is_enabled() else {}
         return {
             "epoch": state.epoch + 1,
             **{f"train/{name}": value / updates for name, value in state.losses.items()},
             "train/learning_rate": self.step.learning_rate,
             "train/seconds_per_update": state.seconds / updates,
             "train/images_per_second": state.images / state.seconds,
+            **skipped,
         }
 
     def _is_validated(self, epoch: int) -> bool:

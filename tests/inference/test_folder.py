@@ -258,7 +258,7 @@ def test_random_weights_and_limits(command, images, tmp_path) -> None:
         (["--prompt", "x", "--checkpoint", "nowhere"], "no such checkpoint"),
         (["--prompt", "x", "--model", "sam3"], "size 'nano', not 'sam3'"),
         (["--prompt", "x", "--device", "tpu"], "auto, cpu or cuda"),
-        (["--prompt", "x", "--precision", "fp8"], "auto, fp32 or bf16"),
+        (["--prompt", "x", "--precision", "fp8"], "auto, fp32, bf16 or fp16"),
         (["--prompt", "x", "--resolution", "100"], "96 or 104"),
         (["--prompt", "x", "--threshold", "2"], "--threshold"),
         (["--prompt", "x", "--treshold", "0.3"], "No such option"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from app.config.compose import load_config
+from app.training.prepare import decide_precision
 from app.training.step import Step
 from app.training.trainer import Trainer
 from tests.helpers import (
@@ -119,6 +122,37 @@ def test_without_the_random_state_it_would_differ(
     monkeypatch.setattr("app.training.checkpoints.restore_random_state", lambda _: None)
     assert train(AVERAGED, "--resume").code == 0
     assert not same_weights(whole, tmp_path / "cut")
+
+
+def test_a_run_in_float16_goes_on_with_its_scale(train, stop_after, tmp_path, monkeypatch) -> None:
+    """And with the updates counted that it skipped, until its scale was low enough."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**100, backoff_factor=2.0**-48)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    assert train("training.precision=fp16", folder="uncut").code == 0
+    rows = _figures(tmp_path / "uncut")
+    assert [float(row["train/skipped_updates"]) for row in rows] == [2, 0]
+    stop_after(1)
+    assert train("training.precision=fp16").code == 143
+    done = train("training.precision=fp16", "--resume")
+    assert done.code == 0, done.err
+    assert "note: 2 of 2 updates skipped" in done.out
+    assert same_weights(tmp_path / "uncut", tmp_path / "cut")
+    assert _figures(tmp_path / "cut") == rows
+
+
+def test_the_precision_that_was_chosen_is_kept(train, tmp_path) -> None:
+    """Whatever the machine is that the run goes on at; unless it was open in the checkpoint."""
+    assert train("--epochs", 1).code == 0
+    (checkpoint,) = (tmp_path / "cut" / "checkpoints").iterdir()
+    content = json.loads((checkpoint / "run.json").read_text())
+    assert content["fingerprint"]["training.precision"] == "fp32"
+    config = load_config([f"output_dir={tmp_path / 'cut'}"])
+    assert config.training.precision == "auto"
+    for then in ("bf16", "auto"):
+        content["fingerprint"]["training.precision"] = then
+        (checkpoint / "run.json").write_text(json.dumps(content))
+        assert decide_precision(config, "all").training.precision == then
+    assert decide_precision(config, "weights").training.precision == "fp32"
 
 
 def test_stopped_in_a_validation(train, stop_after, whole, tmp_path) -> None:

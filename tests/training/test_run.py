@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import weakref
 from pathlib import Path
@@ -14,10 +15,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from app.config.compose import load_config
 from app.datasets.build import load_splits
 from app.evaluation.metrics import evaluate
 from app.model import weights
 from app.training import run
+from app.training.checkpoints import RunState
 from app.training.metric import gain
 from app.training.step import Step
 from tests.helpers import (
@@ -359,6 +362,60 @@ def test_a_gradient_that_is_not_finite_is_named(train, tmp_path, monkeypatch) ->
     done = train("--epochs", 1)
     assert done.code == 1
     assert "the gradient of transformer.decoder.norm.weight is the first" in done.err
+
+
+def test_memory_that_runs_out_is_told_with_what_would_fit(train, tmp_path, monkeypatch) -> None:
+    """The state before is saved: where there is memory again, the run goes on as if never ended."""
+    words = ("--epochs", 2, "--batch-size", 2, "model.dropout=0.2")
+    losses, calls = Step.batch_losses, []
+
+    def full(step: Step, *arguments: object, **options: object) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2 GiB. Of the allocated memory 9 GiB are"
+            )
+        return losses(step, *arguments, **options)
+
+    monkeypatch.setattr(Step, "batch_losses", full)
+    done = train(*words)
+    assert done.code == 2
+    said, *ways = done.err.splitlines()
+    folder = tmp_path / "out" / "checkpoints"
+    assert said.startswith("error: CUDA out of memory. Tried to allocate 2 GiB. Stopped after")
+    assert f"saved in {folder}; go on with the same command and --resume" in said
+    assert said.endswith("What would take less, begun anew or by --resume=weights:")
+    assert ways[0] == "  --batch-size 1 --grad-accum 2"
+    assert (folder / "update-00000003").is_dir()
+    monkeypatch.setattr(Step, "batch_losses", losses)
+    assert train(*words, "--resume").code == 0
+    assert train(*words, folder="whole").code == 0
+    assert same_weights(tmp_path / "whole", tmp_path / "out")
+
+
+def test_memory_that_runs_out_anywhere_is_a_line(train, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(run, "load_model", full)
+    done = train("--epochs", 1)
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("error: CUDA error: out of memory. Free it")
+    assert "Traceback" not in done.err
+
+
+def test_reloaded_weights_that_score_otherwise_end_no_run_on_a_gpu(tmp_path, caplog) -> None:
+    """A flipped detection of few is more than a rounding; on a CPU there is none."""
+    config = load_config(["evaluation.metric=bbox/AP"])
+    state, figures = RunState(best=0.50), {"bbox/AP": 0.47}
+    with pytest.raises(RuntimeError, match=r"reloaded give 0\.47, and gave 0\.5"):
+        run.check_reloaded(figures, state, config, torch.device("cpu"))
+    logging.getLogger("app").addHandler(caplog.handler)
+    run.check_reloaded({"bbox/AP": 0.498}, state, config, torch.device("cuda"))
+    assert not caplog.messages
+    run.check_reloaded(figures, state, config, torch.device("cuda"))
+    logging.getLogger("app").removeHandler(caplog.handler)
+    assert caplog.messages == ["note: weights/best reloaded give 0.47, and gave 0.5 when saved"]
 
 
 def test_a_metric_that_is_none(train, tmp_path: Path) -> None:

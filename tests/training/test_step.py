@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from sam3.model.data_misc import BatchedDatapoint
 
 from app.datasets.queries import collate
 from app.training.nonfinite import NotFiniteError
+from tests.helpers import MICRO
 from tests.training.updates import Updates, tiny_updates
 
 
@@ -55,6 +59,97 @@ def test_steps_in_bfloat16(shapes: Path) -> None:
         assert any(not torch.equal(after[name], before[name]) for name in before)
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
     assert losses["bf16"] != losses["fp32"]
+
+
+def _in_float16(shapes: Path, *overrides: str) -> tuple[Updates, list[BatchedDatapoint]]:
+    updates, data = tiny_updates(shapes, "training.precision=fp16", *MICRO, *overrides)
+    updates.step.set_training()
+    return updates, [collate([data[0], data[1]])]
+
+
+def _set_scale(updates: Updates, scale: float) -> None:
+    scaler = updates.step.scaler
+    scaler.scale(torch.zeros(()))  # which makes it
+    scaler.load_state_dict(scaler.state_dict() | {"scale": scale})
+
+
+def test_steps_in_float16(shapes: Path) -> None:
+    """The scale of the loss is gone again from the gradient that is clipped and applied."""
+    losses, norms = {}, {}
+    for precision in ("fp32", "fp16"):
+        updates, data = tiny_updates(shapes, f"training.precision={precision}", *MICRO)
+        updates.step.set_training()
+        if precision == "fp16":
+            _set_scale(updates, 16.0)
+        torch.manual_seed(7)
+        done = updates.step([collate([data[0], data[1]])], 0)
+        losses[precision], norms[precision] = done.loss, done.gradient_norm
+        assert not done.skipped
+        assert {p.dtype for p in updates.step.model.parameters()} == {torch.float32}
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["fp16"] != losses["fp32"]
+    assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.1)
+
+
+def test_a_gradient_beyond_float16_skips_the_update(shapes: Path) -> None:
+    """It changes nothing but the scale: not the weights, their average, AdamW or the schedule."""
+    updates, batches = _in_float16(shapes, "training.ema=0.9")
+    step = updates.step
+    _set_scale(updates, 16.0)
+    assert not step(batches, 0).skipped
+    _set_scale(updates, 2.0**100)
+    before = {name: p.clone() for name, p in step.model.named_parameters()}
+    state = copy.deepcopy(step.state_dict())
+    done = step(batches, 0)
+    assert done.skipped
+    assert math.isfinite(done.loss)
+    assert all(torch.equal(p, before[name]) for name, p in step.model.named_parameters())
+    after = step.state_dict()
+    assert after["scaler"]["scale"] == state["scaler"]["scale"] / 2
+    assert after["scheduler"]["last_epoch"] == state["scheduler"]["last_epoch"] == 1
+    assert after["average"]["updates"] == 1
+    for number, moments in after["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, state["optimizer"]["state"][number][name])
+    _set_scale(updates, 16.0)
+    assert not step(batches, 0).skipped
+    assert any(not torch.equal(p, before[name]) for name, p in step.model.named_parameters())
+
+
+def test_a_gradient_that_no_scale_makes_finite_is_an_error(shapes: Path) -> None:
+    updates, batches = _in_float16(shapes)
+    bias = updates.step.model.dot_prod_scoring.hs_proj.bias
+    bias.register_hook(lambda gradient: gradient * float("inf"))
+    _set_scale(updates, 2.0)
+    assert updates.step(batches, 0).skipped
+    with pytest.raises(NotFiniteError, match=r"dot_prod_scoring\.hs_proj\.bias .*precision=fp32"):
+        updates.step(batches, 0)
+
+
+def test_memory_that_runs_out_leaves_the_step_as_it_was(shapes: Path) -> None:
+    settings = ("model.dropout=0.2", "training.grad_accum=2", *MICRO)
+    updates, data = tiny_updates(shapes, *settings)
+    step, batches = updates.step, [collate([data[0]]), collate([data[1]])]
+    step.set_training()
+    calls: list[int] = []
+
+    def full(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+
+    hook = step.module.dot_prod_scoring.register_forward_hook(full)
+    torch.manual_seed(7)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(batches, 0)
+    hook.remove()
+    assert step.is_whole
+    assert not _gradients(updates)
+    after = step(batches, 0).loss  # as if nothing had been
+    again, _ = tiny_updates(shapes, *settings)
+    again.step.set_training()
+    torch.manual_seed(7)
+    assert again.step(batches, 0).loss == after
 
 
 def test_gradients_are_clipped(shapes: Path) -> None:
