@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import logging
 import math
+import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +22,19 @@ from torch.utils.data import Dataset as TorchDataset
 
 from app import signals
 from app.config.schema import Config
+from app.console import counted
 from app.datasets.coco import Dataset
 from app.datasets.prompts import nouns_beside
 from app.datasets.queries import PromptChoice, QueryDataset, collate
 from app.errors import UserError
+from app.model.device import cores
 from app.model.vocabulary import in_vocabulary
 from app.training.collective import raise_on_all_ranks
 
+log = logging.getLogger("app")
 CUDA_WORKERS = 4  # processes that load images beside a GPU; a CPU's cores are busy with the model
+PREFETCHED = 2  # batches a worker, as the loader has it by default
+SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over their batches
 
 
 def query_dataset(config: Config, dataset: Dataset) -> QueryDataset:
@@ -82,14 +91,13 @@ class Batches:
         self.sampler = EpochSampler(
             len(data), config.seed, accelerator.process_index, accelerator.num_processes
         )
-        workers = self.config.num_workers
-        if workers == "auto":
-            workers = CUDA_WORKERS if self.device.type == "cuda" else 0
+        workers = _workers_with_room(self._workers(), config, data.dataset)
         self.loader: DataLoader[Any] = DataLoader(
             _ErrorsAsItems(data),
             batch_size=self.config.batch_size,
             sampler=self.sampler,
             num_workers=workers,
+            prefetch_factor=PREFETCHED if workers else None,
             collate_fn=_collate,
             worker_init_fn=signals.leave_to_parent,
             # A separate generator: the loader must not advance the global one, or dropout would
@@ -99,6 +107,14 @@ class Batches:
         )
         self.updates_per_epoch = math.ceil(len(self.loader) / self.config.grad_accum)
         self.paths: dict[int, Path] = {image.id: image.path for image in data.dataset.images}
+
+    def _workers(self) -> int:
+        """Return the number of workers that was given, or that suits the device."""
+        if self.config.num_workers != "auto":
+            return self.config.num_workers
+        if self.device.type == "cpu":
+            return 0
+        return min(CUDA_WORKERS, max(1, cores() // self.config.num_gpus))
 
     def epoch(self, epoch: int, first_update: int = 0) -> Iterator[list[BatchedDatapoint]]:
         """Yield the batches of each update; all images once.
@@ -140,4 +156,50 @@ def _collate(items: list[Datapoint | UserError]) -> BatchedDatapoint | UserError
     errors = [item for item in items if isinstance(item, UserError)]
     if errors:
         return UserError([problem for error in errors for problem in error.problems])
-    return collate([item for item in items if not isinstance(item, UserError)])
+    batch = collate([item for item in items if not isinstance(item, UserError)])
+    return _Batch(**{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)})
+
+
+class _Batch(BatchedDatapoint):
+    """A batch that the loader can pin, so that the GPU copies it while it computes.
+
+    The loader asks what is no tensor or collection of tensors for a method `pin_memory`.
+    """
+
+    def pin_memory(self) -> _Batch:
+        """Return the batch in memory that is never swapped out."""
+        pinned: _Batch = _pin(self)
+        return pinned
+
+
+def _pin(part: Any) -> Any:
+    if isinstance(part, torch.Tensor):
+        return part.pin_memory()
+    if isinstance(part, list):
+        return [_pin(each) for each in part]
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        fields = dataclasses.fields(part)
+        return type(part)(**{field.name: _pin(getattr(part, field.name)) for field in fields})
+    return part
+
+
+def _workers_with_room(workers: int, config: Config, dataset: Dataset) -> int:
+    """Return how many workers find room in shared memory; fewer are said, as they are slower.
+
+    A worker that fills it is killed by a bus error. Containers often have 64 MB of it.
+    """
+    if not workers or not SHARED_MEMORY.is_dir():
+        return workers
+    counts = Counter(annotation.image_id for annotation in dataset.annotations)
+    prompts = min(config.dataset.max_prompts, len(dataset.categories) + config.dataset.negatives)
+    maps = prompts + max(counts.values(), default=0)  # a byte a pixel each
+    image = config.model.resolution**2 * (3 * torch.float32.itemsize + maps)
+    share = shutil.disk_usage(SHARED_MEMORY).free // config.training.num_gpus
+    room = share // (config.training.batch_size * image) // (PREFETCHED + 1)
+    if room < workers:
+        log.info(
+            "note: %s has room for %s, not %d: images are loaded more slowly. Give it more, such "
+            "as docker run --shm-size=8g",
+            *(SHARED_MEMORY, counted(room, "worker"), workers),
+        )
+    return min(workers, room)

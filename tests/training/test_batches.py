@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from app.config.compose import load_config
+from app.datasets.build import load_splits
 from app.errors import UserError
-from app.training.batches import EpochSampler
+from app.training import batches
+from app.training.batches import CUDA_WORKERS, Batches, EpochSampler
 from tests.training.updates import tiny_updates
 
 
@@ -35,6 +41,35 @@ def test_an_error_leaves_no_loading_process(shapes: Path, monkeypatch) -> None:
         list(updates.epoch(0))
     assert caught.value.__traceback__ is not None
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+def test_a_gpus_workers_are_no_more_than_the_cores(shapes: Path, monkeypatch) -> None:
+    updates, data = tiny_updates(shapes)
+    accelerator = SimpleNamespace(
+        device=torch.device("cuda"), process_index=0, num_processes=1
+    )  # all that batches ask of it
+    for given, number in ((1, 1), (2, 2), (64, CUDA_WORKERS)):
+        monkeypatch.setattr(batches, "cores", lambda given=given: given)
+        loader = Batches(updates.step.config, data, accelerator).loader
+        assert loader.num_workers == number
+
+
+@pytest.mark.parametrize(("megabytes", "number"), [(40, 0), (150, 2), (8000, 4)])
+def test_workers_find_room_in_shared_memory(
+    shapes: Path, monkeypatch, caplog, megabytes: int, number: int
+) -> None:
+    """At 1008 px an image with four prompts and five objects takes 21 MB of it."""
+    config = load_config(["model.resolution=1008", "training.batch_size=1"])
+    dataset = load_splits(shapes).train
+    free = SimpleNamespace(free=megabytes * 10**6)
+    monkeypatch.setattr(batches.shutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr(logging.getLogger("app"), "propagate", True)
+    caplog.set_level(logging.INFO, "app")
+    assert batches._workers_with_room(4, config, dataset) == number
+    said = " ".join(caplog.messages)
+    assert ("/dev/shm has room for" in said) == (number < 4)
+    assert batches._workers_with_room(0, config, dataset) == 0
 
 
 def test_the_sampler_goes_on_from_a_position() -> None:
