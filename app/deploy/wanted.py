@@ -10,6 +10,7 @@ from app.errors import UserError, nearest
 from app.inference.inputs import check_prompts
 from app.inference.predictor import pairs_per_pass
 from app.model import weights
+from app.model.device import choose_device
 from app.model.vocabulary import unknown_words
 
 
@@ -76,7 +77,7 @@ def check_wanted(wanted: Wanted, header: weights.Header, *, has_images: bool) ->
     if problems:
         raise UserError(problems)
     count = 1 if prompts is None else len(prompts)
-    most = wanted.prompts_per_pass or pairs_per_pass(header.model)
+    most = wanted.prompts_per_pass or pairs_per_pass(header.model, choose_device("cpu"))
     ordered = tuple(name for name in PRECISIONS if name in {*wanted.precisions, "fp32"})
     return replace(
         wanted,

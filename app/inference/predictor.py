@@ -1,12 +1,14 @@
 """Image + prompts → detections: the one path that validation, prediction and serving share.
 
-A prediction reads top to bottom in `Predictor._find`: image → square → features → prompts, some at
-a time → raw outputs → candidates → detections. `Finder.predict` comes before it.
+A prediction reads top to bottom in `Predictor._find_at_once`: image → square → features → prompts,
+some at a time → raw outputs → candidates → detections. `Finder.predict` comes before it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from app.config.schema import ModelConfig
 from app.datasets.levels import Levels
 from app.datasets.rle import Rle
 from app.datasets.square import to_square
+from app.errors import UserError
 from app.inference.detections import Detections
 from app.inference.finder import Finder, Query
 from app.inference.inputs import normalised_boxes
@@ -38,9 +41,18 @@ from app.inference.postprocess import (
     to_detections,
 )
 from app.model import weights
-from app.model.device import autocast, choose_device, choose_precision
+from app.model.device import (
+    autocast,
+    choose_device,
+    choose_precision,
+    release_memory,
+    spare_memory,
+    told,
+)
 
+log = logging.getLogger("app")
 PAIRS_PER_PASS = 16  # pairs of image and prompt that go through DETR together: bounds the memory
+MAPS_PER_PAIR = 4  # of the finest level, in float32, that the mask head holds at once
 TOKENS_PER_PASS = 16 * 256  # of their features on a CPU, whose caches more of them outgrow
 CACHED_TEXTS = 64  # passes whose text features are cached
 RAW = ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")  # upstream's names
@@ -55,7 +67,7 @@ class Predictor(Finder):
     Args:
         model: upstream's module, already on its device.
         config: its size.
-        precision: float32, or bfloat16 for autocast.
+        precision: float32, or the half for autocast.
         prompts: asked for where a call names none.
         threshold: 0..1, least score where a call names none.
         levels: as of `Finder`.
@@ -79,6 +91,7 @@ class Predictor(Finder):
         self.levels = levels
         self._parameters = list(model.parameters())
         self.device = self._parameters[0].device
+        self._pairs = self._images = sys.maxsize  # most at once, since memory ran out
         self._text_features: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._encoded: tuple[Tensor, dict[str, Any]] | None = None  # squares, their features
         self._context_length = config.text.context_length
@@ -94,7 +107,7 @@ class Predictor(Finder):
 
         Args:
             device: auto, cpu or cuda.
-            precision: auto, fp32 or bf16.
+            precision: auto, fp32, bf16 or fp16.
             options: as in `app.model.weights.load`.
 
         Raises:
@@ -132,15 +145,43 @@ class Predictor(Finder):
         tokenizer = getattr(self.model.backbone.language_backbone, "tokenizer", None)
         return () if tokenizer is None else tokenizer.encode(prompt)
 
-    @torch.inference_mode()
     def _find(self, images: Sequence[Image.Image], query: Query) -> list[Detections]:
+        """Return what is in each image, with fewer at once where the GPU's memory runs out.
+
+        Raises:
+            UserError: it does not hold one image with one prompt.
+        """
+        if len(images) > self._images:
+            first, others = images[: self._images], images[self._images :]
+            return [*self._find(first, query), *self._find(others, query)]
+        try:
+            return self._find_at_once(images, query)
+        except torch.OutOfMemoryError as error:
+            shortage = told(error)
+        # Not before the error is gone, which holds what was computed.
+        self._encoded = None
+        release_memory()
+        prompts = min(self._prompts_per_pass(len(images)), len(query.prompts))
+        if prompts > 1:
+            self._pairs = prompts // 2 * len(images)
+        elif len(images) > 1:
+            self._images = len(images) // 2
+        else:
+            raise UserError(
+                f"{shortage} It holds not even one image at {self.config.resolution} px with one "
+                "prompt. Free it (nvidia-smi names who holds it), or give --device cpu"
+            )
+        log.info("note: the GPU's memory is short: fewer prompts or images are seen at once")
+        return self._find(images, query)
+
+    @torch.inference_mode()
+    def _find_at_once(self, images: Sequence[Image.Image], query: Query) -> list[Detections]:
         """Return what is in each of B images, seen as a whole: a prediction from end to end."""
         side = self.config.resolution  # R
         squares = torch.stack([to_square(image, side) for image in images])  # (B, 3, R, R) uint8
         boxes, is_positive = _example_boxes(query, images)  # (N, B, 4) cxcywh, 0..1; (N,) bool
         prompts = query.prompts  # P of them
-        pairs = PAIRS_PER_PASS if self.device.type != "cpu" else pairs_per_pass(self.config)
-        prompts_per_pass = max(1, pairs // len(images))
+        prompts_per_pass = self._prompts_per_pass(len(images))
         passes: list[list[Candidates]] = [[] for _ in images]  # of each image
         with autocast(self.device, self.precision), self._no_gradients():
             features = self._encode(squares)  # "backbone_fpn": 3 levels (B, d, h, w), and others
@@ -159,6 +200,10 @@ class Predictor(Finder):
                 masks = encode_as_upstream(best.mask_logits, image.height, image.width)
             detections.append(to_detections(best, masks, prompts, image.width, image.height))
         return detections
+
+    def _prompts_per_pass(self, images: int) -> int:
+        pairs = min(self._pairs, pairs_per_pass(self.config, self.device))
+        return max(1, pairs // images)
 
     @torch.inference_mode()
     def answers(
@@ -250,10 +295,14 @@ class Predictor(Finder):
         )
 
 
-def pairs_per_pass(config: ModelConfig) -> int:
-    """Return how many pairs of image and prompt share a pass where memory or caches are small."""
+def pairs_per_pass(config: ModelConfig, device: torch.device) -> int:
+    """Return how many pairs of image and prompt share a pass: by a CPU's caches, a GPU's memory."""
     tokens = (config.resolution // config.vision.patch_size) ** 2
-    return max(1, min(PAIRS_PER_PASS, TOKENS_PER_PASS // tokens))
+    if (spare := spare_memory(device)) is None:
+        room = TOKENS_PER_PASS // tokens
+    else:
+        room = spare // (MAPS_PER_PAIR * 16 * tokens * config.d_model * torch.float32.itemsize)
+    return max(1, min(PAIRS_PER_PASS, room))
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -111,6 +111,63 @@ def test_a_batch_finds_what_each_image_alone_does(predictor, image, monkeypatch)
     assert not np.allclose(together[0].scores, together[1].scores, atol=1e-4)
 
 
+class _SmallGpu:
+    """Lets memory run out where a pass holds more pairs of image and prompt than it has room for.
+
+    Attributes:
+        passes: pairs of those that fit.
+    """
+
+    def __init__(self, predictor: Predictor, room: int, images: int = 9) -> None:
+        self.ground, self.room, self.images = predictor.model.forward_grounding, room, images
+        self.encode = predictor.model.backbone.forward_image
+        self.passes: list[int] = []
+
+    def forward_grounding(self, *, find_input, **inputs):
+        if (pairs := len(find_input.img_ids)) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        self.passes.append(pairs)
+        return self.ground(find_input=find_input, **inputs)
+
+    def forward_image(self, pixels):
+        if len(pixels) > self.images:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.encode(pixels)
+
+
+@pytest.mark.parametrize(
+    ("room", "images", "passes"), [(4, 2, [2, 2, 2]), (1, 2, [1] * 6), (9, 1, [2, 1, 2, 1])]
+)
+def test_where_memory_runs_out_less_is_seen_at_once(
+    image, monkeypatch, room, images, passes
+) -> None:
+    """First fewer prompts, then fewer images; what fitted is kept for the images that follow."""
+    torch.manual_seed(1)
+    predictor = Predictor(build_model(CONFIG), CONFIG)
+    pair = [image, image.resize((50, 70)).rotate(90)]
+    words = {"prompts": ["red circle", "dog", "cat"], "threshold": 0.0, "max_detections": 40}
+    expected = predictor.predict_batch(pair, **words)
+    gpu = _SmallGpu(predictor, room, images)
+    monkeypatch.setattr(predictor.model, "forward_grounding", gpu.forward_grounding)
+    monkeypatch.setattr(predictor.model.backbone, "forward_image", gpu.forward_image)
+    for _ in range(2):
+        gpu.passes.clear()
+        predictor._encoded = None
+        found = predictor.predict_batch(pair, **words)
+        assert gpu.passes == passes
+        for ours, theirs in zip(found, expected, strict=True):
+            assert np.allclose(ours.scores, theirs.scores, atol=1e-5)
+            assert np.array_equal(ours.prompt_ids, theirs.prompt_ids)
+
+
+def test_memory_that_holds_not_even_one_image_is_told(image, monkeypatch) -> None:
+    predictor = Predictor(build_model(CONFIG), CONFIG)
+    gpu = _SmallGpu(predictor, 0)
+    monkeypatch.setattr(predictor.model, "forward_grounding", gpu.forward_grounding)
+    with pytest.raises(UserError, match=r"CUDA out of memory\. It holds not even one .* 64 px"):
+        predictor.predict_batch([image, image], ["red circle", "dog"])
+
+
 def test_text_features_do_not_pile_up(predictor, image, monkeypatch) -> None:
     monkeypatch.setattr(predictor_module, "CACHED_TEXTS", 2)
     for prompt in ("a", "b", "c", "d"):
@@ -341,8 +398,9 @@ def test_boxes_stay_in_the_image(predictor, image) -> None:
     assert (found.boxes_xyxy[:, 3] <= 60).all()
 
 
-def test_bfloat16_is_near_float32(predictor, image) -> None:
-    half = Predictor(predictor.model, CONFIG, torch.bfloat16)
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_halves_are_near_float32(predictor, image, precision) -> None:
+    half = Predictor(predictor.model, CONFIG, precision)
     ours = half.predict(image, ["red circle"], threshold=0.0)
     exact = predictor.predict(image, ["red circle"], threshold=0.0)
     assert np.allclose(np.sort(ours.scores), np.sort(exact.scores), atol=0.03)
