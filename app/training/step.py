@@ -15,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from sam3.model.data_misc import BatchedDatapoint
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.utils.misc import copy_data_to_device
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.config.schema import Config
 from app.training.batches import Batches
@@ -83,8 +83,6 @@ class Step:
         self.model, self.optimizer = accelerator.prepare(losses.wrap(model), optimizer)
         in_float16 = losses.precision == torch.float16
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=in_float16)
-        if accelerator.num_processes > 1:
-            _keep_gradients_contiguous(model)
         decay = config.training.ema
         self.ema = None if decay is None else EMA(model, decay)
         self.random_before = random_state()  # before the last update
@@ -202,17 +200,6 @@ class Step:
     def learning_rate(self) -> float:
         """Return the learning rate of the DETR part: the highest of the groups."""
         return max(group["lr"] for group in self.optimizer.param_groups)
-
-
-def _keep_gradients_contiguous(model: nn.Module) -> None:
-    """Give each trained parameter a gradient of its own strides, where it has others.
-
-    Those of PEFT's ParamWrapper are transposed (peft 0.21, tuners/lora/layer.py), of which DDP
-    warns (reducer.cpp).
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_hook(Tensor.contiguous)
 
 
 def _mean_of_batches(names: list[str], values: list[float], batches: int) -> dict[str, float]:

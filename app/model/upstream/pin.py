@@ -92,8 +92,8 @@ def prepare_import() -> None:
     os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
     warnings.filterwarnings("ignore", message="CUDA is not available or torch_xla", module="sam3")
     warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
-    # of a driver that is too old, which `device.gpu_problem` says in one line
-    warnings.filterwarnings("ignore", message="CUDA initialization")
+    # Of a driver or a card that is too old, which `device.gpu_problem` says in one line.
+    warnings.filterwarnings("ignore", message=r"CUDA initialization|\s*Found GPU\d+ ")
     if importlib.util.find_spec("torchmetrics") is None:
         sys.modules["torchmetrics"] = _torchmetrics()
     if "torch" not in sys.modules and importlib.util.find_spec("torch") is not None:
