@@ -105,6 +105,7 @@ def write_settings(
     from omegaconf import OmegaConf
 
     from app.config.compose import to_yaml
+    from app.model.device import gpu_problem
 
     write_text(folder / RESOLVED, to_yaml(config))
     if resume in ("all", "auto") and (folder / "environment.json").is_file():
@@ -115,6 +116,7 @@ def write_settings(
         "platform": platform.platform(),
         "cpus": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu_problem": gpu_problem(),
         "sam3_commit": COMMIT,
         "packages": {name: version(name) for name in PACKAGES},
         "git": _git("rev-parse", "HEAD"),

@@ -83,6 +83,7 @@ def warm_start(
     parameters = [scale, bias, *(p for part in trained for p in part.parameters())]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, fused=True)
     scheduler = LinearLR(optimizer, 1.0, 0.05, total_iters=config.steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     right = Accuracy(0.0, 0.0, 0.0)
     with progress("warm start: step", config.steps) as advance:
         for step, batch in enumerate(batches(dataset, size, config, seed), 1):
@@ -108,9 +109,11 @@ def warm_start(
                 + classes * _mean_loss(named * scale.exp() + bias, truth[present])
                 + MEANT_WEIGHT * _mean_loss(marks, meant)
             )
-            loss.backward()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad(set_to_none=True)
             scheduler.step()
             right = Accuracy(

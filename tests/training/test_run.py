@@ -58,6 +58,8 @@ def test_what_a_run_leaves(tiny_run: Path, shapes: Path) -> None:
         "plots/valid_001.png",
     }
     assert any(name.startswith("tensorboard/") for name in files)
+    environment = json.loads((tiny_run / "environment.json").read_text())
+    assert {"gpu", "gpu_problem"} <= environment.keys()
     figures = json.loads((tiny_run / "metrics.json").read_text())
     for name in ("bbox/AP", "bbox/AP50", "bbox/AP75", "segm/AP", "segm/AP/circle"):
         assert 0 <= figures[name] <= 1

@@ -113,6 +113,22 @@ def test_trunk_words_and_encoder_learn_and_nothing_else_moves(shapes: Path) -> N
     assert right / total > 0.8
 
 
+def test_in_float16_the_loss_is_scaled(shapes: Path) -> None:
+    """Else small gradients would be 0. What a parameter sees of the scale is gone from its step."""
+    largest, weights = {}, {}
+    for precision in (torch.float32, torch.float16):
+        torch.manual_seed(0)
+        model = build_model(NANO)
+        weight = model.backbone.vision_backbone.trunk.patch_embed.proj.weight
+        seen: list[float] = []
+        weight.register_hook(lambda gradient, seen=seen: seen.append(float(gradient.abs().max())))
+        settings = _config(steps=1, batch_size=2)
+        warm_start(model, NANO, load_splits(shapes).train, settings, 0, precision)
+        largest[precision], weights[precision] = seen[0], weight.detach().clone()
+    assert largest[torch.float16] > 1000 * largest[torch.float32]
+    torch.testing.assert_close(*weights.values(), rtol=0, atol=3e-3)
+
+
 def test_the_mean_of_a_class_and_what_else_covers_it() -> None:
     """A 2 x 2 image: red things left, a red circle in the upper left, the rest blue."""
     shares = torch.zeros(1, 4, 2, 2)
