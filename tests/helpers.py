@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -148,6 +149,17 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
             make(folder)
             made.touch()
     return folder
+
+
+def log_lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets what the program logs from now on, each line once."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("app")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    logger.setLevel(logging.INFO)  # as the command line does
+    return lines
 
 
 def until(happened: Callable[[], bool], what: str) -> None:

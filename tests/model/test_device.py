@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from app.config.compose import load_model_config
 from app.errors import UserError
 from app.model import device
+from tests.helpers import log_lines
 
 CPU = torch.device("cpu")
 
@@ -54,14 +54,13 @@ def test_a_gpu_runs_what_is_built_for_its_kind(capability, built_for, runs) -> N
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_an_old_driver_is_named_with_the_one_that_is_needed(tmp_path, monkeypatch, caplog) -> None:
+def test_an_old_driver_is_named_with_the_one_that_is_needed(tmp_path, monkeypatch) -> None:
     _driver(tmp_path, "echo 535.104.05", monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", "13.2")
-    monkeypatch.setattr(logging.getLogger("app"), "propagate", True)
-    caplog.set_level(logging.INFO, "app")
+    lines = log_lines(monkeypatch)
     assert device.choose_device().type == "cpu"
     assert device.choose_device("auto").type == "cpu"
-    (line,) = caplog.messages
+    (line,) = lines
     assert "the GPU is not used: its driver is 535.104.05" in line
     assert "needs 580 or newer, for CUDA 13.2" in line
     with pytest.raises(UserError, match=r"device cuda: its driver is 535\.104\.05"):

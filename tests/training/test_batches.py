@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from app.datasets.build import load_splits
 from app.errors import UserError
 from app.training import batches
 from app.training.batches import CUDA_WORKERS, Batches, EpochSampler
+from tests.helpers import log_lines
 from tests.training.updates import tiny_updates
 
 
@@ -57,18 +57,16 @@ def test_a_gpus_workers_are_no_more_than_the_cores(shapes: Path, monkeypatch) ->
 
 @pytest.mark.parametrize(("megabytes", "number"), [(40, 0), (150, 2), (8000, 4)])
 def test_workers_find_room_in_shared_memory(
-    shapes: Path, monkeypatch, caplog, megabytes: int, number: int
+    shapes: Path, monkeypatch, megabytes: int, number: int
 ) -> None:
     """At 1008 px an image with four prompts and five objects takes 21 MB of it."""
     config = load_config(["model.resolution=1008", "training.batch_size=1"])
     dataset = load_splits(shapes).train
     free = SimpleNamespace(free=megabytes * 10**6)
     monkeypatch.setattr(batches.shutil, "disk_usage", lambda _: free)
-    monkeypatch.setattr(logging.getLogger("app"), "propagate", True)
-    caplog.set_level(logging.INFO, "app")
+    lines = log_lines(monkeypatch)
     assert batches._workers_with_room(4, config, dataset) == number
-    said = " ".join(caplog.messages)
-    assert ("/dev/shm has room for" in said) == (number < 4)
+    assert ["/dev/shm has room for" in line for line in lines] == [True] * (number < 4)
     assert batches._workers_with_room(0, config, dataset) == 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import weakref
 from pathlib import Path
@@ -26,6 +25,7 @@ from app.training.step import Step
 from tests.helpers import (
     MICRO,
     finish,
+    log_lines,
     metrics_rows,
     once,
     same_weights,
@@ -406,18 +406,17 @@ def test_memory_that_runs_out_anywhere_is_a_line(train, monkeypatch) -> None:
     assert "Traceback" not in done.err
 
 
-def test_reloaded_weights_that_score_otherwise_end_no_run_on_a_gpu(tmp_path, caplog) -> None:
+def test_reloaded_weights_that_score_otherwise_end_no_run_on_a_gpu(monkeypatch) -> None:
     """A flipped detection of few is more than a rounding; on a CPU there is none."""
     config = load_config(["evaluation.metric=bbox/AP"])
     state, figures = RunState(best=0.50), {"bbox/AP": 0.47}
     with pytest.raises(RuntimeError, match=r"reloaded give 0\.47, and gave 0\.5"):
         run.check_reloaded(figures, state, config, torch.device("cpu"))
-    logging.getLogger("app").addHandler(caplog.handler)
+    lines = log_lines(monkeypatch)
     run.check_reloaded({"bbox/AP": 0.498}, state, config, torch.device("cuda"))
-    assert not caplog.messages
+    assert not lines
     run.check_reloaded(figures, state, config, torch.device("cuda"))
-    logging.getLogger("app").removeHandler(caplog.handler)
-    assert caplog.messages == ["note: weights/best reloaded give 0.47, and gave 0.5 when saved"]
+    assert lines == ["note: weights/best reloaded give 0.47, and gave 0.5 when saved"]
 
 
 def test_a_metric_that_is_none(train, tmp_path: Path) -> None:
