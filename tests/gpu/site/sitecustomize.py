@@ -1,4 +1,4 @@
-"""What torch does on a GPU outside of the CUDA runtime, done without one.
+"""What torch does on a GPU beside CUDA's runtime, done without one.
 
 Python imports this at each start where PYTHONPATH names its folder, so that processes that a
 command starts have it too. It mends torch as soon as torch is imported.
@@ -27,7 +27,7 @@ class _Torch(importlib.abc.MetaPathFinder):
 
 
 def _mend(torch):
-    """Replace what cuDNN and NVRTC compute, and operations whose shapes depend on values.
+    """Replace what cuDNN and NVRTC compute, shapes that depend on values, and CUPTI's profiler.
 
     Convolutions have no kernels without cuDNN; their shapes are those of the meta device.
     """
@@ -66,6 +66,22 @@ def _mend(torch):
             return None
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
 
+    class Unprofiled:
+        """Records no kernel."""
+
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        def key_averages(self):
+            return []
+
+    torch.profiler.profile = Unprofiled
     library = torch.library.Library("aten", "IMPL")
     library.impl("nonzero", nonzero, "CUDA")
     library.impl("prod.dim_int", prod, "CUDA")
