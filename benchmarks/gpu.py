@@ -260,8 +260,9 @@ def full(bench: Bench) -> Iterator[Figure]:
     four = ["training.batch_size=4"]
     yield from _update(bench, "full, batch 4", four, images_per_second=10, peer=theirs)
     yield from _update(bench, "full, 20 prompts", ["training.batch_size=1"], classes=25)
-    whole = ["training.batch_size=1", "training.precision=fp32"]
-    yield from _update(bench, "full, float32", whole)
+    for name, precision in (("float16", "fp16"), ("float32", "fp32")):
+        words = ["training.batch_size=1", f"training.precision={precision}"]
+        yield from _update(bench, f"full, {name}", words)
 
 
 def adapters(bench: Bench) -> Iterator[Figure]:

@@ -13,9 +13,9 @@ import pytest
 
 from tests.gpu.null_gpu import NullGpu
 
-LAUNCHES = {1: 15_200, 4: 18_300}  # of an update with 4 prompts an image, by the batch: 5,000
-WAITS = 130  # of the host in an update: 50
-PREDICTION = {"launches": 2_820, "waits": 16}  # with 1 prompt: 1,200 and 4
+LAUNCHES = {1: 15_500, 4: 18_650}  # of an update with 4 prompts an image, by the batch: 5,000
+WAITS = 52  # of the host in an update: 50
+PREDICTION = {"launches": 2_820, "waits": 4}  # with 1 prompt: 1,200 and 4
 
 
 @pytest.mark.slow
