@@ -413,7 +413,8 @@ def answer_losses(
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Return the cross-entropy beyond the entropy of the target: 0 where they agree."""
-    least = F.binary_cross_entropy(target, target, reduction="none")
+    with torch.autocast(target.device.type, enabled=False):  # which refuses it on CUDA
+        least = F.binary_cross_entropy(target, target, reduction="none")
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none") - least
 
 

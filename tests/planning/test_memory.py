@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from torch import nn
+from torch.nn import functional as F
 
 from app.config.compose import load_config
 from app.datasets.build import load_splits
@@ -16,15 +17,16 @@ from app.datasets.queries import collate
 from app.model.build import build_model
 from app.model.fake import FakeMode
 from app.model.upstream import fixes
-from app.planning.memory import LiveBytes, StepBytes
+from app.planning.memory import LiveBytes, StepBytes, kernels_of
 from app.training import losses as training_losses
 from app.training import method
 from app.training.batches import query_dataset
 from app.training.losses import LabelLosses
 from app.training.step import build_accelerator
-from tests.helpers import TINY
+from tests.helpers import MICRO, TINY
 
 MIB = 1 << 20
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize("fake", [False, True])
@@ -62,7 +64,7 @@ def test_a_step_without_contents_takes_what_a_real_one_takes(
     batch = collate([data[index] for index in range(3)])
     model = build_model(config.model, device="meta")
     method.freeze(model, frozen)
-    foretold = StepBytes()(config, model, batch, precision)
+    foretold = StepBytes()(config, model, batch, precision, CPU)
 
     build_accelerator(torch.device("cpu"))
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
@@ -74,6 +76,45 @@ def test_a_step_without_contents_takes_what_a_real_one_takes(
         LabelLosses(criterion, precision)(model, batch)["loss"].backward()
     # A real matcher leaves out what it finds no match for.
     assert foretold == pytest.approx(live.peak, rel=0.05)
+
+
+def test_hand_worked_bytes_of_attention_on_cuda() -> None:
+    """What flash attention makes: no scores, and of each query one number for the way back."""
+    with FakeMode():
+        inputs = [torch.empty(1, 2, 1024, 128, requires_grad=True) for _ in range(3)]  # 1 MiB each
+        live, sums = LiveBytes(inputs), 2 * 1024 * 4
+        with live, kernels_of(CUDA):
+            outputs = F.scaled_dot_product_attention(*inputs, dropout_p=0.5)
+            assert live.now == live.peak == MIB + sums
+            outputs.backward(torch.empty_like(outputs))
+        gradients, added = 3 * MIB, MIB
+        assert live.peak == 2 * MIB + sums + gradients + added
+        with LiveBytes(inputs) as live, kernels_of(CPU):
+            F.scaled_dot_product_attention(*inputs, dropout_p=0.5)
+        assert live.peak > 2 * 1024 * 1024 * 4  # the scores
+
+
+def test_hand_worked_bytes_of_autocast_on_cuda() -> None:
+    """It normalizes in float32, and keeps the inputs in it as well; a CPU's does in bfloat16."""
+    with FakeMode(), torch.autocast("cpu", torch.bfloat16):
+        x = torch.empty(1024, 256, dtype=torch.bfloat16, requires_grad=True)
+        with LiveBytes([x]) as live, kernels_of(CUDA):
+            y = F.layer_norm(x, (256,))
+        assert (y.dtype, live.now) == (torch.float32, 2 * MIB + 2 * 1024 * 4)
+        assert F.layer_norm(x, (256,)).dtype == torch.bfloat16
+
+
+def test_dropout_costs_cuda_no_scores(shapes: Path) -> None:
+    """On a CPU a step with dropout makes them whole; without, it does as CUDA always does."""
+    settings = [*MICRO, "model.resolution=256", "transforms=none"]  # 1024 tokens
+    bytes_of = {}
+    for dropout, device in ((0.0, CPU), (0.1, CUDA), (0.1, CPU)):
+        config = load_config([*settings, f"model.dropout={dropout}"])
+        batch = collate([query_dataset(config, load_splits(shapes).train)[0]])
+        model = build_model(config.model, device="meta")
+        bytes_of[dropout, device] = StepBytes()(config, model, batch, torch.float32, device)
+    assert bytes_of[0.1, CUDA] == pytest.approx(bytes_of[0.0, CPU], rel=0.15)
+    assert bytes_of[0.1, CPU] > 1.5 * bytes_of[0.1, CUDA]
 
 
 def test_the_mask_head_is_made_anew_one_prompt_at_a_time(

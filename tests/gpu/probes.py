@@ -1,0 +1,163 @@
+"""What tests ask of a process that sees the null GPU: functions of JSON to JSON (server.py)."""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import gc
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from PIL import Image
+from sam3.model.utils.misc import copy_data_to_device
+
+from app.__main__ import main
+from app.config.compose import load_config, load_model_config
+from app.config.schema import Config
+from app.datasets.build import Splits, load_splits
+from app.inference.predictor import Predictor
+from app.model.build import build_model
+from app.model.device import choose_precision
+from app.planning.plan import CUDA_CONTEXT, Planner
+from app.training import method
+from app.training.batches import Batches, query_dataset
+from app.training.losses import LabelLosses
+from app.training.prepare import Prepared, Request
+from app.training.step import Step, build_accelerator
+
+CUDA = torch.device("cuda")
+WARMING = 2  # updates and predictions that come before one that is looked at
+COUNTS = (  # of null/runtime.c, in its order
+    *("launches", "products", "fills", "from_pageable", "from_pinned", "to_host", "on_device"),
+    "waits",
+)
+
+
+def command(*words: str) -> None:
+    """Run `python -m app WORDS`."""
+    sys.argv = ["app", *words]
+    main()
+
+
+def update(dataset: str, size: str, *overrides: str) -> dict[str, Any]:
+    """Return what the host does in an update of the heaviest batch, as `_operations` does."""
+    config, splits = _run(dataset, size, overrides)
+    step, batch = _step(config, splits), _planner(config, splits).heaviest_batch(config)
+    return _operations(lambda: step([batch], 0))
+
+
+def memory(runs: Sequence[tuple[str, str, list[str]]]) -> list[dict[str, float]]:
+    """Return, of each run, the bytes that it plans and those that it takes in its updates.
+
+    Args:
+        runs: dataset, size and overrides of each.
+    """
+    found = []
+    for dataset, size, overrides in runs:
+        config, splits = _run(dataset, size, overrides)
+        planner = _planner(config, splits)
+        planned = planner.plan().memory.total
+        step, batch = _step(config, splits), planner.heaviest_batch(config)
+        for _ in range(WARMING):
+            step([batch], 0)
+        taken = torch.cuda.max_memory_reserved() + CUDA_CONTEXT
+        found.append({"planned": planned, "taken": taken})
+        del step
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+def prediction(size: str, prompts: int) -> dict[str, Any]:
+    """Return what the host does to find prompts in an image of 1080p, as `_operations` does."""
+    config = load_model_config(size)
+    model = build_model(config, device=CUDA)
+    predictor = Predictor(model, config, choose_precision("auto", CUDA, config))
+    random = np.random.default_rng(0)
+    words = [f"thing {number}" for number in range(prompts)]
+
+    def predict() -> None:
+        pixels = random.integers(0, 255, (1080, 1920, 3), dtype=np.uint8)  # no features of before
+        predictor.predict(Image.fromarray(pixels), words)
+
+    return _operations(predict)
+
+
+def copies_of_a_batch(dataset: str, *overrides: str) -> dict[str, int]:
+    """Return the copies by which a batch of the run's own loader reaches the GPU."""
+    config, splits = _run(dataset, "nano", overrides)
+    data = query_dataset(config, splits.train)
+    [batch], *_ = Batches(config, data, build_accelerator(CUDA)).epoch(0)
+    before = _counts()
+    copy_data_to_device(batch, CUDA, non_blocking=True)
+    return _since(before)
+
+
+def _run(dataset: str, size: str, overrides: Sequence[str]) -> tuple[Config, Splits]:
+    of_model = [text for text in overrides if text.startswith("model.")]
+    others = [text for text in overrides if text not in of_model]
+    alone = ["training.num_workers=0", "training.cache_features=false"]
+    return load_config([*others, *alone], None, load_model_config(size, of_model)), load_splits(
+        Path(dataset)
+    )
+
+
+def _planner(config: Config, splits: Splits) -> Planner:
+    return Planner(Prepared(Request(()), config, splits, Path("pretrained"), ()))
+
+
+def _step(config: Config, splits: Splits) -> Step:
+    """Return the update of a run from pretrained weights, which here are any."""
+    accelerator = build_accelerator(CUDA)
+    model = build_model(config.model, device=CUDA, matcher=instantiate(config.loss.matcher))
+    method.prepare(model, config.method, pretrained=True)
+    precision = choose_precision(config.training.precision, CUDA, config.model)
+    losses = LabelLosses(instantiate(config.loss.criterion, _convert_="all"), precision)
+    batches = Batches(config, query_dataset(config, splits.train), accelerator)
+    step = Step(config, model, losses, accelerator, batches, lr_scale=0.1)
+    step.set_training()
+    return step
+
+
+def _operations(work: Callable[[], object]) -> dict[str, Any]:
+    """Return what the host does in a later call: "launches" of any kind, "waits", "places".
+
+    The last tells where torch says that the host waits, line by line; torch does not see all.
+    """
+    for _ in range(WARMING):
+        work()
+    before = _counts()
+    work()
+    done = _since(before)
+    packages = sysconfig.get_paths()["purelib"] + "/"
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        work()
+    torch.cuda.set_sync_debug_mode("default")
+    places = collections.Counter(
+        f"{each.filename.removeprefix(packages)}:{each.lineno}"
+        for each in found
+        if "synchroniz" in str(each.message)
+    )
+    launches = done["launches"] + done["products"] + done["fills"]
+    return {"launches": launches, "waits": done["waits"], "places": dict(places.most_common())}
+
+
+def _counts() -> dict[str, int]:
+    """Return what this process has done on the null GPU."""
+    library = ctypes.CDLL(None)
+    library.nullgpu_counts.restype = ctypes.POINTER(ctypes.c_long * len(COUNTS))
+    return dict(zip(COUNTS, library.nullgpu_counts().contents, strict=True))
+
+
+def _since(before: dict[str, int]) -> dict[str, int]:
+    return {name: count - before[name] for name, count in _counts().items()}
