@@ -19,17 +19,19 @@ from PIL import Image
 from sam3.model.utils.misc import copy_data_to_device
 
 from app.__main__ import main
+from app.compression.importance import Measure
 from app.config.compose import load_config, load_model_config
 from app.config.schema import Config
 from app.datasets.build import Splits, load_splits
 from app.inference.predictor import Predictor
 from app.model.build import build_model
-from app.model.device import choose_precision
+from app.model.device import choose_precision, free_memory
 from app.planning.plan import CUDA_CONTEXT, Planner
 from app.training import method
 from app.training.batches import Batches, query_dataset
 from app.training.losses import LabelLosses
 from app.training.prepare import Prepared, Request
+from app.training.random_state import random_state, restore_random_state
 from app.training.step import Step, build_accelerator
 
 CUDA = torch.device("cuda")
@@ -99,6 +101,26 @@ def copies_of_a_batch(dataset: str, *overrides: str) -> dict[str, int]:
     before = _counts()
     copy_data_to_device(batch, CUDA, non_blocking=True)
     return _since(before)
+
+
+def state_of_the_gpu(dataset: str, *overrides: str) -> dict[str, Any]:
+    """Return what leaves the GPU's generator as it was, and the bytes free that held ones cost."""
+    config, splits = _run(dataset, "nano", overrides)
+    model = build_model(config.model, matcher=instantiate(config.loss.matcher))
+    before = torch.cuda.get_rng_state()
+    query_dataset(config, splits.train)[(0, 0)]
+    drawn = torch.equal(before, torch.cuda.get_rng_state())
+    Measure(config, model, splits.valid, torch.float32).mean_loss(model)
+    measured = torch.equal(before, torch.cuda.get_rng_state())
+    every = [before] * (torch.cuda.device_count() + 1)  # as once kept, on a machine with one more
+    torch.cuda.manual_seed(5)
+    restore_random_state(random_state() | {"cuda": every})
+    restored = torch.equal(before, torch.cuda.get_rng_state())
+    free = free_memory(CUDA)
+    held = torch.empty(1 << 28, dtype=torch.uint8, device=CUDA)
+    cost = free - free_memory(CUDA)
+    del held
+    return {"drawn": drawn, "measured": measured, "restored": restored, "cost": cost}
 
 
 def _run(dataset: str, size: str, overrides: Sequence[str]) -> tuple[Config, Splits]:

@@ -20,6 +20,14 @@ def test_batches_are_pinned(null_gpu: NullGpu, shapes: Path) -> None:
     assert copies["from_pinned"] >= 10
 
 
+def test_what_is_drawn_and_held_leaves_the_gpu_as_it_was(null_gpu: NullGpu, shapes: Path) -> None:
+    state = null_gpu.probe("state_of_the_gpu", str(shapes), *MICRO, "dataset.views=2")
+    assert state["drawn"]
+    assert state["measured"]
+    assert state["restored"]
+    assert abs(state["cost"]) < 1 << 20
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_where_fewer_gpus_are_visible(
     null_gpu: NullGpu, shapes: Path, tmp_path: Path
