@@ -46,7 +46,7 @@ NANO = {
     "optim.schedule.name": "linear",
 }
 NANO_SEEN = 2400  # images that training sees in all: 600 updates, 6 minutes on 2 cores
-NANO_EPOCHS = (10, 60)  # least and most
+NANO_EPOCHS = (10, 55)  # least and most
 NANO_VALIDATIONS = 15  # about as many in a run
 
 

@@ -106,7 +106,7 @@ def copies_of_a_batch(dataset: str, *overrides: str) -> dict[str, int]:
 def state_of_the_gpu(dataset: str, *overrides: str) -> dict[str, Any]:
     """Return what leaves the GPU's generator as it was, and the bytes free that held ones cost."""
     config, splits = _run(dataset, "nano", overrides)
-    model = build_model(config.model, matcher=instantiate(config.loss.matcher))
+    model = build_model(config.model, device=CUDA, matcher=instantiate(config.loss.matcher))
     before = torch.cuda.get_rng_state()
     query_dataset(config, splits.train)[(0, 0)]
     drawn = torch.equal(before, torch.cuda.get_rng_state())
