@@ -28,7 +28,7 @@ from app.datasets.synthetic.shapes import make_shapes
 from app.inference.worker import Settings, load_predictor
 from app.model.bundled import NANO
 from app.model.device import choose_device, choose_threads
-from benchmarks.training import _seconds, _updates
+from benchmarks.training import make_step, time_updates
 
 BUSY = 2  # processes
 SLOWER = 2.0  # times as long beside them, at most
@@ -41,9 +41,9 @@ def update(folder: Path, *settings: str) -> float:
     """Return the seconds of an update of 2 images."""
     config = load_config(["model=nano", "training.batch_size=2", "transforms=none", *settings])
     choose_threads(choose_device(), config.model)
-    step, batches = _updates(config, folder)
-    _seconds(step, batches)  # warms up
-    return statistics.median(_seconds(step, batches))
+    step, batches = make_step(config, folder)
+    time_updates(step, batches)  # warms up
+    return statistics.median(time_updates(step, batches))
 
 
 def prediction(folder: Path) -> float:

@@ -158,7 +158,7 @@ def _run(arguments: argparse.Namespace, folder: Path) -> list[str]:
     return [*words, "evaluation.pictures=0", *_settings(arguments)[1:]]
 
 
-def _updates(config: Config, folder: Path) -> tuple[Step, Batches]:
+def make_step(config: Config, folder: Path) -> tuple[Step, Batches]:
     accelerator = build_accelerator(choose_device())
     torch.manual_seed(0)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
@@ -178,8 +178,8 @@ def _step(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, f
         settings = ["method=full"] if name == NOT_RECOMPUTING else [f"method={name}"]
         if arguments.size == "nano" and name != NOT_RECOMPUTING:
             settings.append("model.activation_checkpointing=[vision,masks]")
-        step, batches = _updates(load_config([*_settings(arguments), *settings]), folder)
-        epoch = lambda: len(_seconds(step, batches))  # noqa: E731
+        step, batches = make_step(load_config([*_settings(arguments), *settings]), folder)
+        epoch = lambda: len(time_updates(step, batches))  # noqa: E731
     epoch()
     begun = time.perf_counter()
     count = epoch()
@@ -215,27 +215,27 @@ def _upstream_epoch(arguments: argparse.Namespace, folder: Path) -> Callable[[],
 
 def _kept(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Time steps with features from disk and with the encoders computed, in turns."""
-    step, batches = _updates(load_config([*_settings(arguments), f"method={name}"]), folder)
+    step, batches = make_step(load_config([*_settings(arguments), f"method={name}"]), folder)
     frozen = features.frozen_encoders(step.model)
     encoders = [step.model.get_submodule(features.ENCODERS[part]) for part in frozen]
     features.cache_encoders(step.model, frozen, folder / name, step.losses.precision)
     reading = [encoder.forward for encoder in encoders]
-    _seconds(step, batches)  # writes them
+    time_updates(step, batches)  # writes them
     plain, cached = [], []
     for _ in range(ROUNDS):
         for encoder, forward in zip(encoders, reading, strict=True):
             encoder.forward = forward
-        cached += _seconds(step, batches)
+        cached += time_updates(step, batches)
         for encoder in encoders:
             del encoder.forward
-        plain += _seconds(step, batches)
+        plain += time_updates(step, batches)
     files = [file.stat().st_size for file in (folder / name).rglob("*.safetensors")]
     largest = sorted(files)[-len(batches.sampler) :]
     disk = statistics.mean(largest) / 1e6
     return {"plain": min(plain), "cached": min(cached), "disk_mb": disk, "peak_mb": _peak_mb()}
 
 
-def _seconds(step: Step, batches: Batches) -> list[float]:
+def time_updates(step: Step, batches: Batches) -> list[float]:
     """Return the seconds of each update of an epoch."""
     step.set_training()
     begun, seconds = time.perf_counter(), []
@@ -248,8 +248,8 @@ def _seconds(step: Step, batches: Batches) -> list[float]:
 
 def _save(_: str, arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     config = load_config(_settings(arguments))
-    step, batches = _updates(config, folder)
-    update_seconds = statistics.median(_seconds(step, batches))
+    step, batches = make_step(config, folder)
+    update_seconds = statistics.median(time_updates(step, batches))
     seconds = []
     for update in range(3):
         begun = time.perf_counter()

@@ -131,6 +131,19 @@ def run_apart(
     return found
 
 
+def run_module(module: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run a module of the tests on one thread, in a process of its own, which must end with 0."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, words)],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    return done
+
+
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """Return a folder that the first worker to need it makes for all. Tests leave it as it is.
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import random
-import signal
 import sys
 from pathlib import Path
 
@@ -21,43 +19,12 @@ import torch
 import app.compression.compaction
 import app.evaluation.model_card
 import app.evaluation.report_page  # noqa: F401
-from app.__main__ import main as command
 from app.config.compose import load_config
 from app.files import LOCK
 from app.model import adapters, weights
 from tests import kills
 
 OLD = b"what was there before"
-
-
-def run(words: list[object], folder: Path, kill_at: int = -1, longest: int | None = None) -> int:
-    """Run a command in a child; return its number of file operations, or 0 where it was killed.
-
-    Args:
-        kill_at: the file operation before which it is killed.
-        longest: bytes of a file, at which it is killed instead.
-    """
-    reading, writing = os.pipe()
-    if child := os.fork():
-        os.close(writing)
-        with os.fdopen(reading) as pipe:
-            operations = pipe.read()
-        _, status = os.waitpid(child, 0)
-        assert status in (0, signal.SIGKILL, signal.SIGXFSZ), f"{words[0]} ended with {status}"
-        return int(operations) if status == 0 else 0
-    code = 1
-    sys.argv = ["app", *map(str, words)]
-    if longest is not None:
-        kills.within_a_file(longest)
-    count = kills.before_operation(kill_at, folder)
-    try:
-        command()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        os.write(writing, str(count()).encode())
-        os._exit(code)
 
 
 def contents(folder: Path, names: list[str]) -> dict[str, bytes]:
@@ -86,7 +53,8 @@ def main() -> None:
 
     chance, counts = random.Random(0), {}
     for name, (words, output, files) in jobs.items():
-        operations = run(words, folder)
+        operations = kills.run_command(words, folder)
+        assert operations is not None
         new = contents(output, files)
         assert new.keys() == {*files}, name
         largest, made, kept = max(map(len, new.values())), 0, 0
@@ -94,15 +62,15 @@ def main() -> None:
             for file in files:
                 (output / file).write_bytes(OLD)
             if number % 2:
-                run(words, folder, longest=chance.randrange(largest))
+                kills.run_command(words, folder, longest=chance.randrange(largest))
             else:
-                run(words, folder, kill_at=chance.randint(1, operations))
+                kills.run_command(words, folder, kill_at=chance.randint(1, operations))
             left = contents(output, files)
             assert left.keys() == {*files}, f"{name} lost {files}"
             assert all(left[file] in (OLD, new[file]) for file in files), name
             made += 1
             kept += left == dict.fromkeys(files, OLD)
-        assert run(words, folder), name
+        assert kills.run_command(words, folder), name
         assert contents(output, files) == new
         if output != folder / "run":  # a report's folder is nobody's alone
             assert {path.name for path in output.iterdir()} == {*files, LOCK}, name

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from app.datasets.coco import read
 from app.datasets.faults import KINDS
 from tests.datasets.conftest import noise, sound_document
 from tests.datasets.killed_builds import contents
-from tests.helpers import REPOSITORY
+from tests.helpers import REPOSITORY, run_module
 
 PAGE = "dataset_report.html"
 
@@ -357,14 +354,7 @@ def test_a_build_killed_at_any_file_operation_leaves_the_old_dataset(save, tmp_p
             image["file_name"] = f"{name}_{image['file_name']}"
         save(document, f"work/{name}")
     work = shutil.copytree(tmp_path / "work", memory_folder / "work")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.datasets.killed_builds", work],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = run_module("tests.datasets.killed_builds", work)
     counts = json.loads(done.stdout)
     assert counts["kills"] > 40  # each file is opened, written, and its folder made
     assert counts["after the swap"] > 3

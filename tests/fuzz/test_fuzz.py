@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import REPOSITORY
+from tests.helpers import run_module
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -29,14 +26,7 @@ def test_malformed_files_of_labels(memory_folder: Path, count: int) -> None:
 
 def run(module: str, folder: Path, count: int) -> dict[str, int]:
     """Run a module's examples; return how many it ran of each kind."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, str(count), str(folder)],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-8000:]
+    done = run_module(module, count, folder)
     assert "Traceback" not in done.stderr
     ran: dict[str, int] = json.loads(done.stdout)
     return ran

@@ -10,14 +10,11 @@ another run begins.
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import sys
 from pathlib import Path
 
 import app.training.run  # noqa: F401  what a run imports, once for all of them
-from app.__main__ import main as command
 from app.datasets.synthetic.shapes import make_shapes
 from tests import kills
 from tests.helpers import MICRO, metrics_rows
@@ -32,35 +29,13 @@ def run(folder: Path, name: str, kill_at: int = -1) -> int | None:
     Returns:
         How many file operations it had; None where it was killed.
     """
-    sys.stdout.flush()
-    reading, writing = os.pipe()
-    if child := os.fork():
-        os.close(writing)
-        with os.fdopen(reading) as pipe:
-            operations = pipe.read()
-        _, status = os.waitpid(child, 0)
-        assert status in (0, signal.SIGKILL), f"{name} ended with {status}"
-        return int(operations) if status == 0 else None
     words = [
         *("train", "--dataset-dir", folder / "set", "--model", "nano", "--checkpoint", "none"),
         *("--output-dir", folder / name, "--resume=auto", "--epochs", 2, "--batch-size", 1),
         *("training.save_minutes=0", "training.ema=0.9", "model.dropout=0.2"),
         *("evaluation.pictures=1", *MICRO),
     ]
-    sys.argv = ["app", *map(str, words)]
-    output = os.open(folder / f"{name}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    count = kills.before_operation(kill_at, folder)
-    code = 1
-    try:
-        command()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        os.write(writing, str(count()).encode())
-        os._exit(code)
+    return kills.run_command(words, folder, kill_at, output=folder / f"{name}.out")
 
 
 def outcome(folder: Path) -> tuple[list[bytes], list[dict[str, str]]]:
