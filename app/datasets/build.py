@@ -13,11 +13,11 @@ from typing import Any
 from app.config.reading import AS_WRITTEN, ReadingConfig
 from app.config.schema import Config
 from app.config.shapes import ShapesConfig
-from app.console import progress
+from app.console import command, progress
 from app.datasets.coco import Category, Dataset, Reading
 from app.datasets.decoding import find_unusable
 from app.datasets.depth import share_levels
-from app.datasets.duplicates import group
+from app.datasets.duplicates import group, same_files
 from app.datasets.faults import (
     MAX_DROP,
     Action,
@@ -118,7 +118,23 @@ def load_splits(
         )
     splits = replace(splits, train=_askable(splits.train))
     advice = [fault.remedy for fault in advise(splits, folder, surveyed.faults)]
-    return replace(splits, notes=(*splits.notes, *notes(surveyed.faults), *advice))
+    said = (*splits.notes, *notes(surveyed.faults), *advice, *_leaks(splits, folder))
+    return replace(splits, notes=said)
+
+
+def _leaks(splits: Splits, folder: Path) -> list[str]:
+    """Return a warning for each two splits that share files, as the figures are then too good."""
+    parts = [("train", splits.train), ("valid", splits.valid), ("test", splits.test)]
+    files = {name: [image.path for image in part.images] for name, part in parts if part}
+    found = []
+    for name, other in (("valid", "train"), ("test", "train"), ("test", "valid")):
+        if shared := same_files(files.get(name, ()), files[other]):
+            check = command("python", "-m", "app", "data", "check", folder)
+            found.append(
+                f"{name}: {len(shared)} of {len(files[name])} images are in {other} as well, such "
+                f"as {shared[0].name}: its figures are better than is true. {check} lists them"
+            )
+    return found
 
 
 def _askable(train: Dataset) -> Dataset:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from PIL import Image
 from app.datasets.images import open_small
 from app.datasets.levels import Levels
 from app.errors import UserError
+from app.files import hash_file
 
 MAX_BITS = 4  # of 64 that may differ between near-duplicates
 MAX_LEVELS = 6.0  # of 256, on average, between their colours; flat images have no other difference
@@ -52,6 +53,26 @@ def group(
     for one, other in (*_same_source([path for path, _ in files]), *_alike(looks)):
         leader[find(other)] = find(one)
     return [find(index) for index in range(len(files))]
+
+
+def same_files(paths: Collection[Path], others: Collection[Path]) -> list[Path]:
+    """Return those of `paths` that hold the bytes of one of `others`, or are one of them.
+
+    Files are read where two have the same size alone, so that large sets cost their sizes.
+    """
+    by_size: dict[int, list[Path]] = {}
+    for path in others:
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    hashes: dict[int, set[str]] = {}
+    same = []
+    for path in paths:
+        size = path.stat().st_size
+        if size in by_size:
+            if size not in hashes:
+                hashes[size] = set(map(hash_file, by_size[size]))
+            if hash_file(path) in hashes[size]:
+                same.append(path)
+    return same
 
 
 def in_threads(

@@ -30,8 +30,8 @@ same table:
 - **warning**: the dataset is used as it is.
 
 `data check` ends with 0 where the dataset can be trained on as it is, and with 2 where not.
-Training reads only the headers of images: what takes a full decode to find is found by `check` and
-`build`.
+Training reads only the headers of images, and warns where two splits have the same file: what takes
+a full decode to find is found by `check` and `build`.
 
 | kind | what becomes of it | how |
 |---|---|---|

@@ -177,3 +177,22 @@ def test_an_image_is_left_out_of_test_before_valid_and_of_train_before_both(tmp_
     }
     places = sorted(fault.place for fault in found.faults if fault.kind == "in two splits")
     assert places == ["test/img_0.png", "test/img_2.png", "train/img_3.png"]
+
+
+# ultralytics' coco8.yaml and coco128.yaml name one folder for both
+def test_files_of_training_in_the_other_splits_are_said(tmp_path):
+    same_images(tmp_path, "valid")
+    assert not any("as well" in note for note in load_splits(tmp_path).notes)
+    same_images(tmp_path, "test")
+    put(tmp_path / "test/img_1.png", scene(40)[0])  # an image of its own
+    said = [note for note in load_splits(tmp_path).notes if "as well" in note]
+    assert len(said) == 1
+    assert said[0].startswith("test: 2 of 3 images are in valid as well, such as img_0.png: ")
+    put(tmp_path / "train/img_3.png", scene(1)[0])
+    said = [
+        note.partition(", such")[0] for note in load_splits(tmp_path).notes if "as well" in note
+    ]
+    assert said == [
+        "valid: 1 of 3 images are in train as well",
+        "test: 2 of 3 images are in valid as well",
+    ]
