@@ -98,7 +98,7 @@ def compact(
     options.check_paths([*given, f"checkpoint={checkpoint}"])
     require_free(output_dir, overwrite=overwrite)
     check_writable(output_dir)
-    paths = None if images is None else find_images(images)
+    paths = None if images is None else find_images(images, "--images")
     from app.compression.compaction import compact as cut_down
 
     file = cut_down(

@@ -192,7 +192,10 @@ def write_graphs(
     """
     from app.config.compose import load_config
     from app.datasets.read_splits import read_splits
-    from app.deploy import export as onnx
+    from app.inference.inputs import find_images
+
+    images = None if flags.images is None else find_images(flags.images, "--images")
+    from app.deploy import export as onnx  # torch: only where there is something to do
 
     wanted = flags.wanted()
     valid, max_detections = None, 100
@@ -203,7 +206,7 @@ def write_graphs(
         checkpoint,
         folder,
         wanted,
-        images=flags.images,
+        images=images,
         valid=valid,
         max_detections=max_detections,
         measure_on=measure_on,

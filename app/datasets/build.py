@@ -158,6 +158,8 @@ def survey(folder: Path, format: str = "auto", reading: ReadingConfig = AS_WRITT
     written = {split: _read(source) for split, source in sources.items()}
     if reading.crowd == "instances" and not any(map(_has_crowds, written.values())):
         notes = [*notes, "--crowd instances: changes nothing, because no object is a crowd"]
+    if reading.boxes == "masks" and not any(map(_has_masks, written.values())):
+        notes = [*notes, "--boxes masks: changes nothing, because no object has a mask"]
     readings = {split: settle(read, reading) for split, read in written.items()}
     faults = [fault for read in readings.values() for fault in read.faults]
     for split, read in readings.items():
@@ -210,6 +212,10 @@ def _read(source: Source) -> Reading:
 
 def _has_crowds(reading: Reading) -> bool:
     return any(annotation.iscrowd for annotation in reading.dataset.annotations)
+
+
+def _has_masks(reading: Reading) -> bool:
+    return any(annotation.segmentation for annotation in reading.dataset.annotations)
 
 
 def _emptiness(split: str, reading: Reading, where: Path) -> list[Fault]:

@@ -44,7 +44,6 @@ from app.deploy.runtime.manifest import Manifest
 from app.deploy.tokenizer import write_tokenizer
 from app.deploy.wanted import Wanted, check_wanted
 from app.files import atomic_folder, hash_file, write_json
-from app.inference.inputs import find_images
 from app.inference.postprocess import THRESHOLD
 from app.inference.predictor import Predictor, normalise
 from app.model import weights
@@ -60,7 +59,7 @@ def export(
     folder: Path,
     wanted: Wanted | None = None,
     *,
-    images: str | None = None,
+    images: Sequence[Path] | None = None,
     valid: Dataset | None = None,
     max_detections: int = 100,
     measure_on: int = MEASURED,
@@ -74,7 +73,7 @@ def export(
     Args:
         path: weights.
         wanted: precisions, prompts and sizes; None for the defaults of `Wanted`.
-        images: file, folder or glob of images to compare on, and to calibrate int8 on.
+        images: files to compare on, and to calibrate int8 on.
         valid: labelled images; AP is compared on them.
         max_detections: detections of an image that AP counts.
         measure_on: the most images to compare on.
@@ -189,10 +188,12 @@ def _encode(predictor: Predictor, prompts: Sequence[str]) -> dict[str, NDArray[A
 
 
 @contextlib.contextmanager
-def _pictures(images: str | None, valid: Dataset | None, most: int) -> Iterator[list[Image.Image]]:
+def _pictures(
+    images: Sequence[Path] | None, valid: Dataset | None, most: int
+) -> Iterator[list[Image.Image]]:
     """Yield the images to compare on: those given, those of the dataset, or drawn ones."""
     if images is not None:
-        files, levels = find_images(images)[:most], None
+        files, levels = list(images[:most]), None
     elif valid is not None:
         files = [image.path for image in valid.images[:most]]
         levels = levels_of(valid)

@@ -31,7 +31,7 @@ BOX_IN_TILE = "--tile and --box: a box lies in one tile, not in all; give one of
 Box = tuple[float, float, float, float]  # x, y, w, h in pixels
 
 
-def find_images(source: str) -> list[Path]:
+def find_images(source: str, flag: str = "--input") -> list[Path]:
     """Return the images of a file, a folder, a glob or a list, in the order of their names.
 
     A list is a `.txt` with a path a line, relative to the current folder or to that of the list;
@@ -40,23 +40,24 @@ def find_images(source: str) -> list[Path]:
     What a folder or a glob holds beside images is passed over, and logged: hidden files, other
     kinds of files, and the pictures that an earlier prediction has left there.
 
+    Args:
+        flag: that named the source, for messages.
+
     Raises:
         UserError: an address, a film, no images, or a list that names what is not there.
     """
     path = Path(source)
     if path.is_file():
         if path.suffix.lower() == LIST:
-            return _listed(path)
+            return _listed(path, flag)
         if path.suffix.lower() in FILMS:
-            raise UserError(f"--input {film_problem(path)}")
+            raise UserError(f"{flag} {film_problem(path)}")
         return [path]
     if path.is_dir():
         entries = list(path.iterdir())
     else:
         if "://" in source:
-            raise UserError(
-                f"--input {source}: addresses are not fetched; download the image first"
-            )
+            raise UserError(f"{flag} {source}: addresses are not fetched; download the image first")
         matches = (Path(name) for name in _matches(source))
         entries = [match for match in matches if not match.is_dir()]
     images, passed_over = _part(root_of(source), entries, hidden=not path.is_dir())
@@ -64,9 +65,9 @@ def find_images(source: str) -> list[Path]:
     if not images:
         what = "no images in this folder" if path.is_dir() else "no such file, folder or glob"
         there = f"there: {there}; " if there else ""
-        raise UserError(f"--input {source}: {what} ({there}images end in {', '.join(EXTENSIONS)})")
+        raise UserError(f"{flag} {source}: {what} ({there}images end in {', '.join(EXTENSIONS)})")
     if there:
-        log.info("--input %s: passed over: %s", source, there)
+        log.info("%s %s: passed over: %s", flag, source, there)
     return images
 
 
@@ -172,23 +173,23 @@ def _matches(pattern: str) -> Iterator[str]:
         yield from _matches("/".join([glob.escape(folder), *tail]))
 
 
-def _listed(file: Path) -> list[Path]:
+def _listed(file: Path, flag: str) -> list[Path]:
     """Return the images of a list, each once; raise UserError that names those that are absent."""
-    names = [line.strip() for line in _read_text(f"--input {file}", file).splitlines()]
+    names = [line.strip() for line in _read_text(f"{flag} {file}", file).splitlines()]
     places = {name: (Path(name), file.parent / name) for name in names if name}
     files = {name: next((p for p in paths if p.is_file()), None) for name, paths in places.items()}
     files = {name: path for name, path in files.items() if path or not name.startswith("#")}
     films = [path for path in files.values() if path and path.suffix.lower() in FILMS]
     if films:
-        raise UserError([f"--input {file}: {film_problem(path)}" for path in films[:SHOWN]])
+        raise UserError([f"{flag} {file}: {film_problem(path)}" for path in films[:SHOWN]])
     missing = [name for name, path in files.items() if path is None]
     if missing:
-        problems = [f"--input {file}: {name}: no such file" for name in missing[:SHOWN]]
+        problems = [f"{flag} {file}: {name}: no such file" for name in missing[:SHOWN]]
         if len(missing) > SHOWN:
             problems.append(f"and {len(missing) - SHOWN} more that are not there")
         raise UserError(problems)
     if not files:
-        raise UserError(f"--input {file}: an empty list; give the path of an image a line")
+        raise UserError(f"{flag} {file}: an empty list; give the path of an image a line")
     return list(dict.fromkeys(path for path in files.values() if path is not None))
 
 

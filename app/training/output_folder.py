@@ -86,9 +86,11 @@ def prepare_folder(folder: Path, *, resume: Resume | None, overwrite: bool) -> N
             pass
         for path in (folder / name for name in present if overwrite):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for name in (FILE, ADAPTER):
-            for place in ("best", "last"):
-                remove_unfinished(folder / "weights" / place / name)
+        written = [
+            f"weights/{place}/{name}" for place in ("best", "last") for name in (FILE, ADAPTER)
+        ]
+        for name in (*CONTENTS, *written):
+            remove_unfinished(folder / name)
     except OSError as error:
         raise UserError(f"--output-dir {folder}: cannot be written ({error.strerror})") from None
 

@@ -47,6 +47,16 @@ def test_a_decision_that_nothing_reads_is_refused(
         assert any(line.startswith(said) for line in lines)
 
 
+def test_boxes_of_masks_that_are_none_are_said(tmp_path: Path) -> None:
+    document = coco(scenes(tmp_path))
+    put(tmp_path / "annotations.json", document)
+    assert "--boxes" not in read(tmp_path, boxes="masks").said
+    for annotation in document["annotations"]:
+        annotation["segmentation"] = []
+    put(tmp_path / "annotations.json", document)
+    assert "--boxes masks: changes nothing" in read(tmp_path, boxes="masks").said
+
+
 def test_crowds_that_are_none_are_said(tmp_path: Path) -> None:
     _coco(tmp_path)
     assert "--crowd instances: changes nothing" in read(tmp_path, crowd="instances").said
