@@ -11,6 +11,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -206,6 +207,28 @@ def test_the_life_of_a_venv(machine: Machine, copy: Path) -> None:
     lock.write_text("# no packages\n")
     assert installs()
     assert not marker.exists(), "an unfinished .venv is made anew"
+
+
+@pytest.mark.system
+def test_uv_installs_and_pip_where_uv_cannot(machine: Machine, copy: Path) -> None:
+    """Of the lock's own packages, so that what it says of uv is what is installed."""
+    lock = (REPOSITORY / "requirements.lock").read_text()
+    entries = [re.search(rf"^{name}==.*?(?=^\S)", lock, re.M | re.S) for name in ("uv", "yacs")]
+    (copy / "requirements.lock").write_text("".join(entry[0] for entry in entries if entry))
+
+    def installer(**environment: str) -> tuple[str, str]:
+        shutil.rmtree(copy / ".venv", ignore_errors=True)
+        done = machine.run("train.sh", repository=copy, SAM3_RUNTIME="local", **environment)
+        assert done.returncode == 0, done.stderr
+        (record,) = copy.glob(".venv/lib/python*/site-packages/yacs-*.dist-info/INSTALLER")
+        return record.read_text().strip(), done.stderr
+
+    name, said = installer()
+    assert name == "uv"
+    assert "pip goes on" not in said
+    name, said = installer(UV_OFFLINE="1", UV_NO_CACHE="1")
+    assert name == "pip"
+    assert "uv could not: pip goes on" in said
 
 
 @pytest.mark.system
