@@ -66,7 +66,7 @@ make_venv() {
     "$python" -m venv --clear "$venv" >&2 || fail "$python could not make $venv: see above"
   fi
   venv_identity >"$stamp.part" || fail "requirements.lock cannot be read"
-  say "installing requirements.lock into .venv: about 7 GB, a minute or a few, once"
+  say "installing requirements.lock into .venv: about 7 GB, half a minute to minutes, once"
   install_lock >&2 || fail "the installation into .venv failed: see above; mend it and run again"
   mv "$stamp.part" "$stamp"
 }
