@@ -104,12 +104,15 @@ def train(request: Request, stop: StopRequest, *, plan: PlanKind | None = None) 
     tracking = prepared.config.tracking
     if tracking.register_as and not (tracking.mlflow or mlflow_uri(None)):
         raise UserError("--register: is of MLflow; give --mlflow as well, or MLFLOW_TRACKING_URI")
-    if plan or prepared.fits_batch:
+    if plan or prepared.chooses_by_memory:
+        from app.planning import fit
         from app.planning.plan import Planner
 
         planner = Planner(prepared)
         if prepared.fits_batch:
             prepared = planner.prepared = fit_batch(prepared, planner)
+        if not prepared.elsewhere:
+            prepared = planner.prepared = fit.choose_recomputed(prepared, planner)
         if plan:
             show_plan(prepared, planner, plan)
             return
@@ -197,7 +200,7 @@ def fit_batch(prepared: Prepared, planner: Planner) -> Prepared:
                 "what would"
             )
     log.info("batch size: %s (the largest that fits)", counted(size, "image"))
-    return prepared.with_batch_size(size)
+    return prepared.decide({BATCH_SIZE: size})
 
 
 def show_plan(prepared: Prepared, planner: Planner, kind: PlanKind) -> None:

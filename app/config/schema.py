@@ -103,7 +103,8 @@ class ModelConfig(_Strict):
     dropout: float = Field(ge=0, lt=1)
     mask_points: int = Field(gt=0, le=10_000_000)
     segmentation: bool
-    activation_checkpointing: bool | list[Component]  # of training alone, not of weights
+    # of training alone, not of weights
+    activation_checkpointing: Literal["auto"] | bool | list[Component]
     vocabulary: list[Prompt] | None = None  # stored in the text encoder's place; None: any
 
     @model_validator(mode="after")

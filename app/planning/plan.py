@@ -25,7 +25,7 @@ from sam3.model.sam3_image import Sam3Image
 
 from app.compression import distillation
 from app.compression.teaching import teach
-from app.config.schema import Config
+from app.config.schema import Config, ModelConfig
 from app.console import counted, duration
 from app.datasets.build import Splits
 from app.datasets.queries import collate
@@ -152,6 +152,7 @@ def show(plan: Plan, splits: Splits) -> None:
             f"{counted(epochs, 'epoch')}",
         ),
         ("parameters", f"{plan.parameters / 1e6:.2f} M, {plan.trained / 1e6:.2f} M trained"),
+        ("recomputed", recomputed_in_words(plan.config.model)),
         (
             "memory",
             "{:.2f} GB: process {:.2f}, weights {:.2f}, optimizer {:.2f}, step {:.2f}".format(
@@ -168,6 +169,14 @@ def show(plan: Plan, splits: Splits) -> None:
     ):
         if line:
             log.info("%-11s %s", name, line)
+
+
+def recomputed_in_words(model: ModelConfig) -> str:
+    """Return what a step computes anew in its backward pass."""
+    choice = model.activation_checkpointing
+    if isinstance(choice, list):
+        return " and ".join(choice) or "nothing"
+    return {True: "everything", False: "nothing", "auto": "by the memory of where it runs"}[choice]
 
 
 class Planner:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from app.training.recipe import auto
 
 log = logging.getLogger("app")
 BATCH_SIZE, PRECISION = "training.batch_size", "training.precision"
+RECOMPUTED = "model.activation_checkpointing"
 RUNS = Path("outputs/train")  # `output_dir` of configs/train.yaml
 GROUPS = {"model", "method", "loss", "transforms", "optim"}  # of configs/
 
@@ -113,14 +114,21 @@ class Prepared:
         """Return whether the batch size is to be found here."""
         return self.request.fits_batch and not self.elsewhere
 
-    def with_batch_size(self, size: int) -> Prepared:
-        """Return the run with the batch size that was found."""
-        training = self.config.training.model_copy(update={"batch_size": size})
-        return replace(
-            self,
-            config=self.config.model_copy(update={"training": training}),
-            decided=(*self.decided, f"{BATCH_SIZE}={size}"),
-        )
+    @property
+    def chooses_by_memory(self) -> bool:
+        """Return whether something is left to the memory of a device, to be decided here."""
+        recomputed = self.config.model.activation_checkpointing
+        return self.fits_batch or (recomputed == "auto" and not self.elsewhere)
+
+    def decide(self, values: Mapping[str, Any]) -> Prepared:
+        """Return the run with these keys decided, each `GROUP.KEY`."""
+        config = self.config
+        for name, value in values.items():
+            group, key = name.split(".")
+            part = getattr(config, group).model_copy(update={key: value})
+            config = config.model_copy(update={group: part})
+        words = (f"{name}={json.dumps(value)}" for name, value in values.items())
+        return replace(self, config=config, decided=(*self.decided, *words))
 
     def configure(self, more: Sequence[str]) -> Config:
         """Return the configuration with further overrides, of the same model and weights."""
@@ -266,8 +274,9 @@ def configure(request: Request, *, told: bool = False) -> tuple[Config, Path | N
     expected = None if size == "auto" else size
     at_hand = pretrained_path if pretrained_path and pretrained_path.is_file() else None
     model = weights.describe(at_hand, expected).model if at_hand else load_model_config(size)
-    if at_hand and model.name in model_names():  # recomputation is of training, not of weights
-        recomputed = load_model_config(model.name).activation_checkpointing
+    if at_hand:  # recomputation is of training, not of weights
+        known = model.name in model_names()
+        recomputed = load_model_config(model.name).activation_checkpointing if known else "auto"
         model = model.model_copy(update={"activation_checkpointing": recomputed})
     overrides = [text for text in overrides if not text.startswith("model=")]
     config = load_config(overrides, request.file, model)

@@ -182,6 +182,18 @@ def test_more_epochs(train, tmp_path) -> None:
     assert [row["epoch"] for row in _figures(tmp_path / "cut")] == ["1", "2"]
 
 
+def test_what_is_recomputed_may_change(train, tmp_path) -> None:
+    """It depends on a machine's memory; it was in the fingerprint before."""
+    assert train("--epochs", 1).code == 0
+    (checkpoint,) = (tmp_path / "cut" / "checkpoints").iterdir()
+    content = json.loads((checkpoint / "run.json").read_text())
+    content["fingerprint"]["model.activation_checkpointing"] = True
+    (checkpoint / "run.json").write_text(json.dumps(content))
+    done = train("--resume", "model.activation_checkpointing=[vision]")
+    assert done.code == 0, done.err
+    assert [row["epoch"] for row in _figures(tmp_path / "cut")] == ["1", "2"]
+
+
 def test_another_run_is_refused_by_name(train, whole, tmp_path) -> None:
     shutil.copytree(whole, tmp_path / "cut")
     settings = (tmp_path / "cut" / "config_resolved.yaml").read_bytes()
