@@ -13,7 +13,8 @@ from app.datasets.build import load_splits
 from app.planning import fit
 from app.planning import plan as planning
 from app.planning.plan import Planner
-from app.training.prepare import Prepared, Request
+from app.training import prepare as preparing
+from app.training.prepare import BATCH_SIZE, RECOMPUTED, Prepared, Request
 from tests.helpers import MICRO, log_lines
 from tests.planning.test_plan import _small
 
@@ -23,7 +24,7 @@ AUTO = "model.activation_checkpointing=auto"
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that is only asked what it is: its steps are counted, not done."""
-    for module in (fit, planning):
+    for module in (fit, planning, preparing):
         monkeypatch.setattr(module, "choose_device", lambda *_: torch.device("cuda"))
     _small(monkeypatch, 1e12)
 
@@ -39,7 +40,7 @@ def test_a_gpu_computes_anew_what_its_memory_wants(
     prepared = _prepared(load_config(words), shapes)
     planner = Planner(prepared)
     needed = {
-        str(choice): planner.plan(fit.recomputing(prepared.config, choice)).memory.total
+        str(choice): planner.plan(prepared.decide({RECOMPUTED: choice}).config).memory.total
         for choice in (True, ["vision"], False)
     }
     assert needed["True"] < needed["['vision']"] < needed["False"]
@@ -71,3 +72,50 @@ def test_a_cpu_computes_wide_models_anew(size: str, expected: bool, shapes: Path
 def test_what_was_asked_for_stays(shapes: Path) -> None:
     prepared = _prepared(load_config(["model.activation_checkpointing=[text]"]), shapes)
     assert fit.choose_recomputed(prepared, Planner(prepared)) is prepared
+
+
+@pytest.mark.parametrize(
+    ("settings", "room", "expected"),
+    [
+        ([], 4, (2, 1)),  # 4 images in 20 epochs: a larger batch would leave too few updates
+        (["training.epochs=500"], 4, (4, 1)),
+        (["training.epochs=500"], 3, (2, 2)),
+        ([], 1, (1, 2)),
+        ([], 0, (1, 2)),
+        (["training.grad_accum=4"], 4, (4, 2)),  # of a recipe's
+    ],
+)
+def test_a_gpu_takes_what_fits_of_an_updates_images(
+    gpu: None,
+    shapes: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: list[str],
+    room: int,
+    expected: tuple[int, int],
+) -> None:
+    words = [*MICRO, "training.precision=fp32", *settings]
+    prepared = _prepared(load_config(words), shapes)
+    assert prepared.chooses_by_memory
+    planner = Planner(prepared)
+    needed = planner.plan(prepared.decide({BATCH_SIZE: max(room, 1)}).config).memory.total
+    _small(monkeypatch, (needed * 1.1 if room else 0) + 1 - planning.CUDA_CONTEXT)
+    lines = log_lines(monkeypatch)
+    decided = fit.choose(prepared, planner)
+    training = decided.config.training
+    assert (training.batch_size, training.grad_accum) == expected
+    assert "--batch-size decides by hand" in lines[-1]
+    assert not decided.chooses_batch
+
+
+@pytest.mark.parametrize("words", [["training.batch_size=1"], ["training.grad_accum=3"]])
+def test_a_batch_that_is_given_stays(
+    gpu: None, shapes: Path, tmp_path: Path, words: list[str]
+) -> None:
+    """On the command line, or in a file."""
+    config, splits = load_config([*MICRO, *words]), load_splits(shapes)
+    file = tmp_path / "own.yaml"
+    key, _, value = words[0].removeprefix("training.").partition("=")
+    file.write_text(f"training: {{{key}: {value}}}\n")
+    for request in (Request(words), Request((), file=file)):
+        assert not Prepared(request, config, splits, None, ()).chooses_batch
+    assert Prepared(Request(()), config, splits, None, ()).chooses_batch
