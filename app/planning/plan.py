@@ -34,7 +34,7 @@ from app.evaluation.evaluate import score_dataset
 from app.files import nearest_existing
 from app.inference.predictor import Predictor
 from app.model.build import build_model, count_parameters
-from app.model.device import choose_device, choose_precision, free_memory
+from app.model.device import PRECISIONS, choose_device, choose_precision, free_memory
 from app.planning.memory import StepBytes
 from app.training import checkpoints, features, method
 from app.training.batches import Batches, EpochSampler, query_dataset
@@ -53,7 +53,7 @@ CUDA_CONTEXT = 600_000_000
 PROBED = 3  # updates, after a first one that is not timed
 # What makes a run smaller, that which costs the least of quality and time first.
 CHANGES = (
-    "training.precision=bf16",
+    "training.precision=",  # the half that the device multiplies in
     "model.activation_checkpointing=true",
     "dataset.max_prompts=4",
     "method=lora",
@@ -252,6 +252,8 @@ class Planner:
             accumulated = math.ceil(training.batch_size * training.grad_accum / size)
             yield f"  --batch-size {size} --grad-accum {accumulated}"
         for change in CHANGES:
+            if change.endswith("="):
+                change += _half_of(choose_device(training.device), plan.config.model)
             try:
                 config = self.prepared.configure([change])
             except UserError:  # it does not go with what was asked for
@@ -339,6 +341,12 @@ class Planner:
     def _sampler(self, config: Config) -> EpochSampler:
         processes = config.training.num_gpus * config.cluster.nodes
         return EpochSampler(len(self.splits.train.images), config.seed, 0, processes)
+
+
+def _half_of(device: torch.device, model: ModelConfig) -> str:
+    """Return the name of the half precision to propose: on a CPU bfloat16, whose range is wide."""
+    dtype = torch.bfloat16 if device.type == "cpu" else choose_precision("auto", device, model)
+    return next(name for name, each in PRECISIONS.items() if each == dtype)
 
 
 @functools.cache

@@ -119,3 +119,18 @@ def test_a_batch_that_is_given_stays(
     for request in (Request(words), Request((), file=file)):
         assert not Prepared(request, config, splits, None, ()).chooses_batch
     assert Prepared(Request(()), config, splits, None, ()).chooses_batch
+
+
+@pytest.mark.parametrize(("native", "half"), [(True, "bf16"), (False, "fp16")])
+def test_the_half_that_is_proposed_is_one_that_the_gpu_multiplies_in(
+    gpu: None, shapes: Path, monkeypatch: pytest.MonkeyPatch, native: bool, half: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
+    words = [*MICRO, "model.resolution=128", "training.precision=fp32", "checkpoint=none"]
+    words += ["training.batch_size=1"]
+    prepared = Prepared(Request(words), load_config(words), load_splits(shapes), None, (*words,))
+    planner = Planner(prepared)
+    enough = planner.plan(prepared.configure([f"training.precision={half}"])).memory.total
+    _small(monkeypatch, enough + 1 - planning.CUDA_CONTEXT)
+    ways = planner.ways_to_fit(planner.plan())
+    assert ways[0].startswith(f"  training.precision={half} (")
