@@ -35,6 +35,7 @@ from app.files import nearest_existing
 from app.inference.predictor import Predictor
 from app.model.build import build_model, count_parameters
 from app.model.device import PRECISIONS, choose_device, choose_precision, free_memory
+from app.model.halves import hold_frozen
 from app.planning.memory import StepBytes
 from app.training import checkpoints, features, method
 from app.training.batches import Batches, EpochSampler, query_dataset
@@ -192,9 +193,10 @@ class Planner:
         self.most_memory = math.inf if most_memory is None else most_memory
         self.pretrained = prepared.pretrained_path is not None
         _process_bytes()
-        self._models: dict[tuple[str, str], Sam3Image] = {}  # by size and method
+        # By size, method, and the half in which frozen matrices are held, where they are.
+        self._models: dict[tuple[str, str, torch.dtype | None], Sam3Image] = {}
         if prepared.meta_model is not None:
-            self._models[_model_key(prepared.config)] = prepared.meta_model
+            self._models[(*_model_key(prepared.config), None)] = prepared.meta_model
         self._step_bytes = StepBytes()
         self._heaviest: dict[str, BatchedDatapoint] = {}  # by all that a batch is made of
 
@@ -203,7 +205,8 @@ class Planner:
         config = config or self.prepared.config
         device = choose_device(config.training.device)
         precision = choose_precision(config.training.precision, device, config.model)
-        model = self._model(config)
+        on_gpu_in_half = device.type == "cuda" and precision != torch.float32
+        model = self._model(config, precision if on_gpu_in_half else None)
         batches = math.ceil(len(self._sampler(config)) / config.training.batch_size)
         free = free_memory(device, config.training.num_gpus)
         if device.type == "cuda":
@@ -332,10 +335,14 @@ class Planner:
             self._heaviest[key] = batch
         return self._heaviest[key]
 
-    def _model(self, config: Config) -> Sam3Image:
-        key = _model_key(config)
+    def _model(self, config: Config, half: torch.dtype | None) -> Sam3Image:
+        """Return the model of a run as its steps have it, on the meta device."""
+        key = (*_model_key(config), half)
         if key not in self._models:
-            self._models[key] = method.on_meta(config, pretrained=self.pretrained)
+            model = method.on_meta(config, pretrained=self.pretrained)
+            if half is not None:
+                hold_frozen(model, half)
+            self._models[key] = model
         return self._models[key]
 
     def _sampler(self, config: Config) -> EpochSampler:

@@ -67,15 +67,20 @@ def memory(runs: Sequence[tuple[str, str, list[str]]]) -> list[dict[str, float]]
         planner = _planner(config, splits)
         planned = planner.plan().memory.total
         step, batch = _step(config, splits), planner.heaviest_batch(config)
+        _release()  # what was frozen came there in float32, which a run's does not
         for _ in range(WARMING):
             step([batch], 0)
         taken = torch.cuda.max_memory_reserved() + CUDA_CONTEXT
         found.append({"planned": planned, "taken": taken})
         del step
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        _release()
     return found
+
+
+def _release() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def prediction(size: str, prompts: int) -> dict[str, Any]:
