@@ -279,6 +279,7 @@ class TrainingConfig(_Strict):
     patience: int | None = Field(ge=1)
     ema: float | None = Field(gt=0, lt=1)
     cache_features: Literal["auto"] | bool
+    compile: Literal["auto"] | bool
 
 
 class DistillConfig(_Strict):

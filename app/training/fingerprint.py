@@ -16,13 +16,13 @@ from app.training.teacher import teacher_file
 Fingerprint = dict[str, Any]
 
 # Keys that say where, how fast or how often: another value gives the same weights, up to rounding
-# where it says what is computed twice. The dataset itself stands for how it was found. Epochs and
-# patience may be extended.
+# where it says what is computed twice or compiled. The dataset itself stands for how it was found.
+# Epochs and patience may be extended.
 _HARMLESS = (
     *("output_dir", "checkpoint", "prediction.", "evaluation.every", "evaluation.pictures"),
     *("training.epochs", "training.patience", "training.num_gpus", "training.num_workers"),
     *("training.device", "training.save_every", "training.save_minutes", "training.check_finite"),
-    *("training.warm_start.", "cluster.", "model.activation_checkpointing"),
+    *("training.warm_start.", "training.compile", "cluster.", "model.activation_checkpointing"),
     *("dataset.dir", "dataset.format", "dataset.huggingface.", "dataset.roboflow"),
     *("dataset.valid_fraction", "dataset.test_fraction", "dataset.max_drop", "dataset.limit"),
     *("dataset.prompts", "dataset.bad_images", "dataset.shapes.", "distill.teacher"),
