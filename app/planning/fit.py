@@ -71,13 +71,13 @@ def _choose_batch(prepared: Prepared, planner: Planner) -> Prepared:
 
 
 def choose_recomputed(prepared: Prepared, planner: Planner) -> Prepared:
-    """Return the run with what is computed anew in the backward pass decided, where that is auto.
+    """Return the run with what is computed anew in the backward pass decided, where that is open.
 
     On a GPU it is the least that fits. On a CPU it is all of a wide model, whose machine has other
     things to do with its memory, and nothing of a narrow one, which takes little.
     """
     config = prepared.config
-    if config.model.activation_checkpointing != "auto":
+    if not prepared.chooses_recomputed:
         return prepared
     if choose_device(config.training.device).type == "cpu":
         return prepared.decide({RECOMPUTED: is_wide(config.model)})

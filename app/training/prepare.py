@@ -139,9 +139,19 @@ class Prepared:
     @property
     def chooses_by_memory(self) -> bool:
         """Return whether something is left to the memory of a device, to be decided here."""
-        recomputed = self.config.model.activation_checkpointing
-        recomputes = recomputed == "auto" and not self.elsewhere
-        return self.fits_batch or self.chooses_batch or recomputes
+        return self.fits_batch or self.chooses_batch or self.chooses_recomputed
+
+    @property
+    def chooses_recomputed(self) -> bool:
+        """Return whether it is open what is computed anew in the backward pass.
+
+        A GPU may have less memory than the one that chose before the run was stopped.
+        """
+        if self.elsewhere or self.config.model.activation_checkpointing == "auto":
+            return not self.elsewhere
+        given = any(text.startswith(f"{RECOMPUTED}=") for text in self.request.overrides)
+        goes_on = self.request.file == self.folder / RESOLVED and not given
+        return goes_on and choose_device(self.config.training.device).type == "cuda"
 
     def decide(self, values: Mapping[str, Any]) -> Prepared:
         """Return the run with these keys decided, each `GROUP.KEY`."""

@@ -134,3 +134,15 @@ def test_the_half_that_is_proposed_is_one_that_the_gpu_multiplies_in(
     _small(monkeypatch, enough + 1 - planning.CUDA_CONTEXT)
     ways = planner.ways_to_fit(planner.plan())
     assert ways[0].startswith(f"  training.precision={half} (")
+
+
+def test_a_run_that_goes_on_may_have_less_memory(gpu: None, shapes: Path, tmp_path: Path) -> None:
+    """What its folder's settings say is a choice of another machine, unless it is asked for."""
+    words = [*MICRO, f"output_dir={tmp_path}", "model.activation_checkpointing=false"]
+    config, splits = load_config(words), load_splits(shapes)
+    file = tmp_path / "config_resolved.yaml"
+    file.write_text("training: {batch_size: 1}\n")
+    for given, is_open in (([], True), (words, False)):
+        request = Request(given, file=file, resume="all")
+        assert Prepared(request, config, splits, None, ()).chooses_recomputed == is_open
+    assert not Prepared(Request(()), config, splits, None, ()).chooses_recomputed

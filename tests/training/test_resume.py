@@ -200,7 +200,8 @@ def test_the_batch_that_was_chosen_is_kept(
 ) -> None:
     """Where none is given: by a GPU's memory it may have been another than a CPU takes."""
     assert train("--epochs", 1).code == 0
-    done = command(*train_words(shapes, tmp_path / "cut"), *RANDOM, "--epochs", 2, "--resume")
+    words = (*train_words(shapes, tmp_path / "cut"), *RANDOM, "--epochs", 2)
+    done = command(*words, "--recipe", "none", "--resume")  # not by the settings of its folder
     assert done.code == 0, done.err
     assert "batch size: 1 image, as the run has it that goes on" in done.out
     assert _saved(tmp_path / "cut")[-1] == "update-00000004"
