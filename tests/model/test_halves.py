@@ -15,7 +15,7 @@ from app.config.compose import load_config
 from app.datasets.build import load_splits
 from app.datasets.queries import collate
 from app.model.build import build_model
-from app.model.halves import hold_frozen, originals
+from app.model.halves import convert_by_layer, hold_frozen, originals
 from app.model.weights import to_state
 from app.training import checkpoints, method
 from app.training.batches import query_dataset
@@ -52,8 +52,13 @@ def _model(words: list[str]) -> tuple[Any, Sam3Image]:
 
 @pytest.mark.parametrize(
     "words",
-    [[], ["method=head"], ["method=lora-full", "method.lora.parts.text=true"]],
-    ids=["full", "head", "lora"],
+    [
+        ["method=full"],
+        ["method=full", "method.freeze=[]", "model.activation_checkpointing=true"],
+        ["method=head"],
+        ["method=lora-full", "method.lora.parts.text=true"],
+    ],
+    ids=["full", "recomputed", "head", "lora"],
 )
 def test_a_step_is_the_same_to_the_bit(shapes: Path, words: list[str]) -> None:
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
@@ -61,12 +66,12 @@ def test_a_step_is_the_same_to_the_bit(shapes: Path, words: list[str]) -> None:
         config, model = _model(words)
         if held:
             hold_frozen(model, torch.bfloat16)
+            convert_by_layer(model, torch.bfloat16)
             frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
             halves = {n for n, p in frozen.items() if p.dtype == torch.bfloat16}
-            assert any("resblocks" in name for name in halves)
-            assert ("backbone.vision_backbone.trunk.patch_embed.proj.weight" in halves) == (
-                words != []
-            )
+            assert bool(halves) == ("method.freeze=[]" not in words)
+            patches = "backbone.vision_backbone.trunk.patch_embed.proj.weight"
+            assert (patches in halves) == ("method=full" not in words)
             assert not {n for n in halves if any(part in n for part in IN_FLOAT32)}
             matrices = {n for n, p in frozen.items() if p.ndim > 1} - halves
             assert all("decoder.layers" in n or _is_no_factor(n) for n in matrices), matrices
