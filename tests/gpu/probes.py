@@ -144,8 +144,9 @@ def _planner(config: Config, splits: Splits) -> Planner:
 def _step(config: Config, splits: Splits) -> Step:
     """Return the update of a run from pretrained weights, which here are any."""
     accelerator = build_accelerator(CUDA)
-    model = build_model(config.model, device=CUDA, matcher=instantiate(config.loss.matcher))
-    method.prepare(model, config.method, pretrained=True)
+    # Not built on the GPU, from which upstream would read the rates of stochastic depth back.
+    model = method.on_meta(config, pretrained=True).to_empty(device=CUDA)
+    model.matcher = instantiate(config.loss.matcher)
     precision = choose_precision(config.training.precision, CUDA, config.model)
     losses = LabelLosses(instantiate(config.loss.criterion, _convert_="all"), precision)
     batches = Batches(config, query_dataset(config, splits.train), accelerator)
