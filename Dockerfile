@@ -1,7 +1,7 @@
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE}
 
-# Triton compiles the launcher of upstream's focal loss on the first step on a GPU. The fonts write
+# gcc compiles what launches the kernels of a compiled trunk (training.compile). The fonts write
 # Chinese, Japanese and Korean names of classes into pictures.
 # hadolint ignore=DL3008
 RUN apt-get update \

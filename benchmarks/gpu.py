@@ -298,6 +298,7 @@ def _update(
     planner = Planner(Prepared(Request(()), config, splits, Path("pretrained"), ()))
     planned = planner.plan().memory.total
     step, batch = _step(bench, config, splits), planner.heaviest_batch(config)
+    _release()  # what was frozen came there in float32, which a run's does not
     batch.img_batch = torch.rand(batch.img_batch.shape) * 2 - 1
     try:
         milliseconds = bench.milliseconds(lambda: step([batch], 0))

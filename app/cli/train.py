@@ -95,7 +95,9 @@ def train(
     batch_size: Annotated[
         str | None,
         typer.Option(
-            help="images a step and process; auto: the most that fit", rich_help_panel=SCHEDULE
+            help="images a step and process; auto: the most that fit  [default: 2; on a GPU up "
+            "to 4 by its memory]",
+            rich_help_panel=SCHEDULE,
         ),
     ] = None,
     grad_accum: Annotated[

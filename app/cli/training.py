@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from app.config.schema import PlanKind
-from app.console import counted
 from app.errors import UserError
 from app.model.device import is_main, told
 from app.signals import StopRequest
 from app.training import features, run
 from app.training.output_folder import prepare_folder
 from app.training.prepare import (
-    BATCH_SIZE,
     PRECISION,
     Prepared,
     Request,
@@ -104,18 +102,19 @@ def train(request: Request, stop: StopRequest, *, plan: PlanKind | None = None) 
     tracking = prepared.config.tracking
     if tracking.register_as and not (tracking.mlflow or mlflow_uri(None)):
         raise UserError("--register: is of MLflow; give --mlflow as well, or MLFLOW_TRACKING_URI")
-    if plan or prepared.fits_batch:
+    if plan or prepared.chooses_by_memory:
+        from app.planning import fit
         from app.planning.plan import Planner
 
         planner = Planner(prepared)
-        if prepared.fits_batch:
-            prepared = planner.prepared = fit_batch(prepared, planner)
+        if prepared.chooses_by_memory:
+            prepared = planner.prepared = fit.choose(prepared, planner)
         if plan:
             show_plan(prepared, planner, plan)
             return
     if prepared.elsewhere:
         if request.resume:
-            open_keys = [*features.DECIDED, *([BATCH_SIZE] if request.fits_batch else [])]
+            open_keys = [*features.DECIDED]
             if prepared.config.training.precision == "auto":
                 open_keys.append(PRECISION)
             check_resume(prepared, prepared.processes, open_keys)
@@ -178,26 +177,6 @@ def what_would_fit(prepared: Prepared) -> list[str]:
         planner = Planner(prepared, most_memory=plan.memory.total - plan.memory.step // 5)
         plan = planner.plan()
     return planner.ways_to_fit(plan)
-
-
-def fit_batch(prepared: Prepared, planner: Planner) -> Prepared:
-    """Find the largest batch that fits; a resumed run keeps the one that it had."""
-    from app.training import checkpoints
-
-    newest = None
-    if prepared.request.resume:
-        newest = checkpoints.find_newest(prepared.folder / "checkpoints")
-    if newest is not None:
-        size = checkpoints.read(newest)[1][BATCH_SIZE]
-    else:
-        size = planner.largest_batch()
-        if not size:
-            raise UserError(
-                "--batch-size auto: not even one image a step fits. --plan --batch-size 1 says "
-                "what would"
-            )
-    log.info("batch size: %s (the largest that fits)", counted(size, "image"))
-    return prepared.with_batch_size(size)
 
 
 def show_plan(prepared: Prepared, planner: Planner, kind: PlanKind) -> None:

@@ -103,7 +103,8 @@ class ModelConfig(_Strict):
     dropout: float = Field(ge=0, lt=1)
     mask_points: int = Field(gt=0, le=10_000_000)
     segmentation: bool
-    activation_checkpointing: bool | list[Component]  # of training alone, not of weights
+    # of training alone, not of weights
+    activation_checkpointing: Literal["auto"] | bool | list[Component]
     vocabulary: list[Prompt] | None = None  # stored in the text encoder's place; None: any
 
     @model_validator(mode="after")
@@ -278,6 +279,7 @@ class TrainingConfig(_Strict):
     patience: int | None = Field(ge=1)
     ema: float | None = Field(gt=0, lt=1)
     cache_features: Literal["auto"] | bool
+    compile: Literal["auto"] | bool
 
 
 class DistillConfig(_Strict):

@@ -68,7 +68,7 @@ def build_model(
 
 def _is_recomputed(config: ModelConfig, component: str) -> bool:
     asked = config.activation_checkpointing
-    return asked if isinstance(asked, bool) else component in asked
+    return component in asked if isinstance(asked, list) else bool(asked)  # auto, undecided: all
 
 
 def components(model: Sam3Image) -> dict[str, nn.Module]:

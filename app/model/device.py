@@ -117,7 +117,7 @@ def choose_threads(device: torch.device, config: ModelConfig) -> None:
     times as long, but up to ten times where another process has one of the cores, as threads wait
     for one another by spinning.
     """
-    if device.type == "cpu" and not _is_wide(config) and "OMP_NUM_THREADS" not in os.environ:
+    if device.type == "cpu" and not is_wide(config) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
 
 
@@ -136,7 +136,7 @@ def choose_precision(name: str, device: torch.device, config: ModelConfig) -> to
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":
-        name = "bf16" if _is_wide(config) and _cpu_multiplies_bfloat16() else "fp32"
+        name = "bf16" if is_wide(config) and _cpu_multiplies_bfloat16() else "fp32"
     if name == "fp16" and device.type == "cpu" and not _cpu_multiplies_float16():
         raise UserError("--precision fp16: torch cannot compute in it on this CPU; give bf16")
     return PRECISIONS[name]
@@ -226,7 +226,8 @@ def _group_memory() -> Iterator[tuple[int, int]]:
                 yield limit, int((folder / "memory.current").read_text(encoding="ascii"))
 
 
-def _is_wide(config: ModelConfig) -> bool:
+def is_wide(config: ModelConfig) -> bool:
+    """Return whether products of matrices are what a model spends its time on."""
     return config.vision.embed_dim >= 512
 
 

@@ -30,6 +30,7 @@ from app.errors import UserError
 from app.files import atomic_path, claim, flatten, hash_file, remove_unfinished
 from app.model import adapters
 from app.model.build import build_model
+from app.model.halves import originals
 from app.model.transformers.config import read_config
 from app.model.transformers.state import from_transformers, is_layout, is_transformers
 from app.model.upstream.pin import COMMIT
@@ -91,9 +92,10 @@ def to_metadata(header: Header) -> dict[str, str]:
 
 
 def to_state(model: Sam3Image) -> dict[str, Tensor]:
-    """Return the state dict to save: all of the model's but what is computed."""
+    """Return the state dict to save, in float32: all of the model's but what is computed."""
+    held = originals(model)
     return {
-        key: value.detach().contiguous().cpu()
+        key: held.get(key, value).detach().contiguous().cpu()
         for key, value in model.state_dict().items()
         if not key.endswith(COMPUTED)
     }

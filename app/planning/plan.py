@@ -25,7 +25,7 @@ from sam3.model.sam3_image import Sam3Image
 
 from app.compression import distillation
 from app.compression.teaching import teach
-from app.config.schema import Config
+from app.config.schema import Config, ModelConfig
 from app.console import counted, duration
 from app.datasets.build import Splits
 from app.datasets.queries import collate
@@ -34,7 +34,8 @@ from app.evaluation.evaluate import score_dataset
 from app.files import nearest_existing
 from app.inference.predictor import Predictor
 from app.model.build import build_model, count_parameters
-from app.model.device import choose_device, choose_precision, free_memory
+from app.model.device import PRECISIONS, choose_device, choose_precision, free_memory
+from app.model.halves import hold_frozen
 from app.planning.memory import StepBytes
 from app.training import checkpoints, features, method
 from app.training.batches import Batches, EpochSampler, query_dataset
@@ -53,7 +54,7 @@ CUDA_CONTEXT = 600_000_000
 PROBED = 3  # updates, after a first one that is not timed
 # What makes a run smaller, that which costs the least of quality and time first.
 CHANGES = (
-    "training.precision=bf16",
+    "training.precision=",  # the half that the device multiplies in
     "model.activation_checkpointing=true",
     "dataset.max_prompts=4",
     "method=lora",
@@ -152,6 +153,7 @@ def show(plan: Plan, splits: Splits) -> None:
             f"{counted(epochs, 'epoch')}",
         ),
         ("parameters", f"{plan.parameters / 1e6:.2f} M, {plan.trained / 1e6:.2f} M trained"),
+        ("recomputed", recomputed_in_words(plan.config.model)),
         (
             "memory",
             "{:.2f} GB: process {:.2f}, weights {:.2f}, optimizer {:.2f}, step {:.2f}".format(
@@ -170,6 +172,14 @@ def show(plan: Plan, splits: Splits) -> None:
             log.info("%-11s %s", name, line)
 
 
+def recomputed_in_words(model: ModelConfig) -> str:
+    """Return what a step computes anew in its backward pass."""
+    choice = model.activation_checkpointing
+    if isinstance(choice, list):
+        return " and ".join(choice) or "nothing"
+    return {True: "everything", False: "nothing", "auto": "by the memory of where it runs"}[choice]
+
+
 class Planner:
     """Count what a run takes, and what runs with other settings of the same data would.
 
@@ -183,9 +193,10 @@ class Planner:
         self.most_memory = math.inf if most_memory is None else most_memory
         self.pretrained = prepared.pretrained_path is not None
         _process_bytes()
-        self._models: dict[tuple[str, str], Sam3Image] = {}  # by size and method
+        # By size, method, and the half in which frozen matrices are held, where they are.
+        self._models: dict[tuple[str, str, torch.dtype | None], Sam3Image] = {}
         if prepared.meta_model is not None:
-            self._models[_model_key(prepared.config)] = prepared.meta_model
+            self._models[(*_model_key(prepared.config), None)] = prepared.meta_model
         self._step_bytes = StepBytes()
         self._heaviest: dict[str, BatchedDatapoint] = {}  # by all that a batch is made of
 
@@ -194,7 +205,8 @@ class Planner:
         config = config or self.prepared.config
         device = choose_device(config.training.device)
         precision = choose_precision(config.training.precision, device, config.model)
-        model = self._model(config)
+        on_gpu_in_half = device.type == "cuda" and precision != torch.float32
+        model = self._model(config, precision if on_gpu_in_half else None)
         batches = math.ceil(len(self._sampler(config)) / config.training.batch_size)
         free = free_memory(device, config.training.num_gpus)
         if device.type == "cuda":
@@ -243,6 +255,8 @@ class Planner:
             accumulated = math.ceil(training.batch_size * training.grad_accum / size)
             yield f"  --batch-size {size} --grad-accum {accumulated}"
         for change in CHANGES:
+            if change.endswith("="):
+                change += _half_of(choose_device(training.device), plan.config.model)
             try:
                 config = self.prepared.configure([change])
             except UserError:  # it does not go with what was asked for
@@ -321,15 +335,25 @@ class Planner:
             self._heaviest[key] = batch
         return self._heaviest[key]
 
-    def _model(self, config: Config) -> Sam3Image:
-        key = _model_key(config)
+    def _model(self, config: Config, half: torch.dtype | None) -> Sam3Image:
+        """Return the model of a run as its steps have it, on the meta device."""
+        key = (*_model_key(config), half)
         if key not in self._models:
-            self._models[key] = method.on_meta(config, pretrained=self.pretrained)
+            model = method.on_meta(config, pretrained=self.pretrained)
+            if half is not None:
+                hold_frozen(model, half)
+            self._models[key] = model
         return self._models[key]
 
     def _sampler(self, config: Config) -> EpochSampler:
         processes = config.training.num_gpus * config.cluster.nodes
         return EpochSampler(len(self.splits.train.images), config.seed, 0, processes)
+
+
+def _half_of(device: torch.device, model: ModelConfig) -> str:
+    """Return the name of the half precision to propose: on a CPU bfloat16, whose range is wide."""
+    dtype = torch.bfloat16 if device.type == "cpu" else choose_precision("auto", device, model)
+    return next(name for name, each in PRECISIONS.items() if each == dtype)
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from app.errors import UserError
 from app.files import atomic_folder, clear_up, read_json, write_json
 from app.model import weights
 from app.model.adapters import has_lora
+from app.model.halves import originals
 from app.training.fingerprint import Fingerprint
 from app.training.random_state import restore_random_state
 from app.training.step import Step
@@ -200,7 +201,8 @@ def weight_bytes(model: Sam3Image) -> int:
     """Return the bytes of saved weights: the model, or its adapter alone."""
     if has_lora(model):
         return trained_bytes(model)
-    return sum(parameter.nbytes for parameter in model.parameters())
+    held = originals(model)
+    return sum(held.get(name, parameter).nbytes for name, parameter in model.named_parameters())
 
 
 def optimizer_bytes(config: Config, model: Sam3Image) -> int:

@@ -15,13 +15,14 @@ from app.training.teacher import teacher_file
 
 Fingerprint = dict[str, Any]
 
-# Keys that say where, how fast or how often: another value gives the same weights. The dataset
-# itself stands for how it was found. Epochs and patience may be extended.
+# Keys that say where, how fast or how often: another value gives the same weights, up to rounding
+# where it says what is computed twice or compiled. The dataset itself stands for how it was found.
+# Epochs and patience may be extended.
 _HARMLESS = (
     *("output_dir", "checkpoint", "prediction.", "evaluation.every", "evaluation.pictures"),
     *("training.epochs", "training.patience", "training.num_gpus", "training.num_workers"),
     *("training.device", "training.save_every", "training.save_minutes", "training.check_finite"),
-    *("training.warm_start.", "cluster."),
+    *("training.warm_start.", "training.compile", "cluster.", "model.activation_checkpointing"),
     *("dataset.dir", "dataset.format", "dataset.huggingface.", "dataset.roboflow"),
     *("dataset.valid_fraction", "dataset.test_fraction", "dataset.max_drop", "dataset.limit"),
     *("dataset.prompts", "dataset.bad_images", "dataset.shapes.", "distill.teacher"),
@@ -74,8 +75,12 @@ def are_comparable(then: Fingerprint, now: Fingerprint) -> bool:
 
 
 def differences(then: Fingerprint, now: Fingerprint) -> list[str]:
-    """Return the names whose values differ, or that only one of the two has."""
-    return [key for key in {**then, **now} if _say(then, key) != _say(now, key)]
+    """Return the names whose values differ, or that only one of the two has.
+
+    A fingerprint of before may hold keys that are harmless since.
+    """
+    told = [key for key in {**then, **now} if not key.startswith(_HARMLESS)]
+    return [key for key in told if _say(then, key) != _say(now, key)]
 
 
 def _difference(key: str, then: Fingerprint, now: Fingerprint) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from app.config.compose import (
 )
 from app.config.schema import Config, Resume
 from app.config.yaml_data import read_yaml
-from app.console import Formatter, command
+from app.console import Formatter, command, counted
 from app.datasets.build import Splits
 from app.datasets.coco import Dataset
 from app.datasets.read_splits import read_splits
 from app.errors import UserError, nearest
 from app.evaluation.evaluate import choose_split
-from app.files import free_folder, last_folder
+from app.files import flatten, free_folder, last_folder
 from app.inference.inputs import check_length
 from app.model import weights
 from app.model.build import tokenizer
@@ -39,7 +39,9 @@ from app.training.output_folder import RESOLVED, prepare_folder, write_settings
 from app.training.recipe import auto
 
 log = logging.getLogger("app")
-BATCH_SIZE, PRECISION = "training.batch_size", "training.precision"
+BATCH_SIZE, GRAD_ACCUM = "training.batch_size", "training.grad_accum"
+PRECISION = "training.precision"
+RECOMPUTED = "model.activation_checkpointing"
 RUNS = Path("outputs/train")  # `output_dir` of configs/train.yaml
 GROUPS = {"model", "method", "loss", "transforms", "optim"}  # of configs/
 
@@ -74,6 +76,13 @@ class Request:
         """Return whether the batch size is still to be found: `auto`, without a number."""
         given = [text for text in self.overrides if text.startswith(f"{BATCH_SIZE}=")]
         return bool(given) and set(given) == {f"{BATCH_SIZE}=auto"}
+
+    @property
+    def gives_batch(self) -> bool:
+        """Return whether the user says how many images a step or an update takes."""
+        words = {text.partition("=")[0] for text in _without_auto(self.overrides)}
+        in_file = flatten(read_yaml(self.file)) if self.file is not None else {}
+        return not {BATCH_SIZE, GRAD_ACCUM}.isdisjoint({*words, *in_file})
 
 
 @dataclass(frozen=True)
@@ -110,17 +119,49 @@ class Prepared:
 
     @property
     def fits_batch(self) -> bool:
-        """Return whether the batch size is to be found here."""
-        return self.request.fits_batch and not self.elsewhere
+        """Return whether the largest batch size is to be found here."""
+        return self.request.fits_batch and not self.elsewhere and not self._has_batch
 
-    def with_batch_size(self, size: int) -> Prepared:
-        """Return the run with the batch size that was found."""
-        training = self.config.training.model_copy(update={"batch_size": size})
-        return replace(
-            self,
-            config=self.config.model_copy(update={"training": training}),
-            decided=(*self.decided, f"{BATCH_SIZE}={size}"),
-        )
+    @property
+    def chooses_batch(self) -> bool:
+        """Return whether a GPU's memory decides the batch size here, as nobody else does.
+
+        Not where each of several machines would decide for itself.
+        """
+        is_open = not (self.request.gives_batch or self.request.fits_batch or self._has_batch)
+        is_here = not self.elsewhere and self.config.cluster.nodes == 1
+        return is_open and is_here and choose_device(self.config.training.device).type == "cuda"
+
+    @property
+    def _has_batch(self) -> bool:
+        return any(text.startswith(f"{BATCH_SIZE}=") for text in self.decided)
+
+    @property
+    def chooses_by_memory(self) -> bool:
+        """Return whether something is left to the memory of a device, to be decided here."""
+        return self.fits_batch or self.chooses_batch or self.chooses_recomputed
+
+    @property
+    def chooses_recomputed(self) -> bool:
+        """Return whether it is open what is computed anew in the backward pass.
+
+        A GPU may have less memory than the one that chose before the run was stopped.
+        """
+        if self.elsewhere or self.config.model.activation_checkpointing == "auto":
+            return not self.elsewhere
+        given = any(text.startswith(f"{RECOMPUTED}=") for text in self.request.overrides)
+        goes_on = self.request.file == self.folder / RESOLVED and not given
+        return goes_on and choose_device(self.config.training.device).type == "cuda"
+
+    def decide(self, values: Mapping[str, Any]) -> Prepared:
+        """Return the run with these keys decided, each `GROUP.KEY`."""
+        config = self.config
+        for name, value in values.items():
+            group, key = name.split(".")
+            part = getattr(config, group).model_copy(update={key: value})
+            config = config.model_copy(update={group: part})
+        words = (f"{name}={json.dumps(value)}" for name, value in values.items())
+        return replace(self, config=config, decided=(*self.decided, *words))
 
     def configure(self, more: Sequence[str]) -> Config:
         """Return the configuration with further overrides, of the same model and weights."""
@@ -166,6 +207,7 @@ def prepare(request: Request, *, in_job: bool = False) -> Prepared:
         choose_split(prepared.config, splits)
         return prepared
     check_masks(prepared.config, splits.train)
+    prepared = _keep_batch(prepared)
     if elsewhere:
         return prepared
     assert prepared.meta_model is not None
@@ -176,7 +218,26 @@ def prepare(request: Request, *, in_job: bool = False) -> Prepared:
         f"training.cache_features={json.dumps(config.training.cache_features)}",
         f"dataset.views={json.dumps(config.dataset.views)}",
     )
-    return replace(prepared, config=config, decided=decided)
+    return replace(prepared, config=config, decided=(*prepared.decided, *decided))
+
+
+def _keep_batch(prepared: Prepared) -> Prepared:
+    """Take the batch of the run that goes on, where none is given: it decides the data's order."""
+    request, training = prepared.request, prepared.config.training
+    newest = None
+    if request.resume and (request.fits_batch or not request.gives_batch):
+        newest = checkpoints.find_newest(prepared.folder / "checkpoints")
+    if newest is None:
+        return prepared
+    then = checkpoints.read(newest)[1]
+    kept = {BATCH_SIZE: int(then[BATCH_SIZE])}
+    if not request.fits_batch:
+        kept[GRAD_ACCUM] = int(then[GRAD_ACCUM])
+    now = {BATCH_SIZE: training.batch_size, GRAD_ACCUM: training.grad_accum}
+    if request.fits_batch or kept != now:
+        size = counted(kept[BATCH_SIZE], "image")
+        log.info("batch size: %s, as the run has it that goes on", size)
+    return prepared.decide(kept)
 
 
 def decide_precision(config: Config, resume: Resume | None) -> Config:
@@ -266,8 +327,9 @@ def configure(request: Request, *, told: bool = False) -> tuple[Config, Path | N
     expected = None if size == "auto" else size
     at_hand = pretrained_path if pretrained_path and pretrained_path.is_file() else None
     model = weights.describe(at_hand, expected).model if at_hand else load_model_config(size)
-    if at_hand and model.name in model_names():  # recomputation is of training, not of weights
-        recomputed = load_model_config(model.name).activation_checkpointing
+    if at_hand:  # recomputation is of training, not of weights
+        known = model.name in model_names()
+        recomputed = load_model_config(model.name).activation_checkpointing if known else "auto"
         model = model.model_copy(update={"activation_checkpointing": recomputed})
     overrides = [text for text in overrides if not text.startswith("model=")]
     config = load_config(overrides, request.file, model)

@@ -34,7 +34,7 @@ from app.model import weights
 from app.model.build import build_model, count_parameters, padding_note
 from app.model.device import choose_device, choose_precision, choose_threads, in_words
 from app.signals import StopRequest
-from app.training import checkpoints, features, method
+from app.training import checkpoints, compiling, features, method
 from app.training.batches import Batches, query_dataset
 from app.training.checkpoints import RunState
 from app.training.fingerprint import fingerprint
@@ -161,6 +161,11 @@ def train(
         with checkpoints.disk_errors(folder):
             draw_first(data, iter(batches.sampler), folder / "plots", config.evaluation.pictures)
     was_finished = trainer.is_finished()
+    updates = batches.updates_per_epoch * config.training.epochs - trainer.state.updates
+    if compiling.is_wanted(config, device, updates, cached="vision" in encoders):
+        step.set_training()
+        images = config.training.batch_size
+        compiling.compile_trunk(model, images, config.model.resolution, precision)
     trainer.run()
 
     # The end: the best weights, reloaded as a user would, make predictions, figures and report.

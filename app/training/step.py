@@ -18,6 +18,7 @@ from sam3.model.utils.misc import copy_data_to_device
 from torch import Tensor
 
 from app.config.schema import Config
+from app.model.halves import convert_by_layer, hold_frozen
 from app.training.batches import Batches
 from app.training.ema import EMA
 from app.training.losses import Losses
@@ -58,7 +59,8 @@ class Step:
     the first weight and the last.
 
     Args:
-        model: with its pretrained weights, frozen parts and adapters.
+        model: with its pretrained weights, frozen parts and adapters. On a GPU that multiplies in a
+            half its frozen matrices are held in it from here on, and others converted by layer.
         losses: what is trained.
         batches: of the run: their number, for the schedule, and the files of their images.
         lr_scale: factor of the configuration's learning rates.
@@ -76,6 +78,9 @@ class Step:
     ) -> None:
         self.config, self.losses, self.accelerator = config, losses, accelerator
         self.paths = batches.paths
+        if accelerator.device.type == "cuda" and losses.precision != torch.float32:
+            hold_frozen(model, losses.precision)
+            convert_by_layer(model, losses.precision)
         optimizer = build_optimizer(model, config.optim, lr_scale)
         updates = batches.updates_per_epoch * config.training.epochs
         self.scheduler = build_scheduler(optimizer, config.optim.schedule, updates)

@@ -67,15 +67,20 @@ def memory(runs: Sequence[tuple[str, str, list[str]]]) -> list[dict[str, float]]
         planner = _planner(config, splits)
         planned = planner.plan().memory.total
         step, batch = _step(config, splits), planner.heaviest_batch(config)
+        _release()  # what was frozen came there in float32, which a run's does not
         for _ in range(WARMING):
             step([batch], 0)
         taken = torch.cuda.max_memory_reserved() + CUDA_CONTEXT
         found.append({"planned": planned, "taken": taken})
         del step
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        _release()
     return found
+
+
+def _release() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def prediction(size: str, prompts: int) -> dict[str, Any]:
@@ -139,8 +144,9 @@ def _planner(config: Config, splits: Splits) -> Planner:
 def _step(config: Config, splits: Splits) -> Step:
     """Return the update of a run from pretrained weights, which here are any."""
     accelerator = build_accelerator(CUDA)
-    model = build_model(config.model, device=CUDA, matcher=instantiate(config.loss.matcher))
-    method.prepare(model, config.method, pretrained=True)
+    # Not built on the GPU, from which upstream would read the rates of stochastic depth back.
+    model = method.on_meta(config, pretrained=True).to_empty(device=CUDA)
+    model.matcher = instantiate(config.loss.matcher)
     precision = choose_precision(config.training.precision, CUDA, config.model)
     losses = LabelLosses(instantiate(config.loss.criterion, _convert_="all"), precision)
     batches = Batches(config, query_dataset(config, splits.train), accelerator)

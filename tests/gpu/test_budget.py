@@ -13,7 +13,7 @@ import pytest
 
 from tests.gpu.null_gpu import NullGpu
 
-LAUNCHES = {1: 15_500, 4: 18_650}  # of an update with 4 prompts an image, by the batch: 5,000
+LAUNCHES = {1: 11_510, 4: 11_620}  # of an update with 4 prompts an image, by the batch: 5,000
 WAITS = 52  # of the host in an update: 50
 PREDICTION = {"launches": 2_820, "waits": 4}  # with 1 prompt: 1,200 and 4
 
@@ -21,7 +21,9 @@ PREDICTION = {"launches": 2_820, "waits": 4}  # with 1 prompt: 1,200 and 4
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4])
 def test_an_update(null_gpu: NullGpu, shapes: Path, batch: int) -> None:
-    done = null_gpu.probe("update", str(shapes), "sam3", f"training.batch_size={batch}")
+    # As a run chooses where 80 GB are free.
+    words = [f"training.batch_size={batch}", "model.activation_checkpointing=false"]
+    done = null_gpu.probe("update", str(shapes), "sam3", *words)
     assert done["launches"] <= LAUNCHES[batch]
     assert done["waits"] <= WAITS, done["places"]
 

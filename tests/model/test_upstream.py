@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import sklearn.metrics
 import torch
-from sam3.model import box_ops
+from sam3.model import box_ops, vitdet
 from sam3.model.decoder import TransformerDecoder
 from sam3.model.model_misc import MultiheadAttentionWrapper
 from sam3.model.position_encoding import PositionEmbeddingSine
@@ -273,3 +273,37 @@ def test_attention_copies_no_weight_for_each_token_where_no_gradient_is_kept(bat
 
 def test_the_vocabulary_is_clips() -> None:
     assert pin.bpe_path().name == "bpe_simple_vocab_16e6.txt.gz"
+
+
+@pytest.mark.parametrize(("width", "side"), [(32, 8), (128, 9)])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_attention_of_the_trunk_is_upstreams(
+    monkeypatch: pytest.MonkeyPatch, width: int, side: int, precision: torch.dtype
+) -> None:
+    """To the bit as written, and up to rounding in the real numbers of a compiled trunk."""
+    spec = importlib.util.spec_from_file_location("sam3.model.unmended", vitdet.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    unmended = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unmended)
+    torch.manual_seed(0)
+    theirs = unmended.Attention(width, 4, use_rope=True, input_size=(side, side))
+    ours = vitdet.Attention(width, 4, use_rope=True, input_size=(side, side))
+    ours.load_state_dict(theirs.state_dict())
+    tokens = torch.randn(2, side, side, width)
+    found = []
+    for module, compiling in ((theirs, False), (ours, False), (ours, True)):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda value=compiling: value)
+        x = tokens.clone().requires_grad_()
+        half = precision != torch.float32
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = module(x)
+        out.float().square().sum().backward()
+        assert x.grad is not None
+        found.append((out.detach(), x.grad))
+    expected, as_written, in_real_numbers = found
+    assert all(map(torch.equal, as_written, expected))
+    for value, other in zip(in_real_numbers, expected, strict=True):
+        assert torch.allclose(
+            value, other, rtol=1e-2 if half else 1e-5, atol=1e-2 if half else 1e-6
+        )

@@ -24,6 +24,7 @@ from app.training.trainer import Trainer
 from tests.helpers import (
     PATIENCE,
     REPOSITORY,
+    Command,
     Result,
     finish,
     metrics,
@@ -180,6 +181,30 @@ def test_more_epochs(train, tmp_path) -> None:
     done = train("--resume")
     assert done.code == 0, done.err
     assert [row["epoch"] for row in _figures(tmp_path / "cut")] == ["1", "2"]
+
+
+def test_what_is_recomputed_may_change(train, tmp_path) -> None:
+    """It depends on a machine's memory; it was in the fingerprint before."""
+    assert train("--epochs", 1).code == 0
+    (checkpoint,) = (tmp_path / "cut" / "checkpoints").iterdir()
+    content = json.loads((checkpoint / "run.json").read_text())
+    content["fingerprint"]["model.activation_checkpointing"] = True
+    (checkpoint / "run.json").write_text(json.dumps(content))
+    done = train("--resume", "model.activation_checkpointing=[vision]")
+    assert done.code == 0, done.err
+    assert [row["epoch"] for row in _figures(tmp_path / "cut")] == ["1", "2"]
+
+
+def test_the_batch_that_was_chosen_is_kept(
+    train, command: Command, shapes: Path, tmp_path: Path
+) -> None:
+    """Where none is given: by a GPU's memory it may have been another than a CPU takes."""
+    assert train("--epochs", 1).code == 0
+    words = (*train_words(shapes, tmp_path / "cut"), *RANDOM, "--epochs", 2)
+    done = command(*words, "--recipe", "none", "--resume")  # not by the settings of its folder
+    assert done.code == 0, done.err
+    assert "batch size: 1 image, as the run has it that goes on" in done.out
+    assert _saved(tmp_path / "cut")[-1] == "update-00000004"
 
 
 def test_another_run_is_refused_by_name(train, whole, tmp_path) -> None:
