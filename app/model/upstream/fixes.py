@@ -50,7 +50,7 @@ def building_on_meta() -> AbstractContextManager[None]:
 
 @functools.cache
 def apply_fixes() -> None:
-    """Mend upstream in place, once a process.
+    """Mend upstream in place, once a process; spare prediction what it does not need.
 
     Each function below is one fix, with its reason and what would let it go.
     """
@@ -75,6 +75,9 @@ def apply_fixes() -> None:
         _rotary_angles_on_meta,
     ):
         fix()
+    from app.model.upstream import prediction
+
+    prediction.apply()
 
 
 def _initialise_text_encoder() -> None:
