@@ -111,7 +111,8 @@ def _changes_in_cells(logits: Floats, cells: Indices, rows: Axis, columns: Axis)
     )
     enters = bottom > 0
     changed = np.flatnonzero((top > 0) != enters)
-    top, bottom, enters, cell, x = (each[changed] for each in (top, bottom, enters, cell, x))
+    top, bottom, enters = top[changed], bottom[changed], enters[changed]
+    cell, x = cell[changed], x[changed]
     # The sign changes once, because each rounding keeps the order: count the rows before.
     start = rows.starts[row][cell]
     length = np.diff(rows.starts)[row][cell]

@@ -377,7 +377,9 @@ def encode_where_they_are(logits: Sequence[Tensor], height: int, width: int) -> 
     return [
         mask
         for first in range(0, len(logits), at_once)
-        for mask in enlarge_and_encode(torch.stack(logits[first : first + at_once]), height, width)
+        for mask in enlarge_and_encode(
+            torch.stack([*logits[first : first + at_once]]), height, width
+        )
     ]
 
 

@@ -42,8 +42,9 @@ def outline(mask: Rle) -> Points:
     On the mask at twice its size, a left half-pixel has an even and a right one an odd number, so
     that (number + 1) // 2 is the edge that it touches; for rows alike.
     """
-    crop, left, top = decode_crop(mask)
-    doubled = np.kron(crop.astype(np.uint8), np.ones((2, 2), dtype=np.uint8))
+    inside, left, top = decode_crop(mask)
+    crop: NDArray[np.uint8] = inside.astype(np.uint8)
+    doubled = np.kron(crop, np.ones((2, 2), dtype=np.uint8))
     contours, _ = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     rings = [(contour[:, 0].astype(np.int64) + 1) // 2 for contour in contours]
     rings.sort(key=len, reverse=True)
