@@ -23,6 +23,7 @@ from app.compression.importance import Measure
 from app.config.compose import load_config, load_model_config
 from app.config.schema import Config
 from app.datasets.build import Splits, load_splits
+from app.inference.finder import Query
 from app.inference.predictor import Predictor
 from app.model.build import build_model
 from app.model.device import choose_precision, free_memory
@@ -86,11 +87,13 @@ def prediction(size: str, prompts: int) -> dict[str, Any]:
     keep_matrices_in(model, precision)
     predictor = Predictor(model, config, precision)
     random = np.random.default_rng(0)
-    words = [f"thing {number}" for number in range(prompts)]
+    words = tuple(f"thing {number}" for number in range(prompts))
+    query = Query(words, (), (), threshold=-1, max_detections=2)  # scores are 0 here: two masks
 
     def predict() -> None:
         pixels = random.integers(0, 255, (1080, 1920, 3), dtype=np.uint8)  # no features of before
-        predictor.predict(Image.fromarray(pixels), words)
+        (found,) = predictor._find([Image.fromarray(pixels)], query)
+        assert len(found) == 2
 
     return _operations(predict)
 
