@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
-from pycocotools import mask as mask_utils
 
 from app.datasets.fonts import text_image
+from app.datasets.rle import Rle, area, decode_crop
 
 Color = tuple[int, int, int]
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
@@ -36,7 +35,7 @@ def color_of(index: int) -> Color:
 def draw_objects(
     image: Image.Image,
     boxes_xyxy: np.ndarray,
-    masks: Sequence[dict[str, Any] | None] | None,
+    masks: Sequence[Rle | None] | None,
     labels: Sequence[str],
     colors: Sequence[Color],
 ) -> Image.Image:
@@ -50,14 +49,13 @@ def draw_objects(
         masks: RLEs of the image's size; None where there is no mask, then the box is drawn.
     """
     canvas = np.array(image.convert("RGB"))
-    decoded = [None if mask is None else mask_utils.decode(mask) for mask in masks or []]
-    decoded += [None] * (len(labels) - len(decoded))
+    drawn = [*(masks or []), *[None] * (len(labels) - len(masks or []))]
     scale = max(image.size)
     near = np.clip(boxes_xyxy, -scale, 2 * scale)  # OpenCV draws to no number of more than 32 bits
     boxes: list[Box] = [(float(a), float(b), float(c), float(d)) for a, b, c, d in near]
     width = max(2, round(scale / 320))
-    for box, mask, color in reversed(list(zip(boxes, decoded, colors, strict=True))):
-        if mask is not None and mask.any():
+    for box, mask, color in reversed(list(zip(boxes, drawn, colors, strict=True))):
+        if mask is not None and area(mask):
             _draw_mask(canvas, mask, color, width)
         else:
             _draw_box(canvas, box, color, width)
@@ -81,12 +79,12 @@ def titled(picture: Image.Image, title: str) -> Image.Image:
     return sheet
 
 
-def _draw_mask(
-    canvas: NDArray[np.uint8], mask: NDArray[np.uint8], color: Color, width: int
-) -> None:
-    inside = mask.astype(bool)
-    canvas[inside] = canvas[inside] * (1 - OPACITY) + np.array(color) * OPACITY
-    contours, _ = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+def _draw_mask(canvas: NDArray[np.uint8], mask: Rle, color: Color, width: int) -> None:
+    inside, left, top = decode_crop(mask)
+    window = canvas[top : top + inside.shape[0], left : left + inside.shape[1]]
+    window[inside] = window[inside] * (1 - OPACITY) + np.array(color) * OPACITY
+    crop = inside.astype(np.uint8)
+    contours, _ = cv2.findContours(crop, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE, offset=(left, top))
     cv2.drawContours(canvas, contours, -1, _edge(color), width + 2)
     cv2.drawContours(canvas, contours, -1, color, width)
 

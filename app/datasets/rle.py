@@ -44,6 +44,25 @@ def decode(rle: Rle) -> NDArray[np.bool_]:
     return pixels.reshape(width, height).T
 
 
+def decode_crop(rle: Rle) -> tuple[NDArray[np.bool_], int, int]:
+    """Decode to the part (h, w) of a mask that holds all its pixels, and its left and top.
+
+    What lies beside is never made: a hundred small masks of a large image take little memory.
+
+    Raises:
+        ValueError: as `to_bounds` does.
+    """
+    height, bounds = rle["size"][0], to_bounds(rle)
+    if not len(bounds):
+        return np.zeros((0, 0), dtype=bool), 0, 0
+    left, right = int(bounds[0]) // height, (int(bounds[-1]) - 1) // height + 1
+    lengths = np.diff(bounds, prepend=left * height, append=right * height)
+    columns = np.repeat(np.arange(len(lengths)) % 2 == 1, lengths).reshape(right - left, height)
+    rows = np.flatnonzero(columns.any(axis=0))
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    return columns[:, top:bottom].T, left, top
+
+
 def area(rle: Rle) -> int:
     """Count the pixels that are set."""
     return covered(to_bounds(rle))
@@ -96,7 +115,7 @@ def compress(counts: Indices) -> str:
     return characters.tobytes().decode("ascii")
 
 
-def decompress(text: str) -> Indices:
+def decompress(text: str | bytes) -> Indices:
     """Decode COCO's string to lengths of runs of 0, 1, 0, …
 
     Five bits a character, the lowest first, bit 5 for "more"; from the fourth number on each is the
@@ -105,7 +124,8 @@ def decompress(text: str) -> Indices:
     Raises:
         ValueError: characters that the string does not use, a run cut short or beyond all images.
     """
-    values = np.frombuffer(text.encode("utf-8", "replace"), dtype=np.uint8).astype(np.int64) - 48
+    coded = text if isinstance(text, bytes) else text.encode("utf-8", "replace")
+    values = np.frombuffer(coded, dtype=np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(values & 32 == 0)
     lengths = np.diff(ends, prepend=-1)
     whole = len(ends) > 0 and ends[-1] == len(values) - 1

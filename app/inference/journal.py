@@ -20,7 +20,7 @@ FLAGS = {  # of settings whose flag is not their name
     **{"prompts": "--prompt", "boxes": "--box", "negative_boxes": "--negative-box"},
     **{"size": "--model", "device": "--backend"},
 }
-Entry = dict[str, Any]  # of one image; see `batch.predict_images`
+Entry = dict[str, Any]  # of one image; see `batch.predict_batches`
 
 
 @dataclass
@@ -75,7 +75,7 @@ def _read_line(value: Any, contents: Contents) -> None:
 
 
 def _is_entry(value: Any, prompts: int) -> bool:
-    """Return whether a line holds what `batch.predict_images` makes of an image.
+    """Return whether a line holds what `batch.predict_batches` makes of an image.
 
     Args:
         prompts: the number of them.

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from app.datasets.rle import Rle, area, decode
+from app.datasets.rle import Rle, area, decode_crop
 from app.errors import UserError
 from app.files import atomic_folder, atomic_path, write_text
 from app.inference.detections import Detections
@@ -122,7 +122,8 @@ def _painted(kind: str, detections: Detections, ids: NDArray[np.int64]) -> Image
         )
     canvas = np.zeros((detections.height, detections.width), dtype=np.uint16)
     for id, mask in zip(ids[::-1], reversed(_masks(kind, detections)), strict=True):
-        canvas[decode(mask)] = id
+        inside, left, top = decode_crop(mask)
+        canvas[top : top + inside.shape[0], left : left + inside.shape[1]][inside] = id
     return Image.fromarray(canvas)
 
 
@@ -134,15 +135,12 @@ def _write_cutouts(folder: Path, image: Image.Image, detections: Detections) -> 
     pixels = np.array(image)
     with atomic_folder(folder) as temporary:
         for index, mask in enumerate(_masks("cutouts", detections)):
-            inside = decode(mask)
-            if not inside.any():
+            inside, left, top = decode_crop(mask)
+            if not inside.size:
                 continue
-            ys, xs = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
-            top, left = int(ys[0]), int(xs[0])
-            window = slice(top, int(ys[-1]) + 1), slice(left, int(xs[-1]) + 1)
-            alpha = inside[window].astype(np.uint8) * 255
+            window = pixels[top : top + inside.shape[0], left : left + inside.shape[1]]
             prompt = _slug(detections.prompts[int(detections.prompt_ids[index])])
-            cut = Image.fromarray(np.dstack([pixels[window], alpha]))
+            cut = Image.fromarray(np.dstack([window, inside.astype(np.uint8) * 255]))
             cut.save(temporary / f"{index + 1:03d}_{prompt}_{left}_{top}.png")
 
 

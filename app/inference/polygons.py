@@ -5,9 +5,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 
-from app.inference.masks import Rle
+from app.datasets.rle import Rle, decode_crop
 
 Ring = list[list[int]]  # [x, y] pixels, the first point again at its end
 Polygon = list[Ring]  # the outer ring, then its holes
@@ -19,10 +18,10 @@ def polygons(mask: Rle) -> list[Polygon]:
     Rings may touch at a corner and never cross, so each polygon is valid as OGC and RFC 7946 have
     it: the outer ring has a positive area with y taken upwards, holes have a negative one.
     """
-    x, y, width, height = (int(side) for side in coco_mask.toBbox(mask))
-    crop = coco_mask.decode(mask)[y : y + height, x : x + width]
-    if not crop.size:
+    inside, x, y = decode_crop(mask)
+    if not inside.size:
         return []
+    crop = inside.astype(np.uint8)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(crop, connectivity=4)
     parts = []
     for label in range(1, count):

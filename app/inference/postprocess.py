@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -23,14 +24,15 @@ class Candidates:
         scores: (N,) float32, 0..1.
         prompt_ids: (N,) int64, index into all prompts.
         boxes_cxcywh: (N, 4) float32, 0..1.
-        mask_logits: (N, h, w) float32; None from a model without a mask head.
+        mask_logits: N of (h, w) float32, arrays or tensors where they were computed; None from a
+            model without a mask head.
         best_score: the highest score of all queries, also of those that are not among the N.
     """
 
     scores: Floats
     prompt_ids: Indices
     boxes_cxcywh: Floats
-    mask_logits: Floats | None
+    mask_logits: Sequence[Any] | None
     best_score: float
 
 
@@ -50,12 +52,13 @@ def join_passes(passes: Sequence[Candidates], limit: int) -> Candidates:
     """Return the highest scores of all passes of prompts over one image, at most `limit`."""
     scores = np.concatenate([each.scores for each in passes])
     order = np.argsort(-scores, kind="stable")[:limit]
-    logits = [each.mask_logits for each in passes if each.mask_logits is not None]
+    logits = [mask for each in passes for mask in each.mask_logits or ()]
+    has_masks = passes[0].mask_logits is not None
     return Candidates(
         scores=scores[order],
         prompt_ids=np.concatenate([each.prompt_ids for each in passes])[order],
         boxes_cxcywh=np.concatenate([each.boxes_cxcywh for each in passes])[order],
-        mask_logits=np.concatenate(logits)[order] if logits else None,
+        mask_logits=[logits[index] for index in order] if has_masks else None,
         best_score=max(each.best_score for each in passes),
     )
 

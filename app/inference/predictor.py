@@ -7,6 +7,7 @@ some at a time → raw outputs → candidates → detections. `Finder.predict` c
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,24 +16,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from sam3.model.data_misc import FindStage
 from sam3.model.geometry_encoders import Prompt
 from sam3.model.sam3_image import Sam3Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import v2
 
 from app.config.schema import ModelConfig
 from app.datasets.levels import Levels
-from app.datasets.rle import Rle
+from app.datasets.rle import Rle, from_bounds
 from app.datasets.square import to_square
 from app.errors import UserError
 from app.inference.detections import Detections
 from app.inference.finder import Finder, Query
 from app.inference.inputs import normalised_boxes
-from app.inference.masks import Floats, encode_clear_masks, place
+from app.inference.masks import encode_masks
 from app.inference.postprocess import (
     THRESHOLD,
     Candidates,
@@ -49,10 +48,14 @@ from app.model.device import (
     spare_memory,
     told,
 )
+from app.model.half import keep_matrices_in
 
 log = logging.getLogger("app")
 PAIRS_PER_PASS = 16  # pairs of image and prompt that go through DETR together: bounds the memory
 MAPS_PER_PAIR = 4  # of the finest level, in float32, that the mask head holds at once
+MASK_BYTES = 16  # of a pixel of a mask that a GPU enlarges
+MOST_PIXELS = 2**31 - 1  # of all masks that it enlarges at once: torch's `nonzero` takes no more
+SMALL = 128  # height and width together; `_use_vectorized_kernel_cond_2d` of UpSampleKernel.cpp
 TOKENS_PER_PASS = 16 * 256  # of their features on a CPU, whose caches more of them outgrow
 CACHED_TEXTS = 64  # passes whose text features are cached
 RAW = ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")  # upstream's names
@@ -117,6 +120,7 @@ class Predictor(Finder):
         model, header = weights.load(Path(path), **options)
         dtype = choose_precision(precision, target, header.model)
         threshold = THRESHOLD if header.threshold is None else header.threshold
+        keep_matrices_in(model, dtype)
         return cls(
             model.to(target),
             header.model,
@@ -196,8 +200,8 @@ class Predictor(Finder):
         for image, candidates in zip(images, passes, strict=True):
             best = join_passes(candidates, query.max_detections)  # N, the highest score first
             masks = None
-            if best.mask_logits is not None:  # (N, h, w)
-                masks = encode_as_upstream(best.mask_logits, image.height, image.width)
+            if best.mask_logits is not None:  # N of (h, w)
+                masks = encode_where_they_are(best.mask_logits, image.height, image.width)
             detections.append(to_detections(best, masks, prompts, image.width, image.height))
         return detections
 
@@ -242,8 +246,9 @@ class Predictor(Finder):
         Those of the last call are cached, for a second question about the same images.
         """
         if self._encoded is None or not torch.equal(self._encoded[0], squares):
-            pixels = torch.cat([normalise(square) for square in squares])  # (B, 3, R, R), -1..1
-            features = self.model.backbone.forward_image(pixels.to(self.device))
+            on_device = squares.to(self.device)  # as bytes: a quarter of what the numbers take
+            pixels = torch.cat([normalise(square) for square in on_device])  # (B, 3, R, R), -1..1
+            features = self.model.backbone.forward_image(pixels)
             self._encoded = squares, features
         return self._encoded[1]
 
@@ -306,12 +311,12 @@ def pairs_per_pass(config: ModelConfig, device: torch.device) -> int:
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Return (3, R, R) uint8 as (1, 3, R, R) float32 in -1..1.
+    """Return (3, R, R) uint8 as (1, 3, R, R) float32 in -1..1, on its device.
 
-    The order of the operations is that of upstream's Sam3Processor.
+    The order of the operations is that of upstream's Sam3Processor, whose transforms would send
+    mean and deviation to a GPU each time.
     """
-    scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
-    return v2.functional.normalize(scaled, [0.5] * 3, [0.5] * 3)[None]
+    return pixels[None].to(torch.float32).mul_(1 / 255).sub_(0.5).div_(0.5)
 
 
 def query_scores(outputs: dict[str, Tensor]) -> Tensor:
@@ -332,40 +337,60 @@ def _example_boxes(query: Query, images: Sequence[Image.Image]) -> tuple[Tensor,
 
 
 def _choose(outputs: dict[str, Tensor], first: int, query: Query) -> Candidates:
-    """Return the highest scores of K prompts and Q queries on one image, moved to the CPU.
+    """Return the highest scores of K prompts and Q queries on one image; masks stay where they are.
 
     Args:
         outputs: upstream's, (K, Q, …).
         first: index of the first of the K prompts among all.
     """
-    scores = query_scores(outputs).cpu().numpy()  # (K, Q)
+    scored = [query_scores(outputs)[..., None], outputs["pred_boxes"].float()]
+    found = torch.cat(scored, dim=2).cpu().numpy()  # (K, Q, 5): what is waited for comes at once
+    scores, boxes = found[..., 0], found[..., 1:]
     prompt_ids, query_ids = best_queries(scores, query.threshold, query.max_detections)  # (N,) each
-    device = outputs["pred_boxes"].device
-    chosen = torch.from_numpy(prompt_ids).to(device), torch.from_numpy(query_ids).to(device)
     masks = outputs.get("pred_masks")  # (K, Q, h, w)
+    if masks is not None:
+        chosen = torch.from_numpy(prompt_ids * scores.shape[1] + query_ids)
+        masks = masks.flatten(0, 1)[chosen.to(masks.device, non_blocking=True)].float()
     return Candidates(
         scores=scores[prompt_ids, query_ids],
         prompt_ids=prompt_ids + first,
-        boxes_cxcywh=outputs["pred_boxes"][chosen].float().cpu().numpy(),
-        mask_logits=None if masks is None else masks[chosen].float().cpu().numpy(),
+        boxes_cxcywh=boxes[prompt_ids, query_ids],
+        mask_logits=None if masks is None else list(masks),
         best_score=float(scores.max()),
     )
 
 
-def encode_as_upstream(logits: Floats, height: int, width: int) -> list[Rle]:
-    """Return mask logits (N, h, w) as N RLEs of an image (height, width), upstream's to the bit."""
-    masks = encode_clear_masks(logits, height, width)
+def encode_where_they_are(logits: Sequence[Tensor], height: int, width: int) -> list[Rle]:
+    """Return N mask logits (h, w) as N RLEs of an image (height, width).
+
+    A CPU looks at their outlines alone, unless the masks are so small that torch has another order
+    of sums for them. A GPU makes whole masks, as many at once as its memory has room for, and only
+    the bounds of their runs leave it.
+    """
+    if not logits:
+        return []
+    spare = spare_memory(logits[0].device)
+    if spare is None and height + width > SMALL:
+        return encode_masks([mask.numpy() for mask in logits], height, width)
+    most = MOST_PIXELS if spare is None else min(spare // MASK_BYTES, MOST_PIXELS)
+    at_once = max(1, most // (height * width))
     return [
-        place(resize_and_threshold(logit, height, width), 0, 0, height, width)
-        if mask is None
-        else mask
-        for mask, logit in zip(masks, logits, strict=True)
+        mask
+        for first in range(0, len(logits), at_once)
+        for mask in enlarge_and_encode(
+            torch.stack([*logits[first : first + at_once]]), height, width
+        )
     ]
 
 
-def resize_and_threshold(logits: Floats, height: int, width: int) -> NDArray[np.bool_]:
-    """Return the mask (height, width) of logits (h, w), as upstream's Sam3Processor makes it."""
-    tensor = torch.from_numpy(np.ascontiguousarray(logits))[None, None]
-    resized = F.interpolate(tensor, (height, width), mode="bilinear", align_corners=False)
-    mask: NDArray[np.bool_] = (resized[0, 0] > 0).numpy()
-    return mask
+def enlarge_and_encode(logits: Tensor, height: int, width: int) -> list[Rle]:
+    """Return mask logits (N, h, w) as N RLEs of an image (height, width), by whole masks."""
+    whole = F.interpolate(logits[:, None], (height, width), mode="bilinear", align_corners=False)
+    inside = (whole[:, 0] > 0).transpose(1, 2).flatten(1)  # (N, width * height), as runs go
+    changed = torch.cat([inside[:, :1], inside[:, 1:] ^ inside[:, :-1]], dim=1)
+    places = changed.flatten().nonzero()[:, 0].cpu().numpy()
+    firsts = np.searchsorted(places, np.arange(len(logits) + 1) * height * width)  # of each mask
+    return [
+        from_bounds(places[first:last] - index * height * width, height, width)
+        for index, (first, last) in enumerate(itertools.pairwise(firsts))
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import multiprocessing
 import os
@@ -11,6 +10,8 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache, partial
+from itertools import chain
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ import torch
 
 from app.config.compose import load_model_config
 from app.errors import UserError
-from app.inference.batch import Job, Outcome, Work, predict_images
+from app.inference.batch import Job, Outcome, Work, predict_batches
 from app.inference.predictor import Predictor
 from app.inference.settings import RANDOM, Settings
 from app.model.build import build_model
 from app.model.device import choose_device, choose_precision, choose_threads, in_words
+from app.model.half import keep_matrices_in
 
 log = logging.getLogger("app")
 CHUNKS = 4  # batches that a process takes at once
@@ -42,10 +44,7 @@ def open_work(settings: Settings, output: Path, processes: int) -> Iterator[tupl
     if processes == 1:
         predictor = load_predictor(settings)
         predictor.check_length(settings.prompts)
-        yield (
-            lambda batches: (predict_images(predictor, settings, output, b) for b in batches),
-            _precision(predictor),
-        )
+        yield partial(predict_batches, predictor, settings, output), _precision(predictor)
         return
     gpus = torch.cuda.device_count() if choose_device(settings.device).type == "cuda" else 0
     if 0 < gpus < processes:
@@ -53,10 +52,15 @@ def open_work(settings: Settings, output: Path, processes: int) -> Iterator[tupl
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     rank = context.Value("i", 0)
     pool = ProcessPoolExecutor(processes, context, _begin_process, (rank, processes, gpus > 0))
-    task = functools.partial(_predict_in_process, settings, output)
+    task = partial(_predict_in_process, settings, output)
     try:
         precision = pool.submit(_precision_in_process, settings).result()
-        yield lambda batches: pool.map(task, batches, chunksize=CHUNKS), precision
+
+        def work(batches: Sequence[Sequence[Job]]) -> Iterator[Outcome]:
+            chunks = [batches[at : at + CHUNKS] for at in range(0, len(batches), CHUNKS)]
+            return chain.from_iterable(pool.map(task, chunks))
+
+        yield work, precision
     except BrokenProcessPool:
         raise UserError(
             f"--num-gpus {processes}: a process ended before its work did, as when memory runs "
@@ -80,8 +84,10 @@ def load_predictor(settings: Settings) -> Predictor:
     torch.manual_seed(0)
     target = choose_device(settings.device)
     choose_threads(target, config)
-    model = build_model(config).to(target)
-    return Predictor(model, config, choose_precision(settings.precision, target, config))
+    precision = choose_precision(settings.precision, target, config)
+    model = build_model(config)
+    keep_matrices_in(model, precision)
+    return Predictor(model.to(target), config, precision)
 
 
 def _precision(predictor: Predictor) -> str:
@@ -98,7 +104,7 @@ def _begin_process(rank: Synchronized[int], processes: int, on_gpu: bool) -> Non
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
-_predictor_of_process = functools.lru_cache(maxsize=1)(load_predictor)
+_predictor_of_process = lru_cache(maxsize=1)(load_predictor)
 
 
 def _precision_in_process(settings: Settings) -> str:
@@ -107,5 +113,7 @@ def _precision_in_process(settings: Settings) -> str:
     return _precision(predictor)
 
 
-def _predict_in_process(settings: Settings, output: Path, batch: Sequence[Job]) -> Outcome:
-    return predict_images(_predictor_of_process(settings), settings, output, batch)
+def _predict_in_process(
+    settings: Settings, output: Path, batches: Sequence[Sequence[Job]]
+) -> list[Outcome]:
+    return list(predict_batches(_predictor_of_process(settings), settings, output, batches))

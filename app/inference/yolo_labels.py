@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 
-from app.datasets.rle import Rle
+from app.datasets.rle import Rle, decode_crop
 
 Points = NDArray[np.float64]  # (points, xy), pixels
 
@@ -43,8 +42,8 @@ def outline(mask: Rle) -> Points:
     On the mask at twice its size, a left half-pixel has an even and a right one an odd number, so
     that (number + 1) // 2 is the edge that it touches; for rows alike.
     """
-    left, top, width, height = (int(side) for side in coco_mask.toBbox(mask))
-    crop = coco_mask.decode(mask)[top : top + height, left : left + width]
+    inside, left, top = decode_crop(mask)
+    crop: NDArray[np.uint8] = inside.astype(np.uint8)
     doubled = np.kron(crop, np.ones((2, 2), dtype=np.uint8))
     contours, _ = cv2.findContours(doubled, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
     rings = [(contour[:, 0].astype(np.int64) + 1) // 2 for contour in contours]

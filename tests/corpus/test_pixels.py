@@ -23,7 +23,7 @@ from app.datasets.queries import QueryDataset
 from app.datasets.writing import write_split
 from app.evaluation import record
 from app.evaluation.record import Record
-from app.inference.batch import Job, predict_images
+from app.inference.batch import Job, predict_batches
 from app.inference.detections import Detections
 from app.inference.finder import Finder
 from app.inference.settings import Settings
@@ -197,7 +197,7 @@ def test_a_prediction_uses_the_range_of_the_weights(tmp_path):
     jobs = [Job(tmp_path / "set/images" / name, name, "x") for name in list(made)[:1]]
     for levels in (None, (0.0, 4095.0)):
         Stub.levels = levels
-        predict_images(Stub(), settings, tmp_path, jobs)
+        list(predict_batches(Stub(), settings, tmp_path, [jobs]))
     assert seen[0] > 7 * seen[1] > 0
 
 

@@ -37,6 +37,11 @@ def test_masks_there_and_back(masks) -> None:
     np.testing.assert_array_equal(rle.decode(coco), masks[0])
     assert rle.from_bounds(rle.to_bounds(coco), *coco["size"]) == coco
     assert rle.area(coco) == coco_mask.area(coco)
+    crop, left, top = rle.decode_crop(coco)
+    assert [left, top, *reversed(crop.shape)] == coco_mask.toBbox(coco).tolist()
+    np.testing.assert_array_equal(
+        crop, masks[0][top : top + crop.shape[0], left : left + crop.shape[1]]
+    )
 
 
 @settings(deadline=None)

@@ -23,9 +23,11 @@ from app.compression.importance import Measure
 from app.config.compose import load_config, load_model_config
 from app.config.schema import Config
 from app.datasets.build import Splits, load_splits
+from app.inference.finder import Query
 from app.inference.predictor import Predictor
 from app.model.build import build_model
 from app.model.device import choose_precision, free_memory
+from app.model.half import keep_matrices_in
 from app.planning.plan import CUDA_CONTEXT, Planner
 from app.training import method
 from app.training.batches import Batches, query_dataset
@@ -86,14 +88,17 @@ def _release() -> None:
 def prediction(size: str, prompts: int) -> dict[str, Any]:
     """Return what the host does to find prompts in an image of 1080p, as `_operations` does."""
     config = load_model_config(size)
-    model = build_model(config, device=CUDA)
-    predictor = Predictor(model, config, choose_precision("auto", CUDA, config))
+    model, precision = build_model(config, device=CUDA), choose_precision("auto", CUDA, config)
+    keep_matrices_in(model, precision)
+    predictor = Predictor(model, config, precision)
     random = np.random.default_rng(0)
-    words = [f"thing {number}" for number in range(prompts)]
+    words = tuple(f"thing {number}" for number in range(prompts))
+    query = Query(words, (), (), threshold=-1, max_detections=2)  # scores are 0 here: two masks
 
     def predict() -> None:
         pixels = random.integers(0, 255, (1080, 1920, 3), dtype=np.uint8)  # no features of before
-        predictor.predict(Image.fromarray(pixels), words)
+        (found,) = predictor._find([Image.fromarray(pixels)], query)
+        assert len(found) == 2
 
     return _operations(predict)
 

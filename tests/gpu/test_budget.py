@@ -15,7 +15,7 @@ from tests.gpu.null_gpu import NullGpu
 
 LAUNCHES = {1: 11_510, 4: 11_620}  # of an update with 4 prompts an image, by the batch: 5,000
 WAITS = 52  # of the host in an update: 50
-PREDICTION = {"launches": 2_820, "waits": 4}  # with 1 prompt: 1,200 and 4
+PREDICTION = {"launches": 1_600, "waits": 3}  # with 1 prompt: 1,200 and 4
 
 
 @pytest.mark.slow

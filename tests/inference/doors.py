@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from app.inference.batch import Work, predict_images
+from app.inference.batch import Work, predict_batches
 from app.inference.detections import Detections
 from app.inference.folder import list_jobs, predict_folder
 from app.inference.masks import place
@@ -59,7 +60,7 @@ def predict(
     def open_work(settings: Settings, output: Path, _: int) -> Iterator[tuple[Work, str]]:
         meanwhile()
         finder: Any = Same()
-        yield lambda batches: (predict_images(finder, settings, output, b) for b in batches), "fp32"
+        yield partial(predict_batches, finder, settings, output), "fp32"
 
     settings = Settings(**{**SETTINGS.__dict__, "save": save or ("overlay", "coco")})
     jobs = list_jobs(str(source), output, settings.save, overwrite=overwrite)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from pycocotools import mask as mask_utils
 from sam3.model.sam3_image_processor import Sam3Processor
+from torchvision.transforms import v2
 
 from app.config.compose import load_config
 from app.datasets.images import open_image
@@ -60,6 +61,13 @@ def _same(ours, theirs) -> None:
     for rle, mask in zip(ours.masks, theirs["masks"][order, 0].numpy(), strict=True):
         # A logit within rounding of 0 falls on either side of it by the order of a sum.
         assert (mask_utils.decode(rle).astype(bool) != mask).mean() <= 1e-3
+
+
+def test_pixels_are_normalised_as_upstreams_processor_does() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).expand(3, 2, 256)
+    scaled = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+    expected = v2.functional.normalize(scaled, [0.5] * 3, [0.5] * 3)
+    assert torch.equal(predictor_module.normalise(pixels), expected[None])
 
 
 def test_words_find_what_upstreams_processor_finds(predictor, image) -> None:

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from app.deploy.runtime.manifest import FILE, PRECISIONS
 from app.deploy.runtime.runtime import BACKENDS, Runtime
 from app.errors import UserError
 from app.files import hash_file
-from app.inference.batch import Work, predict_images
+from app.inference.batch import Work, predict_batches
 from app.inference.folder import list_jobs, predict_folder
 from app.inference.postprocess import THRESHOLD
 from app.inference.settings import SAVES, Defaults, Settings, make_settings, with_defaults
@@ -81,10 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
     @contextlib.contextmanager
     def open_work(settings: Settings, output: Path, _: int) -> Iterator[tuple[Work, str]]:
-        yield (
-            lambda batches: (predict_images(runtime, settings, output, b) for b in batches),
-            runtime.backend.precision,
-        )
+        yield partial(predict_batches, runtime, settings, output), runtime.backend.precision
 
     jobs = list_jobs(options.input, options.output_dir, settings.save, overwrite=options.overwrite)
     failures = predict_folder(

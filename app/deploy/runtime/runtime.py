@@ -148,7 +148,7 @@ class Runtime(Finder):
             with self._timed("post"):
                 best = join_passes(passes, query.max_detections)  # N, the highest score first
                 masks = None
-                if best.mask_logits is not None:  # (N, h, w)
+                if best.mask_logits is not None:  # N of (h, w)
                     masks = encode_masks(best.mask_logits, image.height, image.width)
                 detections.append(to_detections(best, masks, prompts, image.width, image.height))
         return detections
@@ -225,7 +225,7 @@ def _choose(
         scores=scores[prompt_ids, query_ids],
         prompt_ids=prompt_ids + first,
         boxes_cxcywh=outputs["boxes"][prompt_ids, query_ids],
-        mask_logits=None if masks is None else masks[prompt_ids, query_ids],
+        mask_logits=None if masks is None else list(masks[prompt_ids, query_ids]),
         best_score=float(scores.max()),
     )
 

@@ -50,7 +50,7 @@ def building_on_meta() -> AbstractContextManager[None]:
 
 @functools.cache
 def apply_fixes() -> None:
-    """Mend upstream in place, once a process.
+    """Mend upstream in place, once a process; spare prediction what it does not need.
 
     Each function below is one fix, with its reason and what would let it go.
     """
@@ -76,6 +76,9 @@ def apply_fixes() -> None:
         _rotary_embedding_at_once,
     ):
         fix()
+    from app.model.upstream import prediction
+
+    prediction.apply()
 
 
 def _initialise_text_encoder() -> None:
@@ -467,22 +470,24 @@ def _box_overlaps_without_waiting() -> None:
 
 
 def _feature_size_on_the_host() -> None:
-    """Tell the decoder the size of the feature map by a tensor of the CPU.
+    """Tell the decoder the size of the one feature map by a tensor of the CPU.
 
     encoder.py:352 puts it on the GPU, where nothing reads it but `_get_rpb_matrix`, twice a layer:
-    the host then waits for all work before.
+    the host then waits for all work before, as it does to put it there.
 
     Goes when upstream passes the size as two numbers.
     """
     import torch
     from sam3.model.encoder import TransformerEncoder
 
-    original = TransformerEncoder._prepare_multilevel_features
-
-    @functools.wraps(original)
-    def prepare(self: Any, srcs: Any, *args: Any) -> tuple[Any, ...]:
-        features = original(self, srcs, *args)
-        return (*features[:-1], torch.tensor([tuple(src.shape[-2:]) for src in srcs]))
+    def prepare(self: Any, srcs: Any, masks: Any, pos_embeds: Any) -> tuple[Any, ...]:
+        (source,), (mask,), (position,) = srcs, masks, pos_embeds
+        assert mask is None
+        assert self.level_embed is None
+        tokens, places = (x.flatten(2).transpose(1, 2).contiguous() for x in (source, position))
+        sizes = torch.tensor([tuple(source.shape[-2:])])
+        ratios = torch.ones(len(tokens), 1, 2, device=tokens.device)  # of the map that is image
+        return tokens, None, places, sizes.new_zeros(1), ratios, sizes
 
     TransformerEncoder._prepare_multilevel_features = prepare
 
