@@ -44,7 +44,7 @@ from app.inference.predictor import Predictor
 from app.model.build import build_model
 from app.model.bundled import bundled_nano
 from app.model.device import autocast, choose_device, choose_precision
-from app.model.half import keep_matrices_in
+from app.model.halves import hold_all
 from app.planning.plan import CUDA_CONTEXT, Planner
 from app.training import method
 from app.training.batches import Batches, query_dataset
@@ -359,7 +359,7 @@ def predict(bench: Bench) -> Iterator[Figure]:
     _release()
     config = load_config([], None, load_model_config(bench.size))
     model = build_model(config.model, device=bench.device)
-    keep_matrices_in(model, bench.precision(config))
+    hold_all(model, bench.precision(config))
     predictor = Predictor(model, config.model, bench.precision(config))
     random = np.random.default_rng(0)
     pixels = random.integers(0, 255, (1080, 1920, 3), dtype=np.uint8)

@@ -23,7 +23,7 @@ from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model
 from app.model.device import choose_device, choose_precision, choose_threads
-from app.model.half import keep_matrices_in
+from app.model.halves import hold_all
 from app.model.vocabulary import in_vocabulary
 
 log = logging.getLogger("app")
@@ -49,7 +49,7 @@ def evaluate(config: Config, splits: Splits, pretrained_path: Path | None) -> di
         weights.load_into(model, pretrained_path, merge=False)
         header = weights.read_header(pretrained_path)
     levels = None if header is None else header.levels
-    keep_matrices_in(model, precision)
+    hold_all(model, precision)
     predictor = Predictor(model.to(device), config.model, precision, levels=levels)
     validation = score_dataset(predictor, dataset, config, config.evaluation.split)
     folder = Path(config.output_dir)

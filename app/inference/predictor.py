@@ -48,7 +48,7 @@ from app.model.device import (
     spare_memory,
     told,
 )
-from app.model.half import keep_matrices_in
+from app.model.halves import hold_all
 
 log = logging.getLogger("app")
 PAIRS_PER_PASS = 16  # pairs of image and prompt that go through DETR together: bounds the memory
@@ -120,7 +120,7 @@ class Predictor(Finder):
         model, header = weights.load(Path(path), **options)
         dtype = choose_precision(precision, target, header.model)
         threshold = THRESHOLD if header.threshold is None else header.threshold
-        keep_matrices_in(model, dtype)
+        hold_all(model, dtype)
         return cls(
             model.to(target),
             header.model,

@@ -25,7 +25,7 @@ from app.inference.predictor import Predictor
 from app.inference.settings import RANDOM, Settings
 from app.model.build import build_model
 from app.model.device import choose_device, choose_precision, choose_threads, in_words
-from app.model.half import keep_matrices_in
+from app.model.halves import hold_all
 
 log = logging.getLogger("app")
 CHUNKS = 4  # batches that a process takes at once
@@ -86,7 +86,7 @@ def load_predictor(settings: Settings) -> Predictor:
     choose_threads(target, config)
     precision = choose_precision(settings.precision, target, config)
     model = build_model(config)
-    keep_matrices_in(model, precision)
+    hold_all(model, precision)
     return Predictor(model.to(target), config, precision)
 
 

@@ -27,7 +27,7 @@ from app.inference.finder import Query
 from app.inference.predictor import Predictor
 from app.model.build import build_model
 from app.model.device import choose_precision, free_memory
-from app.model.half import keep_matrices_in
+from app.model.halves import hold_all
 from app.planning.plan import CUDA_CONTEXT, Planner
 from app.training import method
 from app.training.batches import Batches, query_dataset
@@ -89,7 +89,7 @@ def prediction(size: str, prompts: int) -> dict[str, Any]:
     """Return what the host does to find prompts in an image of 1080p, as `_operations` does."""
     config = load_model_config(size)
     model, precision = build_model(config, device=CUDA), choose_precision("auto", CUDA, config)
-    keep_matrices_in(model, precision)
+    hold_all(model, precision)
     predictor = Predictor(model, config, precision)
     random = np.random.default_rng(0)
     words = tuple(f"thing {number}" for number in range(prompts))
