@@ -163,6 +163,7 @@ def make_step(config: Config, folder: Path) -> tuple[Step, Batches]:
     torch.manual_seed(0)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     method.prepare(model, config.method, pretrained=config.method.name != "full")
+    features.cache_prompts(model, features.frozen_encoders(model))
     data = query_dataset(config, folder / "set")
     batches = Batches(config, data, accelerator)
     precision = choose_precision(config.training.precision, accelerator.device, config.model)

@@ -79,6 +79,7 @@ def teach(
     if config.training.cache_features:
         folder = folder or features.FOLDER
         features.cache_encoders(teacher.model, features.ENCODERS, folder, labels.precision)
+    features.cache_prompts(teacher.model, features.ENCODERS)
     learns = any(p.requires_grad for p in model.backbone.language_backbone.parameters())
     words = [*splits.train.class_names, *NOUNS] if learns else []
     return TaughtLosses(labels, Distiller(teacher, config.distill, words))

@@ -389,6 +389,7 @@ def measure(prepared: Prepared) -> Times:
     batches = Batches(config, query_dataset(config, splits.train), accelerator)
     with tempfile.TemporaryDirectory() as folder:
         features.cache_encoders(model, encoders, Path(folder), precision)
+        features.cache_prompts(model, features.frozen_encoders(model))
         labels = LabelLosses(instantiate(config.loss.criterion, _convert_="all"), precision)
         losses: Losses = labels
         if config.distill.teacher is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from app.training.teacher import teacher_size
 log = logging.getLogger("app")
 FOLDER = sources.DATA / "features"
 ENCODERS = {"vision": "backbone.vision_backbone.trunk", "text": "backbone.language_backbone"}
+PROMPTS = 512  # whose features stay in memory: 84 MB for sam3
 VIEWS = 4  # augmented views of each image, where features are cached and no number was given
 
 
@@ -214,11 +215,26 @@ def cache_encoders(
     Args:
         encoders: frozen ones of `ENCODERS`.
     """
+    ways: dict[str, Callable[[nn.Module, Store], None]]
     ways = {"vision": _cache_trunk, "text": _cache_text}
     for name in encoders:
         part = _part(model, name)
         precision = str(dtype).removeprefix("torch.")
         ways[name](part, Store(folder / f"{_digest(part)}-{precision}", dtype))
+
+
+def cache_prompts(model: Sam3Image, encoders: Collection[str]) -> None:
+    """Keep what a frozen text encoder makes of each prompt, as it is, in the device's memory.
+
+    Every step asks the same prompts or many of them, and each new one costs 600 operations at full
+    size. Where features are cached on disk, `cache_encoders` has done so already.
+
+    Args:
+        encoders: frozen ones of `ENCODERS`.
+    """
+    text = _part(model, "text")
+    if "text" in encoders and "forward" not in vars(text):
+        _cache_text(text)
 
 
 def _cache_trunk(trunk: nn.Module, store: Store) -> None:
@@ -239,24 +255,39 @@ def _cache_trunk(trunk: nn.Module, store: Store) -> None:
     trunk.forward = forward
 
 
-def _cache_text(text: nn.Module, store: Store) -> None:
+def _cache_text(text: nn.Module, store: Store | None = None) -> None:
+    """Let a text encoder return the features of then where a prompt comes again.
+
+    Each prompt is encoded by itself: among others it may be rounded otherwise, and a run that is
+    resumed meets other ones beside it.
+    """
     compute, cached = text.forward, dict[str, dict[str, Tensor]]()
     names = ("mask", "memory", "embeds")
     batch_axis = (0, 1, 1)
 
+    def encode(caption: str, device: Any) -> dict[str, Tensor]:
+        key = hashlib.sha256(caption.encode()).hexdigest()
+        outputs = None if store is None else store.read(key)
+        if outputs is None:
+            with torch.no_grad():
+                computed = compute([caption], device=device)
+            outputs = dict(zip(names, computed, strict=True))
+            if store is not None:
+                outputs = store.write(key, outputs)
+        return {name: value.to(device) for name, value in outputs.items()}
+
     def forward(
-        captions: Sequence[str], input_boxes: Any = None, device: Any = None
+        captions: Sequence[str],
+        input_boxes: Any = None,  # noqa: ARG001
+        device: Any = None,
     ) -> tuple[Tensor, ...]:
         """Map N captions to padding (N, L), features (L, N, d) and embeddings (L, N, w)."""
-        for caption in dict.fromkeys(captions):
+        unseen = [caption for caption in dict.fromkeys(captions) if caption not in cached]
+        if len(cached) + len(unseen) > PROMPTS:
+            cached.clear()
+        for caption in captions:
             if caption not in cached:
-                key = hashlib.sha256(caption.encode()).hexdigest()
-                outputs = store.read(key)
-                if outputs is None:
-                    with torch.no_grad():
-                        computed = compute([caption], input_boxes, device=device)
-                    outputs = store.write(key, dict(zip(names, computed, strict=True)))
-                cached[caption] = {name: value.to(device) for name, value in outputs.items()}
+                cached[caption] = encode(caption, device)
         return tuple(
             torch.cat([cached[caption][name] for caption in captions], dim=axis)
             for name, axis in zip(names, batch_axis, strict=True)

@@ -27,7 +27,7 @@ from app.inference.predictor import Predictor
 from app.model.build import build_model
 from app.model.device import choose_precision, free_memory
 from app.planning.plan import CUDA_CONTEXT, Planner
-from app.training import method
+from app.training import features, method
 from app.training.batches import Batches, query_dataset
 from app.training.losses import LabelLosses
 from app.training.prepare import Prepared, Request
@@ -141,6 +141,7 @@ def _step(config: Config, splits: Splits) -> Step:
     accelerator = build_accelerator(CUDA)
     model = build_model(config.model, device=CUDA, matcher=instantiate(config.loss.matcher))
     method.prepare(model, config.method, pretrained=True)
+    features.cache_prompts(model, features.frozen_encoders(model))
     precision = choose_precision(config.training.precision, CUDA, config.model)
     losses = LabelLosses(instantiate(config.loss.criterion, _convert_="all"), precision)
     batches = Batches(config, query_dataset(config, splits.train), accelerator)

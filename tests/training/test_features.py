@@ -16,7 +16,13 @@ from app.errors import UserError
 from app.model.build import build_model
 from app.training import checkpoints, features
 from app.training.batches import query_dataset
-from app.training.features import Store, cache_encoders, check_space, image_bytes
+from app.training.features import (
+    Store,
+    cache_encoders,
+    cache_prompts,
+    check_space,
+    image_bytes,
+)
 from tests.helpers import TINY, Command
 
 NANO = load_model_config("nano", TINY)
@@ -52,6 +58,40 @@ def test_an_encoder_is_asked_once_for_each_input(tmp_path: Path) -> None:
     assert asked == [3, 1, 1]
     trunk(torch.cat([pixels[:1], pixels[:1] + 1e-3]))
     assert asked == [3, 1, 1, 1]  # only what differs
+
+
+def test_a_frozen_text_encoder_is_asked_once_for_each_prompt(monkeypatch) -> None:
+    """Beside whatever prompts, and first in a validation; what it answers can be learned from."""
+    model = _model()
+    text = model.backbone.language_backbone
+    plain = text(["circle", "dog", "cat"], device="cpu")
+    asked, compute = [], text.forward
+    text.forward = lambda words, *a, **k: asked.extend(words) or compute(words, *a, **k)
+    cache_prompts(model, [])  # of an encoder that learns
+    text(["circle"], device="cpu")
+    text(["circle"], device="cpu")
+    assert asked == ["circle", "circle"]
+    del asked[:], text.forward
+    monkeypatch.setattr(
+        type(text), "forward", lambda _, w, *a, **k: asked.extend(w) or compute(w, *a, **k)
+    )
+    cache_prompts(model, ["vision", "text"])
+    cache_prompts(model, ["text"])  # as of a teacher that shares it
+    with torch.inference_mode():
+        text(["dog", "circle"], device="cpu")
+    weight = torch.ones(1, requires_grad=True)
+    for words in (["circle", "dog", "cat"], ["cat", "dog", "circle"], ["dog"]):
+        places = [["circle", "dog", "cat"].index(word) for word in words]
+        mask, *others = text(words, device="cpu")
+        assert torch.equal(mask, plain[0][places])
+        for ours, theirs in zip(others, plain[1:], strict=True):
+            torch.testing.assert_close(ours, theirs[:, places], rtol=0, atol=1e-6)
+        (others[0] * weight).sum().backward()
+    assert asked == ["dog", "circle", "cat"]
+    monkeypatch.setattr(features, "PROMPTS", 3)
+    text(["bird"], device="cpu")
+    text(["cat"], device="cpu")
+    assert asked == ["dog", "circle", "cat", "bird", "cat"]
 
 
 def test_other_weights_are_kept_apart(tmp_path: Path) -> None:
