@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from hydra.utils import instantiate
 from sam3.model.data_misc import BatchedDatapoint
+from sam3.model.utils.misc import copy_data_to_device
 from sam3.train.data.sam3_image_dataset import Datapoint
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
@@ -23,9 +24,10 @@ from torch.utils.data import Dataset as TorchDataset
 from app import signals
 from app.config.schema import Config
 from app.console import counted
+from app.datasets.augment import Changes, changes_of, to_numbers
 from app.datasets.coco import Dataset
 from app.datasets.prompts import nouns_beside
-from app.datasets.queries import PromptChoice, QueryDataset, collate
+from app.datasets.queries import PromptChoice, QueryDataset, collate_bytes
 from app.errors import UserError
 from app.model.device import cores
 from app.model.vocabulary import in_vocabulary
@@ -156,20 +158,54 @@ def _collate(items: list[Datapoint | UserError]) -> BatchedDatapoint | UserError
     errors = [item for item in items if isinstance(item, UserError)]
     if errors:
         return UserError([problem for error in errors for problem in error.problems])
-    batch = collate([item for item in items if not isinstance(item, UserError)])
-    return _Batch(**{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)})
+    sound = [item for item in items if not isinstance(item, UserError)]
+    batch = collate_bytes(sound)
+    parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    target, shown = batch.find_targets[0], None
+    segments = target.semantic_segments  # (P, R, R) bool; (0,) where no transform makes any
+    if segments.ndim == 3:
+        shown = segments.flatten(1).any(dim=1).nonzero()[:, 0]
+        target.semantic_segments = segments[shown]
+    changes = [changes_of(item.images[0]) for item in sound]
+    return _Batch(**parts, changes=changes, shown=shown)
 
 
+@dataclasses.dataclass
 class _Batch(BatchedDatapoint):
-    """A batch that the loader can pin, so that the GPU copies it while it computes.
+    """A batch on its way to the device: pixels as bytes, and no semantic target without a pixel.
 
-    The loader asks what is no tensor or collection of tensors for a method `pin_memory`.
+    The loader asks what is no tensor or collection of tensors for a method `pin_memory`, so that
+    the GPU copies the batch while it computes.
+
+    Attributes:
+        changes: of the colors of each image.
+        shown: (K,) int64, the prompts of the K semantic targets.
     """
+
+    changes: list[Changes] = dataclasses.field(default_factory=list)
+    shown: Any = None
 
     def pin_memory(self) -> _Batch:
         """Return the batch in memory that is never swapped out."""
         pinned: _Batch = _pin(self)
         return pinned
+
+
+def to_device(batch: BatchedDatapoint, device: torch.device) -> BatchedDatapoint:
+    """Return a batch on the device where it is computed, made whole there: as `collate` makes it.
+
+    Bytes are a quarter of what the numbers would be, and many prompts are of nothing in the image.
+    """
+    batch = copy_data_to_device(batch, device, non_blocking=True)
+    if not isinstance(batch, _Batch):
+        return batch
+    batch.img_batch = to_numbers(batch.img_batch, batch.changes)  # (B, 3, R, R), -1..1
+    if batch.shown is not None:
+        target = batch.find_targets[0]
+        shown = target.semantic_segments  # (K, R, R) bool
+        every = shown.new_zeros(len(target.num_boxes), *shown.shape[1:])  # (P, R, R)
+        target.semantic_segments = every.index_copy_(0, batch.shown, shown)
+    return batch
 
 
 def _pin(part: Any) -> Any:
@@ -191,9 +227,10 @@ def _workers_with_room(workers: int, config: Config, dataset: Dataset) -> int:
     if not workers or not SHARED_MEMORY.is_dir():
         return workers
     counts = Counter(annotation.image_id for annotation in dataset.annotations)
-    prompts = min(config.dataset.max_prompts, len(dataset.categories) + config.dataset.negatives)
-    maps = prompts + max(counts.values(), default=0)  # a byte a pixel each
-    image = config.model.resolution**2 * (3 * torch.float32.itemsize + maps)
+    objects = max(counts.values(), default=0)
+    prompts = min(config.dataset.max_prompts, len(dataset.categories), objects)  # with an object
+    maps = len("RGB") + prompts + objects  # a byte a pixel each
+    image = config.model.resolution**2 * maps
     share = shutil.disk_usage(SHARED_MEMORY).free // config.training.num_gpus
     room = share // (config.training.batch_size * image) // (PREFETCHED + 1)
     if room < workers:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from PIL import Image
-from sam3.model.utils.misc import copy_data_to_device
 
 from app.__main__ import main
 from app.compression.importance import Measure
@@ -28,7 +27,7 @@ from app.model.build import build_model
 from app.model.device import choose_precision, free_memory
 from app.planning.plan import CUDA_CONTEXT, Planner
 from app.training import features, method
-from app.training.batches import Batches, query_dataset
+from app.training.batches import Batches, query_dataset, to_device
 from app.training.losses import LabelLosses
 from app.training.prepare import Prepared, Request
 from app.training.random_state import random_state, restore_random_state
@@ -49,10 +48,13 @@ def command(*words: str) -> None:
 
 
 def update(dataset: str, size: str, *overrides: str) -> dict[str, Any]:
-    """Return what the host does in an update of the heaviest batch, as `_operations` does."""
+    """Return what the host does in an update of the run's heaviest batch, as `_operations` does."""
     config, splits = _run(dataset, size, overrides)
-    step, batch = _step(config, splits), _planner(config, splits).heaviest_batch(config)
-    return _operations(lambda: step([batch], 0))
+    step = _step(config, splits)
+    batches = Batches(config, query_dataset(config, splits.train), step.accelerator)
+    loaded = (batch for [batch] in batches.epoch(0))
+    heaviest = max(loaded, key=lambda batch: int(batch.find_targets[0].num_boxes.sum()))
+    return _operations(lambda: step([heaviest], 0))
 
 
 def memory(runs: Sequence[tuple[str, str, list[str]]]) -> list[dict[str, float]]:
@@ -99,7 +101,7 @@ def copies_of_a_batch(dataset: str, *overrides: str) -> dict[str, int]:
     data = query_dataset(config, splits.train)
     [batch], *_ = Batches(config, data, build_accelerator(CUDA)).epoch(0)
     before = _counts()
-    copy_data_to_device(batch, CUDA, non_blocking=True)
+    to_device(batch, CUDA)
     return _since(before)
 
 
