@@ -69,6 +69,7 @@ def apply_fixes() -> None:
         _mask_head_on_any_device,
         _text_attention_on_contiguous_tokens,
         _attention_on_contiguous_tokens,
+        _first_attention_once_an_image,
         _loss_normalisation_without_process_group,
         _mask_loss_without_objects,
         _adapted_attention_by_keyword,
@@ -351,6 +352,87 @@ def _attention_on_contiguous_tokens() -> None:
         return tokens_first(result[0]), None
 
     MultiheadAttentionWrapper.forward = forward
+
+
+def _first_attention_once_an_image() -> None:
+    """Let DETR's encoder attend from image to image once, before it meets the first prompt.
+
+    sam3_image.py:234 repeats an image for each of its prompts, of which the first self-attention
+    knows nothing yet: with 20 prompts it came to the same 20 times. What dropout takes of its
+    scores is therefore the same for an image's prompts; what it takes of its output is not.
+
+    Goes when upstream repeats images behind it.
+    """
+    from sam3.model.encoder import TransformerEncoderLayer
+    from sam3.model.sam3_image import Sam3Image
+
+    run_encoder, original = Sam3Image._run_encoder, TransformerEncoderLayer.forward
+
+    @functools.wraps(run_encoder)
+    def run(self: Any, backbone_out: Any, find_input: Any, *args: Any, **kwargs: Any) -> Any:
+        is_encoded = "backbone_fpn" in backbone_out and backbone_out.get("id_mapping") is None
+        if is_encoded and self.num_feature_levels == 1:
+            tokens, places = (
+                backbone_out[name][-1].flatten(2).transpose(1, 2)  # (B, h * w, d)
+                for name in ("backbone_fpn", "vision_pos_enc")
+            )
+            images = {"images": tokens, "image_pos": places, "image_ids": find_input.img_ids}
+            kwargs["encoder_extra_kwargs"] = images
+        return run_encoder(self, backbone_out, find_input, *args, **kwargs)
+
+    def forward(
+        self: Any,
+        tgt: Any,
+        memory: Any,
+        dac: bool = False,
+        tgt_mask: Any = None,
+        memory_mask: Any = None,
+        tgt_key_padding_mask: Any = None,
+        memory_key_padding_mask: Any = None,
+        pos: Any = None,
+        query_pos: Any = None,
+        images: Any = None,
+        image_pos: Any = None,
+        image_ids: Any = None,
+    ) -> Any:
+        """Map image tokens tgt (P, h * w, d) and prompt tokens memory (P, L, d) to (P, h * w, d).
+
+        Args:
+            images, image_pos: (B, h * w, d), those of `tgt` and `query_pos` before they were
+                repeated; for the first layer.
+            image_ids: (P,) int64, the image of each prompt.
+        """
+        if images is None or self.layer_idx:
+            return original(
+                self,
+                tgt,
+                memory,
+                dac,
+                tgt_mask,
+                memory_mask,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                pos,
+                query_pos,
+            )
+        seen = self.norm1(images)
+        asked = seen + image_pos if self.pos_enc_at_attn else seen
+        attended = self.self_attn(asked, asked, value=seen)[0]  # (B, h * w, d)
+        tgt = tgt + self.dropout1(attended[image_ids])
+        asked = self.norm2(tgt)
+        tgt = tgt + self.dropout2(
+            self.cross_attn_image(
+                query=asked + query_pos if self.pos_enc_at_cross_attn_queries else asked,
+                key=memory + pos if self.pos_enc_at_cross_attn_keys else memory,
+                value=memory,
+                attn_mask=memory_mask,
+                key_padding_mask=memory_key_padding_mask,
+            )[0]
+        )
+        hidden = self.dropout(self.activation(self.linear1(self.norm3(tgt))))
+        return tgt + self.dropout3(self.linear2(hidden))
+
+    Sam3Image._run_encoder, TransformerEncoderLayer.forward = run, forward
 
 
 def _focal_loss_without_triton() -> None:
