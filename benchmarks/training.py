@@ -219,14 +219,18 @@ def _kept(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, f
     step, batches = make_step(load_config([*_settings(arguments), f"method={name}"]), folder)
     frozen = features.frozen_encoders(step.model)
     encoders = [step.model.get_submodule(features.ENCODERS[part]) for part in frozen]
-    features.cache_encoders(step.model, frozen, folder / name, step.losses.precision)
+    items: Any = batches.loader.dataset
+    stores = features.cache_encoders(step.model, frozen, folder / name, step.losses.precision)
+    items.stores = stores
     reading = [encoder.forward for encoder in encoders]
     time_updates(step, batches)  # writes them
     plain, cached = [], []
     for _ in range(ROUNDS):
+        items.stores = stores
         for encoder, forward in zip(encoders, reading, strict=True):
             encoder.forward = forward
         cached += time_updates(step, batches)
+        items.stores = ()
         for encoder in encoders:
             del encoder.forward
         plain += time_updates(step, batches)

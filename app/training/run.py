@@ -110,7 +110,7 @@ def train(
     set_seed(config.seed)
     model = load_model(config, splits, pretrained_path, checkpoint, device, precision)
     frozen, encoders = features.frozen_encoders(model), features.cached_encoders(config, model)
-    features.cache_encoders(model, encoders, features.FOLDER, precision)
+    stores = features.cache_encoders(model, encoders, features.FOLDER, precision)
     features.cache_prompts(model, frozen)
     if encoders and is_main:
         log.info("features of the frozen %s: cached in %s", " and ".join(encoders), features.FOLDER)
@@ -119,7 +119,7 @@ def train(
     labels = LabelLosses(instantiate(config.loss.criterion, _convert_="all"), precision)
     losses: Losses = labels if teach is None else teach(config, model, splits, labels)
     data = query_dataset(config, splits.train)
-    batches = Batches(config, data, accelerator)
+    batches = Batches(config, data, accelerator, [*stores, *losses.stores])
     # Pretrained weights move at a tenth of the rate; adapters, like random weights, begin at zero.
     moves_pretrained = pretrained_path is not None and config.method.lora is None
     lr_scale = config.optim.lr_scale or (0.1 if moves_pretrained else 1.0)

@@ -57,6 +57,21 @@ def update(dataset: str, size: str, *overrides: str) -> dict[str, Any]:
     return _operations(lambda: step([heaviest], 0))
 
 
+def update_from_cached_features(dataset: str, *overrides: str) -> dict[str, int]:
+    """Return what the host does in an update of nano's head, with the trunk's features on disk."""
+    config, splits = _run(dataset, "nano", ["method=head", "dataset.views=1", *overrides])
+    step = _step(config, splits)
+    stores = features.cache_encoders(step.module, ["vision"], Path("features"), torch.float32)
+    data = query_dataset(config, splits.train)
+    batches = Batches(config, data, step.accelerator, stores)
+    for batch in batches.epoch(0):
+        step(batch, 0)
+    last = list(batches.epoch(0))[-1]
+    before = _counts()
+    step(last, 0)
+    return _since(before)
+
+
 def memory(runs: Sequence[tuple[str, str, list[str]]]) -> list[dict[str, float]]:
     """Return, of each run, the bytes that it plans and those that it takes in its updates.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.null_gpu import NullGpu
+from tests.helpers import MICRO
 
 LAUNCHES = {1: 15_500, 4: 18_650}  # of an update with 4 prompts an image, by the batch: 5,000
 WAITS = 52  # of the host in an update: 50
@@ -31,3 +32,11 @@ def test_a_prediction(null_gpu: NullGpu) -> None:
     done = null_gpu.probe("prediction", "sam3", 1)
     assert done["launches"] <= PREDICTION["launches"]
     assert done["waits"] <= PREDICTION["waits"], done["places"]
+
+
+def test_cached_features_come_with_the_batch(null_gpu: NullGpu, shapes: Path) -> None:
+    """Pinned: the host waits for nothing else than where they are computed."""
+    computed = null_gpu.probe("update", str(shapes), "nano", "method=head", *MICRO)
+    cached = null_gpu.probe("update_from_cached_features", str(shapes), *MICRO)
+    assert cached["waits"] <= computed["waits"]
+    assert sum(cached[name] for name in ("launches", "products", "fills")) < computed["launches"]

@@ -83,7 +83,8 @@ def test_bytes_become_the_batch_on_the_device(shapes: Path, transforms: str) -> 
     config = load_config([*TINY, f"transforms={transforms}", "dataset.negatives=2"])
     data = query_dataset(config, load_splits(shapes).train)
     whole = collate([data[(0, index)] for index in range(4)])
-    sent = batches._collate([data[(0, index)] for index in range(4)])
+    items = batches._Items(data, ())
+    sent = batches._collate([items[(0, index)] for index in range(4)])
     assert sent.img_batch.dtype == torch.uint8
     semantic = whole.find_targets[0].semantic_segments
     shown = semantic.flatten(1).any(dim=1)
