@@ -193,9 +193,10 @@ def _decoder_feedforward_in_float32_on_any_device() -> None:
 def _box_prompts_without_cuda() -> None:
     """Encode box prompts without `pin_memory()`, which raises where there is no CUDA driver.
 
-    It is called in geometry_encoders.py:659. Goes when upstream makes the sizes on the boxes'
-    device.
+    It is called in geometry_encoders.py:659. The sizes stay numbers: the host would wait for them.
+    Goes when upstream makes them on the boxes' device.
     """
+    import torch
     from sam3.model.box_ops import box_cxcywh_to_xyxy
     from sam3.model.geometry_encoders import SequenceGeometryEncoder
     from torchvision.ops import roi_align
@@ -206,8 +207,9 @@ def _box_prompts_without_cuda() -> None:
         """Encode boxes (N, B, 4) cxcywh 0..1, labels (N, B), img_feats (B, C, H, W): (N, B, C)."""
         count, batch = boxes.shape[:2]
         height, width = img_feats.shape[-2:]
-        scale = boxes.new_tensor([width, height, width, height])
-        corners = (box_cxcywh_to_xyxy(boxes) * scale).float()  # (N, B, 4) xyxy, in features
+        x0, y0, x1, y1 = box_cxcywh_to_xyxy(boxes).unbind(-1)
+        in_features = [x0 * width, y0 * height, x1 * width, y1 * height]
+        corners = torch.stack(in_features, dim=-1).float()  # (N, B, 4) xyxy
         pooled = roi_align(
             img_feats.float(), list(corners.transpose(0, 1).unbind(0)), self.roi_size
         )  # (B * N, C, roi, roi)
@@ -551,21 +553,24 @@ def _feature_size_on_the_host() -> None:
     """Tell the decoder the size of the feature map by a tensor of the CPU.
 
     encoder.py:352 puts it on the GPU, where nothing reads it but `_get_rpb_matrix`, twice a layer:
-    the host then waits for all work before.
+    the host then waits for all work before, and for the copy itself. The module gets a torch whose
+    `tensor` stays on the CPU.
 
     Goes when upstream passes the size as two numbers.
     """
     import torch
-    from sam3.model.encoder import TransformerEncoder
+    from sam3.model import encoder
 
-    original = TransformerEncoder._prepare_multilevel_features
+    class OnHost(types.ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            return getattr(torch, name)
 
-    @functools.wraps(original)
-    def prepare(self: Any, srcs: Any, *args: Any) -> tuple[Any, ...]:
-        features = original(self, srcs, *args)
-        return (*features[:-1], torch.tensor([tuple(src.shape[-2:]) for src in srcs]))
+        @staticmethod
+        def tensor(value: Any, device: Any, **options: Any) -> Any:
+            del device
+            return torch.tensor(value, **options)
 
-    TransformerEncoder._prepare_multilevel_features = prepare
+    encoder.torch = OnHost("torch")
 
 
 def _mask_head_on_any_device() -> None:
