@@ -46,7 +46,7 @@ from app.model.bundled import bundled_nano
 from app.model.device import autocast, choose_device, choose_precision
 from app.model.halves import hold_all
 from app.planning.plan import CUDA_CONTEXT, Planner
-from app.training import method
+from app.training import features, method
 from app.training.batches import Batches, query_dataset
 from app.training.losses import LabelLosses
 from app.training.prepare import Prepared, Request
@@ -329,6 +329,7 @@ def _step(bench: Bench, config: Config, splits: Splits) -> Step:
     torch.manual_seed(0)
     model = build_model(config.model, device=bench.device, matcher=instantiate(config.loss.matcher))
     method.prepare(model, config.method, pretrained=True)
+    features.cache_prompts(model, features.frozen_encoders(model))
     losses = LabelLosses(
         instantiate(config.loss.criterion, _convert_="all"), bench.precision(config)
     )

@@ -163,6 +163,7 @@ def make_step(config: Config, folder: Path) -> tuple[Step, Batches]:
     torch.manual_seed(0)
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     method.prepare(model, config.method, pretrained=config.method.name != "full")
+    features.cache_prompts(model, features.frozen_encoders(model))
     data = query_dataset(config, folder / "set")
     batches = Batches(config, data, accelerator)
     precision = choose_precision(config.training.precision, accelerator.device, config.model)
@@ -218,14 +219,18 @@ def _kept(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, f
     step, batches = make_step(load_config([*_settings(arguments), f"method={name}"]), folder)
     frozen = features.frozen_encoders(step.model)
     encoders = [step.model.get_submodule(features.ENCODERS[part]) for part in frozen]
-    features.cache_encoders(step.model, frozen, folder / name, step.losses.precision)
+    items: Any = batches.loader.dataset
+    stores = features.cache_encoders(step.model, frozen, folder / name, step.losses.precision)
+    items.stores = stores
     reading = [encoder.forward for encoder in encoders]
     time_updates(step, batches)  # writes them
     plain, cached = [], []
     for _ in range(ROUNDS):
+        items.stores = stores
         for encoder, forward in zip(encoders, reading, strict=True):
             encoder.forward = forward
         cached += time_updates(step, batches)
+        items.stores = ()
         for encoder in encoders:
             del encoder.forward
         plain += time_updates(step, batches)

@@ -25,6 +25,7 @@ from app.inference.predictor import query_scores
 from app.model import weights
 from app.model.build import build_model
 from app.model.stored_text import StoredText, store
+from app.training.store import note_found
 from app.training.teacher import teacher_file, teacher_size
 
 PARTS = ("distill_trunk", "distill_levels", "distill_text", "distill_outputs")
@@ -144,10 +145,11 @@ class Teacher:
         """Return its outputs for the prompts of the batch and its features."""
         side = self.config.resolution
         if batch.img_batch.shape[-1] != side:
-            batch = copy.copy(batch)
+            batch, pixels = copy.copy(batch), batch.img_batch
             batch.img_batch = F.interpolate(
-                batch.img_batch, size=(side, side), mode="bicubic", antialias=True
+                pixels, size=(side, side), mode="bicubic", antialias=True
             )
+            note_found(batch.img_batch, getattr(pixels, "found", []))
         outputs, features = forward_features(self.model, batch, words, stage)
         return (None if outputs is None else last_outputs(outputs)), features
 

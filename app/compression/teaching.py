@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from app.datasets.prompts import NOUNS
 from app.model.device import autocast, choose_device
 from app.training import features
 from app.training.losses import LabelLosses, forward, is_ddp
+from app.training.store import Store
 
 log = logging.getLogger("app")
 
@@ -29,10 +31,13 @@ class TaughtLosses:
     Args:
         labels: the losses of labelled images.
         distiller: the losses of the teacher.
+        stores: of the teacher's features of images.
     """
 
-    def __init__(self, labels: LabelLosses, distiller: Distiller) -> None:
-        self.labels, self.distiller = labels, distiller
+    def __init__(
+        self, labels: LabelLosses, distiller: Distiller, stores: Sequence[Store] = ()
+    ) -> None:
+        self.labels, self.distiller, self.stores = labels, distiller, stores
         self.criterion: Any = labels.criterion
         self.precision = labels.precision
 
@@ -76,9 +81,11 @@ def teach(
     device = choose_device(config.training.device)
     teacher = distillation.load_teacher(config, model, device, labels.precision)
     assert teacher is not None  # `distill.teacher` names it
+    stores: list[Store] = []
     if config.training.cache_features:
         folder = folder or features.FOLDER
-        features.cache_encoders(teacher.model, features.ENCODERS, folder, labels.precision)
+        stores = features.cache_encoders(teacher.model, features.ENCODERS, folder, labels.precision)
+    features.cache_prompts(teacher.model, features.ENCODERS)
     learns = any(p.requires_grad for p in model.backbone.language_backbone.parameters())
     words = [*splits.train.class_names, *NOUNS] if learns else []
-    return TaughtLosses(labels, Distiller(teacher, config.distill, words))
+    return TaughtLosses(labels, Distiller(teacher, config.distill, words), stores)

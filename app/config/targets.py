@@ -33,7 +33,7 @@ _TABLE: dict[str, dict[str, str]] = {
         f"{_TRANSFORMS}.point_sampling": "RandomGeometricInputsAPI RandomizeInputBbox",
         f"{_TRANSFORMS}.basic": "get_random_resize_scales get_random_resize_max_size",
         "app.datasets.augment": "Augment Recolor",
-        "app.datasets.queries": "ToSquare SemanticTargets resize_sizes",
+        "app.datasets.queries": "ToSquare SemanticTargets ShareBoxes resize_sizes",
     },
     "matchers": {
         "sam3.train.matcher": "HungarianMatcher BinaryHungarianMatcher BinaryFocalHungarianMatcher "

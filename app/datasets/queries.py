@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sam3.model.box_ops import box_xyxy_to_cxcywh
 from sam3.model.data_misc import BatchedDatapoint
 from sam3.train.data.collator import collate_fn_api
 from sam3.train.data.sam3_image_dataset import (
@@ -19,8 +20,9 @@ from sam3.train.data.sam3_image_dataset import (
 )
 from sam3.train.data.sam3_image_dataset import Image as DatapointImage
 from torch.utils.data import Dataset as TorchDataset
-from torchvision.transforms.v2.functional import resize, to_dtype
+from torchvision.transforms.v2.functional import resize
 
+from app.datasets.augment import changes_of, to_numbers
 from app.datasets.coco import Annotation, Dataset
 from app.datasets.images import open_image
 from app.datasets.square import to_square
@@ -222,8 +224,7 @@ class ToSquare:
     def __call__(self, datapoint: Datapoint, **_: Any) -> Datapoint:
         image, side = datapoint.images[0], self.resolution
         width, height = image.data.size
-        pixels = to_square(image.data, side)
-        image.data = to_dtype(pixels, torch.float32, scale=True)  # (3, side, side), 0..1
+        image.data = to_square(image.data, side)  # (3, side, side) uint8
         image.size = (side, side)
         scale = torch.tensor([side / width, side / height] * 2)
         for thing in image.objects:
@@ -231,6 +232,22 @@ class ToSquare:
             thing.area *= side * side / (width * height)
             if thing.segment is not None:
                 thing.segment = resize(thing.segment[None], [side, side], antialias=True)[0]
+        return datapoint
+
+
+class ShareBoxes:
+    """Give boxes as cxcywh in shares of the image.
+
+    Upstream's NormalizeAPI does so too, and takes pixels as numbers alone: here they stay bytes on
+    the way to the model's device.
+    """
+
+    def __call__(self, datapoint: Datapoint, **_: Any) -> Datapoint:
+        image = datapoint.images[0]
+        height, width = image.data.shape[-2:]
+        for thing in image.objects:
+            sides = torch.tensor([width, height, width, height], dtype=torch.float32)
+            thing.bbox = box_xyxy_to_cxcywh(thing.bbox) / sides
         return datapoint
 
 
@@ -244,6 +261,14 @@ def resize_sizes(resolution: int, smallest: float) -> list[int]:
 
 def collate(batch: list[Datapoint]) -> BatchedDatapoint:
     """Make upstream's batch: img_batch (B, 3, R, R) float32 in -1..1, one stage of all prompts."""
+    batched = collate_bytes(batch)
+    changes = [changes_of(datapoint.images[0]) for datapoint in batch]
+    batched.img_batch = to_numbers(batched.img_batch, changes)
+    return batched
+
+
+def collate_bytes(batch: list[Datapoint]) -> BatchedDatapoint:
+    """Make upstream's batch with img_batch (B, 3, R, R) uint8, not recolored."""
     batched = collate_fn_api(batch, dict_key="all", with_seg_masks=True)["all"]
     target = batched.find_targets[0]
     if target.segments is not None and target.segments.ndim != 3:  # no object in the batch

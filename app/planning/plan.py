@@ -410,13 +410,15 @@ def measure(prepared: Prepared) -> Times:
     model = build_model(config.model, matcher=instantiate(config.loss.matcher))
     method.prepare(model, config.method, pretrained=prepared.pretrained_path is not None)
     encoders = features.cached_encoders(config, model)
-    batches = Batches(config, query_dataset(config, splits.train), accelerator)
     with tempfile.TemporaryDirectory() as folder:
-        features.cache_encoders(model, encoders, Path(folder), precision)
+        stores = features.cache_encoders(model, encoders, Path(folder), precision)
+        features.cache_prompts(model, features.frozen_encoders(model))
         labels = LabelLosses(instantiate(config.loss.criterion, _convert_="all"), precision)
         losses: Losses = labels
         if config.distill.teacher is not None:
             losses = teach(config, model, splits, labels, Path(folder))
+        data = query_dataset(config, splits.train)
+        batches = Batches(config, data, accelerator, [*stores, *losses.stores])
         step = Step(config, model, losses, accelerator, batches, lr_scale=1.0)
         update = _seconds_per_update(step, batches)
         cached = _seconds_per_update(step, batches) if encoders else None

@@ -8,7 +8,7 @@ import logging
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from hydra.utils import instantiate
 from sam3.model.data_misc import BatchedDatapoint
+from sam3.model.utils.misc import copy_data_to_device
 from sam3.train.data.sam3_image_dataset import Datapoint
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
@@ -23,13 +24,16 @@ from torch.utils.data import Dataset as TorchDataset
 from app import signals
 from app.config.schema import Config
 from app.console import counted
+from app.datasets.augment import Changes, changes_of, to_numbers
 from app.datasets.coco import Dataset
 from app.datasets.prompts import nouns_beside
-from app.datasets.queries import PromptChoice, QueryDataset, collate
+from app.datasets.queries import PromptChoice, QueryDataset, collate_bytes
 from app.errors import UserError
 from app.model.device import cores
 from app.model.vocabulary import in_vocabulary
 from app.training.collective import raise_on_all_ranks
+from app.training.store import Found, Store, find, image_bytes, note_found
+from app.training.teacher import teacher_size
 
 log = logging.getLogger("app")
 CUDA_WORKERS = 4  # processes that load images beside a GPU; a CPU's cores are busy with the model
@@ -86,14 +90,21 @@ class Batches:
         paths: image id -> its file.
     """
 
-    def __init__(self, config: Config, data: QueryDataset, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: Config,
+        data: QueryDataset,
+        accelerator: Accelerator,
+        stores: Sequence[Store] = (),
+    ) -> None:
         self.config, self.device = config.training, accelerator.device
         self.sampler = EpochSampler(
             len(data), config.seed, accelerator.process_index, accelerator.num_processes
         )
-        workers = _workers_with_room(self._workers(), config, data.dataset)
+        kept = features_bytes(config, stores)
+        workers = _workers_with_room(self._workers(), config, data.dataset, kept)
         self.loader: DataLoader[Any] = DataLoader(
-            _ErrorsAsItems(data),
+            _Items(data, stores),
             batch_size=self.config.batch_size,
             sampler=self.sampler,
             num_workers=workers,
@@ -139,32 +150,59 @@ class Batches:
             del batches  # ends the workers: an error's traceback would keep them, and exit waits
 
 
-class _ErrorsAsItems(TorchDataset):
-    """Return a UserError as an item: one raised in a worker would arrive with a traceback."""
+class _Items(TorchDataset):
+    """Return an image, and what the stores have of it: its batch then needs no encoder.
 
-    def __init__(self, data: QueryDataset) -> None:
-        self.data = data
+    A UserError is returned, too: one raised in a worker would arrive with a traceback.
+    """
 
-    def __getitem__(self, key: tuple[int, int]) -> Datapoint | UserError:
+    def __init__(self, data: QueryDataset, stores: Sequence[Store]) -> None:
+        self.data, self.stores = data, stores
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Datapoint, Found | None] | UserError:
         try:
-            return self.data[key]
+            datapoint = self.data[key]
         except UserError as error:
             return error
+        image = datapoint.images[0]
+        return datapoint, find(image.data, changes_of(image), self.stores) if self.stores else None
 
 
-def _collate(items: list[Datapoint | UserError]) -> BatchedDatapoint | UserError:
+def _collate(
+    items: list[tuple[Datapoint, Found | None] | UserError],
+) -> BatchedDatapoint | UserError:
     errors = [item for item in items if isinstance(item, UserError)]
     if errors:
         return UserError([problem for error in errors for problem in error.problems])
-    batch = collate([item for item in items if not isinstance(item, UserError)])
-    return _Batch(**{field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)})
+    pairs = [item for item in items if not isinstance(item, UserError)]
+    datapoints, found = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    batch = collate_bytes(datapoints)
+    parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    target, shown = batch.find_targets[0], None
+    segments = target.semantic_segments  # (P, R, R) bool; (0,) where no transform makes any
+    if segments.ndim == 3:
+        shown = segments.flatten(1).any(dim=1).nonzero()[:, 0]
+        target.semantic_segments = segments[shown]
+    changes = [changes_of(datapoint.images[0]) for datapoint in datapoints]
+    return _Batch(**parts, changes=changes, shown=shown, found=found)
 
 
+@dataclasses.dataclass
 class _Batch(BatchedDatapoint):
-    """A batch that the loader can pin, so that the GPU copies it while it computes.
+    """A batch on its way to the device: pixels as bytes, and no semantic target without a pixel.
 
-    The loader asks what is no tensor or collection of tensors for a method `pin_memory`.
+    The loader asks what is no tensor or collection of tensors for a method `pin_memory`, so that
+    the GPU copies the batch while it computes.
+
+    Attributes:
+        changes: of the colors of each image.
+        shown: (K,) int64, the prompts of the K semantic targets.
+        found: features of each image; None where none are cached.
     """
+
+    changes: list[Changes] = dataclasses.field(default_factory=list)
+    shown: Any = None
+    found: list[Found | None] = dataclasses.field(default_factory=list)
 
     def pin_memory(self) -> _Batch:
         """Return the batch in memory that is never swapped out."""
@@ -172,28 +210,58 @@ class _Batch(BatchedDatapoint):
         return pinned
 
 
+def to_device(batch: BatchedDatapoint, device: torch.device) -> BatchedDatapoint:
+    """Return a batch on the device where it is computed, made whole there: as `collate` makes it.
+
+    Bytes are a quarter of what the numbers would be, and many prompts are of nothing in the image.
+    """
+    batch = copy_data_to_device(batch, device, non_blocking=True)
+    if not isinstance(batch, _Batch):
+        return batch
+    batch.img_batch = to_numbers(batch.img_batch, batch.changes)  # (B, 3, R, R), -1..1
+    note_found(batch.img_batch, batch.found)
+    if batch.shown is not None:
+        target = batch.find_targets[0]
+        shown = target.semantic_segments  # (K, R, R) bool
+        every = shown.new_zeros(len(target.num_boxes), *shown.shape[1:])  # (P, R, R)
+        target.semantic_segments = every.index_copy_(0, batch.shown, shown)
+    return batch
+
+
 def _pin(part: Any) -> Any:
     if isinstance(part, torch.Tensor):
         return part.pin_memory()
     if isinstance(part, list):
         return [_pin(each) for each in part]
+    if isinstance(part, dict):
+        return {name: _pin(each) for name, each in part.items()}
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
         fields = dataclasses.fields(part)
         return type(part)(**{field.name: _pin(getattr(part, field.name)) for field in fields})
     return part
 
 
-def _workers_with_room(workers: int, config: Config, dataset: Dataset) -> int:
+def features_bytes(config: Config, stores: Sequence[Store]) -> int:
+    """Return the bytes that an image's features take on their way, at most."""
+    sizes = (config.model, teacher_size(config)) if stores else ()
+    return sum(image_bytes(size, stores[0].dtype) for size in sizes if size is not None)
+
+
+def _workers_with_room(workers: int, config: Config, dataset: Dataset, kept: int = 0) -> int:
     """Return how many workers find room in shared memory; fewer are said, as they are slower.
 
     A worker that fills it is killed by a bus error. Containers often have 64 MB of it.
+
+    Args:
+        kept: bytes of an image's cached features.
     """
     if not workers or not SHARED_MEMORY.is_dir():
         return workers
     counts = Counter(annotation.image_id for annotation in dataset.annotations)
-    prompts = min(config.dataset.max_prompts, len(dataset.categories) + config.dataset.negatives)
-    maps = prompts + max(counts.values(), default=0)  # a byte a pixel each
-    image = config.model.resolution**2 * (3 * torch.float32.itemsize + maps)
+    objects = max(counts.values(), default=0)
+    prompts = min(config.dataset.max_prompts, len(dataset.categories), objects)  # with an object
+    maps = len("RGB") + prompts + objects  # a byte a pixel each
+    image = config.model.resolution**2 * maps + kept
     share = shutil.disk_usage(SHARED_MEMORY).free // config.training.num_gpus
     room = share // (config.training.batch_size * image) // (PREFETCHED + 1)
     if room < workers:

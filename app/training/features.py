@@ -9,28 +9,28 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from sam3.model.sam3_image import Sam3Image
 from torch import Tensor, nn
 
-from app.config.schema import Config, ModelConfig, Resume
+from app.config.schema import Config, Resume
 from app.datasets import sources
 from app.datasets.build import Splits
 from app.errors import UserError
-from app.files import atomic_path, nearest_existing
+from app.files import nearest_existing
 from app.model.device import choose_device, choose_precision
 from app.training import checkpoints
+from app.training.store import Store, as_bytes, found_for, image_bytes
 from app.training.teacher import teacher_size
 
 log = logging.getLogger("app")
 FOLDER = sources.DATA / "features"
 ENCODERS = {"vision": "backbone.vision_backbone.trunk", "text": "backbone.language_backbone"}
+PROMPTS = 512  # whose features stay in memory: 84 MB for sam3
 VIEWS = 4  # augmented views of each image, where features are cached and no number was given
 
 
@@ -114,54 +114,6 @@ def cache_bytes(config: Config, splits: Splits, model: Sam3Image, precision: tor
     return total
 
 
-class Store:
-    """Keep tensors by key, each in a file of its own, written whole or not at all.
-
-    Args:
-        folder: made where it is missing.
-        dtype: that features are kept in; bfloat16 halves them.
-    """
-
-    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self.folder, self.dtype = folder, dtype
-        self._is_full = False
-
-    def read(self, key: str) -> dict[str, Tensor] | None:
-        """Return what was written under the key, floating values in float32; None without."""
-        try:
-            tensors = load_file(self._file(key))
-        except (OSError, SafetensorError):
-            return None
-        return _in_float32(tensors)
-
-    def write(self, key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Keep tensors under a key; return them as `read` will.
-
-        On a full disk they are not kept, and are computed again when they are asked for.
-        """
-        stored = {
-            name: (value.to(self.dtype) if value.is_floating_point() else value).cpu().contiguous()
-            for name, value in tensors.items()
-        }
-        file = self._file(key)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_path(file) as temporary:
-                save_file(stored, temporary)
-        except (OSError, SafetensorError) as error:
-            if not self._is_full:
-                log.warning("note: features are no longer cached in %s (%s)", self.folder, error)
-            self._is_full = True
-        return _in_float32(stored)
-
-    def _file(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
-
-
-def _in_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: v.float() if v.is_floating_point() else v for n, v in tensors.items()}
-
-
 def frozen_encoders(model: Sam3Image) -> list[str]:
     """Return those of `ENCODERS` that are frozen."""
     return [
@@ -173,12 +125,6 @@ def frozen_encoders(model: Sam3Image) -> list[str]:
 
 def _part(model: Sam3Image, name: str) -> nn.Module:
     return model.get_submodule(ENCODERS[name])
-
-
-def image_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Return the bytes on disk of one image's features: 10.6 MB for sam3 in bfloat16."""
-    side = config.resolution // config.vision.patch_size
-    return int(side * side * config.vision.embed_dim * dtype.itemsize)
 
 
 def check_space(folder: Path, needed: int, *, beside: int = 0) -> None:
@@ -202,7 +148,7 @@ def check_space(folder: Path, needed: int, *, beside: int = 0) -> None:
 
 def cache_encoders(
     model: Sam3Image, encoders: Collection[str], folder: Path, dtype: torch.dtype
-) -> None:
+) -> list[Store]:
     """Let encoders of `model` return features from disk where the same input came before.
 
     A key is the hash of an encoder's weights and of its whole input, in a folder of the precision,
@@ -213,12 +159,34 @@ def cache_encoders(
 
     Args:
         encoders: frozen ones of `ENCODERS`.
+
+    Returns:
+        The stores of images' features, for `Batches` to read.
     """
+    images = []
+    ways: dict[str, Callable[[nn.Module, Store], None]]
     ways = {"vision": _cache_trunk, "text": _cache_text}
     for name in encoders:
         part = _part(model, name)
         precision = str(dtype).removeprefix("torch.")
-        ways[name](part, Store(folder / f"{_digest(part)}-{precision}", dtype))
+        store = Store(folder / f"{_digest(part)}-{precision}", dtype)
+        ways[name](part, store)
+        images += [store] * (name == "vision")
+    return images
+
+
+def cache_prompts(model: Sam3Image, encoders: Collection[str]) -> None:
+    """Keep what a frozen text encoder makes of each prompt, as it is, in the device's memory.
+
+    Every step asks the same prompts or many of them, and each new one costs 600 operations at full
+    size. Where features are cached on disk, `cache_encoders` has done so already.
+
+    Args:
+        encoders: frozen ones of `ENCODERS`.
+    """
+    text = _part(model, "text")
+    if "text" in encoders and "forward" not in vars(text):
+        _cache_text(text)
 
 
 def _cache_trunk(trunk: nn.Module, store: Store) -> None:
@@ -226,37 +194,56 @@ def _cache_trunk(trunk: nn.Module, store: Store) -> None:
 
     def forward(pixels: Tensor) -> list[Tensor]:
         """Map (B, 3, R, R) to [(B, d, g, g)], the last block's output: all that the neck reads."""
-        keys = [hashlib.sha256(_bytes(image)).hexdigest() for image in pixels]
-        stored = [store.read(key) for key in keys]
+        found = found_for(pixels)
+        stored = [
+            each.features[store.name] if store.name in each.features else store.load(each.key)
+            for each in found
+        ]
         missing = [index for index, features in enumerate(stored) if features is None]
         if missing:
             with torch.no_grad():
                 computed = compute(pixels[missing])[-1]
             for index, features in zip(missing, computed, strict=True):
-                stored[index] = store.write(keys[index], {"features": features})
-        return [_stack(stored, "features").to(pixels.device)]
+                stored[index] = store.write(found[index].key, {"features": features})
+        maps = [features["features"] for features in stored if features is not None]  # (d, g, g)
+        return [torch.stack([each.to(pixels.device).float() for each in maps])]
 
     trunk.forward = forward
 
 
-def _cache_text(text: nn.Module, store: Store) -> None:
+def _cache_text(text: nn.Module, store: Store | None = None) -> None:
+    """Let a text encoder return the features of then where a prompt comes again.
+
+    Each prompt is encoded by itself: among others it may be rounded otherwise, and a run that is
+    resumed meets other ones beside it.
+    """
     compute, cached = text.forward, dict[str, dict[str, Tensor]]()
     names = ("mask", "memory", "embeds")
     batch_axis = (0, 1, 1)
 
+    def encode(caption: str, device: Any) -> dict[str, Tensor]:
+        key = hashlib.sha256(caption.encode()).hexdigest()
+        outputs = None if store is None else store.read(key)
+        if outputs is None:
+            with torch.no_grad():
+                computed = compute([caption], device=device)
+            outputs = dict(zip(names, computed, strict=True))
+            if store is not None:
+                outputs = store.write(key, outputs)
+        return {name: value.to(device) for name, value in outputs.items()}
+
     def forward(
-        captions: Sequence[str], input_boxes: Any = None, device: Any = None
+        captions: Sequence[str],
+        input_boxes: Any = None,  # noqa: ARG001
+        device: Any = None,
     ) -> tuple[Tensor, ...]:
         """Map N captions to padding (N, L), features (L, N, d) and embeddings (L, N, w)."""
-        for caption in dict.fromkeys(captions):
+        unseen = [caption for caption in dict.fromkeys(captions) if caption not in cached]
+        if len(cached) + len(unseen) > PROMPTS:
+            cached.clear()
+        for caption in captions:
             if caption not in cached:
-                key = hashlib.sha256(caption.encode()).hexdigest()
-                outputs = store.read(key)
-                if outputs is None:
-                    with torch.no_grad():
-                        computed = compute([caption], input_boxes, device=device)
-                    outputs = store.write(key, dict(zip(names, computed, strict=True)))
-                cached[caption] = {name: value.to(device) for name, value in outputs.items()}
+                cached[caption] = encode(caption, device)
         return tuple(
             torch.cat([cached[caption][name] for caption in captions], dim=axis)
             for name, axis in zip(names, batch_axis, strict=True)
@@ -265,18 +252,10 @@ def _cache_text(text: nn.Module, store: Store) -> None:
     text.forward = forward
 
 
-def _stack(stored: Sequence[dict[str, Tensor] | None], name: str) -> Tensor:
-    return torch.stack([features[name] for features in stored if features is not None])
-
-
 def _digest(part: nn.Module) -> str:
     """Return the hash of the names, shapes and values of weights and buffers."""
     total = hashlib.sha256(str(part).encode())
     for name, value in part.state_dict().items():
         total.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        total.update(_bytes(value))
+        total.update(as_bytes(value))
     return total.hexdigest()[:32]
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().tobytes()

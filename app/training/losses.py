@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from app.model.device import autocast
 from app.training.collective import raise_on_all_ranks, scale_to_global_counts
+from app.training.store import Store
 
 PARTS = (  # of upstream's losses: those that are recorded
     *("loss_bbox", "loss_giou", "loss_ce", "presence_loss", "loss_mask", "loss_dice"),
@@ -26,10 +28,12 @@ class Losses(Protocol):
     Attributes:
         criterion: upstream's Sam3LossWrapper.
         precision: float32, or the half to multiply in.
+        stores: of a teacher's features of images.
     """
 
     criterion: Any
     precision: torch.dtype
+    stores: Sequence[Store]
 
     def wrap(self, model: Sam3Image) -> nn.Module:
         """Return the module to call in training: the model, or one that returns more of it."""
@@ -57,6 +61,7 @@ class LabelLosses:
     def __init__(self, criterion: nn.Module, precision: torch.dtype) -> None:
         self.criterion: Any = criterion
         self.precision = precision
+        self.stores: Sequence[Store] = ()
 
     def wrap(self, model: Sam3Image) -> nn.Module:
         """Return the model itself."""

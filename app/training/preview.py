@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 from sam3.train.data.sam3_image_dataset import Datapoint
 from torchvision.transforms.v2.functional import to_pil_image
 
+from app.datasets.augment import changes_of, to_numbers
 from app.datasets.overlay import color_of, draw_objects, titled
 from app.datasets.queries import QueryDataset
 from app.errors import UserError
@@ -45,14 +46,13 @@ def draw(item: Datapoint) -> Image.Image:
     """Draw the prompts of one image with the objects that answer them; name those without one.
 
     Args:
-        item: after the transforms: pixels (3, R, R) in -1..1, boxes (1, 4) cxcywh in 0..1.
+        item: after the transforms: pixels (3, R, R) uint8, boxes (1, 4) cxcywh in 0..1.
     """
     given = item.images[0]
     side = given.data.shape[-1]
     side *= -(-SIDE // side)  # whole times as large
-    image = to_pil_image(given.data.float() / 2 + 0.5).resize(
-        (side, side), Image.Resampling.NEAREST
-    )
+    [pixels] = to_numbers(given.data[None], [changes_of(given)])
+    image = to_pil_image(pixels / 2 + 0.5).resize((side, side), Image.Resampling.NEAREST)
     boxes, masks, labels, colors = [], [], [], []
     for index, query in enumerate(item.find_queries):
         for answer in query.object_ids_output:

@@ -109,8 +109,9 @@ def train(
         log.info("nothing was saved yet in %s: from the beginning", folder)
     set_seed(config.seed)
     model = load_model(config, splits, pretrained_path, checkpoint, device, precision)
-    encoders = features.cached_encoders(config, model)
-    features.cache_encoders(model, encoders, features.FOLDER, precision)
+    frozen, encoders = features.frozen_encoders(model), features.cached_encoders(config, model)
+    stores = features.cache_encoders(model, encoders, features.FOLDER, precision)
+    features.cache_prompts(model, frozen)
     if encoders and is_main:
         log.info("features of the frozen %s: cached in %s", " and ".join(encoders), features.FOLDER)
 
@@ -118,7 +119,7 @@ def train(
     labels = LabelLosses(instantiate(config.loss.criterion, _convert_="all"), precision)
     losses: Losses = labels if teach is None else teach(config, model, splits, labels)
     data = query_dataset(config, splits.train)
-    batches = Batches(config, data, accelerator)
+    batches = Batches(config, data, accelerator, [*stores, *losses.stores])
     # Pretrained weights move at a tenth of the rate; adapters, like random weights, begin at zero.
     moves_pretrained = pretrained_path is not None and config.method.lora is None
     lr_scale = config.optim.lr_scale or (0.1 if moves_pretrained else 1.0)
@@ -175,7 +176,8 @@ def train(
     accelerator.free_memory()
     gc.collect()
     accelerator.wait_for_everyone()
-    scored = score_best(config, splits.valid, precision, device, encoders, ranks_of(accelerator))
+    ranks = ranks_of(accelerator)
+    scored = score_best(config, splits.valid, precision, device, ranks, frozen, encoders)
     if is_main:
         check_reloaded(scored.figures, state, config, device)
         with checkpoints.disk_errors(folder):
@@ -287,16 +289,19 @@ def score_best(
     valid: Dataset,
     precision: torch.dtype,
     device: torch.device,
-    encoders: list[str],
     ranks: Ranks,
+    frozen: list[str],
+    encoders: list[str],
 ) -> Validation:
     """Reload the best weights, as a user would, and score them.
 
     Args:
-        encoders: whose features are cached.
+        frozen: encoders that were not trained.
+        encoders: those whose features are cached on disk.
     """
     best, header = weights.load(Path(config.output_dir) / "weights" / "best")
     features.cache_encoders(best, encoders, features.FOLDER, precision)
+    features.cache_prompts(best, frozen)
     predictor = Predictor(best.to(device), header.model, precision)
     return score_dataset(predictor, valid, config, "best weights, reloaded", ranks=ranks)
 

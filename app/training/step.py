@@ -14,12 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from sam3.model.data_misc import BatchedDatapoint
 from sam3.model.sam3_image import Sam3Image
-from sam3.model.utils.misc import copy_data_to_device
 from torch import Tensor
 
 from app.config.schema import Config
 from app.model.halves import convert_by_layer, hold_frozen
-from app.training.batches import Batches
+from app.training.batches import Batches, to_device
 from app.training.ema import EMA
 from app.training.losses import Losses
 from app.training.method import set_training
@@ -164,7 +163,7 @@ class Step:
             watched: raise at the first module whose output is not finite. DDP, which would wait
                 for the other ranks, is left out.
         """
-        batch = copy_data_to_device(batch, self.accelerator.device, non_blocking=True)
+        batch = to_device(batch, self.accelerator.device)
         model = self.accelerator.unwrap_model(self.model) if watched else self.model
         with finite_outputs(self.module, enabled=watched or self.config.training.check_finite):
             return self.losses(model, batch, epoch)

@@ -15,9 +15,10 @@ from PIL import Image as PILImage
 from sam3.train.data.sam3_image_dataset import Datapoint, Object
 from sam3.train.data.sam3_image_dataset import Image as DatapointImage
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from app.config.compose import load_config
-from app.datasets.augment import Augment, Recolor
+from app.datasets.augment import Augment, Recolor, changes_of, to_numbers
 from app.datasets.build import load_splits
 from app.datasets.queries import QueryDataset, ToSquare, collate
 
@@ -142,16 +143,24 @@ def test_nothing_is_touched_without_a_change() -> None:
 
 
 def test_colour_changes_pixels_and_nothing_else() -> None:
-    torch.manual_seed(0)
+    """As torchvision's own jitter does to the bit, where the bytes have become numbers."""
     plain, datapoint = (ToSquare(30)(_datapoint(30, 30, (5, 5, 20, 20), mask=True)) for _ in "ab")
+    torch.manual_seed(0)
     recolored = Recolor(0.5)(datapoint).images[0]
     assert torch.equal(recolored.objects[0].bbox, plain.images[0].objects[0].bbox)
     assert torch.equal(recolored.objects[0].segment, plain.images[0].objects[0].segment)
     pixels = plain.images[0].data
-    assert recolored.data.shape == pixels.shape
-    assert 0 <= recolored.data.min() <= recolored.data.max() <= 1
-    assert (recolored.data - pixels).abs().mean() > 0.02
+    assert torch.equal(recolored.data, pixels)
+    before, after = to_numbers(torch.stack([pixels] * 2), [(), changes_of(recolored)])
+    assert after.shape == pixels.shape
+    assert -1 <= after.min() <= after.max() <= 1
+    assert (after - before).abs().mean() > 0.04
+    torch.manual_seed(0)
+    jitter = v2.ColorJitter(0.5, 0.5, 0.5, 0.1)
+    expected = jitter(v2.functional.to_dtype(pixels, torch.float32, scale=True))
+    assert torch.equal(after, v2.functional.normalize(expected, [0.5] * 3, [0.5] * 3))
     assert Recolor(0.0)(plain).images[0].data is pixels
+    assert not changes_of(plain.images[0])
 
 
 @pytest.mark.parametrize("name", ["none", "light", "strong"])

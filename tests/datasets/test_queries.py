@@ -13,6 +13,7 @@ from pycocotools import mask as mask_utils
 from torchvision.transforms import v2
 
 from app.config.compose import load_config
+from app.datasets.augment import to_numbers
 from app.datasets.build import load_splits
 from app.datasets.coco import Annotation, Category, Dataset
 from app.datasets.coco import Image as ImageRecord
@@ -215,7 +216,8 @@ def test_training_sees_what_prediction_sees(dataset: Dataset) -> None:
     record = dataset.images[0]
     trained = QueryDataset(dataset, _transforms(), seed=0)[0].images[0].data
     image = open_image(record.path)
-    assert torch.equal(trained, normalise(to_square(image, 64))[0])
+    assert trained.dtype == torch.uint8
+    assert torch.equal(to_numbers(trained[None], [()]), normalise(to_square(image, 64)))
     upstream = v2.Compose(
         [v2.ToImage(), v2.ToDtype(torch.uint8, scale=True), v2.Resize(size=(64, 64))]
     )

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from PIL import Image
-from sam3.model.utils.misc import copy_data_to_device
 
 from app.__main__ import main
 from app.compression.importance import Measure
@@ -29,8 +28,8 @@ from app.model.build import build_model
 from app.model.device import choose_precision, free_memory
 from app.model.halves import hold_all
 from app.planning.plan import CUDA_CONTEXT, Planner
-from app.training import method
-from app.training.batches import Batches, query_dataset
+from app.training import features, method
+from app.training.batches import Batches, query_dataset, to_device
 from app.training.losses import LabelLosses
 from app.training.prepare import Prepared, Request
 from app.training.random_state import random_state, restore_random_state
@@ -51,10 +50,28 @@ def command(*words: str) -> None:
 
 
 def update(dataset: str, size: str, *overrides: str) -> dict[str, Any]:
-    """Return what the host does in an update of the heaviest batch, as `_operations` does."""
+    """Return what the host does in an update of the run's heaviest batch, as `_operations` does."""
     config, splits = _run(dataset, size, overrides)
-    step, batch = _step(config, splits), _planner(config, splits).heaviest_batch(config)
-    return _operations(lambda: step([batch], 0))
+    step = _step(config, splits)
+    batches = Batches(config, query_dataset(config, splits.train), step.accelerator)
+    loaded = (batch for [batch] in batches.epoch(0))
+    heaviest = max(loaded, key=lambda batch: int(batch.find_targets[0].num_boxes.sum()))
+    return _operations(lambda: step([heaviest], 0))
+
+
+def update_from_cached_features(dataset: str, *overrides: str) -> dict[str, int]:
+    """Return what the host does in an update of nano's head, with the trunk's features on disk."""
+    config, splits = _run(dataset, "nano", ["method=head", "dataset.views=1", *overrides])
+    step = _step(config, splits)
+    stores = features.cache_encoders(step.module, ["vision"], Path("features"), torch.float32)
+    data = query_dataset(config, splits.train)
+    batches = Batches(config, data, step.accelerator, stores)
+    for batch in batches.epoch(0):
+        step(batch, 0)
+    last = list(batches.epoch(0))[-1]
+    before = _counts()
+    step(last, 0)
+    return _since(before)
 
 
 def memory(runs: Sequence[tuple[str, str, list[str]]]) -> list[dict[str, float]]:
@@ -109,7 +126,7 @@ def copies_of_a_batch(dataset: str, *overrides: str) -> dict[str, int]:
     data = query_dataset(config, splits.train)
     [batch], *_ = Batches(config, data, build_accelerator(CUDA)).epoch(0)
     before = _counts()
-    copy_data_to_device(batch, CUDA, non_blocking=True)
+    to_device(batch, CUDA)
     return _since(before)
 
 
@@ -152,6 +169,7 @@ def _step(config: Config, splits: Splits) -> Step:
     # Not built on the GPU, from which upstream would read the rates of stochastic depth back.
     model = method.on_meta(config, pretrained=True).to_empty(device=CUDA)
     model.matcher = instantiate(config.loss.matcher)
+    features.cache_prompts(model, features.frozen_encoders(model))
     precision = choose_precision(config.training.precision, CUDA, config.model)
     losses = LabelLosses(instantiate(config.loss.criterion, _convert_="all"), precision)
     batches = Batches(config, query_dataset(config, splits.train), accelerator)

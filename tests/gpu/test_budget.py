@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.gpu.null_gpu import NullGpu
+from tests.helpers import MICRO
 
 LAUNCHES = {1: 11_510, 4: 11_620}  # of an update with 4 prompts an image, by the batch: 5,000
-WAITS = 52  # of the host in an update: 50
-PREDICTION = {"launches": 1_600, "waits": 3}  # with 1 prompt: 1,200 and 4
+OF_20_PROMPTS = 15_400  # of an update of one image
+WAITS = 49  # of the host in an update
+PREDICTION = {"launches": 1_600, "waits": 2}  # with 1 prompt: 1,200
 
 
 @pytest.mark.slow
@@ -29,7 +31,22 @@ def test_an_update(null_gpu: NullGpu, shapes: Path, batch: int) -> None:
 
 
 @pytest.mark.slow
+def test_an_update_of_many_prompts(null_gpu: NullGpu, many_classes: Path) -> None:
+    done = null_gpu.probe("update", str(many_classes), "sam3", "training.batch_size=1")
+    assert done["launches"] <= OF_20_PROMPTS
+    assert done["waits"] <= WAITS, done["places"]
+
+
+@pytest.mark.slow
 def test_a_prediction(null_gpu: NullGpu) -> None:
     done = null_gpu.probe("prediction", "sam3", 1)
     assert done["launches"] <= PREDICTION["launches"]
     assert done["waits"] <= PREDICTION["waits"], done["places"]
+
+
+def test_cached_features_come_with_the_batch(null_gpu: NullGpu, shapes: Path) -> None:
+    """Pinned: the host waits for nothing else than where they are computed."""
+    computed = null_gpu.probe("update", str(shapes), "nano", "method=head", *MICRO)
+    cached = null_gpu.probe("update_from_cached_features", str(shapes), *MICRO)
+    assert cached["waits"] <= computed["waits"]
+    assert sum(cached[name] for name in ("launches", "products", "fills")) < computed["launches"]

@@ -14,8 +14,11 @@ TOO_OLD = {"error": 35, "driver": 12040}  # cudaErrorInsufficientDriver; it is f
 
 
 def test_batches_are_pinned(null_gpu: NullGpu, shapes: Path) -> None:
-    """The host goes on while a batch is copied, which it cannot from memory that is pageable."""
-    copies = null_gpu.probe("copies_of_a_batch", str(shapes), *MICRO)
+    """The host goes on while a batch is copied, which it cannot from memory that is pageable.
+
+    Colors apart, of which torchvision changes the hue by a table of 144 bytes, without a wait.
+    """
+    copies = null_gpu.probe("copies_of_a_batch", str(shapes), "transforms=none", *MICRO)
     assert copies["from_pageable"] == 0
     assert copies["from_pinned"] >= 10
 

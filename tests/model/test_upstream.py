@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sklearn.metrics
@@ -24,7 +25,7 @@ from app.config.compose import load_model_config
 from app.errors import UserError
 from app.model.build import build_model
 from app.model.upstream import fixes, pin
-from tests.helpers import REPOSITORY
+from tests.helpers import MICRO, REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +203,32 @@ def test_nothing_is_scripted_where_torch_came_first() -> None:
         env=environment,
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("image_ids", [[0], [0, 0, 0], [0, 0, 1, 1, 1]])
+def test_the_first_attention_sees_an_image_once(image_ids: list[int]) -> None:
+    """As upstream's, of an image for each prompt: to the bit but for what many rows round."""
+    torch.manual_seed(0)
+    size = load_model_config("nano", [*MICRO, "model.encoder_layers=2"])
+    model = build_model(size).eval()
+    images, rows = 1 + image_ids[-1], []
+    encoder = model.transformer.encoder
+    for layer in encoder.layers:
+        layer.self_attn.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    features = torch.randn(images, 16, 4, 4, requires_grad=True)
+    seen = {"backbone_fpn": [features], "vision_pos_enc": [torch.randn(images, 16, 4, 4)]}
+    prompt = torch.randn(3, len(image_ids), 16)
+    mask = torch.zeros(len(image_ids), 3, dtype=torch.bool)
+    asked = SimpleNamespace(img_ids=torch.tensor(image_ids))
+    run, answers = type(model)._run_encoder, []
+    for way in (run, run.__wrapped__):
+        answer = way(model, seen, asked, prompt, mask)[1]["encoder_hidden_states"]
+        answer.square().sum().backward()
+        answers.append((answer, features.grad))
+        features.grad = None
+    torch.testing.assert_close(*answers)
+    assert len(image_ids) > 1 or torch.equal(answers[0][0], answers[1][0])
+    assert rows == [images, len(image_ids), len(image_ids), len(image_ids)]
 
 
 def test_the_decoder_knows_the_feature_size_without_asking_the_device() -> None:

@@ -117,7 +117,7 @@ def test_dropout_costs_cuda_no_scores(shapes: Path) -> None:
     assert bytes_of[0.1, CPU] > 1.5 * bytes_of[0.1, CUDA]
 
 
-def test_the_mask_head_is_made_anew_one_prompt_at_a_time(
+def test_the_mask_head_is_made_anew_few_prompts_at_a_time(
     shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same losses and gradients as all at once, in less memory the more prompts there are."""
@@ -126,9 +126,9 @@ def test_the_mask_head_is_made_anew_one_prompt_at_a_time(
     data = query_dataset(config, load_splits(shapes).train)
     batch = collate([data[index] for index in range(3)])
     build_accelerator(torch.device("cpu"))
-    found, together = [], fixes._one_prompt_at_a_time
+    found, together = [], fixes._few_prompts_at_a_time
     for way in (together, lambda head, **inputs: head(**inputs)):
-        monkeypatch.setattr(fixes, "_one_prompt_at_a_time", way)
+        monkeypatch.setattr(fixes, "_few_prompts_at_a_time", way)
         torch.manual_seed(0)
         model = build_model(config.model, matcher=instantiate(config.loss.matcher))
         criterion = instantiate(config.loss.criterion, _convert_="all")

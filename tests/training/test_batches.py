@@ -11,10 +11,17 @@ import torch
 
 from app.config.compose import load_config
 from app.datasets.build import load_splits
+from app.datasets.queries import collate
 from app.errors import UserError
 from app.training import batches
-from app.training.batches import CUDA_WORKERS, Batches, EpochSampler
-from tests.helpers import log_lines
+from app.training.batches import (
+    CUDA_WORKERS,
+    Batches,
+    EpochSampler,
+    query_dataset,
+    to_device,
+)
+from tests.helpers import TINY, log_lines
 from tests.training.updates import tiny_updates
 
 
@@ -55,11 +62,11 @@ def test_a_gpus_workers_are_no_more_than_the_cores(shapes: Path, monkeypatch) ->
         assert loader.num_workers == number
 
 
-@pytest.mark.parametrize(("megabytes", "number"), [(40, 0), (150, 2), (8000, 4)])
+@pytest.mark.parametrize(("megabytes", "number"), [(20, 0), (80, 2), (8000, 4)])
 def test_workers_find_room_in_shared_memory(
     shapes: Path, monkeypatch, megabytes: int, number: int
 ) -> None:
-    """At 1008 px an image with four prompts and five objects takes 21 MB of it."""
+    """At 1008 px an image with three classes and five objects takes 11 MB of it."""
     config = load_config(["model.resolution=1008", "training.batch_size=1"])
     dataset = load_splits(shapes).train
     free = SimpleNamespace(free=megabytes * 10**6)
@@ -68,6 +75,27 @@ def test_workers_find_room_in_shared_memory(
     assert batches._workers_with_room(4, config, dataset) == number
     assert ["/dev/shm has room for" in line for line in lines] == [True] * (number < 4)
     assert batches._workers_with_room(0, config, dataset) == 0
+
+
+@pytest.mark.parametrize("transforms", ["none", "strong"])
+def test_bytes_become_the_batch_on_the_device(shapes: Path, transforms: str) -> None:
+    """To the bit; and what is empty does not travel."""
+    config = load_config([*TINY, f"transforms={transforms}", "dataset.negatives=2"])
+    data = query_dataset(config, load_splits(shapes).train)
+    whole = collate([data[(0, index)] for index in range(4)])
+    items = batches._Items(data, ())
+    sent = batches._collate([items[(0, index)] for index in range(4)])
+    assert sent.img_batch.dtype == torch.uint8
+    semantic = whole.find_targets[0].semantic_segments
+    shown = semantic.flatten(1).any(dim=1)
+    assert 0 < shown.sum() < len(shown)
+    assert len(sent.find_targets[0].semantic_segments) == shown.sum()
+    for _ in range(2):  # what was sent stays as it is
+        made = to_device(sent, torch.device("cpu"))
+        assert torch.equal(made.img_batch, whole.img_batch)
+        assert torch.equal(made.find_targets[0].semantic_segments, semantic)
+        assert torch.equal(made.find_targets[0].segments, whole.find_targets[0].segments)
+    assert to_device(whole, torch.device("cpu")).img_batch is whole.img_batch
 
 
 def test_the_sampler_goes_on_from_a_position() -> None:

@@ -10,14 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from app.compression.distillation import Teacher
 from app.config.compose import load_config, load_model_config
 from app.datasets.build import load_splits
 from app.errors import UserError
 from app.model.build import build_model
-from app.training import checkpoints, features
-from app.training.batches import query_dataset
-from app.training.features import Store, cache_encoders, check_space, image_bytes
-from tests.helpers import TINY, Command
+from app.training import checkpoints, features, store
+from app.training.batches import Batches, query_dataset, to_device
+from app.training.features import (
+    Store,
+    cache_encoders,
+    cache_prompts,
+    check_space,
+    image_bytes,
+)
+from app.training.step import build_accelerator
+from tests.helpers import MICRO, TINY, Command
 
 NANO = load_model_config("nano", TINY)
 
@@ -52,6 +60,40 @@ def test_an_encoder_is_asked_once_for_each_input(tmp_path: Path) -> None:
     assert asked == [3, 1, 1]
     trunk(torch.cat([pixels[:1], pixels[:1] + 1e-3]))
     assert asked == [3, 1, 1, 1]  # only what differs
+
+
+def test_a_frozen_text_encoder_is_asked_once_for_each_prompt(monkeypatch) -> None:
+    """Beside whatever prompts, and first in a validation; what it answers can be learned from."""
+    model = _model()
+    text = model.backbone.language_backbone
+    plain = text(["circle", "dog", "cat"], device="cpu")
+    asked, compute = [], text.forward
+    text.forward = lambda words, *a, **k: asked.extend(words) or compute(words, *a, **k)
+    cache_prompts(model, [])  # of an encoder that learns
+    text(["circle"], device="cpu")
+    text(["circle"], device="cpu")
+    assert asked == ["circle", "circle"]
+    del asked[:], text.forward
+    monkeypatch.setattr(
+        type(text), "forward", lambda _, w, *a, **k: asked.extend(w) or compute(w, *a, **k)
+    )
+    cache_prompts(model, ["vision", "text"])
+    cache_prompts(model, ["text"])  # as of a teacher that shares it
+    with torch.inference_mode():
+        text(["dog", "circle"], device="cpu")
+    weight = torch.ones(1, requires_grad=True)
+    for words in (["circle", "dog", "cat"], ["cat", "dog", "circle"], ["dog"]):
+        places = [["circle", "dog", "cat"].index(word) for word in words]
+        mask, *others = text(words, device="cpu")
+        assert torch.equal(mask, plain[0][places])
+        for ours, theirs in zip(others, plain[1:], strict=True):
+            torch.testing.assert_close(ours, theirs[:, places], rtol=0, atol=1e-6)
+        (others[0] * weight).sum().backward()
+    assert asked == ["dog", "circle", "cat"]
+    monkeypatch.setattr(features, "PROMPTS", 3)
+    text(["bird"], device="cpu")
+    text(["cat"], device="cpu")
+    assert asked == ["dog", "circle", "cat", "bird", "cat"]
 
 
 def test_other_weights_are_kept_apart(tmp_path: Path) -> None:
@@ -92,6 +134,47 @@ def test_another_precision_reads_none_of_it(shapes: Path, tmp_path: Path) -> Non
     rounded, kept = (model.backbone.vision_backbone.trunk(pixels)[-1] for model in models)
     assert torch.equal(rounded, exact.bfloat16().float())
     assert torch.equal(kept, exact)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_features_come_with_the_images_that_have_them(
+    workers: int, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a teacher with more pixels as well; no pixel is looked at for them."""
+    config = load_config(
+        [*MICRO, "transforms=strong", "dataset.views=2", f"training.num_workers={workers}"]
+    )
+    large = load_model_config("nano", [*MICRO, "model.resolution=128"])
+    model, teacher = build_model(config.model).eval(), Teacher(build_model(large), large)
+    trunks = [each.backbone.vision_backbone.trunk for each in (model, teacher.model)]
+    asked, stores = [], []
+    for trunk, each in zip(trunks, (model, teacher.model), strict=True):
+        compute = trunk.forward
+        trunk.forward = lambda x, compute=compute: asked.append(len(x)) or compute(x)
+        stores += cache_encoders(each, ["vision"], tmp_path, torch.bfloat16)
+    cpu = torch.device("cpu")
+    data = query_dataset(config, load_splits(shapes).train)
+    batches = Batches(config, data, build_accelerator(cpu), stores)
+    answers, answers_by_view = [], {}
+    for epoch in range(4):
+        groups = list(batches.epoch(epoch))
+        if epoch >= 2:
+            monkeypatch.setattr(store, "_key", None)
+        for [sent] in groups:
+            batch = to_device(sent, cpu)
+            ours = trunks[0](batch.img_batch)[-1]
+            theirs = teacher.forward_features(batch, [], "trunk")[1].trunk
+            of_image = batch.find_inputs[0].img_ids
+            ids = batch.find_metadatas[0].original_image_id
+            for index, maps in enumerate(zip(ours, theirs, strict=True)):
+                image = ids[of_image == index][0].item()
+                answers.append(maps)
+                first = answers_by_view.setdefault((epoch % 2, image), maps)
+                assert all(map(torch.equal, first, maps))
+                assert {each.dtype for each in maps} == {torch.float32}
+        monkeypatch.undo()
+    assert len(answers) == 4 * len(answers_by_view) // 2 == 16
+    assert sum(asked) == 2 * len(answers_by_view)  # by two models
 
 
 def test_a_full_disk_only_takes_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

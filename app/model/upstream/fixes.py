@@ -14,6 +14,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+PARTS_OF_MASKS = 5  # in which the mask head is recomputed
+
 
 def building_on_meta() -> AbstractContextManager[None]:
     """Let a model be built on the meta device, and at once.
@@ -69,6 +71,7 @@ def apply_fixes() -> None:
         _mask_head_on_any_device,
         _text_attention_on_contiguous_tokens,
         _attention_on_contiguous_tokens,
+        _first_attention_once_an_image,
         _loss_normalisation_without_process_group,
         _mask_loss_without_objects,
         _adapted_attention_by_keyword,
@@ -196,9 +199,10 @@ def _decoder_feedforward_in_float32_on_any_device() -> None:
 def _box_prompts_without_cuda() -> None:
     """Encode box prompts without `pin_memory()`, which raises where there is no CUDA driver.
 
-    It is called in geometry_encoders.py:659. Goes when upstream makes the sizes on the boxes'
-    device.
+    It is called in geometry_encoders.py:659. The sizes stay numbers: the host would wait for them.
+    Goes when upstream makes them on the boxes' device.
     """
+    import torch
     from sam3.model.box_ops import box_cxcywh_to_xyxy
     from sam3.model.geometry_encoders import SequenceGeometryEncoder
     from torchvision.ops import roi_align
@@ -209,8 +213,9 @@ def _box_prompts_without_cuda() -> None:
         """Encode boxes (N, B, 4) cxcywh 0..1, labels (N, B), img_feats (B, C, H, W): (N, B, C)."""
         count, batch = boxes.shape[:2]
         height, width = img_feats.shape[-2:]
-        scale = boxes.new_tensor([width, height, width, height])
-        corners = (box_cxcywh_to_xyxy(boxes) * scale).float()  # (N, B, 4) xyxy, in features
+        x0, y0, x1, y1 = box_cxcywh_to_xyxy(boxes).unbind(-1)
+        in_features = [x0 * width, y0 * height, x1 * width, y1 * height]
+        corners = torch.stack(in_features, dim=-1).float()  # (N, B, 4) xyxy
         pooled = roi_align(
             img_feats.float(), list(corners.transpose(0, 1).unbind(0)), self.roi_size
         )  # (B * N, C, roi, roi)
@@ -227,15 +232,15 @@ def _box_prompts_without_cuda() -> None:
 
 
 def _activation_checkpointing_by_choice() -> None:
-    """Checkpoint activations where the configuration says so, and the mask head by prompt.
+    """Checkpoint activations where the configuration says so, and the mask head by a few prompts.
 
     encoder.py:440 and the decoder refuse to train without activation checkpointing. A small model
     has the memory and wants the speed: a module whose `checkpoint_activations` is False (set by
-    `model/build.py`) is run plainly. The mask head is recomputed for one prompt at a time, not for
-    all of a batch at once (sam3_image.py:389), because it holds maps a quarter as large as the
-    image for each prompt: a step's memory grew with them.
+    `model/build.py`) is run plainly. The mask head is recomputed for a part of the prompts at a
+    time, not for all of a batch at once (sam3_image.py:389), because it holds maps a quarter as
+    large as the image for each prompt: a step's memory grew with them.
 
-    Goes when upstream has a switch for each module, and checkpoints the mask head by prompt.
+    Goes when upstream has a switch for each module, and checkpoints the mask head by part.
     """
     from sam3.model import act_ckpt_utils, decoder, encoder, geometry_encoders, sam3_image
     from sam3.model.maskformer_segmentation import UniversalSegmentationHead
@@ -252,32 +257,38 @@ def _activation_checkpointing_by_choice() -> None:
 
             return plain
         if isinstance(module, UniversalSegmentationHead):
-            return functools.partial(_one_prompt_at_a_time, original(module))
+            return functools.partial(_few_prompts_at_a_time, original(module))
         return original(module)
 
     for user in (decoder, encoder, geometry_encoders, sam3_image):
         user.activation_ckpt_wrapper = wrapper
 
 
-def _one_prompt_at_a_time(head: Any, **inputs: Any) -> dict[str, Any]:
-    """Return the mask head's outputs for N prompts, with each prompt checkpointed by itself."""
+def _few_prompts_at_a_time(head: Any, **inputs: Any) -> dict[str, Any]:
+    """Return the mask head's outputs for N prompts, a fifth of which are checkpointed at a time.
+
+    What so many hold is less than what DETR holds of all of them, so that a step takes no more
+    memory than with one at a time, and launches as little for 20 prompts as for 5.
+    """
     import torch
 
     if not inputs["act_ckpt_enable"]:
         return dict(head(**inputs))
 
-    def of_prompt(index: int) -> dict[str, Any]:
-        one = slice(index, index + 1)
+    count = inputs["encoder_hidden_states"].shape[1]
+    few = max(1, count // PARTS_OF_MASKS)
+
+    def of_prompts(first: int) -> dict[str, Any]:
+        part = slice(first, first + few)
         second = ("obj_queries", "encoder_hidden_states", "prompt")  # axis of the prompts
-        first = ("image_ids", "prompt_mask")
+        leading = ("image_ids", "prompt_mask")
         return (
             inputs
-            | {key: inputs[key][:, one] for key in second}
-            | {key: inputs[key][one] for key in first}
+            | {key: inputs[key][:, part] for key in second}
+            | {key: inputs[key][part] for key in leading}
         )
 
-    count = inputs["encoder_hidden_states"].shape[1]
-    outputs = [head(**of_prompt(index)) for index in range(count)]
+    outputs = [head(**of_prompts(index)) for index in range(0, count, few)]
     return {
         key: None if value is None else torch.cat([each[key] for each in outputs])
         for key, value in outputs[0].items()
@@ -355,6 +366,87 @@ def _attention_on_contiguous_tokens() -> None:
         return tokens_first(result[0]), None
 
     MultiheadAttentionWrapper.forward = forward
+
+
+def _first_attention_once_an_image() -> None:
+    """Let DETR's encoder attend from image to image once, before it meets the first prompt.
+
+    sam3_image.py:234 repeats an image for each of its prompts, of which the first self-attention
+    knows nothing yet: with 20 prompts it came to the same 20 times. What dropout takes of its
+    scores is therefore the same for an image's prompts; what it takes of its output is not.
+
+    Goes when upstream repeats images behind it.
+    """
+    from sam3.model.encoder import TransformerEncoderLayer
+    from sam3.model.sam3_image import Sam3Image
+
+    run_encoder, original = Sam3Image._run_encoder, TransformerEncoderLayer.forward
+
+    @functools.wraps(run_encoder)
+    def run(self: Any, backbone_out: Any, find_input: Any, *args: Any, **kwargs: Any) -> Any:
+        is_encoded = "backbone_fpn" in backbone_out and backbone_out.get("id_mapping") is None
+        if is_encoded and self.num_feature_levels == 1:
+            tokens, places = (
+                backbone_out[name][-1].flatten(2).transpose(1, 2)  # (B, h * w, d)
+                for name in ("backbone_fpn", "vision_pos_enc")
+            )
+            images = {"images": tokens, "image_pos": places, "image_ids": find_input.img_ids}
+            kwargs["encoder_extra_kwargs"] = images
+        return run_encoder(self, backbone_out, find_input, *args, **kwargs)
+
+    def forward(
+        self: Any,
+        tgt: Any,
+        memory: Any,
+        dac: bool = False,
+        tgt_mask: Any = None,
+        memory_mask: Any = None,
+        tgt_key_padding_mask: Any = None,
+        memory_key_padding_mask: Any = None,
+        pos: Any = None,
+        query_pos: Any = None,
+        images: Any = None,
+        image_pos: Any = None,
+        image_ids: Any = None,
+    ) -> Any:
+        """Map image tokens tgt (P, h * w, d) and prompt tokens memory (P, L, d) to (P, h * w, d).
+
+        Args:
+            images, image_pos: (B, h * w, d), those of `tgt` and `query_pos` before they were
+                repeated; for the first layer.
+            image_ids: (P,) int64, the image of each prompt.
+        """
+        if images is None or self.layer_idx:
+            return original(
+                self,
+                tgt,
+                memory,
+                dac,
+                tgt_mask,
+                memory_mask,
+                tgt_key_padding_mask,
+                memory_key_padding_mask,
+                pos,
+                query_pos,
+            )
+        seen = self.norm1(images)
+        asked = seen + image_pos if self.pos_enc_at_attn else seen
+        attended = self.self_attn(asked, asked, value=seen)[0]  # (B, h * w, d)
+        tgt = tgt + self.dropout1(attended[image_ids])
+        asked = self.norm2(tgt)
+        tgt = tgt + self.dropout2(
+            self.cross_attn_image(
+                query=asked + query_pos if self.pos_enc_at_cross_attn_queries else asked,
+                key=memory + pos if self.pos_enc_at_cross_attn_keys else memory,
+                value=memory,
+                attn_mask=memory_mask,
+                key_padding_mask=memory_key_padding_mask,
+            )[0]
+        )
+        hidden = self.dropout(self.activation(self.linear1(self.norm3(tgt))))
+        return tgt + self.dropout3(self.linear2(hidden))
+
+    Sam3Image._run_encoder, TransformerEncoderLayer.forward = run, forward
 
 
 def _focal_loss_without_triton() -> None:
