@@ -71,6 +71,7 @@ def apply_fixes() -> None:
         _attention_on_contiguous_tokens,
         _loss_normalisation_without_process_group,
         _mask_loss_without_objects,
+        _layers_of_the_decoder_at_once,
         _adapted_attention_by_keyword,
         _rotary_angles_on_meta,
     ):
@@ -541,6 +542,21 @@ def _mask_loss_without_objects() -> None:
         return original(self, outputs, targets, indices, num_boxes)
 
     Masks.get_loss = get_loss
+
+
+def _layers_of_the_decoder_at_once() -> None:
+    """Match and compare the answers of all layers at once, as `layers.py` says.
+
+    Goes when upstream does.
+    """
+    from sam3.model import sam3_image
+    from sam3.train.loss.sam3_loss import Sam3LossWrapper
+
+    from app.model.upstream import layers
+
+    sam3_image._update_out = layers.update_out
+    sam3_image.Sam3Image._compute_matching = layers.compute_matching
+    Sam3LossWrapper.compute_loss = layers.compute_loss
 
 
 def _adapted_attention_by_keyword() -> None:
