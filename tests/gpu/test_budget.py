@@ -13,9 +13,9 @@ import pytest
 
 from tests.gpu.null_gpu import NullGpu
 
-LAUNCHES = {1: 11_150, 4: 14_250}  # of an update with 4 prompts an image, by the batch: 5,000
-WAITS = 16  # of the host in an update: 50
-PREDICTION = {"launches": 2_820, "waits": 4}  # with 1 prompt: 1,200 and 4
+LAUNCHES = {1: 10_600, 4: 13_800}  # of an update with 4 prompts an image, by the batch: 5,000
+WAITS = 15  # of the host in an update: 50
+PREDICTION = {"launches": 2_380, "waits": 4}  # with 1 prompt: 1,200 and 4
 
 
 @pytest.mark.slow

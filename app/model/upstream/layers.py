@@ -10,6 +10,7 @@ way: other matchers, other losses, videos.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sam3.model import box_ops
-from sam3.train.loss import loss_fns
+from sam3.train.loss import loss_fns, mask_sampling
 from sam3.train.loss.loss_fns import CORE_LOSS_KEY, Boxes, Det2TrkAssoc, IABCEMdetr, Masks
 from sam3.train.matcher import BinaryHungarianMatcherV2
 from torch import Tensor
@@ -110,15 +111,20 @@ def compute_loss(
     losses: dict[str, Tensor] = {}
     core: Any = 0.0
     for part in wrapper.loss_fns_find:
-        if together is None or not _is_known(part):
+        if together is not None and _is_known(part):
+            compared: Sequence[_Set] = sets
+            found = _boxes(together) if type(part) is Boxes else _scores(part, together)
+        elif _compares_points(part, sets, targets):
+            compared = [s for s in sets if not s.is_auxiliary and "pred_masks" in s.outputs]
+            found = _masks(part, compared, targets, num_boxes)
+        else:
             core = core + _one_by_one(wrapper, part, sets, targets, num_boxes, losses)
             continue
-        factors = together.factors(wrapper.o2m_weight)
-        found = _boxes(together) if type(part) is Boxes else _scores(part, together)
+        factors = _factors(compared, wrapper.o2m_weight)
         core = core + (part.reduce_loss(found) * factors).sum()
         for name, values in found.items():
             each = (values * factors).unbind()
-            losses |= {f"{name}{s.suffix}": v for s, v in zip(sets, each, strict=True)}
+            losses |= {f"{name}{s.suffix}": v for s, v in zip(compared, each, strict=True)}
     return losses | {CORE_LOSS_KEY: core}
 
 
@@ -205,15 +211,17 @@ class _Together:
     objects_xyxy: Tensor
     num_boxes: Any
 
-    def sums(self, values: Tensor) -> Tensor:
-        """Return the sums (S,) of each set's of the values (M,)."""
-        return torch.stack([part.sum() for part in values.split(self.matches)])
 
-    def factors(self, to_many: float) -> Tensor:
-        """Return the factor (S,) of each set: 1, or that of sets for many objects."""
-        count = sum(not each.to_many for each in self.sets)
-        ones = self.logits.new_ones(count, dtype=torch.float32)
-        return F.pad(ones, (0, len(self.sets) - count), value=to_many)
+def _sums(values: Tensor, matches: Sequence[int]) -> Tensor:
+    """Return the sums (S,) of each set's of the values (M,)."""
+    return torch.stack([part.sum() for part in values.split(list(matches))])
+
+
+def _factors(sets: Sequence[_Set], to_many: float) -> Tensor:
+    """Return the factor (S,) of each set: 1, or that of sets for many objects, which come last."""
+    count = sum(not each.to_many for each in sets)
+    ones = torch.ones(count, device=sets[0].outputs["pred_logits"].device)
+    return F.pad(ones, (0, len(sets) - count), value=to_many)
 
 
 def _can_stack(sets: Sequence[_Set]) -> bool:
@@ -261,11 +269,12 @@ def _is_known(part: Any) -> bool:
 
 def _boxes(together: _Together) -> Losses:
     """Return the L1 and GIoU losses of matched boxes (loss_fns.py, `Boxes.get_loss`)."""
+    matches, count = together.matches, together.num_boxes
     distance = F.l1_loss(together.boxes, together.objects, reduction="none").sum(-1)
     overlap = box_ops.fast_diag_generalized_box_iou(together.boxes_xyxy, together.objects_xyxy)
     return {
-        "loss_bbox": together.sums(distance) / together.num_boxes,
-        "loss_giou": together.sums(1 - overlap) / together.num_boxes,
+        "loss_bbox": _sums(distance, matches) / count,
+        "loss_giou": _sums(1 - overlap, matches) / count,
     }
 
 
@@ -349,3 +358,65 @@ def _presence(part: Any, sets: Sequence[_Set], is_present: Tensor) -> tuple[Tens
     is_right = ((logits.sigmoid() > 0.5) == target.bool()).float()
     rest = (0, len(sets) - len(having))  # those for many objects come last
     return F.pad(loss.mean((1, 2)), rest), F.pad(is_right.mean((1, 2)), rest)
+
+
+def _compares_points(part: Any, sets: Sequence[_Set], targets: Mapping[str, Any]) -> bool:
+    """Return whether a part compares masks of the last layer, at points, and there are some."""
+    known = type(part) is Masks and not part.compute_aux and part.num_sample_points is not None
+    of_video = any(s.outputs.get("is_video_grounding_batch") for s in sets)
+    return known and not of_video and targets["masks"] is not None
+
+
+def _masks(part: Any, sets: Sequence[_Set], targets: Mapping[str, Any], num_boxes: Any) -> Losses:
+    """Return the focal and dice losses of masks at points (loss_fns.py, `Masks._sampled_loss`).
+
+    Most points are those of many drawn at random at which a mask is least certain (PointRend,
+    arXiv:1912.08193). Each set draws its own, so that they are those that upstream would draw.
+    """
+    every = torch.arange(len(targets["boxes"]), device=targets["boxes"].device)
+    found = [every if s.matches[2] is None else s.matches[2] for s in sets]
+    objects = torch.cat(found)
+    logits = torch.cat([s.outputs["pred_masks"][s.matches[0], s.matches[1]] for s in sets])
+    has_mask = targets["is_valid_mask"].index_select(0, objects).tolist()  # all that is waited for
+    if not any(has_mask):
+        zeros = torch.stack([s.outputs["pred_masks"].sum() * 0 for s in sets])
+        return {"loss_mask": zeros, "loss_dice": zeros}
+    if not all(has_mask):
+        kept = torch.from_numpy(np.flatnonzero(has_mask)).to(objects.device, non_blocking=True)
+        objects, logits = objects.index_select(0, kept), logits.index_select(0, kept)
+    ends = np.cumsum([0, *map(len, found)])
+    counts = [sum(has_mask[start:end]) for start, end in itertools.pairwise(ends)]
+    masks = targets["masks"].index_select(0, objects).to(logits)  # (M, H, W)
+
+    points, least_certain = (
+        part.num_sample_points,
+        int(part.importance_sample_ratio * part.num_sample_points),
+    )
+    drawn = [
+        [
+            torch.rand(count, number, 2, device=logits.device)
+            for number in (int(points * part.oversample_ratio), points - least_certain)
+        ]
+        for count in counts
+    ]
+    candidates, others = (torch.cat(each) for each in zip(*drawn, strict=True))
+    with torch.no_grad():
+        certainty = _at(logits, candidates).abs()
+        chosen = certainty.neg().topk(least_certain, dim=1).indices
+        chosen = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
+        coordinates = torch.cat([chosen, others], dim=1)  # (M, points, 2), 0..1
+        target = _at(masks, coordinates)
+    answer = _at(logits, coordinates)
+    focal = loss_fns.sigmoid_focal_loss(
+        answer, target, num_boxes, alpha=part.focal_alpha, gamma=part.focal_gamma, reduce=False
+    )
+    dice = loss_fns.dice_loss(answer, target, num_boxes, reduce=False)
+    return {
+        "loss_mask": _sums(focal.mean(1), counts) / num_boxes,
+        "loss_dice": _sums(dice, counts) / num_boxes,
+    }
+
+
+def _at(masks: Tensor, points: Tensor) -> Tensor:
+    """Return the values (M, points) of masks (M, H, W) at points (M, points, 2), 0..1."""
+    return mask_sampling.point_sample(masks[:, None], points, align_corners=False).squeeze(1)
