@@ -16,7 +16,7 @@ from tests.helpers import MICRO
 
 LAUNCHES = {1: 11_510, 4: 11_620}  # of an update with 4 prompts an image, by the batch: 5,000
 OF_20_PROMPTS = 15_400  # of an update of one image
-WAITS = 49  # of the host in an update
+WAITS = 15  # of the host in an update
 PREDICTION = {"launches": 1_600, "waits": 2}  # with 1 prompt: 1,200
 
 

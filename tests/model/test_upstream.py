@@ -298,6 +298,23 @@ def test_attention_copies_no_weight_for_each_token_where_no_gradient_is_kept(bat
     assert [5, 16, 16] not in shapes  # a copy of the weight for each of five
 
 
+def test_attention_casts_its_packed_weights_once_to_the_same_bits() -> None:
+    torch.manual_seed(0)
+    attention = MultiheadAttentionWrapper(8, 2)
+    query, key = torch.randn(3, 2, 8), torch.randn(5, 2, 8)
+    found = []
+    for forward in (MultiheadAttentionWrapper.forward, torch.nn.MultiheadAttention.forward):
+        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profile:
+            output, _ = forward(attention, query, key, key + 1, need_weights=False)
+        output.float().square().sum().backward()
+        casts = [event.name for event in profile.events()].count("aten::_to_copy")
+        found.append((output, attention.in_proj_weight.grad, attention.in_proj_bias.grad, casts))
+        attention.zero_grad()
+    (*ours, casts), (*theirs, separate) = found
+    assert all(torch.equal(our, their) for our, their in zip(ours, theirs, strict=True))
+    assert casts <= separate - 4
+
+
 def test_the_vocabulary_is_clips() -> None:
     assert pin.bpe_path().name == "bpe_simple_vocab_16e6.txt.gz"
 

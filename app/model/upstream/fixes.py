@@ -61,6 +61,7 @@ def apply_fixes() -> None:
         _position_encoding_on_any_device,
         _decoder_coordinates_on_any_device,
         _decoder_feedforward_in_float32_on_any_device,
+        _decoder_in_fewer_operations,
         _box_prompts_without_cuda,
         _activation_checkpointing_by_choice,
         _focal_loss_without_triton,
@@ -74,6 +75,7 @@ def apply_fixes() -> None:
         _first_attention_once_an_image,
         _loss_normalisation_without_process_group,
         _mask_loss_without_objects,
+        _layers_of_the_decoder_at_once,
         _adapted_attention_by_keyword,
         _rotary_angles_on_meta,
         _rotary_embedding_at_once,
@@ -194,6 +196,25 @@ def _decoder_feedforward_in_float32_on_any_device() -> None:
         return self.norm3(tgt + self.dropout4(hidden))
 
     TransformerDecoderLayer.forward_ffn = forward_ffn
+
+
+def _decoder_in_fewer_operations() -> None:
+    """Decode by `decoder.py` where upstream would decode prompts of images.
+
+    Goes when upstream makes once what is the same in all layers.
+    """
+    from sam3.model.decoder import TransformerDecoder
+
+    from app.model.upstream import decoder
+
+    original = TransformerDecoder.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, tgt: Any, memory: Any, **inputs: Any) -> Any:
+        usual = decoder.is_usual(self, inputs)
+        return (decoder.decode if usual else original)(self, tgt, memory, **inputs)
+
+    TransformerDecoder.forward = forward
 
 
 def _box_prompts_without_cuda() -> None:
@@ -336,6 +357,7 @@ def _attention_on_contiguous_tokens() -> None:
 
     Goes with `_text_attention_on_contiguous_tokens`.
     """
+    import torch
     from sam3.model.model_misc import MultiheadAttentionWrapper
     from torch.nn.functional import multi_head_attention_forward
 
@@ -344,6 +366,10 @@ def _attention_on_contiguous_tokens() -> None:
         def tokens_first(x: Any) -> Any:
             return x.transpose(0, 1) if self.batch_first else x
 
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if torch.is_autocast_enabled(query.device.type):  # which would cast the thirds one by one
+            half = torch.get_autocast_dtype(query.device.type)
+            weight, bias = weight.to(half), None if bias is None else bias.to(half)
         # One for each tensor: what is the same stays the same, as torch projects that at once.
         tokens = {id(x): tokens_first(x).contiguous() for x in (query, key, value)}
         result = multi_head_attention_forward(
@@ -352,8 +378,8 @@ def _attention_on_contiguous_tokens() -> None:
             value=tokens[id(value)],
             embed_dim_to_check=self.embed_dim,
             num_heads=self.num_heads,
-            in_proj_weight=self.in_proj_weight,
-            in_proj_bias=self.in_proj_bias,
+            in_proj_weight=weight,
+            in_proj_bias=bias,
             bias_k=self.bias_k,
             bias_v=self.bias_v,
             add_zero_attn=self.add_zero_attn,
@@ -639,6 +665,21 @@ def _mask_loss_without_objects() -> None:
         return original(self, outputs, targets, indices, num_boxes)
 
     Masks.get_loss = get_loss
+
+
+def _layers_of_the_decoder_at_once() -> None:
+    """Match and compare the answers of all layers at once, as `layers.py` says.
+
+    Goes when upstream does.
+    """
+    from sam3.model import sam3_image
+    from sam3.train.loss.sam3_loss import Sam3LossWrapper
+
+    from app.model.upstream import layers
+
+    sam3_image._update_out = layers.update_out
+    sam3_image.Sam3Image._compute_matching = layers.compute_matching
+    Sam3LossWrapper.compute_loss = layers.compute_loss
 
 
 def _adapted_attention_by_keyword() -> None:
