@@ -13,8 +13,8 @@ import pytest
 
 from tests.gpu.null_gpu import NullGpu
 
-LAUNCHES = {1: 10_600, 4: 13_800}  # of an update with 4 prompts an image, by the batch: 5,000
-WAITS = 15  # of the host in an update: 50
+LAUNCHES = {1: 10_560, 4: 13_640}  # of an update with 4 prompts an image, by the batch: 5,000
+WAITS = 9  # of the host in an update: 50
 PREDICTION = {"launches": 2_380, "waits": 4}  # with 1 prompt: 1,200 and 4
 
 
