@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sam3.model import box_ops
+from sam3.train import matcher as upstream_matcher
 from sam3.train.loss import loss_fns, mask_sampling
 from sam3.train.loss.loss_fns import CORE_LOSS_KEY, Boxes, Det2TrkAssoc, IABCEMdetr, Masks
 from sam3.train.matcher import BinaryHungarianMatcherV2
@@ -55,33 +56,69 @@ def compute_matching(model: Any, out: dict[str, Any], targets: Mapping[str, Any]
 def _match(
     matcher: Any, layers: Sequence[Mapping[str, Tensor]], targets: Mapping[str, Any], **valid: Any
 ) -> list[Matches]:
-    """Return the matches of each layer; those of upstream's usual matcher in one call.
+    """Return the matches of each layer; those of upstream's usual matcher all at once.
 
     Args:
         valid: what upstream passes of valid queries and objects; each may be None.
     """
     filtered = any(value is not None for value in valid.values())
-    if not isinstance(matcher, BinaryHungarianMatcherV2) or filtered or not layers:
+    usual = type(matcher) is BinaryHungarianMatcherV2 and not (matcher.focal and matcher.stable)
+    if not usual or filtered or not layers:
         return [matcher(layer, targets, **valid) for layer in layers]
-    count, prompts = len(layers), len(targets["num_boxes"])
-    together = {
-        name: torch.cat([layer[name] for layer in layers]) for name in ("pred_logits", "pred_boxes")
-    }  # (L * B, Q, ...)
-    rows, queries, objects = matcher(together, targets, repeat_batch=count)
-    # Unfiltered, each layer has as many matches, and follows the one before.
-    each = (count, len(rows) // count)
-    if objects is None:
-        of_layers: Sequence[Tensor | None] = [None] * count
+    return _assign(matcher, layers, targets)
+
+
+@torch.no_grad()
+def _assign(
+    matcher: Any, layers: Sequence[Mapping[str, Tensor]], targets: Mapping[str, Any]
+) -> list[Matches]:
+    """Return the matches of least cost of each layer, in the order of upstream's.
+
+    Costs go to the CPU in one copy, and matches come back in one.
+    """
+    logits = torch.stack([layer["pred_logits"] for layer in layers])  # (L, B, Q, 1)
+    boxes = torch.stack([layer["pred_boxes"] for layer in layers])  # (L, B, Q, 4) cxcywh
+    costs = _costs(matcher, logits, boxes, targets["boxes_padded"])  # (L, B, Q, most objects)
+    told = torch.cat([costs.flatten(), targets["num_boxes"].float()]).cpu().numpy()
+    prompts, queries = costs.shape[1:3]
+    numbers = told[len(told) - prompts :].astype(np.int64)  # objects of each prompt
+    of_layers = told[: len(told) - prompts].reshape(costs.shape)
+    firsts = np.cumsum(numbers) - numbers
+    by_query = (numbers > queries).any()  # upstream's order where an object may have no match
+    found = []
+    for of_layer in of_layers:
+        for prompt, of_prompt in enumerate(of_layer):
+            chosen = of_prompt[:, : numbers[prompt]]
+            rows, objects = upstream_matcher.linear_sum_assignment(chosen)
+            order = np.arange(len(rows)) if by_query else np.argsort(objects)
+            places = np.full(len(rows), prompt), rows[order], firsts[prompt] + objects[order]
+            found.append(np.stack(places))
+    matches = torch.from_numpy(np.concatenate(found, axis=1)).to(boxes.device, non_blocking=True)
+    each = matches.view(3, len(layers), matches.shape[1] // len(layers))
+    return [(layer[0], layer[1], layer[2]) for layer in each.unbind(1)]
+
+
+def _costs(matcher: Any, logits: Tensor, boxes: Tensor, objects: Tensor) -> Tensor:
+    """Return what each match costs (L, B, Q, T) (matcher.py, `BinaryHungarianMatcherV2`).
+
+    Args:
+        logits: (L, B, Q, 1).
+        boxes: (L, B, Q, 4) cxcywh, 0..1.
+        objects: (B, T, 4), likewise, padded.
+    """
+    probability = logits.sigmoid()
+    if matcher.focal:
+        alpha, gamma = matcher.alpha, matcher.gamma
+        positive = -alpha * (1 - probability) ** gamma * F.logsigmoid(logits)
+        of_class = positive + (1 - alpha) * probability**gamma * F.logsigmoid(-logits)
     else:
-        of_layers = (objects % max(len(targets["boxes"]), 1)).view(each).unbind()
-    return list(
-        zip(
-            (rows % prompts).view(each).unbind(),
-            queries.view(each).unbind(),
-            of_layers,
-            strict=True,
-        )
+        of_class = -probability
+    distance = torch.cdist(boxes, objects.expand(len(boxes), -1, -1, -1), p=1)
+    overlap = box_ops.generalized_box_iou(
+        box_ops.box_cxcywh_to_xyxy(boxes), box_ops.box_cxcywh_to_xyxy(objects)
     )
+    costs: Tensor = matcher.cost_bbox * distance + matcher.cost_class * of_class
+    return costs - matcher.cost_giou * overlap
 
 
 @dataclass(frozen=True)
