@@ -13,7 +13,6 @@ from app.config.compose import load_config
 from app.inference.predictor import RAW, Predictor
 from app.model.build import build_model
 from app.model.device import autocast
-from app.model.upstream import prediction
 from tests.helpers import TINY
 
 CONFIG = load_config(TINY).model
@@ -54,15 +53,6 @@ def test_upstreams_outputs_to_the_bit(predictor, boxes, precision, request) -> N
     theirs = _outputs(predictor, boxes, precision)
     for name in RAW:
         assert torch.equal(ours[name], theirs[name]), name
-
-
-def test_what_a_gpu_fuses_is_the_same_but_for_rounding(predictor, monkeypatch) -> None:
-    exact = _outputs(predictor, NO_BOXES)
-    monkeypatch.setattr(prediction, "is_exact", lambda device: False)
-    fused = _outputs(predictor, NO_BOXES)
-    assert not torch.equal(fused["pred_masks"], exact["pred_masks"])
-    for name in RAW:
-        torch.testing.assert_close(fused[name], exact[name], atol=1e-4, rtol=1e-4)
 
 
 class _Count(TorchDispatchMode):
