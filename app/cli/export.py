@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("app")
 cli = typer.Typer(add_completion=False)
-FORMATS = ("onnx", "hf")
+FORMATS = ("onnx", "hf", "sam3")
 GRAPHS = "Graphs"
 
 
@@ -42,7 +42,7 @@ class OnnxFlags:
     precision: Annotated[
         list[str] | None,
         typer.Option(
-            help="fp32, fp16, bf16, int8; several in one where commas part them",
+            help="fp32, fp16, bf16, int8; several in one where commas part them. Of sam3 one",
             rich_help_panel=GRAPHS,
         ),
     ] = None
@@ -139,10 +139,17 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="onnx (any runtime, TensorRT) or hf (transformers)",
+            help="onnx (any runtime, TensorRT), hf (transformers) or sam3 (Meta's own code)",
             rich_help_panel=OUTPUT,
         ),
     ] = "onnx",
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="of sam3: Meta's file that the weights began as, where it was moved",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     overwrite: options.Overwrite = False,
     flags: OnnxFlags,
     measure_on: Annotated[
@@ -160,13 +167,31 @@ def export(
 
     check_output(output_dir, checkpoint, overwrite=overwrite)  # before torch is imported
     options.check_paths([*given, f"checkpoint={checkpoint}"])
+    unread = [] if to_format == "onnx" else [*flags.given(), *given]
+    if base is not None and to_format != "sam3":
+        unread.append("--base")
+    if to_format == "sam3" and "--precision" in unread:
+        unread.remove("--precision")
+    if unread:
+        raise UserError(f"{', '.join(unread)}: nothing reads it beside --format {to_format}")
     if to_format == "onnx":
         write_graphs(
             checkpoint, output_dir, given, flags, measure_on=measure_on, overwrite=overwrite
         )
         return
-    if unread := [*flags.given(), *given]:
-        raise UserError(f"{', '.join(unread)}: nothing reads it beside --format hf")
+    if to_format == "sam3":
+        from app.deploy import upstream_file
+
+        precisions = flags.precision or ["fp32"]
+        upstream_file.export(
+            checkpoint,
+            output_dir,
+            base_file=base,
+            precision=",".join(precisions),
+            overwrite=overwrite,
+        )
+        log.info("weights: %s", output_dir / upstream_file.PT)
+        return
     from app.deploy import transformers_folder
 
     folder = transformers_folder.export(checkpoint, output_dir, overwrite=overwrite)

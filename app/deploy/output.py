@@ -9,6 +9,8 @@ from app.errors import UserError
 from app.files import SETTINGS_BYTES, exists_problem, read_json
 from app.model.transformers.config import CONFIG
 
+RECORD, UPSTREAM = "export.json", "sam3-finetuning/sam3/1"  # of upstream's layout
+
 
 def check_output(folder: Path, source: Path, *, overwrite: bool) -> None:
     """Raise UserError where writing to `folder` would destroy something that is no export.
@@ -30,9 +32,14 @@ def check_output(folder: Path, source: Path, *, overwrite: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Return whether the folder holds an export of either format."""
+    """Return whether the folder holds an export of any format."""
     config = _read(folder / CONFIG).get("architectures")
-    return config == ["Sam3Model"] or _read(folder / FILE).get("format") == FORMAT
+    formats = [_read(folder / name).get("format") for name in (FILE, RECORD)]
+    return (
+        config in (["Sam3Model"], ["Sam3VideoModel"])
+        or formats[0] == FORMAT
+        or (formats[1] == UPSTREAM)
+    )
 
 
 def _read(file: Path) -> dict[str, object]:

@@ -73,7 +73,7 @@ def export(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
         respelt = _tokenized_otherwise(header.prompts, tokens, processor.tokenizer)
         write_text(temporary / CARD, _card(header, respelt))
         same = [prompt for prompt in header.prompts if prompt not in respelt]
-        image, prompt = _draw_test_image(), [*same, "circle"][0]
+        image, prompt = draw_test_image(), [*same, "circle"][0]
         ours = our_outputs(model, header.model, image, prompt)
         del model  # because at full size memory does not hold both
         gc.collect()
@@ -159,7 +159,7 @@ def _misses(measured: dict[str, float], folder: Path) -> list[str]:
     ]
 
 
-def _draw_test_image() -> Image.Image:
+def draw_test_image(seed: int = 0) -> Image.Image:
     """Return a red circle, a blue rectangle and a green triangle on a texture, 320 x 240."""
     things = [Thing("circle", "red"), Thing("rectangle", "blue"), Thing("triangle", "green")]
     pixels, _ = draw_image(
@@ -170,7 +170,7 @@ def _draw_test_image() -> Image.Image:
         shun=("red", "green", "blue"),
         radius=(0.15, 0.3),
         turn=15,
-        random=np.random.default_rng(0),
+        random=np.random.default_rng(seed),
     )
     return Image.fromarray(pixels)
 

@@ -130,6 +130,7 @@ def train(
         prompts=splits.train.class_names,
         data_hash=splits.train.content_hash(),
         levels=levels_of(splits.train),
+        base=None if pretrained_path is None else weights.origin(pretrained_path),
     )
     trainer = Trainer(
         config,

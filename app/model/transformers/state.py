@@ -20,7 +20,7 @@ from app.model.transformers.names import TO_OURS, TO_THEIRS, rename, rename_key
 
 # Of a published folder, which holds the detector beside the video's tracker (Sam3VideoModel).
 _DETECTOR = "detector_model."
-_TRACKER = ("tracker_model.", "tracker_neck.")
+TRACKER = ("tracker_model.", "tracker_neck.")
 _POINTS = "geometry_encoder.points_"
 _POSITIONS = "backbone.vision_backbone.trunk.pos_embed"  # (1, 1 + patches, width)
 _PROJECTION = "backbone.language_backbone.encoder.text_projection"  # (width, 512); theirs turned
@@ -100,7 +100,7 @@ def is_transformers(file: Path) -> bool:
 
 def _detector(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for key, value in state.items():
-        if not key.startswith(_TRACKER):
+        if not key.startswith(TRACKER):
             yield key.removeprefix(_DETECTOR), value
 
 
