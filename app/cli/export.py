@@ -146,10 +146,16 @@ def export(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="of sam3: Meta's file that the weights began as, where it was moved",
+            help="of sam3, hf --video: Meta's file that the weights began as, where it was moved",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
+    video: Annotated[
+        bool,
+        typer.Option(
+            "--video", help="of hf: with the tracker, for Sam3VideoModel", rich_help_panel=OUTPUT
+        ),
+    ] = False,
     overwrite: options.Overwrite = False,
     flags: OnnxFlags,
     measure_on: Annotated[
@@ -168,8 +174,10 @@ def export(
     check_output(output_dir, checkpoint, overwrite=overwrite)  # before torch is imported
     options.check_paths([*given, f"checkpoint={checkpoint}"])
     unread = [] if to_format == "onnx" else [*flags.given(), *given]
-    if base is not None and to_format != "sam3":
+    if base is not None and to_format != "sam3" and not (to_format == "hf" and video):
         unread.append("--base")
+    if video and to_format != "hf":
+        unread.append("--video")
     if to_format == "sam3" and "--precision" in unread:
         unread.remove("--precision")
     if unread:
@@ -194,7 +202,9 @@ def export(
         return
     from app.deploy import transformers_folder
 
-    folder = transformers_folder.export(checkpoint, output_dir, overwrite=overwrite)
+    folder = transformers_folder.export(
+        checkpoint, output_dir, video=video, base_file=base, overwrite=overwrite
+    )
     log.info("weights: %s", folder)
 
 

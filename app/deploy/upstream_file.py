@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from app.config.compose import load_model_config, model_names
 from app.console import command
 from app.deploy import upstream_proof as proof
+from app.deploy.base_file import Base, check_fit, find_base
 from app.deploy.output import RECORD, UPSTREAM, check_output
 from app.deploy.transformers_folder import draw_test_image
 from app.errors import UserError
@@ -28,36 +28,12 @@ from app.evaluation.model_card import CARD, SHOWN_PROMPTS, code, escaped, licenc
 from app.files import atomic_folder, atomic_path, hash_file, write_json, write_text
 from app.inference.postprocess import THRESHOLD
 from app.inference.predictor import Predictor
-from app.model import adapters, published, weights
+from app.model import published, weights
 
 log = logging.getLogger("app")
 PT, SAFETENSORS = "sam3.pt", "sam3.safetensors"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GOLDEN = 2  # drawn images that answers are compared on
-SHOWN = 6  # problems
-_HEAD = "segmentation_head."
-
-
-@dataclass(frozen=True)
-class Base:
-    """The published file whose tracker goes beside our image part.
-
-    Attributes:
-        file: its path.
-        origin: how a header names it.
-        tensors: its own keys → tensors, mapped.
-        is_proved: whether the weights say that they began as this very file.
-    """
-
-    file: Path
-    origin: weights.Origin
-    tensors: Mapping[str, Tensor]
-    is_proved: bool
-
-    @property
-    def release(self) -> published.Release:
-        """Return which SAM 3 it is."""
-        return "3.1" if self.origin.layout == "3.1" else "3.0"
 
 
 def export(
@@ -96,11 +72,16 @@ def export(
     _check_size(header)
     resolution = load_model_config(header.model.name).resolution  # upstream knows no other
     base = find_base(source, base_file)
+    if base is not None and base.origin.layout == "transformers":
+        raise UserError(
+            f"{base.file}: these weights began as transformers' copy of SAM 3, whose tracker has "
+            "other names. Name the same weights as Meta published them: --base sam3.pt."
+        )
     with atomic_folder(folder, replace=folder.exists()) as temporary:
         # The image part as it will be written, and what it answers.
         model, at_theirs = weights.load(path, resolution=resolution, merge=True)
         if base is not None:
-            _check_fit(model.state_dict(), base)
+            check_fit(model.state_dict(), base)
         prompt = next(iter(header.prompts), "circle")
         images = [draw_test_image(seed) for seed in range(GOLDEN)]
         exact = None
@@ -167,48 +148,6 @@ def export(
     return record
 
 
-def find_base(source: Path, named: Path | None) -> Base | None:
-    """Return the published file that weights began as; None where they name none and none is given.
-
-    Args:
-        source: file of the weights.
-        named: by --base.
-
-    Raises:
-        UserError: it cannot be found, is another than that of the weights, or holds no tracker.
-    """
-    origin = weights.origin(source)
-    folder = source.parent
-    if origin is not None and named is None:
-        reference = adapters.Base(origin.reference, origin.sha256)
-        try:
-            file = weights.locate(reference, folder)
-        except UserError as error:
-            raise UserError([*error.problems, "Or name them: --base FILE."]) from None
-        return _open_base(file, origin, is_proved=True)
-    if named is None:
-        return None
-    file = weights.find_file(named)
-    found = weights.origin(file) if weights.read_header(file) is None else None
-    if found is None:
-        raise UserError(
-            f"--base {named}: is no file that Meta published: it has no tracker. Name sam3.pt or "
-            "sam3.1_multiplex.pt."
-        )
-    if origin is None or (origin.layout == "transformers" and found.layout != "transformers"):
-        log.info(
-            "note: nothing in %s proves that they began as %s: taken at your word", source, file
-        )
-        return _open_base(file, found, is_proved=False)
-    if found.sha256 != origin.sha256:
-        raise UserError(
-            f"--base {named}: is another file than these weights began as: SHA-256 "
-            f"{found.sha256[:16]}…, and they want {origin.sha256[:16]}… ({origin.reference}). A "
-            "tracker of other weights would not fit them."
-        )
-    return _open_base(file, origin, is_proved=True)
-
-
 def told(record: Mapping[str, Any]) -> list[str]:
     """Return what an export's record says, a line a fact."""
     answers = ", ".join(
@@ -248,15 +187,6 @@ def told(record: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _open_base(file: Path, origin: weights.Origin, *, is_proved: bool) -> Base:
-    if origin.layout == "transformers":
-        raise UserError(
-            f"{file}: these weights began as transformers' copy of SAM 3, whose tracker has other "
-            "names. Name the same weights as Meta published them: --base sam3.pt."
-        )
-    return Base(file, origin, weights.read_tensors(file), is_proved)
-
-
 def _check_size(header: weights.Header) -> None:
     """Raise UserError where a size is none that other tools can be told of."""
     size, problems = header.model, []
@@ -273,26 +203,6 @@ def _check_size(header: weights.Header) -> None:
         )
     if problems:
         raise UserError(problems)
-
-
-def _check_fit(state: Mapping[str, Tensor], base: Base) -> None:
-    """Raise UserError where the image part has other tensors than the base, but for a mask head."""
-    theirs = published.image_part(base.tensors)
-    ours = {key: value for key, value in state.items() if not key.endswith(published.COMPUTED)}
-    problems = [
-        f"  {key}: shape {tuple(value.shape)}, in the base {tuple(theirs[key].shape)}"
-        for key, value in ours.items()
-        if key in theirs and theirs[key].shape != value.shape
-    ]
-    problems += [f"  {key}: not in the base" for key in ours if key not in theirs]
-    problems += [
-        f"  {key}: in the base alone"
-        for key in theirs
-        if key not in ours and not key.startswith(_HEAD)
-    ]
-    if problems:
-        more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise UserError([f"{base.file} is no base of these weights:", *problems[:SHOWN], *more])
 
 
 def _content(

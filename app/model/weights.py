@@ -37,11 +37,17 @@ from app.model.upstream.pin import COMMIT
 from app.model.vocabulary import VISUAL_PROMPT
 from app.model.weight_files import FILE as FILE  # of `weights` for all who load torch anyway
 from app.model.weight_files import find_file as find_file
-from app.model.weight_files import require_adapter, require_free
+from app.model.weight_files import require_adapter, require_free, shards
 
 HUB = ("facebook/sam3", "sam3.pt")
 BASE = "SAM3_BASE"  # environment variable: the file of an adapter's base, where it was moved
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of weights that an adapter may build on
+SUFFIXES = (
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".json",
+)  # of weights that an adapter may build on
 MAX_PROMPTS = 50_000  # of a header
 MAX_PICKLE = 16 << 20  # bytes of the index of a .pt; that of SAM 3 has 0.5 MB
 MAX_HASHED = 10_000  # values in a tuple of it
@@ -402,6 +408,8 @@ def _read_state(file: Path) -> dict[str, Tensor]:
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Read a file's own keys → tensors, mapped: they lie in the file until they are used."""
+    if file.suffix == ".json":
+        return {key: value for part in shards(file) for key, value in read_tensors(part).items()}
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from sam3 import model_builder
 from sam3.model.sam3_image_processor import Sam3Processor
+from transformers import Sam3VideoModel
 
 from app.config.compose import load_config, load_model_config
 from app.config.schema import LoraConfig
-from app.deploy import upstream_file, upstream_proof
+from app.deploy import base_file, transformers_folder, upstream_file, upstream_proof
 from app.deploy.upstream_file import export
 from app.errors import UserError
 from app.files import hash_file
@@ -229,10 +231,10 @@ def test_a_base_that_was_moved_is_asked_for(
     weights.save(model, tmp_path / "tuned", header.model_copy(update={"base": gone}))
     source = tmp_path / "tuned" / "model.safetensors"
     with pytest.raises(UserError, match=r"there is no .*gone.pt[\s\S]*name them: --base FILE"):
-        upstream_file.find_base(source, None)
-    named = upstream_file.find_base(source, folder / "sam3.pt")
+        base_file.find_base(source, None)
+    named = base_file.find_base(source, folder / "sam3.pt")
     monkeypatch.setenv("SAM3_BASE", str(folder / "sam3.pt"))
-    found = upstream_file.find_base(source, None)
+    found = base_file.find_base(source, None)
     assert named is not None
     assert found is not None
     assert named.is_proved
@@ -244,7 +246,7 @@ def test_a_base_that_nothing_proves_is_taken_at_the_users_word(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = log_lines(monkeypatch)
-    found = upstream_file.find_base(folder / "old" / "model.safetensors", folder / "sam3.pt")
+    found = base_file.find_base(folder / "old" / "model.safetensors", folder / "sam3.pt")
     assert found is not None
     assert not found.is_proved
     assert "taken at your word" in lines[0]
@@ -343,10 +345,10 @@ def test_at_full_size_names_and_shapes_are_upstreams(tmp_path: Path) -> None:
             key: torch.ones(1, dtype=value.dtype).expand(value.shape)
             for key, value in build_model(size, device="meta").state_dict().items()
         }
-        found = upstream_file.find_base(NANO / "model.safetensors", tmp_path / "sam3.pt")
+        found = base_file.find_base(NANO / "model.safetensors", tmp_path / "sam3.pt")
         assert found is not None
         assert found.release == "3.0"
-        upstream_file._check_fit(state, found)
+        base_file.check_fit(state, found)
         merged = {k: state.get(published.image_name(k) or "", v) for k, v in base.items()}
         assert sum(int(value.flatten()[0].real) for value in merged.values()) == 1102
         assert upstream_proof.is_built(merged)
@@ -356,3 +358,83 @@ def test_at_full_size_names_and_shapes_are_upstreams(tmp_path: Path) -> None:
         torch.save(merged, tmp_path / "out.pt")
         with pytest.raises(UserError, match=r"tracker\.no_mem_embed"):
             upstream_proof.load_video_model(tmp_path / "out.pt")
+
+
+@pytest.fixture(scope="module")
+def video(folder: Path) -> Path:
+    """The same weights for transformers' `Sam3VideoModel`."""
+    finish("export", folder / "tuned", "--format", "hf", "--video", "--output", folder / "hf")
+    return folder / "hf"
+
+
+def test_transformers_video_model_loads_all_of_it(folder: Path, video: Path) -> None:
+    loaded: Any = Sam3VideoModel.from_pretrained(video, output_loading_info=True)
+    assert not any(loaded[1][key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours, header = weights.load(video)
+    tuned, before = weights.load(folder / "tuned")
+    assert header == before
+    for key, value in weights.to_state(tuned).items():
+        if "geometry_encoder.points_" not in key and not key.endswith("trunk.pos_embed"):
+            assert torch.equal(ours.get_parameter(key), value), key
+    card = (video / "README.md").read_text()
+    assert "Sam3VideoModel.from_pretrained" in card
+
+
+@torch.inference_mode()
+def test_transformers_tracker_computes_what_upstreams_does(folder: Path, video: Path) -> None:
+    """Each part on the same random numbers: names that were taken for each other would show."""
+    upstream: Any = video_model()
+    upstream.load_state_dict(torch.load(folder / "out" / "sam3.pt", weights_only=True))
+    model: Any = Sam3VideoModel.from_pretrained(video).eval()
+    tracker, theirs = upstream.eval().tracker, model.tracker_model
+    torch.manual_seed(6)
+    side = SIDE // SMALL.vision.patch_size
+    width = SMALL.vision.embed_dim
+
+    trunk = torch.randn(1, width, side, side)
+    neck = upstream.detector.backbone.vision_backbone.sam2_convs
+    for conv, level in zip(neck, model.tracker_neck(trunk)[0], strict=True):
+        assert torch.allclose(conv(trunk), level, atol=1e-4)
+
+    pixels, masks = torch.randn(1, 256, 16, 16), torch.randn(1, 1, 256, 256)
+    backbone = tracker.maskmem_backbone
+    backbone.mask_downsampler.interpol_size = None
+    memory = backbone(pixels, masks, skip_mask_sigmoid=True)
+    expected = memory["vision_features"]
+    assert torch.allclose(theirs.memory_encoder(pixels, masks)[0], expected, atol=1e-4)
+
+    points, labels = torch.rand(1, 3, 2) * SIDE, torch.tensor([[0, 1, -1]])
+    prompts = tracker.sam_prompt_encoder
+    theirs_encoder = theirs.prompt_encoder
+    sparse = theirs_encoder._embed_points(points[None], labels[None], pad=False)[0]
+    prompts.input_image_size = (SIDE, SIDE)
+    assert torch.allclose(prompts._embed_points(points, labels, pad=False), sparse, atol=1e-4)
+    low = torch.randn(1, 1, 4 * side, 4 * side)
+    assert torch.allclose(prompts._embed_masks(low), theirs_encoder.mask_embed(low), atol=1e-4)
+
+    image = torch.randn(1, 256, side, side)
+    positions = torch.randn(1, 256, side, side)
+    fine = [torch.randn(1, 32, 4 * side, 4 * side), torch.randn(1, 64, 2 * side, 2 * side)]
+    decoder, dense = tracker.sam_mask_decoder, torch.randn(1, 256, side, side)
+    found = decoder.predict_masks(image, positions, sparse, dense, False, fine)
+    other = theirs.mask_decoder(
+        image_embeddings=image,
+        image_positional_embeddings=positions,
+        sparse_prompt_embeddings=sparse[None],
+        dense_prompt_embeddings=dense,
+        multimask_output=True,
+        high_resolution_features=fine,
+    )
+    assert torch.allclose(found[0][:, 1:], other[0][0], atol=1e-3)
+    assert torch.allclose(found[1][:, 1:], other[1][0], atol=1e-4)
+    assert torch.allclose(found[3], other[3][0], atol=1e-4)
+    pointer = torch.randn(2, 256)
+    expected = tracker.obj_ptr_proj(pointer)
+    assert torch.allclose(expected, theirs.object_pointer_proj(pointer), atol=1e-5)
+    assert torch.equal(tracker.no_obj_ptr, theirs.no_object_pointer)
+
+
+def test_a_video_folder_needs_its_tracker(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing says which published file .* --base FILE"):
+        transformers_folder.export(folder / "old", tmp_path / "out", video=True)
+    assert not (tmp_path / "out").exists()
