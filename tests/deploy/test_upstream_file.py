@@ -28,7 +28,14 @@ from app.model.build import build_model
 from app.model.bundled import NANO
 from app.model.upstream import pin
 from tests.helpers import Command, finish, log_lines
-from tests.model.published import SMALL, build_small, video_model, write_sam3
+from tests.model.published import (
+    SMALL,
+    build_small,
+    sam31,
+    sam31_beside,
+    video_model,
+    write_sam3,
+)
 
 TUNED = "backbone.vision_backbone.trunk.blocks.0.mlp.fc1.weight"
 SIDE = SMALL.resolution
@@ -312,22 +319,57 @@ def test_flags_and_folders_that_do_not_go_together(
         assert said in " ".join(done.err.split()), done.err
 
 
-def test_a_run_says_what_it_began_as(shapes: Path, tmp_path: Path) -> None:
-    """From a published file to the header, and from there through a second run."""
-    nano = load_file(NANO / "model.safetensors")
-    state = {f"detector.{key}": value for key, value in nano.items()}
-    torch.save(state | {"tracker.no_mem_embed": torch.zeros(3)}, tmp_path / "sam3.pt")
-    expected = weights.origin(tmp_path / "sam3.pt")
+def test_sam_31_is_written_back_in_its_own_layout(folder: Path, tmp_path: Path) -> None:
+    """Its tracker as it was, no fourth level, and the answers of the weights."""
+    tuned, header = weights.load(folder / "tuned")
+    beside = {
+        key: (shape if len(shape) < 2 or "vision" not in key else _narrow(shape))
+        for key, shape in sam31_beside().items()
+    }
+    base = sam31(tuned.state_dict(), beside)
+    base["detector.dot_prod_scoring.hs_proj.bias"] = torch.zeros(256)  # tuned since
+    torch.save(base, tmp_path / "sam3.1_multiplex.pt")
+    origin = weights.origin(tmp_path / "sam3.1_multiplex.pt")
+    weights.save(tuned, tmp_path / "tuned", header.model_copy(update={"base": origin}))
+    record = export(tmp_path / "tuned", tmp_path / "out")
+    written = torch.load(tmp_path / "out" / "sam3.pt", weights_only=True)
+    assert list(written) == list(base)
+    changed = [key for key in base if not torch.equal(base[key], written[key])]
+    assert changed == ["detector.dot_prod_scoring.hs_proj.bias"]
+    assert (record["build_sam3_image_model"], record["build_sam3_video_model"]) == (True, False)
+    assert record["tracker_features_cosine"] is None
+    assert "Began as SAM 3.1" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(UserError, match=r"is SAM 3\.1, and transformers' Sam3VideoModel has no"):
+        transformers_folder.export(tmp_path / "tuned", tmp_path / "hf", video=True)
+
+
+def _narrow(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a neck's shape over a trunk of SMALL's width, where Meta's has 1024."""
+    share = 1024 // SMALL.vision.embed_dim
+    return tuple(n // share if n in (512, 1024) else n for n in shape)
+
+
+def test_a_run_from_sam_31_says_what_it_began_as(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a published file through training to the header."""
+    nano, _ = weights.load(NANO)
+    beside = {
+        "detector.backbone.vision_backbone.propagation_convs.0.conv_1x1.bias": (3,),
+        "tracker.model.interactive_sam_mask_decoder.iou_token.weight": (1, 3),
+    }
+    torch.save(sam31(nano.state_dict(), beside), tmp_path / "sam3.1_multiplex.pt")
+    expected = weights.origin(tmp_path / "sam3.1_multiplex.pt")
     assert expected is not None
-    assert expected.layout == "3.0"
-    flags = ("--method", "head", "--epochs", 1, "evaluation.pictures=0", "model.resolution=64")
-    train = ("train", "--dataset-dir", shapes, *flags)
-    finish(*train, "--checkpoint", tmp_path / "sam3.pt", "--output-dir", tmp_path / "one")
-    first = tmp_path / "one" / "weights" / "best"
-    header = weights.read_header(first)
+    assert expected.layout == "3.1"
+    flags = ("evaluation.pictures=0", "model.resolution=64", "training.cache_features=false")
+    train = ("train", "--dataset-dir", shapes, "--method", "head", "--epochs", 1, *flags)
+    finish(*train, "--checkpoint", expected.reference, "--output-dir", tmp_path / "run")
+    best = tmp_path / "run" / "weights" / "best"
+    header = weights.read_header(best)
     assert header is not None
-    assert header.base == expected
-    assert weights.origin(first) == expected
+    assert header.base == weights.origin(best) == expected
+    assert "began as SAM 3.1, whose tracker and its necks" in capsys.readouterr().out
 
 
 def test_at_full_size_names_and_shapes_are_upstreams(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from app.config.schema import ModelConfig
 from app.model import build
 from app.model.upstream import fixes, pin
 
+NAMES = Path(__file__).parent / "sam31_names.txt"
 # Widths as upstream's builders have them written out, over nano's trunk and text encoder.
 SMALL: ModelConfig = load_model_config("nano").model_copy(
     update={
@@ -73,6 +76,33 @@ def _video_model(device: str) -> nn.Module:
         load_from_HF=False, bpe_path=str(pin.bpe_path()), device=device
     )
     return model
+
+
+def sam31_beside() -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of SAM 3.1's file beside its image model, as listed."""
+    shapes = {}
+    for line in NAMES.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            continue
+        name, shape = line.split()
+        parts = re.split(r"\{([^}]*)\}", name)
+        choices = [part.split(",") if at % 2 else [part] for at, part in enumerate(parts)]
+        for each in itertools.product(*choices):
+            shapes["".join(each)] = tuple(int(number) for number in shape.split(","))
+    return shapes
+
+
+def sam31(image: Mapping[str, Tensor], beside: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Return a file's content in SAM 3.1's layout: without the level that the detector drops.
+
+    Args:
+        image: the image model's tensors, RoPE tables included.
+        beside: names and shapes of all else, which is random.
+    """
+    state = {
+        f"detector.{key}": value for key, value in image.items() if ".convs.3." not in f".{key}"
+    }
+    return state | {key: torch.randn(shape) for key, shape in beside.items()}
 
 
 def write_sam3(file: Path) -> dict[str, Tensor]:
