@@ -421,20 +421,27 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
+    return read_index(file)[0]
+
+
+def read_index(file: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Read a checkpoint of torch's: keys → tensors, mapped, and what is kept beside the model."""
     _check_pickle(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError …
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file}: not a checkpoint that can be read safely ({reason})") from None
+    beside: list[str] = []
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        beside = [str(key) for key in content if key != "model"]
         content = content["model"]
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{file}: holds no state dict")
     wrong = [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
     if wrong:
         raise UserError(f"{file}: not a state dict: '{wrong[0]}' is no tensor")
-    return {str(key): value for key, value in content.items()}
+    return {str(key): value for key, value in content.items()}, beside
 
 
 def _check_pickle(file: Path) -> None:
