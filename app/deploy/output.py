@@ -9,7 +9,8 @@ from app.errors import UserError
 from app.files import SETTINGS_BYTES, exists_problem, read_json
 from app.model.transformers.config import CONFIG
 
-RECORD, UPSTREAM = "export.json", "sam3-finetuning/sam3/1"  # of upstream's layout
+RECORD = "export.json"  # of the formats that keep no manifest
+UPSTREAM, TRITON = "sam3-finetuning/sam3/1", "sam3-finetuning/triton/1"
 
 
 def check_output(folder: Path, source: Path, *, overwrite: bool) -> None:
@@ -34,11 +35,10 @@ def check_output(folder: Path, source: Path, *, overwrite: bool) -> None:
 def _is_export(folder: Path) -> bool:
     """Return whether the folder holds an export of any format."""
     config = _read(folder / CONFIG).get("architectures")
-    formats = [_read(folder / name).get("format") for name in (FILE, RECORD)]
     return (
         config in (["Sam3Model"], ["Sam3VideoModel"])
-        or formats[0] == FORMAT
-        or (formats[1] == UPSTREAM)
+        or _read(folder / FILE).get("format") == FORMAT
+        or _read(folder / RECORD).get("format") in (UPSTREAM, TRITON)
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from app.model import adapters, published, weights
 from app.model.build import build_model
 from app.model.bundled import NANO
 from app.model.upstream import pin
-from tests.helpers import Command, finish, log_lines
+from tests.helpers import REPOSITORY, Command, finish, log_lines
 from tests.model.published import (
     SMALL,
     build_small,
@@ -41,6 +43,12 @@ TUNED = "backbone.vision_backbone.trunk.blocks.0.mlp.fc1.weight"
 SIDE = SMALL.resolution
 
 
+PAGE = (REPOSITORY / "docs" / "elsewhere.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    for line in block.splitlines()
+]
 FULL = {
     name: getattr(model_builder, name)
     for name in (
@@ -73,8 +81,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     header = weights.Header(model=SMALL, prompts=["red circle"], threshold=0.25, base=base)
     weights.save(model, folder / "tuned", header)
     weights.save(model, folder / "old", header.model_copy(update={"base": None}))
-    finish("export", folder / "tuned", "--format", "sam3", "--output", folder / "out")
+    run_documented("export last --format sam3", folder / "tuned", folder / "out")
     return folder
+
+
+def run_documented(command: str, checkpoint: Path, output: Path) -> None:
+    """Run a command of docs/elsewhere.md, with its weights and its output elsewhere."""
+    (line,) = [each for each in COMMANDS if f"app {command}" in each]
+    words = [str(checkpoint) if word == "last" else word for word in shlex.split(line)[3:]]
+    finish(*words[:-1], output)
 
 
 @pytest.fixture(scope="module")
@@ -405,7 +420,7 @@ def test_at_full_size_names_and_shapes_are_upstreams(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def video(folder: Path) -> Path:
     """The same weights for transformers' `Sam3VideoModel`."""
-    finish("export", folder / "tuned", "--format", "hf", "--video", "--output", folder / "hf")
+    run_documented("export last --format hf --video", folder / "tuned", folder / "hf")
     return folder / "hf"
 
 
@@ -480,3 +495,30 @@ def test_a_video_folder_needs_its_tracker(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing says which published file .* --base FILE"):
         transformers_folder.export(folder / "old", tmp_path / "out", video=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_lines_of_the_page_are_python_and_load_what_was_written(
+    folder: Path, video: Path, command: Command
+) -> None:
+    """Those of upstream's images and of transformers run; the others need what is not here."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert len(blocks) == 8
+    for block in blocks:
+        compile(block, "elsewhere.md", "exec")
+    ours = weights.load(folder / "tuned")[0]
+    for block in blocks:
+        if "build_sam3_image_model" in block or "Sam3VideoModel" in block:
+            names: dict[str, Any] = {}
+            paths = {"outputs/sam3": folder / "out", "outputs/hf": video}
+            for written, place in paths.items():
+                block = block.replace(written, str(place))
+            exec(block, names)
+            if "video" not in names:
+                assert torch.equal(names["model"].get_parameter(TUNED), ours.get_parameter(TUNED))
+    assert names["video"].detector_model.num_parameters() == names["model"].num_parameters()
+    known = ("inspect last", "--format sam3 ", "--format hf --video ", "--format triton ")
+    assert len(COMMANDS) == len(known)
+    assert all(any(word in line for word in known) for line in COMMANDS)
+    done = command("inspect", folder / "out")
+    assert done.code == 0
+    assert "SAM 3 in Meta's layout, with its tracker" in done.out
