@@ -23,7 +23,7 @@ def inspect(
         ),
     ],
 ) -> None:
-    """Tell what a checkpoint is, what loads it, and what of it is missing or unexpected."""
+    """Tell what a checkpoint is, what loads it, and what is missing or unexpected."""
     from app.model.inspection import inspect as look
 
     for line in look(checkpoint).lines():

@@ -522,3 +522,19 @@ def test_the_lines_of_the_page_are_python_and_load_what_was_written(
     done = command("inspect", folder / "out")
     assert done.code == 0
     assert "SAM 3 in Meta's layout, with its tracker" in done.out
+
+
+def test_the_tracker_of_transformers_own_folder_is_taken(
+    folder: Path, video: Path, tmp_path: Path
+) -> None:
+    """As weights that were tuned from such a folder want it."""
+    model: Any = Sam3VideoModel.from_pretrained(video)
+    model.save_pretrained(tmp_path)
+    found = base_file.find_base(folder / "old" / "model.safetensors", tmp_path)
+    assert found is not None
+    assert (found.origin.layout, found.is_proved) == ("transformers", False)
+    base_file.check_fit(weights.load(folder / "tuned")[0].state_dict(), found)
+    taken = transformers_folder._tracker(found)
+    assert taken.keys() == {key for key in model.state_dict() if key.startswith("tracker_")}
+    with pytest.raises(UserError, match=r"whose tracker has other names[\s\S]*--base sam3\.pt"):
+        export(folder / "old", tmp_path / "out", base_file=tmp_path)
