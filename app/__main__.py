@@ -33,6 +33,7 @@ COMMANDS = {
     "compact": "Cut weights down to smaller ones, and say what each step removes, leaves and "
     "costs.",
     "export": "Write weights for other runtimes, each file compared with the model it came from.",
+    "inspect": "Tell what a checkpoint is, what loads it, and what is missing or unexpected.",
     "pack": "Write weights as float16: half as large, with their SHA-256 beside.",
     "merge": "Join a LoRA with its base into plain weights.",
     "data": "Check a dataset, or build a checked copy of it.",

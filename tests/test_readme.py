@@ -26,7 +26,7 @@ WORDS = "\n".join(
         *(
             text
             for page, text in zip(PAGES[1:], DOCS, strict=True)
-            if page.stem not in ("jetson", "figures", "gpu")
+            if page.stem not in ("jetson", "figures", "gpu", "elsewhere")
         ),
     ]
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("app")
 cli = typer.Typer(add_completion=False)
-FORMATS = ("onnx", "hf")
+FORMATS = ("onnx", "triton", "hf", "sam3")
 GRAPHS = "Graphs"
 
 
@@ -42,7 +42,7 @@ class OnnxFlags:
     precision: Annotated[
         list[str] | None,
         typer.Option(
-            help="fp32, fp16, bf16, int8; several in one where commas part them",
+            help="fp32, fp16, bf16, int8; several in one where commas part them. Of sam3 one",
             rich_help_panel=GRAPHS,
         ),
     ] = None
@@ -139,10 +139,24 @@ def export(
         str,
         typer.Option(
             "--format",
-            help="onnx (any runtime, TensorRT) or hf (transformers)",
+            help="onnx (any runtime, TensorRT), triton (its model repository), hf (transformers) "
+            "or sam3 (Meta's own code)",
             rich_help_panel=OUTPUT,
         ),
     ] = "onnx",
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="of sam3, hf --video: Meta's file that the weights began as, where it was moved",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    video: Annotated[
+        bool,
+        typer.Option(
+            "--video", help="of hf: with the tracker, for Sam3VideoModel", rich_help_panel=OUTPUT
+        ),
+    ] = False,
     overwrite: options.Overwrite = False,
     flags: OnnxFlags,
     measure_on: Annotated[
@@ -160,16 +174,45 @@ def export(
 
     check_output(output_dir, checkpoint, overwrite=overwrite)  # before torch is imported
     options.check_paths([*given, f"checkpoint={checkpoint}"])
-    if to_format == "onnx":
+    has_graphs = to_format in ("onnx", "triton")
+    unread = [] if has_graphs else [*flags.given(), *given]
+    if base is not None and to_format != "sam3" and not (to_format == "hf" and video):
+        unread.append("--base")
+    if video and to_format != "hf":
+        unread.append("--video")
+    if to_format == "sam3" and "--precision" in unread:
+        unread.remove("--precision")
+    if unread:
+        raise UserError(f"{', '.join(unread)}: nothing reads it beside --format {to_format}")
+    if has_graphs:
         write_graphs(
-            checkpoint, output_dir, given, flags, measure_on=measure_on, overwrite=overwrite
+            checkpoint,
+            output_dir,
+            given,
+            flags,
+            measure_on=measure_on,
+            overwrite=overwrite,
+            for_triton=to_format == "triton",
         )
         return
-    if unread := [*flags.given(), *given]:
-        raise UserError(f"{', '.join(unread)}: nothing reads it beside --format hf")
+    if to_format == "sam3":
+        from app.deploy import upstream_file
+
+        precisions = flags.precision or ["fp32"]
+        upstream_file.export(
+            checkpoint,
+            output_dir,
+            base_file=base,
+            precision=",".join(precisions),
+            overwrite=overwrite,
+        )
+        log.info("weights: %s", output_dir / upstream_file.PT)
+        return
     from app.deploy import transformers_folder
 
-    folder = transformers_folder.export(checkpoint, output_dir, overwrite=overwrite)
+    folder = transformers_folder.export(
+        checkpoint, output_dir, video=video, base_file=base, overwrite=overwrite
+    )
     log.info("weights: %s", folder)
 
 
@@ -181,11 +224,13 @@ def write_graphs(
     *,
     measure_on: int,
     overwrite: bool,
+    for_triton: bool,
 ) -> None:
     """Write ONNX graphs of the weights, and log how large they are and how to use them.
 
     Args:
         overrides: of the configuration: where labelled images come from.
+        for_triton: write them as a model repository of Triton's.
 
     Raises:
         UserError: what cannot be exported.
@@ -202,16 +247,20 @@ def write_graphs(
     if any(text.startswith("dataset.") for text in overrides):
         config = load_config(["transforms=none", *overrides], None, None)
         valid, max_detections = read_splits(config).valid, config.evaluation.max_detections
-    manifest = onnx.export(
-        checkpoint,
-        folder,
-        wanted,
-        images=images,
-        valid=valid,
-        max_detections=max_detections,
-        measure_on=measure_on,
-        overwrite=overwrite,
-    )
+    options: dict[str, Any] = {
+        "images": images,
+        "valid": valid,
+        "max_detections": max_detections,
+        "measure_on": measure_on,
+    }
+    if for_triton:
+        from app.deploy import triton
+
+        triton.export(checkpoint, folder, wanted, overwrite=overwrite, **options)
+        log.info("exported: %s", folder)
+        log.info("serve it: %s", command("tritonserver", "--model-repository", folder.resolve()))
+        return
+    manifest = onnx.export(checkpoint, folder, wanted, overwrite=overwrite, **options)
     size = sum(file["bytes"] for file in manifest.files.values())
     log.info("exported: %s, %.1f MB in %d files", folder, size / 1e6, len(manifest.files) + 1)
     run = command("python", "-m", "app.deploy.runtime", folder)

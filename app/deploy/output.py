@@ -9,6 +9,9 @@ from app.errors import UserError
 from app.files import SETTINGS_BYTES, exists_problem, read_json
 from app.model.transformers.config import CONFIG
 
+RECORD = "export.json"  # of the formats that keep no manifest
+UPSTREAM, TRITON = "sam3-finetuning/sam3/1", "sam3-finetuning/triton/1"
+
 
 def check_output(folder: Path, source: Path, *, overwrite: bool) -> None:
     """Raise UserError where writing to `folder` would destroy something that is no export.
@@ -30,9 +33,13 @@ def check_output(folder: Path, source: Path, *, overwrite: bool) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Return whether the folder holds an export of either format."""
+    """Return whether the folder holds an export of any format."""
     config = _read(folder / CONFIG).get("architectures")
-    return config == ["Sam3Model"] or _read(folder / FILE).get("format") == FORMAT
+    return (
+        config in (["Sam3Model"], ["Sam3VideoModel"])
+        or _read(folder / FILE).get("format") == FORMAT
+        or _read(folder / RECORD).get("format") in (UPSTREAM, TRITON)
+    )
 
 
 def _read(file: Path) -> dict[str, object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from huggingface_hub import ModelCardData
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from sam3.model.sam3_image import Sam3Image
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from app.config.schema import ModelConfig
 from app.config.shapes import Thing
 from app.datasets.synthetic.drawing import draw_image
+from app.deploy.base_file import Base, check_fit, find_base
 from app.deploy.output import check_output
 from app.deploy.tokenizer import make_tokenizer
 from app.errors import UserError
@@ -27,8 +29,9 @@ from app.files import atomic_folder, atomic_path, write_json, write_text
 from app.inference.postprocess import THRESHOLD
 from app.inference.predictor import Predictor, query_scores
 from app.model import weights
-from app.model.transformers.config import CONFIG, TOKENS, to_config
-from app.model.transformers.state import to_transformers
+from app.model.transformers.config import CONFIG, TOKENS, to_config, to_video_config
+from app.model.transformers.state import DETECTOR, TRACKER, to_transformers
+from app.model.transformers.tracker import to_transformers as tracker_to_transformers
 
 log = logging.getLogger("app")
 CARD = "README.md"
@@ -39,7 +42,14 @@ PRESENCE = 10.0
 PADDING = -10  # label of a box that is only padding
 
 
-def export(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
+def export(
+    path: Path,
+    folder: Path,
+    *,
+    video: bool = False,
+    base_file: Path | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write weights, config, processor and model card to `folder`, whole or not at all.
 
     An adapter is merged into its base. transformers' own model, loaded from what was written, is
@@ -47,6 +57,9 @@ def export(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
 
     Args:
         path: weights of any layout.
+        video: write for `Sam3VideoModel`, with the tracker of the published file that the weights
+            began as; `Sam3Model` loads such a folder too.
+        base_file: that file, where the weights do not tell where it is.
         overwrite: replace an earlier export.
 
     Returns:
@@ -54,39 +67,101 @@ def export(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
 
     Raises:
         UserError: weights that transformers cannot represent, a folder that holds something else,
-            or a model whose outputs differ there; names each.
+            no tracker or that of other weights, or a model whose outputs differ there; names each.
     """
-    check_output(folder, weights.find_file(path), overwrite=overwrite)
+    source = weights.find_file(path)
+    check_output(folder, source, overwrite=overwrite)
     header = weights.describe(path)
     config = to_config(header.model)
+    base = _find_tracker(source, base_file) if video else None
+    if base is not None:
+        config = to_video_config(header.model)
     with atomic_folder(folder, replace=folder.exists()) as temporary:
         model, header = weights.load(path, merge=True)
         write_json(temporary / CONFIG, config)
+        content = to_transformers(weights.to_state(model))
+        if base is not None:
+            check_fit(model.state_dict(), base)
+            content = {f"{DETECTOR}{key}": value for key, value in content.items()}
+            content |= _tracker(base)
+            header = header.model_copy(update={"base": base.origin})
         with atomic_path(temporary / weights.FILE) as file:  # save_file alone lets only us read it
-            save_file(
-                to_transformers(weights.to_state(model)),
-                file,
-                metadata={"format": "pt", **weights.to_metadata(header)},
-            )
-        processor = write_processor(temporary, header.model)
+            save_file(content, file, {"format": "pt", **weights.to_metadata(header)})
+        del content
+        processor = write_processor(temporary, header.model, video=video)
         tokens: Any = model.backbone.language_backbone.tokenizer
         respelt = _tokenized_otherwise(header.prompts, tokens, processor.tokenizer)
-        write_text(temporary / CARD, _card(header, respelt))
+        write_text(temporary / CARD, _card(header, respelt, video=video))
         same = [prompt for prompt in header.prompts if prompt not in respelt]
-        image, prompt = _draw_test_image(), [*same, "circle"][0]
+        image, prompt = draw_test_image(), [*same, "circle"][0]
         ours = our_outputs(model, header.model, image, prompt)
         del model  # because at full size memory does not hold both
         gc.collect()
         measured = differences(ours, their_outputs(temporary, image, prompt))
         if problems := _misses(measured, folder):
             raise UserError(problems)
+        if video:
+            _load_video_model(temporary)
     agreement = ", ".join(f"{name} to {value:.1g}" for name, value in measured.items())
     log.info("transformers' Sam3Model agrees: %s", agreement)
+    if video:
+        log.info(
+            "transformers' Sam3VideoModel loads it, with nothing missing and nothing left over"
+        )
     return folder
 
 
-def write_processor(folder: Path, config: ModelConfig) -> Any:
-    """Write the files that `Sam3Processor.from_pretrained` reads; return the processor."""
+def _find_tracker(source: Path, base_file: Path | None) -> Base:
+    """Return the published file that weights began as; raise UserError where there is none."""
+    base = find_base(source, base_file)
+    if base is None:
+        raise UserError(
+            f"{source}: nothing says which published file these weights began as, and a tracker is "
+            "in that alone. Name it: --base FILE; or leave out --video, for the image part."
+        )
+    if base.origin.layout == "3.1":
+        raise UserError(
+            f"{base.file}: is SAM 3.1, and transformers' Sam3VideoModel has no place for its "
+            "tracker. Leave out --video, or use --format sam3."
+        )
+    return base
+
+
+def _tracker(base: Base) -> dict[str, Tensor]:
+    """Return the tracker and its neck by transformers' names, each tensor with its own memory."""
+    if base.origin.layout == "transformers":
+        found = {key: value for key, value in base.tensors.items() if key.startswith(TRACKER)}
+    else:
+        found = tracker_to_transformers(base.tensors)
+    return {key: value.contiguous() for key, value in found.items()}
+
+
+def _load_video_model(folder: Path) -> None:
+    """Raise UserError where `Sam3VideoModel` misses tensors, or finds some that it has not."""
+    from transformers import Sam3VideoConfig, Sam3VideoModel
+
+    with torch.device("meta"):
+        expected = Sam3VideoModel(Sam3VideoConfig.from_pretrained(folder)).state_dict()
+    with safe_open(folder / weights.FILE, framework="pt") as content:
+        shapes = {key: content.get_slice(key).get_shape() for key in content.keys()}  # noqa: SIM118
+    wanted = {key: list(value.shape) for key, value in expected.items()}
+    if wrong := sorted({key for key, _ in _pairs(shapes) ^ _pairs(wanted)}):
+        raise UserError(
+            f"{weights.FILE}: is not written: it does not fit transformers' Sam3VideoModel: "
+            f"{wrong[0]}, of {len(wrong)}"
+        )
+
+
+def _pairs(shapes: Mapping[str, Sequence[int]]) -> set[tuple[str, tuple[int, ...]]]:
+    return {(key, tuple(shape)) for key, shape in shapes.items()}
+
+
+def write_processor(folder: Path, config: ModelConfig, *, video: bool = False) -> Any:
+    """Write the files that `Sam3Processor.from_pretrained` reads; return the processor.
+
+    Args:
+        video: write what `Sam3VideoProcessor` reads as well.
+    """
     from transformers import Sam3ImageProcessor, Sam3Processor
 
     side, mask = config.resolution, 4 * (config.resolution // config.vision.patch_size)
@@ -97,7 +172,17 @@ def write_processor(folder: Path, config: ModelConfig) -> Any:
         image_std=[0.5] * 3,
     )
     processor = Sam3Processor(image_processor=pixels, tokenizer=make_tokenizer())
-    processor.save_pretrained(folder)
+    if video:
+        from transformers import Sam2VideoVideoProcessor, Sam3VideoProcessor
+
+        frames = Sam2VideoVideoProcessor(
+            size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )
+        Sam3VideoProcessor(pixels, frames, make_tokenizer(), target_size=side).save_pretrained(
+            folder
+        )
+    else:
+        processor.save_pretrained(folder)
     return processor
 
 
@@ -159,7 +244,7 @@ def _misses(measured: dict[str, float], folder: Path) -> list[str]:
     ]
 
 
-def _draw_test_image() -> Image.Image:
+def draw_test_image(seed: int = 0) -> Image.Image:
     """Return a red circle, a blue rectangle and a green triangle on a texture, 320 x 240."""
     things = [Thing("circle", "red"), Thing("rectangle", "blue"), Thing("triangle", "green")]
     pixels, _ = draw_image(
@@ -170,7 +255,7 @@ def _draw_test_image() -> Image.Image:
         shun=("red", "green", "blue"),
         radius=(0.15, 0.3),
         turn=15,
-        random=np.random.default_rng(0),
+        random=np.random.default_rng(seed),
     )
     return Image.fromarray(pixels)
 
@@ -191,7 +276,7 @@ def _tokenized_otherwise(prompts: Sequence[str], ours: Any, theirs: Any) -> dict
     return {prompt: text if same(prompt, text) else None for prompt, text in cleaned.items()}
 
 
-def _card(header: weights.Header, respelt: dict[str, str | None]) -> str:
+def _card(header: weights.Header, respelt: dict[str, str | None], *, video: bool) -> str:
     """Return the model card."""
     metas = header.model.name != "nano"  # larger sizes begin with Meta's weights
     data = ModelCardData(
@@ -226,6 +311,13 @@ def _card(header: weights.Header, respelt: dict[str, str | None]) -> str:
         "only where there are boxes. The box of padding in the snippet brings it back: without it "
         "scores and masks are others than those that training measured. With example boxes of "
         "your own it is not needed.",
+        "The tracker of videos is as Meta published it: "
+        "`Sam3VideoModel.from_pretrained` loads this folder as well."
+        if video
+        else "",
+        f"Began as SAM {header.base.layout}, SHA-256 `{header.base.sha256}`."
+        if header.base is not None
+        else "",
         "Read back by sam3-finetuning with `--checkpoint THIS_FOLDER`.",
         "## Licence",
         "The weights come from Meta's SAM 3 and are under the SAM License, which goes with them."

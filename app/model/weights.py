@@ -13,7 +13,7 @@ import pickletools
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
@@ -28,30 +28,48 @@ from app.config.schema import ModelConfig, Prompt, problems_of
 from app.console import command
 from app.errors import UserError
 from app.files import atomic_path, claim, flatten, hash_file, remove_unfinished
-from app.model import adapters
+from app.model import adapters, published
 from app.model.build import build_model
 from app.model.halves import originals
+from app.model.published import COMPUTED
 from app.model.transformers.config import read_config
-from app.model.transformers.state import from_transformers, is_layout, is_transformers
+from app.model.transformers.state import TRACKER, from_transformers, is_layout, is_transformers
 from app.model.upstream.pin import COMMIT
 from app.model.vocabulary import VISUAL_PROMPT
 from app.model.weight_files import FILE as FILE  # of `weights` for all who load torch anyway
 from app.model.weight_files import find_file as find_file
-from app.model.weight_files import require_adapter, require_free
+from app.model.weight_files import require_adapter, require_free, shards
 
 HUB = ("facebook/sam3", "sam3.pt")
 BASE = "SAM3_BASE"  # environment variable: the file of an adapter's base, where it was moved
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")  # of weights that an adapter may build on
+SUFFIXES = (
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".json",
+)  # of weights that an adapter may build on
 MAX_PROMPTS = 50_000  # of a header
 MAX_PICKLE = 16 << 20  # bytes of the index of a .pt; that of SAM 3 has 0.5 MB
 MAX_HASHED = 10_000  # values in a tuple of it
 _HEADER = "sam3-finetuning"
-_PREFIX = "detector."
-# Parts of upstream's sam3.pt that an image model has no place for: the tracker and its neck.
-_TRACKER = ("tracker.", "detector.backbone.vision_backbone.sam2_convs.")
-# RoPE tables are persistent buffers upstream (vitdet.py:457); they follow from the resolution and
-# are computed when the model is built, so they are neither saved nor loaded.
-COMPUTED = ".freqs_cis"
+Layout = Literal["3.0", "3.1", "transformers"]  # of a published file
+
+
+class Origin(BaseModel):
+    """The published file that weights began as, of which they are the image part.
+
+    Attributes:
+        reference: path of the file, or its name on the Hugging Face hub.
+        sha256: of the file, in hexadecimal.
+        layout: Meta's SAM 3 or 3.1, or transformers' folder.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    reference: str = Field(min_length=1, max_length=adapters.MAX_PATH)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    layout: Layout
 
 
 class Header(BaseModel):
@@ -59,7 +77,8 @@ class Header(BaseModel):
 
     `threshold` is the score that maximised F1 on the validation images; None where nothing was
     found on them, or from weights made before it was kept. `levels` are the values of training
-    images of more than 8 bits that became 0 and 255; None where there were none.
+    images of more than 8 bits that became 0 and 255; None where there were none. `base` is None for
+    weights that began as random ones, or as ours of before it was kept.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -70,6 +89,7 @@ class Header(BaseModel):
     data_hash: str = Field(default="", max_length=100)
     threshold: float | None = Field(default=None, ge=0, le=1)
     levels: tuple[FiniteFloat, FiniteFloat] | None = None
+    base: Origin | None = None
     version: str = __version__
 
 
@@ -135,6 +155,7 @@ def merge(path: Path, folder: Path, *, overwrite: bool = False) -> Path:
     require_adapter(path)
     require_free(folder, overwrite=overwrite)
     model, header = load(path, merge=True)
+    header = header.model_copy(update={"base": origin(path)})
     claim(folder)
     require_free(folder, overwrite=overwrite)  # again, now that no other process writes here
     remove_unfinished(folder / FILE)
@@ -189,9 +210,27 @@ def load_into(model: Sam3Image, path: Path, *, merge: bool, mapped: bool = False
 
 def base_reference(file: Path) -> adapters.Base:
     """Return how an adapter names the weights that it is trained on."""
-    published = file == cached_sam3()
-    reference = "/".join(HUB) if published else str(file.resolve())
-    return adapters.Base(reference, hash_file(file))
+    reference = "/".join(HUB) if file == cached_sam3() else str(file.resolve())
+    state = file.stat()
+    return adapters.Base(reference, _hash(file, state.st_size, state.st_mtime_ns))
+
+
+def origin(path: Path) -> Origin | None:
+    """Return the published file that weights began as, themselves included; None of no such."""
+    file = find_file(path)
+    if (header := read_header(file)) is not None and header.base is not None:
+        return header.base
+    if file.name == adapters.FILE:
+        return origin(find_base(file.parent))
+    if header is not None:
+        return None
+    keys = read_tensors(file).keys()
+    of_video = any(key.startswith(TRACKER) for key in keys)  # transformers'
+    layout: Layout | None = "transformers" if of_video else published.release(keys)
+    if layout is None:
+        return None
+    base = base_reference(file)
+    return Origin(reference=base.reference, sha256=base.sha256, layout=layout)
 
 
 def find_base(folder: Path) -> Path:
@@ -203,7 +242,11 @@ def find_base(folder: Path) -> Path:
     Raises:
         UserError: it is not there, or is another file; says which is wanted.
     """
-    base = adapters.read_base(folder)
+    return locate(adapters.read_base(folder), folder)
+
+
+def locate(base: adapters.Base, folder: Path) -> Path:
+    """Return the file that weights in `folder` belong to, as `find_base` does."""
     named = os.environ.get(BASE)
     if named:
         file = find_file(Path(named))
@@ -357,13 +400,19 @@ def published_sam3() -> Path:
 
 def _read_state(file: Path) -> dict[str, Tensor]:
     """Read bare keys → tensors, whatever the layout."""
-    state = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
-    if any(key.startswith(_PREFIX) for key in state):
-        state = {k: v for k, v in state.items() if not k.startswith(_TRACKER)}
-        state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+    state = read_tensors(file)
+    if published.is_layout(state):
+        state = published.image_part(state)
     elif is_layout(state):
         state = from_transformers(state)
     return {key: value for key, value in state.items() if not key.endswith(COMPUTED)}
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Read a file's own keys → tensors, mapped: they lie in the file until they are used."""
+    if file.suffix == ".json":
+        return {key: value for part in shards(file) for key, value in read_tensors(part).items()}
+    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -374,20 +423,27 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(file: Path) -> dict[str, Tensor]:
+    return read_index(file)[0]
+
+
+def read_index(file: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Read a checkpoint of torch's: keys → tensors, mapped, and what is kept beside the model."""
     _check_pickle(file)
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, OSError …
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file}: not a checkpoint that can be read safely ({reason})") from None
+    beside: list[str] = []
     if isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        beside = [str(key) for key in content if key != "model"]
         content = content["model"]
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{file}: holds no state dict")
     wrong = [str(k) for k, v in content.items() if not isinstance(v, Tensor)]
     if wrong:
         raise UserError(f"{file}: not a state dict: '{wrong[0]}' is no tensor")
-    return {str(key): value for key, value in content.items()}
+    return {str(key): value for key, value in content.items()}, beside
 
 
 def _check_pickle(file: Path) -> None:

@@ -131,7 +131,13 @@ def train(
         prompts=splits.train.class_names,
         data_hash=splits.train.content_hash(),
         levels=levels_of(splits.train),
+        base=None if pretrained_path is None else weights.origin(pretrained_path),
     )
+    if is_main and header.base is not None and header.base.layout == "3.1":
+        log.info(
+            "weights: began as SAM 3.1, whose tracker and its necks (interactive_convs, "
+            "propagation_convs) are set aside: export --format sam3 brings them back"
+        )
     trainer = Trainer(
         config,
         model,

@@ -63,7 +63,9 @@ def start(request: Request) -> None:
     instantiate(config.trainer, _recursive_=False).run()
     if "train" in datasets and torch.distributed.get_rank() == 0:
         node = config.trainer.model
-        _export(folder, model_size(node.size, node.resolution, node.segmentation), datasets)
+        size = model_size(node.size, node.resolution, node.segmentation)
+        start = None if node.checkpoint_path is None else Path(node.checkpoint_path)
+        _export(folder, size, datasets, None if start is None else weights.origin(start))
     torch.distributed.destroy_process_group()
 
 
@@ -99,8 +101,14 @@ def join_process_group() -> None:
     )
 
 
-def _export(folder: Path, config: ModelConfig, datasets: dict[str, Dataset]) -> None:
-    """Write our weights from upstream's checkpoint, without its optimizer: a third of its size."""
+def _export(
+    folder: Path, config: ModelConfig, datasets: dict[str, Dataset], base: weights.Origin | None
+) -> None:
+    """Write our weights from upstream's checkpoint, without its optimizer: a third of its size.
+
+    Args:
+        base: the published file that the run started from.
+    """
     checkpoint = folder / "checkpoints" / "checkpoint.pt"
     if not checkpoint.is_file():
         return
@@ -112,6 +120,7 @@ def _export(folder: Path, config: ModelConfig, datasets: dict[str, Dataset]) -> 
         model=config,
         prompts=train.class_names,
         data_hash=train.content_hash(),
+        base=base,
     )
     weights.save(model, folder / "weights" / "last", header)
     log_next_steps(folder / "weights" / "last", splits)

@@ -28,7 +28,7 @@ from app.inference.predictor import Predictor
 from app.model import adapters, weights
 from app.model.build import build_model
 from app.model.bundled import NANO
-from tests.helpers import TINY, Command
+from tests.helpers import TINY, Command, same_tensors
 from tests.model.outputs import raw_outputs
 
 CONFIG = load_config(TINY).model
@@ -137,6 +137,22 @@ def test_what_transformers_saves_again_is_read_without_our_header(
     assert (header.model, header.prompts) == (nano, [])
     ours, theirs = raw_outputs(weights.load(tiny)[0].eval()), raw_outputs(model.eval())
     assert torch.equal(ours["pred_masks"], theirs["pred_masks"])
+
+
+def test_a_folder_of_several_files_is_read(exported: Path, tmp_path: Path) -> None:
+    Sam3Model.from_pretrained(exported).save_pretrained(tmp_path, max_shard_size="1MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    whole, several = weights.load(exported)[0], weights.load(tmp_path)[0]
+    assert same_tensors(whole.state_dict(), several.state_dict())
+    base = weights.base_reference(weights.find_file(tmp_path))
+    next(tmp_path.glob("*-00002-*")).unlink()
+    with pytest.raises(UserError, match=r"index.json: names .*-00002-of-.* which is not there"):
+        weights.load(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')
+    with pytest.raises(UserError, match="which is no file of its folder"):
+        weights.load(tmp_path)
+    assert len(base.sha256) == 64
 
 
 def test_windows_that_do_not_tile_the_image_agree_too(tmp_path: Path) -> None:

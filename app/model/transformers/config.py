@@ -98,6 +98,29 @@ def to_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def to_video_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the content of `config.json` for `Sam3VideoModel`, whose tracker is as published.
+
+    Raises:
+        UserError: as `to_config` does.
+    """
+    detector = to_config(config)
+    side, patch = config.resolution, config.vision.patch_size
+    return {
+        "architectures": ["Sam3VideoModel"],
+        "model_type": "sam3_video",
+        "dtype": "float32",
+        "detector_config": detector,
+        "tracker_config": {
+            "model_type": "sam3_tracker_video",
+            "image_size": side,  # sets the sizes of feature maps, by the patches below
+            "vision_config": detector["vision_config"],
+            "prompt_encoder_config": {"image_size": side, "patch_size": patch},
+        },
+        "low_res_mask_size": 4 * (side // patch),
+    }
+
+
 def read_config(folder: Path) -> ModelConfig:
     """Return the size of ours that a folder's `config.json` describes, at its resolution.
 

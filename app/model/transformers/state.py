@@ -17,10 +17,11 @@ from torch import Tensor
 
 from app.errors import UserError
 from app.model.transformers.names import TO_OURS, TO_THEIRS, rename, rename_key
+from app.model.weight_files import shards
 
 # Of a published folder, which holds the detector beside the video's tracker (Sam3VideoModel).
-_DETECTOR = "detector_model."
-_TRACKER = ("tracker_model.", "tracker_neck.")
+DETECTOR = "detector_model."
+TRACKER = ("tracker_model.", "tracker_neck.")
 _POINTS = "geometry_encoder.points_"
 _POSITIONS = "backbone.vision_backbone.trunk.pos_embed"  # (1, 1 + patches, width)
 _PROJECTION = "backbone.language_backbone.encoder.text_projection"  # (width, 512); theirs turned
@@ -84,11 +85,13 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def is_layout(keys: Iterable[str]) -> bool:
     """Return whether keys are of transformers' Sam3Model or Sam3VideoModel."""
-    return any(key.startswith(("vision_encoder.", _DETECTOR)) for key in keys)
+    return any(key.startswith(("vision_encoder.", DETECTOR)) for key in keys)
 
 
 def is_transformers(file: Path) -> bool:
     """Return whether a weights file has that layout; its folder has the size in `config.json`."""
+    if file.suffix == ".json":
+        return any(is_transformers(part) for part in shards(file))
     if file.suffix != ".safetensors":
         return False
     try:
@@ -100,8 +103,8 @@ def is_transformers(file: Path) -> bool:
 
 def _detector(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for key, value in state.items():
-        if not key.startswith(_TRACKER):
-            yield key.removeprefix(_DETECTOR), value
+        if not key.startswith(TRACKER):
+            yield key.removeprefix(DETECTOR), value
 
 
 def _complete(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,9 +8,10 @@ alone needs are in `upstream_trainer/fixes.py`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -48,6 +49,36 @@ def building_on_meta() -> AbstractContextManager[None]:
             return func(*args, **kwargs)
 
     return Building()
+
+
+@contextlib.contextmanager
+def loading_mapped() -> Iterator[None]:
+    """Let upstream's builders take a checkpoint's tensors from its file, without copies of them.
+
+    model_builder.py:527,777 read the whole file into memory, beside the model that it is then
+    copied into. Here the tensors stay in the file, and the model is made of them; what is strict
+    there is strict here. It is for the main thread of a process that loads nothing else meanwhile.
+
+    Goes when upstream maps the file and assigns its tensors.
+    """
+    import torch
+    from torch import nn
+
+    load, fill = torch.load, nn.Module.load_state_dict
+
+    def mapped(file: Any, **options: Any) -> Any:
+        return load(file.name, mmap=True, **options)
+
+    def assigned(self: Any, state: Any, strict: bool = True) -> Any:
+        own = self.state_dict()
+        state = {k: v.to(own[k].dtype) if k in own else v for k, v in state.items()}
+        return fill(self, state, strict=strict, assign=True)
+
+    torch.load, nn.Module.load_state_dict = mapped, assigned  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.load, nn.Module.load_state_dict = load, fill  # type: ignore[method-assign]
 
 
 @functools.cache

@@ -1,0 +1,103 @@
+"""The published file that weights began as: an export takes the tracker of videos from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from app.errors import UserError
+from app.model import adapters, published, weights
+from app.model.transformers.state import from_transformers, is_layout
+
+log = logging.getLogger("app")
+SHOWN = 6  # problems
+_HEAD = "segmentation_head."
+
+
+@dataclass(frozen=True)
+class Base:
+    """The published file whose tracker goes beside our image part.
+
+    Attributes:
+        file: its path.
+        origin: how a header names it.
+        tensors: its own keys → tensors, mapped.
+        is_proved: whether the weights say that they began as this very file.
+    """
+
+    file: Path
+    origin: weights.Origin
+    tensors: Mapping[str, Tensor]
+    is_proved: bool
+
+    @property
+    def release(self) -> published.Release:
+        """Return which SAM 3 it is."""
+        return "3.1" if self.origin.layout == "3.1" else "3.0"
+
+
+def find_base(source: Path, named: Path | None) -> Base | None:
+    """Return the published file that weights began as; None where they name none and none is given.
+
+    Args:
+        source: file of the weights.
+        named: by --base.
+
+    Raises:
+        UserError: it cannot be found, is another than that of the weights, or holds no tracker.
+    """
+    origin = weights.origin(source)
+    folder = source.parent
+    if origin is not None and named is None:
+        reference = adapters.Base(origin.reference, origin.sha256)
+        try:
+            file = weights.locate(reference, folder)
+        except UserError as error:
+            raise UserError([*error.problems, "Or name them: --base FILE."]) from None
+        return Base(file, origin, weights.read_tensors(file), is_proved=True)
+    if named is None:
+        return None
+    file = weights.find_file(named)
+    found = weights.origin(file) if weights.read_header(file) is None else None
+    if found is None:
+        raise UserError(
+            f"--base {named}: is no file that Meta published: it has no tracker. Name sam3.pt or "
+            "sam3.1_multiplex.pt."
+        )
+    if origin is None or "transformers" in {origin.layout} ^ {found.layout}:
+        log.info(
+            "note: nothing in %s proves that they began as %s: taken at your word", source, file
+        )
+        return Base(file, found, weights.read_tensors(file), is_proved=False)
+    if found.sha256 != origin.sha256:
+        raise UserError(
+            f"--base {named}: is another file than these weights began as: SHA-256 "
+            f"{found.sha256[:16]}…, and they want {origin.sha256[:16]}… ({origin.reference}). A "
+            "tracker of other weights would not fit them."
+        )
+    return Base(file, origin, weights.read_tensors(file), is_proved=True)
+
+
+def check_fit(state: Mapping[str, Tensor], base: Base) -> None:
+    """Raise UserError where the image part has other tensors than the base, but for a mask head."""
+    whole = base.tensors
+    theirs = from_transformers(whole) if is_layout(whole) else published.image_part(whole)
+    ours = {key: value for key, value in state.items() if not key.endswith(published.COMPUTED)}
+    problems = [
+        f"  {key}: shape {tuple(value.shape)}, in the base {tuple(theirs[key].shape)}"
+        for key, value in ours.items()
+        if key in theirs and theirs[key].shape != value.shape
+    ]
+    problems += [f"  {key}: not in the base" for key in ours if key not in theirs]
+    problems += [
+        f"  {key}: in the base alone"
+        for key in theirs
+        if key not in ours and not key.startswith(_HEAD)
+    ]
+    if problems:
+        more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise UserError([f"{base.file} is no base of these weights:", *problems[:SHOWN], *more])

@@ -1,0 +1,234 @@
+"""Load what was exported by upstream's own builders, and compare it: tensors, answers, features."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from sam3 import model_builder
+from sam3.model.data_misc import interpolate
+from sam3.model.sam3_image import Sam3Image
+from sam3.model.sam3_image_processor import Sam3Processor
+from torch import Tensor
+from torch.nn import functional as F
+
+from app.datasets.square import to_square
+from app.errors import UserError
+from app.inference.predictor import Predictor, normalise, query_scores
+from app.model import published, weights
+from app.model.upstream import fixes, pin
+
+# Largest differences between upstream's answers and the predictor's: boxes as shares of the image's
+# side, masks as probabilities.
+TOLERANCES = {"scores": 1e-5, "boxes": 1e-5, "masks": 1e-4}
+SHOWN = 6  # problems
+Answers = list[dict[str, Tensor]]  # of each image
+
+
+def check_tensors(file: Path, content: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless a file holds these tensors to the bit, and no others."""
+    written = weights.read_tensors(file)
+    wrong = sorted(written.keys() ^ content.keys())
+    wrong += [
+        key for key in content.keys() & written.keys() if not _same(content[key], written[key])
+    ]
+    if wrong:
+        raise UserError(
+            f"{file.name}: is not written: {wrong[0]}, of {len(wrong)} tensors, is not in the file "
+            "as it was in memory. Look whether the disk is sound, and run the same command again."
+        )
+
+
+def is_built(content: Mapping[str, Tensor]) -> bool:
+    """Return whether upstream's image builder makes a model of these tensors' names and shapes."""
+    with _building(on_meta=True):
+        model = model_builder.build_sam3_image_model(
+            bpe_path=str(pin.bpe_path()), device="cpu", load_from_HF=False
+        )
+    part = published.image_part(content)
+    expected = {key: value.shape for key, value in model.state_dict().items()}
+    return {key: value.shape for key, value in part.items()} == {
+        key: shape for key, shape in expected.items() if not key.endswith(published.COMPUTED)
+    }
+
+
+def load_image_model(file: Path, content: Mapping[str, Tensor]) -> Sam3Image:
+    """Return what upstream's `build_sam3_image_model` makes of a file, on a CPU.
+
+    Raises:
+        UserError: a tensor of that model is not the file's; its loader says so in a print alone.
+    """
+    with _building(), fixes.loading_mapped():
+        model = model_builder.build_sam3_image_model(
+            bpe_path=str(pin.bpe_path()),
+            device="cpu",
+            checkpoint_path=str(file),
+            load_from_HF=False,
+        )
+    unread = [
+        key
+        for key, value in model.state_dict().items()
+        if not _is_left_out(key, content)
+        and not _same(content[published.PREFIX + key].to(value.dtype), value)
+    ]
+    if unread:
+        raise UserError(
+            f"{file.name}: is not written: upstream's build_sam3_image_model leaves {len(unread)} "
+            f"tensors as they were made, first {unread[0]}"
+        )
+    return model
+
+
+def load_video_model(file: Path) -> None:
+    """Load a file by upstream's `build_sam3_video_model`, which is strict, without its memory.
+
+    Raises:
+        UserError: names or shapes that do not fit; names the first.
+    """
+    logging.getLogger("sam3.model.sam3_video_base").setLevel(logging.WARNING)
+    with _building(on_meta=True), fixes.loading_mapped():
+        try:
+            model_builder.build_sam3_video_model(
+                str(file), bpe_path=str(pin.bpe_path()), load_from_HF=False, device="meta"
+            )
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines()[1:]]
+            problem = f"{file.name}: is not written: upstream's build_sam3_video_model refuses it:"
+            raise UserError([problem, *(line[:500] for line in lines[:SHOWN])]) from None
+
+
+def our_answers(predictor: Predictor, images: Sequence[Image.Image], prompt: str) -> Answers:
+    """Return what each query answers on each image, before any threshold.
+
+    Returns:
+        Of each image `scores` (Q,), `boxes` (Q, 4) xyxy, 0..1, and, where there is a mask head,
+        `masks` (Q, height, width), 0..1.
+    """
+    found = []
+    for image in images:
+        _, outputs = predictor.answers(image, [prompt])
+        answers = {"scores": query_scores(outputs)[0], "boxes": outputs["pred_boxes_xyxy"][0]}
+        if outputs.get("pred_masks") is not None:
+            size = (image.height, image.width)
+            logits = outputs["pred_masks"][0][:, None]  # (Q, 1, h, w)
+            scaled = interpolate(logits, size, mode="bilinear", align_corners=False)
+            answers["masks"] = scaled[:, 0].sigmoid()
+        found.append(answers)
+    return found
+
+
+def their_answers(
+    model: Sam3Image, resolution: int, images: Sequence[Image.Image], prompt: str
+) -> Answers:
+    """Return what upstream's own `Sam3Processor` answers, as `our_answers` does."""
+    processor = Sam3Processor(model, resolution, device="cpu", confidence_threshold=-1)
+    found = []
+    for image in images:
+        state = processor.set_text_prompt(prompt, processor.set_image(image))
+        sides = torch.tensor([image.width, image.height] * 2)
+        boxes = state["boxes"] / sides
+        found.append(
+            {"scores": state["scores"], "boxes": boxes, "masks": state["masks_logits"][:, 0]}
+        )
+    return found
+
+
+def differences(ours: Answers, theirs: Answers) -> dict[str, float]:
+    """Return the largest absolute difference of each kind of answer, NaN where one has it."""
+    return {
+        name: max(
+            float((one[name] - other[name]).abs().max())
+            for one, other in zip(ours, theirs, strict=True)
+        )
+        for name in ours[0]
+    }
+
+
+def check_answers(measured: Mapping[str, float]) -> None:
+    """Raise UserError for each difference that is beyond its tolerance, or NaN."""
+    if misses := [
+        f"sam3.pt is not written: upstream's model answers otherwise than these weights do: {name} "
+        f"differ by {value:.2g} (at most {TOLERANCES[name]:g}). Please report it with the weights' "
+        "size."
+        for name, value in measured.items()
+        if not value <= TOLERANCES[name]
+    ]:
+        raise UserError(misses)
+
+
+@torch.inference_mode()
+def tracker_sees(
+    model: Sam3Image,
+    base: Mapping[str, Tensor],
+    release: published.Release,
+    resolution: int,
+    images: Sequence[Image.Image],
+) -> float | None:
+    """Return how like the features that the tracker gets are to those that it was trained with.
+
+    Detector and tracker share the trunk: the tracker gets what its neck makes of the trunk's output
+    (necks.py:98-121).
+
+    Args:
+        model: of the exported image part; left with the base's trunk.
+        base: the published file's tensors.
+
+    Returns:
+        The least cosine of a level's features on an image; None where the trunk is the base's.
+    """
+    vision: Any = model.backbone.vision_backbone
+    start = f"{published.PREFIX}backbone.vision_backbone.trunk."
+    own = vision.trunk.state_dict()
+    old = {
+        key.removeprefix(start): value.to(own[key.removeprefix(start)].dtype)
+        for key, value in base.items()
+        if key.startswith(start) and not key.endswith(published.COMPUTED)
+    }
+    if all(_same(own[key], value) for key, value in old.items()):
+        return None
+    pixels = [normalise(to_square(image, resolution)) for image in images]
+    tuned = [vision.trunk(each)[-1] for each in pixels]  # (1, width, tokens, tokens)
+    vision.trunk.load_state_dict(old, strict=False, assign=True)
+    before = [vision.trunk(each)[-1] for each in pixels]
+    cosines = []
+    for neck in published.tracker_neck(release):
+        for level in range(len(vision.convs) - 1):  # the last is dropped
+            convs = copy.deepcopy(vision.convs[level])
+            first = f"{neck}{level}."
+            convs.load_state_dict(
+                {key.removeprefix(first): v for key, v in base.items() if key.startswith(first)}
+            )
+            cosines += [
+                float(F.cosine_similarity(convs(a).flatten(), convs(b).flatten(), dim=0))
+                for a, b in zip(tuned, before, strict=True)
+            ]
+    return min(cosines)
+
+
+@contextlib.contextmanager
+def _building(*, on_meta: bool = False) -> Iterator[None]:
+    """Let upstream's builders run on any device, without their prints."""
+    fixes.apply_fixes()
+    with contextlib.ExitStack() as stack:
+        if on_meta:
+            stack.enter_context(torch.device("meta"))
+            stack.enter_context(fixes.building_on_meta())
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        yield
+
+
+def _is_left_out(key: str, content: Mapping[str, Tensor]) -> bool:
+    """Return whether a model has a tensor of its own where SAM 3.1's file has none."""
+    is_free = key.startswith(published.DROPPED) or key.endswith(published.COMPUTED)
+    return is_free and published.PREFIX + key not in content
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
