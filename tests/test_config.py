@@ -29,6 +29,17 @@ def test_every_size_and_group_composes() -> None:
     assert load_config(["loss=boxes"]).loss.criterion["loss_fn_semantic_seg"] is None
 
 
+def test_bytes_are_not_normalized_by_upstreams_transform() -> None:
+    """ToSquare made numbers once; lists of that time are told what to change."""
+    square = "{_target_: app.datasets.queries.ToSquare, resolution: 64}"
+    normalize = (
+        "{_target_: sam3.train.transforms.basic_for_api.NormalizeAPI,"
+        " mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}"
+    )
+    with pytest.raises(UserError, match=r"name app\.datasets\.queries\.ShareBoxes in its place"):
+        load_config([f"transforms.train=[{square}, {normalize}]"])
+
+
 def test_a_size_is_read_from_its_file_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {name: load_config([f"model={name}"]).model for name in model_names()}
     monkeypatch.setattr(compose, "compose", None)  # Hydra's: a call would fail

@@ -196,6 +196,16 @@ class TransformsConfig(_Strict):
     augment: AugmentConfig
     train: list[Node]
 
+    @model_validator(mode="after")
+    def _check(self) -> TransformsConfig:
+        names = [str(node.get("_target_")).rpartition(".")[2] for node in self.train]
+        if "ToSquare" in names and "NormalizeAPI" in names[names.index("ToSquare") :]:
+            raise ValueError(
+                "transforms.train: NormalizeAPI takes numbers, and ToSquare leaves bytes, which "
+                "the device makes numbers of: name app.datasets.queries.ShareBoxes in its place"
+            )
+        return self
+
 
 class LossConfig(_Strict):
     matcher: Node
