@@ -93,7 +93,7 @@ def load_video_model(file: Path) -> None:
         UserError: names or shapes that do not fit; names the first.
     """
     logging.getLogger("sam3.model.sam3_video_base").setLevel(logging.WARNING)
-    with _building(on_meta=True), fixes.loading_mapped():
+    with _building(on_meta=True), fixes.loading_mapped(), fixes.leaving_autocast():
         try:
             model_builder.build_sam3_video_model(
                 str(file), bpe_path=str(pin.bpe_path()), load_from_HF=False, device="meta"

@@ -30,9 +30,9 @@ from tests.helpers import REPOSITORY
 WIDTH, HEIGHT = 40, 30
 
 
-def picture(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT)) -> None:
+def picture(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT), color: str = "black") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 def text(path: Path, content: str | dict) -> None:
@@ -75,8 +75,8 @@ def problems(folder: Path) -> list[str]:
 def yolo(folder: Path, config: str = "train: images/train\nval: images/val\n") -> Path:
     """A box (cat), a polygon (dog) and an image without a label file; one image in val."""
     text(folder / "data.yaml", config + "names: [cat, dog]\n")
-    for name in ("train/a.png", "train/b.png", "val/c.png"):
-        picture(folder / "images" / name)
+    for name, color in (("train/a.png", "black"), ("train/b.png", "black"), ("val/c.png", "red")):
+        picture(folder / "images" / name, color=color)
     # columns 10..19, rows 6..14: corners at 0.25, 0.5 of 40 and at 0.2, 0.5 of 30
     text(
         folder / "labels/train/a.txt",

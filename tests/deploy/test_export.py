@@ -433,6 +433,6 @@ def test_what_cannot_be_exported_is_said_at_once(command, tmp_path: Path) -> Non
     assert done.code == 2
     assert "holds something other than an exported model" in done.err
     done = command("export", NANO, "--format", "onxx", "--output", out)
-    assert "--format onxx: there is onnx, hf. Did you mean 'onnx'" in done.err
+    assert "--format onxx: there is onnx, triton, hf, sam3. Did you mean 'onnx'" in done.err
     done = command("export", NANO, "--format", "hf", "--top", "3", "--output", tmp_path / "hf")
     assert "--top: nothing reads it beside --format hf" in done.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Callable, Mapping
@@ -64,17 +65,11 @@ def video_model(*, on_meta: bool = False) -> nn.Module:
     """Return what upstream's own builder makes for videos, of random weights."""
     fixes.apply_fixes()
     device = "meta" if on_meta else "cpu"
-    with torch.device(device):
-        if on_meta:
-            with fixes.building_on_meta():
-                return _video_model(device)
-        return _video_model(device)
-
-
-def _video_model(device: str) -> nn.Module:
-    model: nn.Module = model_builder.build_sam3_video_model(
-        load_from_HF=False, bpe_path=str(pin.bpe_path()), device=device
-    )
+    on_device = fixes.building_on_meta() if on_meta else contextlib.nullcontext()
+    with torch.device(device), on_device, fixes.leaving_autocast():
+        model: nn.Module = model_builder.build_sam3_video_model(
+            load_from_HF=False, bpe_path=str(pin.bpe_path()), device=device
+        )
     return model
 
 

@@ -66,7 +66,7 @@ def decode(
     """Return queries (L, Q, B, D), boxes (L, Q, B, 4), presence logits, and its token (1, B, D).
 
     With `apply_dac` there are twice as many queries, and the second half does not attend to itself.
-    The logits (L, 1, B) are of every layer in training, else of the last alone.
+    The logits (L, 1, B) are of every layer where something is trained, else of the last alone.
 
     Args:
         tgt: (Q, B, D).
@@ -115,7 +115,8 @@ def decode(
         queries.append(normed)
         all_boxes.append(refined)
         presences.append(tokens[:1])
-    seen = torch.stack(presences if self.training else presences[-1:])  # (L, 1, B, D)
+    trains = self.training or torch.is_grad_enabled()  # the second: what is before it, it frozen
+    seen = torch.stack(presences if trains else presences[-1:])  # (L, 1, B, D)
     logits = self.presence_token_head(self.presence_token_out_norm(seen)).squeeze(-1)
     return torch.stack(queries), torch.stack(all_boxes[:-1]), logits, presences[-1]
 

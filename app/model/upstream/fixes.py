@@ -82,6 +82,27 @@ def loading_mapped() -> Iterator[None]:
 
 
 @functools.cache
+@contextlib.contextmanager
+def leaving_autocast() -> Iterator[None]:
+    """Leave the autocast that a tracker enters when it is made within the block, and never leaves.
+
+    It is of sam3_tracking_predictor.py:50. Whatever the process does later would run in it.
+    """
+    from sam3.model.sam3_tracking_predictor import Sam3TrackerPredictor
+
+    original = Sam3TrackerPredictor.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.bf16_context.__exit__(None, None, None)
+
+    Sam3TrackerPredictor.__init__ = init
+    try:
+        yield
+    finally:
+        Sam3TrackerPredictor.__init__ = original
+
+
 def apply_fixes() -> None:
     """Mend upstream in place, once a process; spare prediction what it does not need.
 
