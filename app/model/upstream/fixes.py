@@ -81,7 +81,6 @@ def loading_mapped() -> Iterator[None]:
         torch.load, nn.Module.load_state_dict = load, fill  # type: ignore[method-assign]
 
 
-@functools.cache
 @contextlib.contextmanager
 def leaving_autocast() -> Iterator[None]:
     """Leave the autocast that a tracker enters when it is made within the block, and never leaves.
@@ -103,6 +102,7 @@ def leaving_autocast() -> Iterator[None]:
         Sam3TrackerPredictor.__init__ = original
 
 
+@functools.cache
 def apply_fixes() -> None:
     """Mend upstream in place, once a process; spare prediction what it does not need.
 
