@@ -14,10 +14,10 @@ import pytest
 from tests.gpu.null_gpu import NullGpu
 from tests.helpers import MICRO
 
-LAUNCHES = {1: 6_930, 4: 7_110}  # of an update with 4 prompts an image, by the batch: 5,000
+LAUNCHES = {1: 6_770, 4: 7_100}  # of an update with 4 prompts an image, by the batch: 5,000
 OF_20_PROMPTS = 15_400  # of an update of one image
-WAITS = 12  # of the host in an update: 50
-PREDICTION = {"launches": 1_510, "waits": 3}  # with 1 prompt: 1,200 and 4
+WAITS = 7  # of the host in an update: 50
+PREDICTION = {"launches": 1_560, "waits": 4}  # with 1 prompt: 1,200 and 4
 
 
 @pytest.mark.slow

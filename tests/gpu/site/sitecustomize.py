@@ -8,6 +8,8 @@ import importlib.abc
 import importlib.machinery
 import sys
 
+MOST_PLACES = 1 << 20
+
 
 class _Torch(importlib.abc.MetaPathFinder):
     """Finds torch as it is found without this, and mends it once it has run."""
@@ -36,7 +38,13 @@ def _mend(torch):
     aten, meta = torch.ops.aten, torch.device("meta")
 
     def nonzero(x):
-        """Return that all of x is not zero; of 3 dimensions and more, as of masks, some of it."""
+        """Return that all of x is not zero; of 3 dimensions and more, as of masks, some of it.
+
+        Of one dimension the places are true, because runs of masks are made of them: what lies in
+        the device's memory is no order of places, and pycocotools may then count for ever.
+        """
+        if x.dim() == 1:
+            return torch.arange(min(x.numel(), MOST_PLACES))[:, None].to(x.device)
         count = x.numel() if x.dim() < 3 else x.shape[0] * x.shape[-1] * 4
         return torch.empty(count, x.dim(), dtype=torch.long, device=x.device)
 
