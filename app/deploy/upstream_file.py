@@ -24,7 +24,7 @@ from app.deploy.base_file import Base, check_fit, find_base
 from app.deploy.output import RECORD, UPSTREAM, check_output
 from app.deploy.transformers_folder import draw_test_image
 from app.errors import UserError
-from app.evaluation.model_card import CARD, SHOWN_PROMPTS, code, escaped, licence
+from app.evaluation.model_card import CARD, SHOWN_PROMPTS, code, escaped, licence, licence_text
 from app.files import atomic_folder, atomic_path, hash_file, write_json, write_text
 from app.inference.postprocess import THRESHOLD
 from app.inference.predictor import Predictor
@@ -277,10 +277,7 @@ def _card(header: weights.Header, record: Mapping[str, Any], resolution: int) ->
         if record["build_sam3_image_model"]
         else f"`{command('./infer.sh', '--checkpoint', SAFETENSORS)} --input IMAGES`",
         "## Licence",
-        "The weights come from Meta's SAM 3 and are under the SAM License, which goes with them."
-        if metas
-        else "The weights are under Apache-2.0. SAM 3's code, which they were trained with, is "
-        "under the SAM License.",
+        licence_text(metas=metas),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

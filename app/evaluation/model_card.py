@@ -155,6 +155,19 @@ def licence(*, metas: bool) -> dict[str, Any]:
     }
 
 
+def licence_text(*, metas: bool) -> str:
+    """Return what the card of an export says of the license; `metas`: as of `licence`."""
+    if metas:
+        return (
+            "The weights come from Meta's SAM 3 and are under the SAM License, which goes "
+            "with them."
+        )
+    return (
+        "The weights are under Apache-2.0. SAM 3's code, which they were trained with, is "
+        "under the SAM License."
+    )
+
+
 def _results(figures: Mapping[str, Any], name: str) -> list[EvalResult]:
     return [
         EvalResult(
