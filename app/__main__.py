@@ -20,8 +20,8 @@ from app.model.upstream.pin import prove_pin
 # A command X is in app/cli/X.py, which is imported only where X is called.
 COMMANDS = {
     "train": "Fine-tune SAM 3 on labelled images, or score weights on them (--eval-only).",
-    "infer": "Find what the prompts name in images; the same command again does what a stop left "
-    "over.",
+    "infer": "Find what the prompts name in images; again with the same --output-dir: what a stop "
+    "left over.",
     "label": "Make a dataset of images without labels: what weights find in them are its labels.",
     "evaluate": "Score weights on a dataset, or COCO results from elsewhere; write figures and a "
     "report.",

@@ -45,7 +45,8 @@ def evaluate(
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            help="folder for figures and report  [default: a free outputs/eval, outputs/eval-2, …]",
+            help="folder for figures and report",
+            show_default="a free outputs/eval, outputs/eval-2, …",
             rich_help_panel=OUTPUT,
         ),
     ] = None,

@@ -28,7 +28,8 @@ def infer(
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            help="folder for what is found  [default: a free outputs/infer, outputs/infer-2, …]",
+            help="folder for what is found",
+            show_default="a free outputs/infer, outputs/infer-2, …",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -87,7 +88,8 @@ def infer(
         typer.Option(
             help="overlay, coco, yolo, instances, semantic, cutouts, geojson, csv; several, or "
             "parted by commas; instances and semantic hold one value a pixel, the higher score on "
-            "top  [default: overlay,coco]",
+            "top",
+            show_default="overlay,coco",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -106,7 +108,7 @@ def infer(
         typer.Option(min=1, help="processes that share the images", rich_help_panel=DETECTION),
     ] = 1,
 ) -> None:
-    """Find what the prompts name in images; the same command again does what a stop left over."""
+    """Find what the prompts name in images; again with the same --output-dir: what a stop left."""
     from app.files import free_folder
     from app.inference.folder import list_jobs, predict_folder
     from app.inference.settings import RANDOM, Settings, make_settings, with_defaults

@@ -30,7 +30,8 @@ def label(
     output_dir: Annotated[
         Path | None,
         typer.Option(
-            help="new folder for the dataset  [default: a free data/labelled, data/labelled-2, …]",
+            help="new folder for the dataset",
+            show_default="a free data/labelled, data/labelled-2, …",
             rich_help_panel=OUTPUT,
         ),
     ] = None,

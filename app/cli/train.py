@@ -25,7 +25,8 @@ def train(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="YAML or JSON: class: prompt, or [prompt, synonym, …]", rich_help_panel=DATA
+            help="YAML or JSON: class: prompt, or a list of prompt and synonyms",
+            rich_help_panel=DATA,
         ),
     ] = None,
     limit: Annotated[
@@ -75,7 +76,8 @@ def train(
         str | None,
         typer.Option(
             help="auto: by the number of images; none: configs/train.yaml as it is; or a YAML of "
-            "configs/recipe by its name  [default: auto for nano, else none]",
+            "configs/recipe by its name",
+            show_default="auto for nano, else none",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -91,12 +93,19 @@ def train(
             rich_help_panel=METHOD,
         ),
     ] = False,
-    epochs: Annotated[int | None, typer.Option(rich_help_panel=SCHEDULE)] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="times that every training image is seen",
+            show_default="20, unless a recipe says otherwise",
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = None,
     batch_size: Annotated[
         str | None,
         typer.Option(
-            help="images a step and process; auto: the most that fit  [default: 2; on a GPU up "
-            "to 4 by its memory]",
+            help="images a step and process; auto: the most that fit",
+            show_default="2; on a GPU up to 4 by its memory",
             rich_help_panel=SCHEDULE,
         ),
     ] = None,
@@ -111,7 +120,14 @@ def train(
             rich_help_panel=SCHEDULE,
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=SCHEDULE)] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="of weights, order, augmentation and splits",
+            show_default="0",
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = None,
     eval_only: Annotated[
         bool,
         typer.Option("--eval-only", help="score, do not train", rich_help_panel=SCHEDULE),
@@ -137,7 +153,8 @@ def train(
     output_dir: Annotated[
         str | None,
         typer.Option(
-            help="folder that the run leaves  [default: a free outputs/train, outputs/train-2, …]",
+            help="folder that the run leaves",
+            show_default="a free outputs/train, outputs/train-2, …",
             rich_help_panel=OUTPUT,
         ),
     ] = None,

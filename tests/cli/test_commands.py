@@ -88,6 +88,20 @@ def test_panels_of_train(command: Command) -> None:
     assert {*panels.values()} == {*listed[2:]}
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_shown_whole(command: Command, name: str) -> None:
+    """Words in brackets too, which rich takes for the name of a style, and leaves out."""
+    called = _command(name)
+    inner = called.commands if isinstance(called, TyperGroup) else {"": called}
+    for verb, one in inner.items():
+        shown = command(*filter(None, (name, verb)), "--help").out
+        for param in one.params:  # type: ignore[attr-defined]
+            assert param.help, f"{verb} {param.name}"
+            said = param.show_default if isinstance(param.show_default, str) else ""
+            missing = {*re.findall(r"\w+", f"{param.help} {said}")} - {*re.findall(r"\w+", shown)}
+            assert not missing, f"{verb} {param.name}"
+
+
 @pytest.mark.parametrize("name", ["train", "evaluate", "compact", "export"])
 def test_sources_are_the_same_flags_everywhere(name: str) -> None:
     assert {*SOURCES} <= {*_panels(name)}
