@@ -271,7 +271,7 @@ def with_settings_of_folder(request: Request) -> Request:
     if request.resume not in ("all", "auto") or brings_own or GROUPS & choices.keys():
         return request
     folder = Path(choices["output_dir"]) if "output_dir" in choices else last_folder(RUNS)
-    if folder is None or checkpoints.find_newest(folder / "checkpoints") is None:
+    if folder is None or not (folder / RESOLVED).is_file():
         return request
     log.info("settings that are not given: those of %s", folder / RESOLVED)
     overrides = [f"output_dir={folder}", *request.overrides]
@@ -307,7 +307,7 @@ def configure(request: Request, *, told: bool = False) -> tuple[Config, Path | N
     """Return the run's configuration, and the weights that it starts from (None: random).
 
     Args:
-        told: which size and weights are taken was logged before.
+        told: which size, weights and folder are taken was logged before.
     """
     overrides = _without_auto(request.overrides)
     choices = _user_choices(overrides, request.file)
@@ -346,17 +346,23 @@ def configure(request: Request, *, told: bool = False) -> tuple[Config, Path | N
         )
     if "output_dir" not in choices:
         folder = unnamed_folder(
-            Path("outputs/eval" if request.eval_only else config.output_dir), request.resume
+            Path("outputs/eval" if request.eval_only else config.output_dir),
+            request.resume,
+            told=told,
         )
         config = config.model_copy(update={"output_dir": str(folder)})
     return config, pretrained_path
 
 
-def unnamed_folder(folder: Path, resume: Resume | None) -> Path:
-    """Return where a run without --output-dir goes: a free folder, or the last one to resume."""
+def unnamed_folder(folder: Path, resume: Resume | None, *, told: bool = False) -> Path:
+    """Return where a run without --output-dir goes: a free folder, or the last one to resume.
+
+    Args:
+        told: which folder was logged before.
+    """
     last = last_folder(folder) if resume else None
     chosen = last or free_folder(folder)
-    if chosen != folder:
+    if chosen != folder and not told:
         why = "the last run's" if last else f"{folder} is taken"
         log.info("output folder: %s (%s; --output-dir names another)", chosen, why)
     return chosen

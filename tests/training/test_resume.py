@@ -319,6 +319,22 @@ def test_the_folder_alone_knows_the_settings(
     assert [row["epoch"] for row in _figures(out)] == ["1", "2", "3"]
 
 
+def test_the_folder_knows_the_settings_of_a_run_that_saved_nothing(
+    command, train, stop_after, tmp_path
+) -> None:
+    """Or another run would be made there: of drawn shapes, as no source is given."""
+    stop_after(1)
+    assert train().code == 143
+    out = tmp_path / "cut"
+    shutil.rmtree(out / "checkpoints")
+    then = (out / "config_resolved.yaml").read_text()
+    stop_after(1)
+    done = command("train", "--output-dir", out, "--resume")
+    assert done.code == 143, done.err
+    assert f"nothing was saved yet in {out}: from the beginning" in done.out
+    assert (out / "config_resolved.yaml").read_text() == then
+
+
 @pytest.mark.parametrize("mistake", ["taken", "no run", "unwritable"])
 def test_a_folder_that_cannot_be_used_is_told_before_torch_is_imported(
     whole, tmp_path, mistake
