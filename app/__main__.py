@@ -21,7 +21,7 @@ from app.model.upstream.pin import prove_pin
 COMMANDS = {
     "train": "Fine-tune SAM 3 on labelled images, or score weights on them (--eval-only).",
     "infer": "Find what the prompts name in images; again with the same --output-dir: what a stop "
-    "left over.",
+    "left.",
     "label": "Make a dataset of images without labels: what weights find in them are its labels.",
     "evaluate": "Score weights on a dataset, or COCO results from elsewhere; write figures and a "
     "report.",
