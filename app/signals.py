@@ -54,11 +54,13 @@ class StopRequest:
                 return
             os._exit(EXIT_CODE)  # a save is whole or absent wherever it is cut off
         self.asked, self._since = True, time.monotonic()
+        said = b"stopped: there was nothing to save\n"
+        if self._is_deferred:
+            said = b"stopping: the step is finished and saved; once more ends at once\n"
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, said)  # not by logging, which a handler may have interrupted
         if not self._is_deferred:
             raise Stopped
-        if os.environ.get("RANK", "0") == "0":
-            # Not by logging, which a handler may have interrupted.
-            os.write(2, b"stopping: the step is finished and saved; once more ends at once\n")
 
 
 @contextlib.contextmanager
