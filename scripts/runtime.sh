@@ -241,9 +241,13 @@ add_gpus() {
 }
 
 # Inside a container `localhost` is the container: a tracking server of this machine's own needs
-# this machine's network.
+# this machine's network. So does a server of ours, to listen at the --host that it is given.
 add_network() {
   local word uri="${MLFLOW_TRACKING_URI:-}"
+  if [ "${1:-}" = serve ]; then
+    command+=(--network host)
+    return
+  fi
   for word in "$@"; do case "$word" in --mlflow=* | tracking.mlflow=*) uri="${word#*=}" ;; esac done
   if [[ "$uri" =~ ^https?://([^/]*@)?(localhost|127\.[0-9.]+|\[::1\])(:|/|$) ]]; then
     say "network: host (the tracking server is on this machine)"
@@ -273,7 +277,7 @@ docker_command() {
   begin_command --shm-size 8g
   outputs=("$PWD/outputs" "$PWD/data/features") # where no flag says another
   command+=(-e "HF_HOME=$(absolute "$cache")")
-  command+=(-e SAM3_BASE -e HF_TOKEN -e ROBOFLOW_API_KEY -e MLFLOW_TRACKING_URI)
+  command+=(-e SAM3_BASE -e SAM3_API_KEY -e HF_TOKEN -e ROBOFLOW_API_KEY -e MLFLOW_TRACKING_URI)
   command+=(-e MLFLOW_TRACKING_USERNAME -e MLFLOW_TRACKING_PASSWORD -e MLFLOW_TRACKING_TOKEN)
   add_gpus
   add_network "$@"

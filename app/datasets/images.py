@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,37 +65,41 @@ class Header:
     mends: tuple[str, ...]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, data: bytes | None = None) -> Header:
     """Read the header alone, not the pixels.
+
+    Args:
+        data: the file's content, where it is in memory; the path then is a name for messages.
 
     Raises:
         ImageError: no image, or too large to be one.
     """
     try:
-        with _open(path) as image:
+        with _open(path, data) as image:
             turn = image.getexif().get(ExifTags.Base.Orientation, 1)
             size = image.size[::-1] if turn in (5, 6, 7, 8) else image.size
             turned = ("EXIF",) if turn in range(2, 9) else ()
             return Header(size, image.size, turned + _conversions(image))
     except Exception as error:  # Pillow raises nearly anything on a damaged header
-        raise _explain(path, error) from None
+        raise _explain(path, error, data) from None
 
 
-def open_image(path: Path, levels: Levels | None = None) -> Image.Image:
+def open_image(path: Path, levels: Levels | None = None, data: bytes | None = None) -> Image.Image:
     """Decode an image whole, turn it upright by its EXIF orientation, convert it to RGB.
 
     Args:
         levels: the values that become 0 and 255 where pixels have more than 8 bits; None: those
             of `find_levels`.
+        data: as of `read_header`.
 
     Raises:
         ImageError: missing, not an image, cut short, or too large to be one.
     """
     try:
-        with _open(path) as image:
+        with _open(path, data) as image:
             return to_rgb(ImageOps.exif_transpose(image), levels)
     except Exception as error:  # its decoders raise OSError, ValueError, SyntaxError, struct.error
-        raise _explain(path, error) from None
+        raise _explain(path, error, data) from None
 
 
 def open_small(path: Path, side: int, levels: Levels | None = None) -> Image.Image:
@@ -152,37 +157,44 @@ def film_problem(path: Path) -> str:
     )
 
 
-def _open(path: Path) -> Image.Image:
-    check_regular(path)  # a pipe would be waited for without an end
+def _open(path: Path, data: bytes | None = None) -> Image.Image:
+    if data is None:
+        check_regular(path)  # a pipe would be waited for without an end
     image: Image.Image
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(path if data is None else io.BytesIO(data), formats=FORMATS)
     except Exception:
-        if not _is_heic(path):
+        if not _is_heic(path, data):
             raise
-        image = _open_heic(path)
+        image = _open_heic(path if data is None else io.BytesIO(data))
     if image.width * image.height > MAX_PIXELS:
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
     return image
 
 
-def _is_heic(path: Path) -> bool:
+def _is_heic(path: Path, data: bytes | None) -> bool:
     try:
-        with path.open("rb") as file:
-            head = file.read(12)
+        head = _head(path, data)
     except OSError:
         return False
     return head[4:8] == b"ftyp" and head[8:12] in HEIC_BRANDS
 
 
-def _open_heic(path: Path) -> Image.Image:
+def _head(path: Path, data: bytes | None) -> bytes:
+    if data is not None:
+        return data[:512]
+    with open_file(path) as file:
+        return file.read(512)
+
+
+def _open_heic(source: Path | io.BytesIO) -> Image.Image:
     """Open HEIC by pi-heif, which is imported for such files alone: a Jetson's image lacks it.
 
     pi-heif is pillow-heif without its encoders, whose libx265 is under the GPL.
     """
     pi_heif: Any = importlib.import_module("pi_heif")
     pi_heif.register_heif_opener()
-    return Image.open(path, formats=("HEIF",))
+    return Image.open(source, formats=("HEIF",))
 
 
 def _conversions(image: Image.Image) -> tuple[str, ...]:
@@ -214,15 +226,14 @@ def to_rgb(image: Image.Image, levels: Levels | None = None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _explain(path: Path, error: Exception) -> ImageError:
+def _explain(path: Path, error: Exception, data: bytes | None = None) -> ImageError:
     """Return what the file is instead of an image, or the decoder's message where it is broken."""
     if isinstance(error, FileNotFoundError):
         return ImageError("image missing", path, "no such image")
     if isinstance(error, Image.DecompressionBombError):
         return ImageError("image enormous", path, str(error))
     try:
-        with open_file(path) as file:
-            head = file.read(512)
+        head = _head(path, data)
     except OSError as failure:
         return ImageError("image damaged", path, failure.strerror or str(failure))
     except ValueError as failure:  # a path with NUL, or with halves of characters

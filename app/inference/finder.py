@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,9 @@ from app.datasets.images import open_image, to_rgb
 from app.datasets.levels import Levels
 from app.errors import UserError
 from app.inference.detections import Detections
-from app.inference.inputs import BOX_IN_TILE, check_length, check_prompts
+from app.inference.inputs import BOX_IN_TILE, Sized, check_length, check_prompts
 from app.inference.merging import merge_tiles, suppress
+from app.inference.postprocess import Candidates
 from app.inference.tiles import make_tiles
 
 log = logging.getLogger("app")
@@ -46,6 +48,40 @@ class Query:
     negative_boxes_xywh: Sequence[Sequence[float]]
     threshold: float
     max_detections: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Hold an image as its model takes it.
+
+    Attributes:
+        pixels: of the model's square, in the form of the finder that made them.
+        width, height: of the image, pixels.
+    """
+
+    pixels: Any
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Hold what a model has seen in an image, which it can be asked about again and again.
+
+    Attributes:
+        features: in the form of the finder that made them, where it computes.
+        width, height: of the image, pixels.
+        nbytes: memory of the features.
+    """
+
+    features: Any
+    width: int
+    height: int
+    nbytes: int
+
+
+class MemoryShort(UserError):
+    """A GPU's memory does not hold what was asked for at once."""
 
 
 class Finder(ABC):
@@ -127,22 +163,37 @@ class Finder(ABC):
         if tile is not None and (boxes_xywh or negative_boxes_xywh):
             raise UserError(BOX_IN_TILE)
         _check_ranges(threshold, max_detections, nms, tile, overlap)
-        prompts = (prompts,) if isinstance(prompts, str) else prompts
-        prompts = check_prompts(prompts or (() if boxes_xywh else self.prompts), boxes_xywh)
-        self.check_length(prompts)
-        query = Query(
-            prompts=prompts,
-            boxes_xywh=boxes_xywh,
-            negative_boxes_xywh=negative_boxes_xywh,
-            threshold=self.threshold if threshold is None else threshold,
-            max_detections=max_detections,
-        )
+        query = self.query(prompts, boxes_xywh, negative_boxes_xywh, threshold, max_detections)
         opened = [_open(image, self.levels) for image in images]
         if tile is None:
             results = self._find(opened, query)
         else:
             results = [self._find_in_tiles(image, query, tile, overlap) for image in opened]
         return results if nms is None else [suppress(each, nms) for each in results]
+
+    def query(
+        self,
+        prompts: str | Sequence[str] = (),
+        boxes_xywh: Sequence[Sequence[float]] = (),
+        negative_boxes_xywh: Sequence[Sequence[float]] = (),
+        threshold: float | None = None,
+        max_detections: int = 100,
+    ) -> Query:
+        """Return what is asked for, checked and complete; the arguments are those of `predict`.
+
+        Raises:
+            UserError: neither words nor boxes, or a prompt that is empty.
+        """
+        prompts = (prompts,) if isinstance(prompts, str) else prompts
+        prompts = check_prompts(prompts or (() if boxes_xywh else self.prompts), boxes_xywh)
+        self.check_length(prompts)
+        return Query(
+            prompts=prompts,
+            boxes_xywh=boxes_xywh,
+            negative_boxes_xywh=negative_boxes_xywh,
+            threshold=self.threshold if threshold is None else threshold,
+            max_detections=max_detections,
+        )
 
     def check_length(self, prompts: Sequence[str]) -> None:
         """Log which prompts the model does not read to their end, once.
@@ -170,6 +221,46 @@ class Finder(ABC):
         tiles = make_tiles(image.width, image.height, side, overlap)
         parts = [self._find([image.crop(tile.box_xyxy)], query)[0] for tile in tiles]
         return merge_tiles(tiles, parts, image.width, image.height)
+
+
+class StagedFinder(Finder):
+    """A finder whose predictions can be taken by their steps, to keep features or divide the work.
+
+    `finish(ground(encode([prepare(image)]), query)[0], query, image)` is what `predict` returns.
+    """
+
+    @property
+    def gathers(self) -> bool:
+        """Whether images are seen faster together than one after the other."""
+        return False
+
+    @abstractmethod
+    def prepare(self, image: Image.Image) -> Prepared:
+        """Return an RGB image as the model takes it; needs no model, and may run in any thread."""
+
+    @abstractmethod
+    def encode(self, images: Sequence[Prepared]) -> list[Encoded]:
+        """Return what the model sees in each image; one thread at a time, as `ground`.
+
+        Raises:
+            MemoryShort: not so many fit a GPU's memory.
+        """
+
+    @abstractmethod
+    def ground(self, images: Sequence[Encoded], query: Query) -> list[Candidates]:
+        """Return the best queries on each image, seen as a whole.
+
+        Raises:
+            UserError: words or boxes that the model cannot be asked for.
+            MemoryShort: a GPU's memory ran out; the next call sees fewer prompts at once.
+        """
+
+    @abstractmethod
+    def finish(self, candidates: Candidates, query: Query, image: Sized) -> Detections:
+        """Return candidates as detections, with their masks; may run in any thread."""
+
+    def release_memory(self) -> None:
+        """Give back the memory that was kept for the next call."""
 
 
 def _check_ranges(

@@ -9,10 +9,10 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from app.console import counted
 from app.datasets.images import EXTENSIONS, FILMS, film_problem
@@ -29,6 +29,15 @@ LONGEST_NAME = 200  # bytes; a file system takes 255, with a suffix and what mar
 SPECIALS = 2  # tokens of start and end, around those of a prompt
 BOX_IN_TILE = "--tile and --box: a box lies in one tile, not in all; give one of them"
 Box = tuple[float, float, float, float]  # x, y, w, h in pixels
+
+
+class Sized(Protocol):
+    """Has sides in pixels, as an image does, and what is left of one."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def height(self) -> int: ...
 
 
 def find_images(source: str, flag: str = "--input") -> list[Path]:
@@ -252,9 +261,7 @@ def check_prompts(
     return stripped or (VISUAL_PROMPT,)
 
 
-def normalised_boxes(
-    boxes_xywh: Sequence[Sequence[float]], image: Image.Image
-) -> NDArray[np.float32]:
+def normalised_boxes(boxes_xywh: Sequence[Sequence[float]], image: Sized) -> NDArray[np.float32]:
     """Return boxes as (N, 4) cxcywh, 0..1, clipped to the image.
 
     Args:

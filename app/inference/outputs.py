@@ -73,7 +73,7 @@ def coco_results(
         result: dict[str, Any] = {
             "image_id": image_id,
             "category_id": category_ids[int(detections.prompt_ids[index])],
-            "bbox": _box_xywh(detections, index),
+            "bbox": box_xywh(detections, index),
             "score": float(detections.scores[index]),
         }
         if detections.masks is not None:
@@ -82,7 +82,8 @@ def coco_results(
     return results
 
 
-def _box_xywh(detections: Detections, index: int) -> list[float]:
+def box_xywh(detections: Detections, index: int) -> list[float]:
+    """Return a detection's box in pixels."""
     x1, y1, x2, y2 = (float(side) for side in detections.boxes_xyxy[index])
     return [x1, y1, x2 - x1, y2 - y1]
 
@@ -97,7 +98,7 @@ def _write_yolo(path: Path, _: Image.Image, detections: Detections) -> None:
 
     size = detections.width, detections.height
     lines = [
-        label_line(int(prompt), _mask(detections, index), _box_xywh(detections, index), *size)
+        label_line(int(prompt), _mask(detections, index), box_xywh(detections, index), *size)
         for index, prompt in enumerate(detections.prompt_ids)
     ]
     write_text(path, "".join(lines))
@@ -151,7 +152,11 @@ def foreign_cutouts(folder: Path) -> list[str]:
 
 
 def _write_geojson(path: Path, _: Image.Image, detections: Detections) -> None:
-    """Write features in pixels of the image, y downwards; a box where there is no mask."""
+    write_text(path, json.dumps(feature_collection(detections), allow_nan=False) + "\n")
+
+
+def feature_collection(detections: Detections) -> dict[str, Any]:
+    """Return GeoJSON in pixels of the image, y downwards; a box where there is no mask."""
     features = [
         {
             "type": "Feature",
@@ -166,8 +171,7 @@ def _write_geojson(path: Path, _: Image.Image, detections: Detections) -> None:
         for index, prompt in enumerate(detections.prompt_ids)
     ]
     size = {"width": detections.width, "height": detections.height}
-    collection = {"type": "FeatureCollection", "image": size, "features": features}
-    write_text(path, json.dumps(collection, allow_nan=False) + "\n")
+    return {"type": "FeatureCollection", "image": size, "features": features}
 
 
 def _outlines(detections: Detections, index: int) -> list[Polygon] | list[list[list[list[float]]]]:

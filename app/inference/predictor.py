@@ -29,8 +29,8 @@ from app.datasets.rle import Rle, from_bounds
 from app.datasets.square import to_square
 from app.errors import UserError
 from app.inference.detections import Detections
-from app.inference.finder import Finder, Query
-from app.inference.inputs import normalised_boxes
+from app.inference.finder import Encoded, MemoryShort, Prepared, Query, StagedFinder
+from app.inference.inputs import Sized, normalised_boxes
 from app.inference.masks import encode_masks
 from app.inference.postprocess import (
     THRESHOLD,
@@ -61,7 +61,7 @@ CACHED_TEXTS = 64  # passes whose text features are cached
 RAW = ("pred_logits", "presence_logit_dec", "pred_boxes", "pred_masks")  # upstream's names
 
 
-class Predictor(Finder):
+class Predictor(StagedFinder):
     """Finds with a SAM 3 in torch; the model is put in evaluation mode.
 
     Features of texts and of the last images are cached, so a predictor is good for as long as the
@@ -97,6 +97,7 @@ class Predictor(Finder):
         self._pairs = self._images = sys.maxsize  # most at once, since memory ran out
         self._text_features: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._encoded: tuple[Tensor, dict[str, Any]] | None = None  # squares, their features
+        self._positions: list[Tensor] | None = None  # those of each level, which images share
         self._context_length = config.text.context_length
         self._fill_caches()
 
@@ -181,29 +182,102 @@ class Predictor(Finder):
     @torch.inference_mode()
     def _find_at_once(self, images: Sequence[Image.Image], query: Query) -> list[Detections]:
         """Return what is in each of B images, seen as a whole: a prediction from end to end."""
-        side = self.config.resolution  # R
-        squares = torch.stack([to_square(image, side) for image in images])  # (B, 3, R, R) uint8
+        squares = torch.stack([self.prepare(image).pixels for image in images])  # (B, 3, R, R)
+        with autocast(self.device, self.precision), self._no_gradients():
+            features = self._encode(squares)  # "backbone_fpn": 3 levels (B, d, h, w), and others
+            best = self._choose_all(features, query, images)
+        return [self.finish(each, query, image) for each, image in zip(best, images, strict=True)]
+
+    def _choose_all(
+        self, features: dict[str, Any], query: Query, images: Sequence[Sized]
+    ) -> list[Candidates]:
+        """Return the best queries on each of B images, of which these are the features."""
         boxes, is_positive = _example_boxes(query, images)  # (N, B, 4) cxcywh, 0..1; (N,) bool
         prompts = query.prompts  # P of them
         prompts_per_pass = self._prompts_per_pass(len(images))
         passes: list[list[Candidates]] = [[] for _ in images]  # of each image
-        with autocast(self.device, self.precision), self._no_gradients():
-            features = self._encode(squares)  # "backbone_fpn": 3 levels (B, d, h, w), and others
-            for first in range(0, len(prompts), prompts_per_pass):
-                part = prompts[first : first + prompts_per_pass]  # K of them
-                outputs = self._ground(features, part, boxes, is_positive)  # (B * K, Q, …)
-                raw = {k: outputs[k].unflatten(0, (-1, len(part))) for k in RAW if k in outputs}
-                for index in range(len(images)):
-                    answers = {name: value[index] for name, value in raw.items()}  # (K, Q, …)
-                    passes[index].append(_choose(answers, first, query))
-        detections = []
-        for image, candidates in zip(images, passes, strict=True):
-            best = join_passes(candidates, query.max_detections)  # N, the highest score first
-            masks = None
-            if best.mask_logits is not None:  # N of (h, w)
-                masks = encode_where_they_are(best.mask_logits, image.height, image.width)
-            detections.append(to_detections(best, masks, prompts, image.width, image.height))
-        return detections
+        for first in range(0, len(prompts), prompts_per_pass):
+            part = prompts[first : first + prompts_per_pass]  # K of them
+            outputs = self._ground(features, part, boxes, is_positive)  # (B * K, Q, …)
+            raw = {k: outputs[k].unflatten(0, (-1, len(part))) for k in RAW if k in outputs}
+            for index in range(len(images)):
+                answers = {name: value[index] for name, value in raw.items()}  # (K, Q, …)
+                passes[index].append(_choose(answers, first, query))
+        return [join_passes(each, query.max_detections) for each in passes]
+
+    # The steps of a prediction apart, as a server takes them: see `StagedFinder`.
+
+    @property
+    def gathers(self) -> bool:
+        """Whether images are seen faster together: a GPU sees several in the time of one."""
+        return self.device.type != "cpu"
+
+    def prepare(self, image: Image.Image) -> Prepared:
+        """Return an image as a square (3, R, R) uint8."""
+        return Prepared(to_square(image, self.config.resolution), image.width, image.height)
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Prepared]) -> list[Encoded]:
+        """Return the features of each of B images: three levels (1, d, h, w)."""
+        with self._counted_memory(), autocast(self.device, self.precision), self._no_gradients():
+            features = self._forward_image(torch.stack([image.pixels for image in images]))
+        if self._positions is None:
+            self._positions = [level[:1].clone() for level in features["vision_pos_enc"]]
+        parts = [
+            [level[index : index + 1] for level in features["backbone_fpn"]]
+            for index in range(len(images))
+        ]
+        if len(images) > 1:  # or one image that is kept would keep those that it was seen with
+            parts = [[level.clone() for level in levels] for levels in parts]
+        return [
+            Encoded(levels, image.width, image.height, sum(level.nbytes for level in levels))
+            for levels, image in zip(parts, images, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def ground(self, images: Sequence[Encoded], query: Query) -> list[Candidates]:
+        """Return the best queries on each of B images."""
+        joined = [
+            each[0] if len(each) == 1 else torch.cat(each)
+            for each in zip(*(image.features for image in images), strict=True)
+        ]
+        assert self._positions is not None  # there are features
+        features = {
+            "vision_features": joined[-1],
+            "vision_pos_enc": [level.expand(len(images), -1, -1, -1) for level in self._positions],
+            "backbone_fpn": joined,
+            "sam2_backbone_out": None,
+        }
+        with self._counted_memory(), autocast(self.device, self.precision), self._no_gradients():
+            try:
+                return self._choose_all(features, query, images)
+            except torch.OutOfMemoryError:
+                pairs = self._prompts_per_pass(len(images)) * len(images)
+                self._pairs = max(1, min(pairs, len(query.prompts) * len(images)) // 2)
+                raise
+
+    @torch.inference_mode()
+    def finish(self, candidates: Candidates, query: Query, image: Sized) -> Detections:
+        """Return candidates as detections of an image, with their masks."""
+        masks = None
+        if candidates.mask_logits is not None:  # N of (h, w)
+            with self._counted_memory():
+                masks = encode_where_they_are(candidates.mask_logits, image.height, image.width)
+        return to_detections(candidates, masks, query.prompts, image.width, image.height)
+
+    def release_memory(self) -> None:
+        """Give the GPU back what no tensor holds."""
+        self._encoded = None
+        if self.gathers:
+            release_memory()
+
+    @contextlib.contextmanager
+    def _counted_memory(self) -> Iterator[None]:
+        """Raise MemoryShort where the GPU's memory runs out within the block."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise MemoryShort(f"{told(error)} Free it, or ask for less at once") from None
 
     def _prompts_per_pass(self, images: int) -> int:
         pairs = min(self._pairs, pairs_per_pass(self.config, self.device))
@@ -246,11 +320,14 @@ class Predictor(Finder):
         Those of the last call are cached, for a second question about the same images.
         """
         if self._encoded is None or not torch.equal(self._encoded[0], squares):
-            on_device = squares.to(self.device)  # as bytes: a quarter of what the numbers take
-            pixels = torch.cat([normalise(square) for square in on_device])  # (B, 3, R, R), -1..1
-            features = self.model.backbone.forward_image(pixels)
-            self._encoded = squares, features
+            self._encoded = squares, self._forward_image(squares)
         return self._encoded[1]
+
+    def _forward_image(self, squares: Tensor) -> dict[str, Any]:
+        on_device = squares.to(self.device)  # as bytes: a quarter of what the numbers take
+        pixels = torch.cat([normalise(square) for square in on_device])  # (B, 3, R, R), -1..1
+        features: dict[str, Any] = self.model.backbone.forward_image(pixels)
+        return features
 
     def _text(self, prompts: tuple[str, ...]) -> dict[str, Tensor]:
         """Return upstream's features of K prompts: "language_features" (L, K, d) and others."""
@@ -325,7 +402,7 @@ def query_scores(outputs: dict[str, Tensor]) -> Tensor:
     return outputs["pred_logits"].float().squeeze(-1).sigmoid() * presence
 
 
-def _example_boxes(query: Query, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
+def _example_boxes(query: Query, images: Sequence[Sized]) -> tuple[Tensor, Tensor]:
     """Return the query's N boxes in each of B images, (N, B, 4) cxcywh, 0..1, and (N,) bool.
 
     The second says whether a box is an example of what is meant. Raises UserError where a box

@@ -9,7 +9,7 @@ setup_file() {
   export repository
   export copy="$BATS_FILE_TMPDIR/a cöpy" stubs="$BATS_FILE_TMPDIR/stubs"
   mkdir -p "$copy/app" "$stubs"
-  cp -r "$repository"/{train,infer,build,test}.sh "$repository"/scripts "$repository"/requirements.lock "$copy"
+  cp -r "$repository"/{train,infer,serve,build,test}.sh "$repository"/scripts "$repository"/requirements.lock "$copy"
   ln -s "$repository/.venv" "$copy/.venv"
   : >"$copy/app/__init__.py" # without it the package that .venv links to would be taken
   printf 'import sys\nprint(*sys.argv[1:], sep="\\n")\n' >"$copy/app/__main__.py"
@@ -58,6 +58,10 @@ passes_on() {
 
 @test "infer.sh passes every flag on to Python" {
   SAM3_RUNTIME=local passes_on infer.sh infer
+}
+
+@test "serve.sh passes every flag on to Python" {
+  SAM3_RUNTIME=local passes_on serve.sh serve
 }
 
 @test "train.sh passes every flag on to the container" {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,8 @@ from app.deploy.runtime.square import to_pixels, to_square
 from app.deploy.runtime.text import AnyWords, StoredWords, Texts, Words, check_named
 from app.errors import UserError, nearest
 from app.inference.detections import Detections
-from app.inference.finder import Finder, Query
+from app.inference.finder import Encoded, Prepared, Query, StagedFinder
+from app.inference.inputs import Sized
 from app.inference.masks import encode_masks
 from app.inference.postprocess import Candidates, best_queries, join_passes, to_detections
 
@@ -74,7 +76,7 @@ class Backend(Protocol):
         """
 
 
-class Runtime(Finder):
+class Runtime(StagedFinder):
     """An exported folder, with the interface of `app.inference.Predictor`.
 
     Args:
@@ -121,37 +123,66 @@ class Runtime(Finder):
 
     def _find(self, images: Sequence[Image.Image], query: Query) -> list[Detections]:
         """Return what is in each image, seen as a whole: a prediction from end to end."""
+        self._refuse_boxes(query)
+        detections = []
+        for image in images:
+            with self._timed("pre"):
+                prepared = self.prepare(image)
+            with self._timed("model"):
+                encoded = self.encode([prepared])
+            best = self.ground(encoded, query)[0]
+            with self._timed("post"):
+                detections.append(self.finish(best, query, image))
+        return detections
+
+    def _refuse_boxes(self, query: Query) -> None:
         if query.boxes_xywh or query.negative_boxes_xywh:
             raise UserError(
                 f"{self.folder}: an exported model takes words, not example boxes; give them to "
                 "the weights it was made of (./infer.sh --checkpoint)"
             )
+
+    def prepare(self, image: Image.Image) -> Prepared:
+        """Return an image as the image graph's input (1, 3, R, R), -1..1."""
+        pixels = to_pixels(to_square(image, self.manifest.resolution))
+        return Prepared(pixels, image.width, image.height)
+
+    def encode(self, images: Sequence[Prepared]) -> list[Encoded]:
+        """Return the outputs of the image graph for each image."""
+        shapes = self.manifest.shapes["image"]  # of the pixels as well
+        nbytes = 4 * sum(math.prod(shape) for name, shape in shapes.items() if name != "pixels")
+        return [
+            Encoded(self.backend.image(image.pixels), image.width, image.height, nbytes)
+            for image in images
+        ]
+
+    def ground(self, images: Sequence[Encoded], query: Query) -> list[Candidates]:
+        """Return the best queries on each image."""
+        self._refuse_boxes(query)
         per_pass = self.manifest.prompts_a_pass  # K
         prompts = query.prompts
         with self._timed("pre"):
             filled = [*prompts, *[prompts[0]] * (-len(prompts) % per_pass)]  # whole passes
             text, text_mask = self.text(filled)  # (P, L, D), (P, L)
-        detections = []
+        best = []
         for image in images:
-            with self._timed("pre"):
-                pixels = to_pixels(to_square(image, self.manifest.resolution))  # (1, 3, R, R)
-            with self._timed("model"):
-                features = self.backend.image(pixels)
             passes = []
             for first in range(0, len(filled), per_pass):
                 part = slice(first, first + per_pass)
                 with self._timed("model"):
-                    outputs = self.backend.ground(features, text[part], text_mask[part])
+                    outputs = self.backend.ground(image.features, text[part], text_mask[part])
                 with self._timed("post"):
                     asked = len(prompts) - first  # behind them are those that fill the pass up
                     passes.append(_choose(outputs, first, asked, query))
-            with self._timed("post"):
-                best = join_passes(passes, query.max_detections)  # N, the highest score first
-                masks = None
-                if best.mask_logits is not None:  # N of (h, w)
-                    masks = encode_masks(best.mask_logits, image.height, image.width)
-                detections.append(to_detections(best, masks, prompts, image.width, image.height))
-        return detections
+            best.append(join_passes(passes, query.max_detections))  # N, the highest score first
+        return best
+
+    def finish(self, candidates: Candidates, query: Query, image: Sized) -> Detections:
+        """Return candidates as detections of an image, with their masks."""
+        masks = None
+        if candidates.mask_logits is not None:  # N of (h, w)
+            masks = encode_masks(candidates.mask_logits, image.height, image.width)
+        return to_detections(candidates, masks, query.prompts, image.width, image.height)
 
     @contextlib.contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

@@ -1,0 +1,125 @@
+"""`python -m app serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.cli import options
+from app.cli.options import MODEL
+
+ADDRESS, LIMITS = "Address", "Limits"  # panels of its help
+cli = typer.Typer(add_completion=False)
+
+
+@cli.command()
+def serve(
+    *,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="weights file or folder, or a folder that export has written; last: of the newest "
+            "run; several: the first answers where a request names none  [default: nano's]",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="what requests call each of them  [default: their folders]", rich_help_panel=MODEL
+        ),
+    ] = None,
+    device: options.Device = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto, fp32, bf16 or fp16", rich_help_panel=MODEL)
+    ] = "auto",
+    host: Annotated[
+        str,
+        typer.Option(
+            help="address to listen at; beyond this machine, as at 0.0.0.0, with a key in the "
+            "environment, SAM3_API_KEY, or --open",
+            rich_help_panel=ADDRESS,
+        ),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="0: a free one", rich_help_panel=ADDRESS)
+    ] = 8000,
+    open: Annotated[
+        bool,
+        typer.Option(
+            "--open", help="without a key, anyone who reaches it may ask", rich_help_panel=ADDRESS
+        ),
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="a name that it may be called by without a key, beside localhost and numbers",
+            rich_help_panel=ADDRESS,
+        ),
+    ] = None,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="images that a GPU sees together", rich_help_panel=LIMITS)
+    ] = 8,
+    max_wait_ms: Annotated[
+        float,
+        typer.Option(min=0, help="that the first of them waits for others", rich_help_panel=LIMITS),
+    ] = 5.0,
+    queue: Annotated[
+        int,
+        typer.Option(
+            min=16, help="images at work or waiting; more are refused", rich_help_panel=LIMITS
+        ),
+    ] = 64,
+    cache_mb: Annotated[
+        int,
+        typer.Option(
+            min=0, help="features of images seen before, MB a model", rich_help_panel=LIMITS
+        ),
+    ] = 512,
+    max_mb: Annotated[
+        int, typer.Option(min=1, help="MB of a request", rich_help_panel=LIMITS)
+    ] = 64,
+    max_megapixels: Annotated[
+        int, typer.Option(min=1, max=128, help="of an image", rich_help_panel=LIMITS)
+    ] = 64,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="seconds of an answer", rich_help_panel=LIMITS)
+    ] = 60.0,
+    session_minutes: Annotated[
+        float,
+        typer.Option(min=0.1, help="a session ends so long unasked", rich_help_panel=LIMITS),
+    ] = 10.0,
+) -> None:
+    """Answer requests over HTTP: an API, and a page for people. Ctrl-C or SIGTERM ends it."""
+    import os
+
+    from app.serving.listening import check_address
+    from app.serving.loading import Source, name_all
+    from app.serving.settings import Limits, Settings
+
+    paths = [options.last_weights(Path(each)) for each in checkpoint or ()]
+    settings = Settings(
+        key=os.environ.get("SAM3_API_KEY") or None,
+        hosts=tuple(each.lower() for each in allow_host or ()),
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+        limits=Limits(
+            body_bytes=max_mb << 20,
+            seconds=timeout,
+            pixels=max_megapixels << 20,
+            queue=queue,
+            session_seconds=60 * session_minutes,
+            cache_bytes=cache_mb << 20,
+        ),
+    )
+    check_address(host, settings, open=open)
+    sources = [
+        Source(path, called, device=device, precision=precision)
+        for path, called in name_all(paths, name or ())
+    ]
+    from app.serving.listening import run
+
+    run(sources, settings, host, port)

@@ -1,0 +1,44 @@
+"""What the server tells of its work to whoever keeps figures; here nobody does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from app.inference.detections import Detections
+
+if TYPE_CHECKING:
+    from app.serving.engine import Engine
+
+
+class Observer:
+    """Is told what happens, from any thread. `metrics.Figures` counts it."""
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Contain the work of a stage: decode, encode, prompts or masks."""
+        del name
+        yield
+
+    def waited(self, seconds: float) -> None:
+        """Note how long an image has waited for the model."""
+
+    def batch(self, size: int) -> None:
+        """Note how many images a model has seen together."""
+
+    def cache(self, hit: bool) -> None:
+        """Note whether an image had been seen before."""
+
+    def waiting(self, images: int) -> None:
+        """Note how many images an engine has now, from decoding to masks."""
+
+    def answered(self, engine: Engine, detections: Detections) -> None:
+        """Note what was found in an image."""
+
+    def failed(self, status: int) -> None:
+        """Note a request that was answered by an error."""
+
+    def render(self) -> bytes:
+        """Return the figures in Prometheus' text format."""
+        return b""
