@@ -65,22 +65,35 @@ class Header:
     mends: tuple[str, ...]
 
 
-def read_header(path: Path, data: bytes | None = None) -> Header:
+def read_header(path: Path) -> Header:
     """Read the header alone, not the pixels.
-
-    Args:
-        data: the file's content, where it is in memory; the path then is a name for messages.
 
     Raises:
         ImageError: no image, or too large to be one.
     """
     try:
-        with _open(path, data) as image:
+        with _open(path) as image:
             turn = image.getexif().get(ExifTags.Base.Orientation, 1)
             size = image.size[::-1] if turn in (5, 6, 7, 8) else image.size
             turned = ("EXIF",) if turn in range(2, 9) else ()
             return Header(size, image.size, turned + _conversions(image))
     except Exception as error:  # Pillow raises nearly anything on a damaged header
+        raise _explain(path, error) from None
+
+
+def stored_size(data: bytes, name: str = "image") -> tuple[int, int]:
+    """Return width and height of an image in memory, as its file has them; nothing is decoded.
+
+    `read_header` decodes a PNG, whose EXIF may come behind its pixels.
+
+    Raises:
+        ImageError: as of `read_header`, with this name.
+    """
+    path = Path(name)
+    try:
+        with _open(path, data) as image:
+            return image.size
+    except Exception as error:
         raise _explain(path, error, data) from None
 
 
@@ -90,7 +103,7 @@ def open_image(path: Path, levels: Levels | None = None, data: bytes | None = No
     Args:
         levels: the values that become 0 and 255 where pixels have more than 8 bits; None: those
             of `find_levels`.
-        data: as of `read_header`.
+        data: the file's content, where it is in memory; the path then is a name for messages.
 
     Raises:
         ImageError: missing, not an image, cut short, or too large to be one.

@@ -107,13 +107,13 @@ def router(models: Models, settings: Settings) -> APIRouter:
         model, image = await asyncio.to_thread(messages.read_session, kind, body, limits)
         engine = models.choose(model)
         async with in_time():
-            await engine.see(image)
+            seen = await engine.see(image)
         session = sessions.begin(image, model)
         made = {
             "id": session.id,
             "model": used(engine, model),
-            "width": image.width,
-            "height": image.height,
+            "width": seen.width,
+            "height": seen.height,
             "expires_in": limits.session_seconds,
         }
         return Response(answers.to_json(made), 201, media_type=JSON)

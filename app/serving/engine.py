@@ -21,11 +21,10 @@ import numpy as np
 from app.datasets.images import ImageError, open_image
 from app.errors import UserError
 from app.inference.detections import Detections
-from app.inference.finder import MemoryShort, Prepared, Query
-from app.inference.inputs import Box, normalised_boxes
-from app.inference.postprocess import Candidates
+from app.inference.finder import Encoded, MemoryShort, Prepared, Query
+from app.inference.inputs import Box
 from app.model.vocabulary import unknown_words
-from app.serving.model_thread import Job, Load, ModelThread
+from app.serving.model_thread import Job, Load, ModelThread, Seen
 from app.serving.observer import Observer
 from app.serving.refusals import busy
 from app.serving.settings import Settings
@@ -130,21 +129,19 @@ class Engine:
             Refused: all places are taken, the image is damaged, or a GPU's memory is short.
             UserError: a box that covers nothing of the image, or what the model cannot be asked.
         """
-        for query in queries:
-            normalised_boxes([*query.boxes_xywh, *query.negative_boxes_xywh], image)
         with self._place():
-            found = await self._ask(image, tuple(queries))
-            detections = await asyncio.to_thread(self._finish, found, queries, image)
+            seen = await self._ask(image, tuple(queries))
+            detections = await asyncio.to_thread(self._finish, seen, queries)
         self.observer.answered(self, detections)
         return detections
 
-    async def see(self, image: Uploaded) -> None:
+    async def see(self, image: Uploaded) -> Encoded:
         """Encode an image, to be asked about soon; raise Refused as `find` does."""
         with self._place():
-            await self._ask(image, ())
+            return (await self._ask(image, ())).image
 
-    async def _ask(self, image: Uploaded, queries: tuple[Query, ...]) -> list[Candidates]:
-        """Return the candidates of each query, once the model's thread has found them."""
+    async def _ask(self, image: Uploaded, queries: tuple[Query, ...]) -> Seen:
+        """Return what the model's thread has made of an image."""
         job = Job(image.digest, queries, encoded=self._model.cache.get(image.digest))
         self.observer.cache(job.encoded is not None)
         if job.encoded is None:
@@ -172,23 +169,19 @@ class Engine:
             except ImageError as error:
                 raise unreadable(image.name, error) from None
 
-    def _finish(
-        self, found: Sequence[Candidates], queries: Sequence[Query], image: Uploaded
-    ) -> Detections:
+    def _finish(self, seen: Seen, queries: Sequence[Query]) -> Detections:
         with self.observer.stage("masks"):
             try:
-                parts = self._finish_all(found, queries, image)
+                parts = self._finish_all(seen, queries)
             except MemoryShort:
                 self._model.release_memory()
-                parts = self._finish_all(found, queries, image)
+                parts = self._finish_all(seen, queries)
             return join(parts, queries[0].max_detections)
 
-    def _finish_all(
-        self, found: Sequence[Candidates], queries: Sequence[Query], image: Uploaded
-    ) -> list[Detections]:
+    def _finish_all(self, seen: Seen, queries: Sequence[Query]) -> list[Detections]:
         return [
-            self.finder.finish(candidates, query, image)
-            for candidates, query in zip(found, queries, strict=True)
+            self.finder.finish(candidates, query, seen.image)
+            for candidates, query in zip(seen.candidates, queries, strict=True)
         ]
 
 

@@ -49,6 +49,19 @@ class About:
 Load = Callable[[], tuple[StagedFinder, About]]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Hold what a model has made of an image.
+
+    Attributes:
+        image: its features, and its sides once it is upright.
+        candidates: of each query.
+    """
+
+    image: Encoded
+    candidates: list[Candidates]
+
+
 @dataclass
 class Job:
     """Hold what the model is to do for one image.
@@ -57,7 +70,7 @@ class Job:
         digest: of the image's file.
         queries: what to find.
         prepared, encoded: the image; one of them is there.
-        outcome: the candidates of each query, once the model has seen it.
+        outcome: what the model has made of it, once it has.
         since: when it began to wait for the model, monotonic seconds.
     """
 
@@ -65,7 +78,7 @@ class Job:
     queries: tuple[Query, ...]
     prepared: Prepared | None = None
     encoded: Encoded | None = None
-    outcome: Future[list[Candidates]] = field(default_factory=Future)
+    outcome: Future[Seen] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
 
 
@@ -77,6 +90,7 @@ class ModelThread:
         settings: of the server.
 
     Attributes:
+        finder, about: what `load` has made.
         cache: of features, by the digest of an image's file.
         pace: seconds an image, lately.
 
@@ -91,15 +105,17 @@ class ModelThread:
         self._max_wait = settings.max_wait_ms / 1000
         self._most = settings.max_batch  # images together; fewer once memory ran out
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        ready: Future[tuple[StagedFinder, About]] = Future()
+        ready: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(load, ready), name="model", daemon=True
         )
         self._thread.start()
-        self.finder, self.about = ready.result()
+        ready.result()
 
-    def do(self, job: Job) -> Future[list[Candidates]]:
+    def do(self, job: Job) -> Future[Seen]:
         """Return the outcome of a job, which is done in its turn, unless it is cancelled before."""
+        if not self.is_alive():
+            raise RuntimeError("the model's thread has ended")
         job.since = time.monotonic()
         self._jobs.put(job)
         return job.outcome
@@ -121,12 +137,13 @@ class ModelThread:
         self.cache.clear()
         self.finder.release_memory()
 
-    def _run(self, load: Load, ready: Future[tuple[StagedFinder, About]]) -> None:
+    def _run(self, load: Load, ready: Future[None]) -> None:
         try:
-            ready.set_result(load())
+            self.finder, self.about = load()
         except BaseException as error:
             ready.set_exception(error)
             return
+        ready.set_result(None)
         while jobs := self._gather():
             begun = time.monotonic()
             # Those whose clients have left meanwhile are passed over.
@@ -186,8 +203,8 @@ class ModelThread:
         else:
             jobs[0].outcome.set_exception(busy(f"A GPU's memory is short: {shortage}", 10.0))
 
-    def _see(self, jobs: Sequence[Job]) -> list[list[Candidates]]:
-        """Return the candidates of each job's queries."""
+    def _see(self, jobs: Sequence[Job]) -> list[Seen]:
+        """Return what the model makes of each job's image and queries."""
         self.observer.batch(len(jobs))
         unseen: dict[str, Prepared] = {}
         for job in jobs:
@@ -202,14 +219,19 @@ class ModelThread:
                 for job in jobs:
                     if job.digest == digest:
                         job.encoded = features
-        groups: dict[Query, list[Job]] = {}
-        for job in jobs:
+        images = [job.encoded for job in jobs if job.encoded is not None]  # of all, by now
+        groups: dict[Query, list[int]] = {}  # the places of the jobs that ask it
+        for place, job in enumerate(jobs):
             for query in dict.fromkeys(job.queries):
-                groups.setdefault(query, []).append(job)
+                groups.setdefault(query, []).append(place)
         found: dict[tuple[int, Query], Candidates] = {}
         with self.observer.stage("prompts"):
-            for query, group in groups.items():
-                images = [job.encoded for job in group if job.encoded is not None]
-                for job, candidates in zip(group, self.finder.ground(images, query), strict=True):
-                    found[id(job), query] = candidates
-        return [[found[id(job), query] for query in job.queries] for job in jobs]
+            for query, places in groups.items():
+                candidates = self.finder.ground([images[place] for place in places], query)
+                found |= {
+                    (place, query): each for place, each in zip(places, candidates, strict=True)
+                }
+        return [
+            Seen(images[place], [found[place, query] for query in job.queries])
+            for place, job in enumerate(jobs)
+        ]

@@ -6,9 +6,8 @@ import base64
 import binascii
 import hashlib
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from app.datasets.images import ImageError, read_header
+from app.datasets.images import ImageError, stored_size
 from app.serving.refusals import Problem, Refused
 from app.serving.settings import Limits
 
@@ -23,14 +22,11 @@ class Uploaded:
         name: as the client calls it.
         data: the file.
         digest: SHA-256 of the file, hexadecimal.
-        width, height: pixels, once it is turned upright.
     """
 
     name: str
     data: bytes = field(repr=False)
     digest: str
-    width: int
-    height: int
 
 
 def check(data: bytes, limits: Limits, name: str = "image") -> Uploaded:
@@ -43,15 +39,14 @@ def check(data: bytes, limits: Limits, name: str = "image") -> Uploaded:
     """
     name = name[:SHOWN]
     try:
-        header = read_header(Path(name.replace("\0", "") or "image"), data)
+        width, height = stored_size(data, name.replace("\0", ""))
     except ImageError as error:
         if error.kind == "image enormous":
             raise _too_large(name, error.reason, limits) from None
         raise unreadable(name, error) from None
-    width, height = header.size
     if width * height > limits.pixels:
         raise _too_large(name, f"{width} x {height} pixels", limits)
-    return Uploaded(name, data, hashlib.sha256(data).hexdigest(), width, height)
+    return Uploaded(name, data, hashlib.sha256(data).hexdigest())
 
 
 def from_base64(text: str, limits: Limits, name: str = "image") -> Uploaded:

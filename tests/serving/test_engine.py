@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from app.errors import UserError
 from app.inference import Detections
@@ -150,6 +152,36 @@ def test_a_damaged_image_is_refused_and_named(nano: Loaded) -> None:
     assert isinstance(refused, Refused)
     assert (refused.status, refused.problems[0].field) == (422, "images")
     assert "truncated" in refused.problems[0].message
+
+
+def test_boxes_are_of_the_image_as_it_is_seen(nano: Loaded) -> None:
+    """A phone's photograph lies on its side in its file; a PNG may say so behind its pixels."""
+    lying = Image.open(io.BytesIO(drawn(1, 120, 60)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for form in ("JPEG", "PNG"):
+        buffer = io.BytesIO()
+        lying.save(buffer, form, exif=exif, quality=95)
+        data = buffer.getvalue()
+        if form == "PNG":
+            start = data.index(b"eXIf") - 4
+            end = start + 12 + int.from_bytes(data[start : start + 4])
+            data = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+        engine = nano.engine()
+
+        async def find(engine=engine, data=data) -> Detections:
+            queries = engine.queries([Asked(None, 0.0, boxes=((10, 80, 40, 30),))], 3)
+            return await engine.find(uploads.check(data, LIMITS), queries)
+
+        found = asyncio.run(find())
+        engine.close()
+        assert (found.width, found.height) == (60, 120)
+        upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+        alone = nano.finder.predict(
+            upright, boxes_xywh=[(10, 80, 40, 30)], threshold=0.0, max_detections=3
+        )
+        assert found.scores.tolist() == alone.scores.tolist()
+        assert found.masks == alone.masks
 
 
 def test_words_outside_a_vocabulary_are_named(nano: Loaded) -> None:
