@@ -35,6 +35,7 @@ COMMANDS = [line.partition("  #")[0].strip() for line in BLOCKS.splitlines() if 
 TABLED = re.findall(r"\| `((?:\./train\.sh|\.venv/bin/python -m app) [^`]*)`", WORDS)
 TRAINING = [c for c in COMMANDS if c.startswith("./train.sh")]
 PREDICTING = [c for c in COMMANDS if c.startswith("./infer.sh")]
+SERVING = [c for c in COMMANDS if c.startswith("./serve.sh")]
 TRACKING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app track")]
 CUTTING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app compact")]
 EXPORTING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app export")]
@@ -42,8 +43,9 @@ SCORING = [
     c for c in COMMANDS if re.match(r"\.venv/bin/python -m app (evaluate|report|compare|merge)", c)
 ]
 DEPLOYED = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app.deploy.runtime")]
-OURS = [*TRAINING, *PREDICTING, *SCORING, *TRACKING, *CUTTING, *EXPORTING, *TABLED]
-IN_AN_ENGINE = {"docker compose up -d mlflow"}  # tests/container runs it
+OURS = [*TRAINING, *PREDICTING, *SERVING, *SCORING, *TRACKING, *CUTTING, *EXPORTING, *TABLED]
+IN_AN_ENGINE = {"docker compose up -d mlflow", "docker compose up -d serve"}  # tests/container
+ASKING = {c for c in COMMANDS if c.startswith(("curl ", "export SAM3_API_KEY="))}  # tests/serving
 LESS = ["dataset.limit=2", "dataset.shapes.train=2", "dataset.shapes.valid=1"]
 
 
@@ -76,7 +78,8 @@ def test_they_have_commands() -> None:
     assert len(CUTTING) == len(EXPORTING) == 2
     assert len(DEPLOYED) == 1
     assert len(SCORING) == 4
-    rest = set(COMMANDS) - {*OURS, *DEPLOYED}
+    assert len(SERVING) >= 4
+    rest = set(COMMANDS) - {*OURS, *DEPLOYED, *ASKING}
     assert rest == {"./build.sh", "./test.sh", *IN_AN_ENGINE}
 
 
@@ -84,7 +87,7 @@ def test_they_have_commands() -> None:
 def test_its_flags_are_known(command: Command, line: str) -> None:
     """Each with its value. --help ends a command before it does anything, but not before that."""
     is_ours = line in OURS
-    for script in ("train", "infer"):
+    for script in ("train", "infer", "serve"):
         line = line.replace(f"./{script}.sh", f".venv/bin/python -m app {script}")
     done = command(*shlex.split(line)[3:], "--help")
     assert (done.code, "Usage: " in done.out) == ((0, True) if is_ours else (2, False)), done.err

@@ -62,15 +62,20 @@ def run(sources: Sequence[Source], settings: Settings, host: str, port: int) -> 
     """
     listener = _listen(host, port)
     with listener, signals.watch():
-        engines = [Engine(source.load, settings) for source in sources]
-        for engine in engines:
-            about = engine.about
-            log.info("model: %s (%s, %d px)", about.name, about.size, about.resolution)
-        app = create_app(Models(engines), settings)
-        server = Server(app, settings)
+        server = Server(create_app(_load(sources, settings), settings), settings)
         shown = f"[{host}]" if ":" in host else host
         log.info("serving: http://%s:%d", shown, listener.getsockname()[1])
         server.run(sockets=[listener])
+
+
+def _load(sources: Sequence[Source], settings: Settings) -> Models:
+    """Return the models; none but them holds an engine, which so can end when it is exchanged."""
+    engines = []
+    for source in sources:
+        engines.append(Engine(source.load, settings))
+        about = engines[-1].about
+        log.info("model: %s (%s, %d px)", about.name, about.size, about.resolution)
+    return Models(engines)
 
 
 def _listen(host: str, port: int) -> socket.socket:

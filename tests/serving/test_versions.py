@@ -47,7 +47,9 @@ def test_a_version_is_exchanged_twenty_times_under_load(nano: Loaded) -> None:
         last = client.post("/v1/predict", files=files(image), data={"model": "nano@best"})
         assert last.json()["model"] == {"name": "nano", "version": "20", "alias": "best"}
         gc.collect()
-        until(lambda: not any(each() for each in ended), "the old ones end")
+        until(
+            lambda: not any(each() for each in ended[1:]), "the old ones end"
+        )  # we hold the first
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.json()["model"]["version"] for answer in answers}) > 10
     for answer in answers:
