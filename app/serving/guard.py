@@ -27,6 +27,7 @@ from app.serving.settings import Settings
 log = logging.getLogger("app")
 # What says nothing of images, and what probes and browsers ask without a key.
 OPEN = ("/", "/health", "/ready", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready")
+DISCARD_SECONDS = 2.0  # that a refused client may go on to send
 HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
@@ -68,6 +69,8 @@ class Guard:
                 if body is not None:
                     await self._run(scope, body, receive, send)
         except Refused as refusal:
+            if refusal.status == 408 or not await _discard(scope, receive):
+                refusal.headers["Connection"] = "close"
             await self.refuse(refusal, scope, receive, send)
 
     async def refuse(self, refusal: Refused, scope: Scope, receive: Receive, send: Send) -> None:
@@ -180,6 +183,21 @@ class Guard:
                 problem = Problem("", type(error).__name__, "the server's log says more")
                 refusal = Refused(500, "The server failed at this request.", [problem])
                 await self.refuse(refusal, scope, receive, send)
+
+
+async def _discard(scope: Scope, receive: Receive) -> bool:
+    """Take what a refused client still sends, for a while; return whether that was all.
+
+    Many clients read no answer before they have sent all, and none once they are hung up on.
+    """
+    if "expect" in Headers(scope=scope):  # it waits for leave to send
+        return False
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while (message := await receive())["type"] == "http.request":
+                if not message.get("more_body", False):
+                    return True
+    return False
 
 
 async def _disconnect(receive: Receive) -> Message:
