@@ -67,6 +67,14 @@ def serve(
         float,
         typer.Option(min=0, help="that the first of them waits for others", rich_help_panel=LIMITS),
     ] = 5.0,
+    num_gpus: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="processes of each model, with a GPU each or a share of the cores",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 1,
     queue: Annotated[
         int,
         typer.Option(
@@ -122,4 +130,4 @@ def serve(
     ]
     from app.serving.listening import run
 
-    run(sources, settings, host, port)
+    run(sources, settings, host, port, num_gpus)

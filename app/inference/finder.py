@@ -234,6 +234,11 @@ class StagedFinder(Finder):
         """Whether images are seen faster together than one after the other."""
         return False
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can still answer."""
+        return True
+
     @abstractmethod
     def prepare(self, image: Image.Image) -> Prepared:
         """Return an RGB image as the model takes it; needs no model, and may run in any thread."""

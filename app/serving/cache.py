@@ -27,6 +27,9 @@ class FeatureCache:
                 self._entries.move_to_end(digest)
             return self._entries.get(digest)
 
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._entries
+
     def put(self, digest: str, encoded: Encoded) -> None:
         """Keep features, unless they alone are too many."""
         with self._lock:

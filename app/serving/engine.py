@@ -30,6 +30,8 @@ from app.serving.refusals import busy
 from app.serving.settings import Settings
 from app.serving.uploads import Uploaded, unreadable
 
+LEAD = 1  # jobs that wait where an image was seen, before it is seen anew elsewhere
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -53,28 +55,33 @@ class Engine:
     Args:
         load: makes the finder, in the thread that will ask it, and what is said of it.
         settings: of the server.
+        more: make finders of the same weights in processes of their own (`elsewhere.py`).
 
     Raises:
         UserError: as `load` does.
     """
 
-    def __init__(self, load: Load, settings: Settings) -> None:
+    def __init__(self, load: Load, settings: Settings, more: Sequence[Load] = ()) -> None:
         self._limits = settings.limits
-        self._model = ModelThread(load, settings)
+        self._models = [ModelThread(each, settings) for each in (load, *more)]
+        for model in self._models:
+            model.wait()
         self._places = 0  # taken; counted by the event loop alone
-        self.finder, self.about = self._model.finder, self._model.about
+        self.finder, self.about = self._models[0].finder, self._models[0].about
         self.name, self.version = self.about.name, self.about.version
         # A version that another one took the place of ends with the last request that holds it.
-        weakref.finalize(self, self._model.end)
+        for model in self._models:
+            weakref.finalize(self, model.end)
 
     @property
     def observer(self) -> Observer:
         """Who is told what happens."""
-        return self._model.observer
+        return self._models[0].observer
 
     @observer.setter
     def observer(self, observer: Observer) -> None:
-        self._model.observer = observer
+        for model in self._models:
+            model.observer = observer
 
     @property
     def waiting(self) -> int:
@@ -83,13 +90,15 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the model's thread runs."""
-        return self._model.is_alive()
+        """Whether all that answers runs."""
+        return all(model.is_alive() for model in self._models)
 
     def close(self) -> None:
-        """End the model's thread, once it has done what waits."""
-        self._model.end()
-        self._model.join()
+        """End the models' threads, once they have done what waits."""
+        for model in self._models:
+            model.end()
+        for model in self._models:
+            model.join()
 
     def queries(self, asked: Sequence[Asked], max_detections: int) -> tuple[Query, ...]:
         """Return what to find, checked: prompts that differ in words alone are asked together.
@@ -142,16 +151,28 @@ class Engine:
 
     async def _ask(self, image: Uploaded, queries: tuple[Query, ...]) -> Seen:
         """Return what the model's thread has made of an image."""
-        job = Job(image.digest, queries, encoded=self._model.cache.get(image.digest))
+        model = self._choose(image.digest)
+        job = Job(image.digest, queries, encoded=model.cache.get(image.digest))
         self.observer.cache(job.encoded is not None)
         if job.encoded is None:
             job.prepared = await asyncio.to_thread(self._prepare, image)
-        return await asyncio.wrap_future(self._model.do(job))
+        return await asyncio.wrap_future(model.do(job))
+
+    def _choose(self, digest: str) -> ModelThread:
+        """Return the one that has seen the image, unless it has more to do; else the idlest."""
+        able = [model for model in self._models if model.is_alive()] or self._models
+        idlest = min(able, key=lambda model: model.waiting)
+        for model in able:
+            if model.waiting <= idlest.waiting + LEAD and digest in model.cache:
+                return model
+        return idlest
 
     @contextmanager
     def _place(self) -> Iterator[None]:
         if self._places >= self._limits.queue:
-            raise busy("All places are taken.", self._places * self._model.pace)
+            raise busy(
+                "All places are taken.", self._places * self._models[0].pace / len(self._models)
+            )
         self._places += 1
         self.observer.waiting(self._places)
         try:
@@ -174,7 +195,7 @@ class Engine:
             try:
                 parts = self._finish_all(seen, queries)
             except MemoryShort:
-                self._model.release_memory()
+                self.finder.release_memory()
                 parts = self._finish_all(seen, queries)
             return join(parts, queries[0].max_detections)
 

@@ -15,6 +15,7 @@ from app import signals
 from app.console import counted
 from app.errors import UserError
 from app.serving.api import create_app
+from app.serving.elsewhere import load_elsewhere
 from app.serving.engine import Engine
 from app.serving.loading import Source
 from app.serving.settings import Settings
@@ -53,8 +54,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def run(sources: Sequence[Source], settings: Settings, host: str, port: int) -> None:
+def run(
+    sources: Sequence[Source], settings: Settings, host: str, port: int, processes: int = 1
+) -> None:
     """Serve until a signal asks for the end; what was begun is answered before.
+
+    Args:
+        processes: that each model has, with a GPU each or a share of the cores; 1: none beside
+            this one.
 
     Raises:
         UserError: weights that cannot be loaded, or an address that cannot be had.
@@ -62,17 +69,18 @@ def run(sources: Sequence[Source], settings: Settings, host: str, port: int) -> 
     """
     listener = _listen(host, port)
     with listener, signals.watch():
-        server = Server(create_app(_load(sources, settings), settings), settings)
+        server = Server(create_app(_load(sources, settings, processes), settings), settings)
         shown = f"[{host}]" if ":" in host else host
         log.info("serving: http://%s:%d", shown, listener.getsockname()[1])
         server.run(sockets=[listener])
 
 
-def _load(sources: Sequence[Source], settings: Settings) -> Models:
+def _load(sources: Sequence[Source], settings: Settings, processes: int) -> Models:
     """Return the models; none but them holds an engine, which so can end when it is exchanged."""
     engines = []
     for source in sources:
-        engines.append(Engine(source.load, settings))
+        loads = [source.load] if processes == 1 else load_elsewhere(source, processes)
+        engines.append(Engine(loads[0], settings, loads[1:]))
         about = engines[-1].about
         log.info("model: %s (%s, %d px)", about.name, about.size, about.resolution)
     return Models(engines)

@@ -93,9 +93,6 @@ class ModelThread:
         finder, about: what `load` has made.
         cache: of features, by the digest of an image's file.
         pace: seconds an image, lately.
-
-    Raises:
-        UserError: as `load` does.
     """
 
     def __init__(self, load: Load, settings: Settings) -> None:
@@ -105,17 +102,24 @@ class ModelThread:
         self._max_wait = settings.max_wait_ms / 1000
         self._most = settings.max_batch  # images together; fewer once memory ran out
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        ready: Future[None] = Future()
-        self._thread = threading.Thread(
-            target=self._run, args=(load, ready), name="model", daemon=True
-        )
+        self._busy = 0  # jobs that the model is at
+        self._ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(load,), name="model", daemon=True)
         self._thread.start()
-        ready.result()
+
+    def wait(self) -> None:
+        """Wait until it is loaded; raise UserError as `load` does."""
+        self._ready.result()
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that wait for the model, or that it is at."""
+        return self._jobs.qsize() + self._busy
 
     def do(self, job: Job) -> Future[Seen]:
         """Return the outcome of a job, which is done in its turn, unless it is cancelled before."""
         if not self.is_alive():
-            raise RuntimeError("the model's thread has ended")
+            raise RuntimeError("the model has ended")
         job.since = time.monotonic()
         self._jobs.put(job)
         return job.outcome
@@ -129,31 +133,33 @@ class ModelThread:
         self._thread.join()
 
     def is_alive(self) -> bool:
-        """Return whether it runs."""
-        return self._thread.is_alive()
+        """Return whether it runs, and can answer."""
+        return self._thread.is_alive() and self.finder.alive
 
     def release_memory(self) -> None:
         """Give back the memory of what can be computed again."""
         self.cache.clear()
         self.finder.release_memory()
 
-    def _run(self, load: Load, ready: Future[None]) -> None:
+    def _run(self, load: Load) -> None:
         try:
             self.finder, self.about = load()
         except BaseException as error:
-            ready.set_exception(error)
+            self._ready.set_exception(error)
             return
-        ready.set_result(None)
+        self._ready.set_result(None)
         while jobs := self._gather():
             begun = time.monotonic()
             # Those whose clients have left meanwhile are passed over.
             jobs = [job for job in jobs if job.outcome.set_running_or_notify_cancel()]
+            self._busy = len(jobs)
             if jobs:
                 for job in jobs:
                     self.observer.waited(begun - job.since)
                 self._answer(jobs)
                 seconds = (time.monotonic() - begun) / len(jobs)
                 self.pace += (seconds - self.pace) / 8
+                self._busy = 0
 
     def _gather(self) -> list[Job]:
         """Wait for a job, and on a GPU for those that come soon after; none: it is the end."""

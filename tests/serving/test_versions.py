@@ -38,7 +38,7 @@ def test_a_version_is_exchanged_twenty_times_under_load(nano: Loaded) -> None:
             seen = len(answers)
             until(lambda seen=seen: len(answers) > seen, "it answers")
             old = models.default
-            ended.append(weakref.ref(old._model))
+            ended.append(weakref.ref(old._models[0]))
             models.exchange(nano.engine(version=str(number)), old, "best")
             del old
         stop.set()
