@@ -209,7 +209,7 @@ def started(name: str, checkpoint: str, processes: int) -> Iterator[tuple[str, p
         "locked": ["benchmarks.serving", "locked", checkpoint, str(port)],
         "ours": [
             *("app", "serve", "--checkpoint", checkpoint, "--port", str(port)),
-            *("--num-gpus", str(processes)),
+            *("--num-gpus", str(processes), "--cache-mb", "128"),
         ],
     }[name]
     process = subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, stdout=subprocess.DEVNULL)

@@ -32,7 +32,7 @@ def result(name: str, found: Detections, form: str) -> dict[str, Any]:
     }
     if form == "geojson":
         return answer | {"features": feature_collection(found)}
-    masks = found.masks or [None] * len(found)
+    masks: Sequence[Rle | None] = found.masks or [None] * len(found)
     write = MASKS[form]
     detections = [
         {

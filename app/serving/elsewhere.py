@@ -151,6 +151,11 @@ class Elsewhere(StagedFinder):
 def load_elsewhere(source: Source, processes: int) -> list[Load]:
     """Return what loads a source in each of several processes."""
 
+    if not is_exported(source.path):
+        import torch
+
+        torch.set_num_threads(1)  # here threads resize an image each
+
     def load(rank: int) -> tuple[StagedFinder, About]:
         finder = Elsewhere(source, rank, processes)
         return finder, finder.about

@@ -67,7 +67,7 @@ def run(
         UserError: weights that cannot be loaded, or an address that cannot be had.
         Stopped: a signal asked for the end, and it has come.
     """
-    listener = _listen(host, port)
+    listener = listen(host, port)
     with listener, signals.watch():
         server = Server(create_app(_load(sources, settings, processes), settings), settings)
         shown = f"[{host}]" if ":" in host else host
@@ -86,13 +86,26 @@ def _load(sources: Sequence[Source], settings: Settings, processes: int) -> Mode
     return Models(engines)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    It is made as one of TCP by name: asyncio sends answers without a delay (TCP_NODELAY) through
+    such alone, and `socket.create_server` makes others.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
     except (OSError, UnicodeError) as error:
+        listener.close()
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UserError(f"--host {host} --port {port}: {why}; give another --port") from None
+    return listener
 
 
 class Server(uvicorn.Server):

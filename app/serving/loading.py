@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
+
 from app.console import counted
 from app.deploy.runtime.manifest import FILE as MANIFEST
 from app.deploy.runtime.manifest import read_manifest
@@ -37,12 +39,19 @@ class Source:
     resolution: int | None = None
 
     def load(self) -> tuple[StagedFinder, About]:
-        """Load it; an exported folder needs no torch.
+        """Load it, and ask it once; an exported folder needs no torch.
 
         Raises:
             UserError: it is neither, or does not fit this machine.
         """
-        return self._load_exported() if is_exported(self.path) else self._load_weights()
+        load = self._load_exported if is_exported(self.path) else self._load_weights
+        finder, about = load()
+        # Its first answer takes seconds, for what is made ready at the first call.
+        side = about.resolution
+        finder.predict(
+            Image.new("RGB", (side, side)), (*about.prompts, *(about.vocabulary or ()), "a")[:1]
+        )
+        return finder, about
 
     def _load_exported(self) -> tuple[StagedFinder, About]:
         from app.deploy.runtime.runtime import Runtime

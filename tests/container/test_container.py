@@ -5,6 +5,7 @@ Only here is anything run in containers; what the scripts would run is tested in
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shlex
@@ -259,6 +260,49 @@ def test_compose_runs_the_tool_as_the_caller(caller: Caller) -> None:
         compose.down()
     assert "composed" in printed
     assert owners(caller.folder / "composed") == {(CALLER, CALLER)}
+
+
+def test_compose_serves_weights_as_another_uid_and_writes_nothing(caller: Caller) -> None:
+    """Ready by its own healthcheck; asked with its key, and drained by `docker stop`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    settings = {
+        "SERVE_PORT": port,
+        "SAM3_WEIGHTS": str(caller.repository / "app" / "assets" / "nano"),
+        "SAM3_USER": f"{CALLER}:{CALLER}",
+        "SAM3_API_KEY": "a key of the container",
+    }
+    compose = Compose(caller, "{serve: {network_mode: host, ports: !reset []}}", **settings)
+    try:
+        compose("--profile=serve", "up", "--detach", "--wait", "serve")
+        address = f"http://127.0.0.1:{port}"
+        picture = next(images(caller.dataset).glob("*.*g")).read_bytes()
+        request = urllib.request.Request(
+            f"{address}/v1/predict",
+            json.dumps(
+                {
+                    "images": [{"data": base64.b64encode(picture).decode()}],
+                    "prompts": [{"text": "circle", "threshold": 0.0}],
+                }
+            ).encode(),
+            {"Content-Type": "application/json", "X-API-Key": settings["SAM3_API_KEY"]},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found = json.load(answer)
+        assert found["model"]["name"] == "model"
+        assert found["results"][0]["detections"]
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{address}/v1/models", timeout=30)
+        container = compose("--profile=serve", "ps", "--quiet", "serve").strip()
+        seen = json.loads(caller.engine("inspect", container))[0]
+        assert seen["Config"]["User"] == f"{CALLER}:{CALLER}"
+        assert seen["HostConfig"]["ReadonlyRootfs"]
+        assert not any(mount["RW"] for mount in seen["Mounts"])
+        caller.engine("stop", container)
+        assert json.loads(caller.engine("inspect", container))[0]["State"]["ExitCode"] == 143
+    finally:
+        compose.down()
 
 
 def test_a_server_in_compose_takes_a_run(caller: Caller, mlflow: str) -> None:

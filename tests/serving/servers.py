@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from PIL import Image
 from app.inference.finder import StagedFinder
 from app.serving.api import create_app
 from app.serving.engine import Engine
-from app.serving.listening import Server
+from app.serving.listening import Server, listen
 from app.serving.loading import Source
 from app.serving.model_thread import About
 from app.serving.settings import Limits, Settings
@@ -51,7 +50,7 @@ def serving(
 ) -> Iterator[httpx.Client]:
     """Serve in a thread of this process; yield a client of it. The engines end with it."""
     settings = settings or Settings()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with listen("127.0.0.1", 0) as listener:
         app = create_app(Models(engines, aliases), settings)
         server = Server(app, settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
+from app.serving.listening import listen
 from tests.helpers import PATIENCE, REPOSITORY, Command, until
 from tests.serving.servers import NANO, drawn, exported, files
 
@@ -157,6 +158,12 @@ def test_what_it_refuses_to_begin(
     assert done.code == 2
     assert said in done.err
     assert "short" not in done.err
+
+
+def test_answers_are_sent_without_a_delay() -> None:
+    """Nagle's algorithm would hold the end of each back for 40 ms, until it is acknowledged."""
+    with listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # which asyncio asks for
 
 
 def test_a_port_that_is_taken_is_named(command: Command) -> None:
