@@ -32,7 +32,7 @@ def result(name: str, found: Detections, form: str) -> dict[str, Any]:
     }
     if form == "geojson":
         return answer | {"features": feature_collection(found)}
-    masks: Sequence[Rle | None] = found.masks or [None] * len(found)
+    masks: Sequence[Rle | None] = (None,) * len(found) if found.masks is None else found.masks
     write = MASKS[form]
     detections = [
         {

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 
 from app import __version__
 from app.errors import UserError
@@ -220,7 +221,7 @@ def state_router(models: Models, observer: Observer) -> APIRouter:
             answers.to_json({"status": status}), 503 if closing else 200, media_type=JSON
         )
 
-    @routes.get("/metrics")
+    @routes.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Return figures for Prometheus."""
         rendered = await asyncio.to_thread(observer.render)

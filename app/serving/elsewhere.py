@@ -181,6 +181,7 @@ def _work(pipe: Connection, source: Source, rank: int, processes: int) -> None:
             what, forgotten, arguments = pipe.recv()
             for number in forgotten:
                 kept.pop(number, None)
+            reply: tuple[Any, Exception | None]
             try:
                 reply = _answer(finder, kept, numbers, what, *arguments), None
             except UserError as error:

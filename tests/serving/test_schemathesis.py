@@ -20,8 +20,9 @@ def test_the_server_holds_to_its_description(nano: Loaded, tmp_path: Path) -> No
     """Refused are also values that fit the description, such as bytes that are no image."""
     with serving(nano.engine()) as client:
         words = [
-            *("run", f"{client.base_url}/openapi.json", "--checks=all", "--max-examples=400"),
+            *("run", f"{client.base_url}/openapi.json", "--checks=all", "--max-examples=300"),
             *("--exclude-checks=positive_data_acceptance", "--seed=1", "--no-shrink"),
+            "--request-timeout=120",
             *("--continue-on-failure", "--report=ndjson", f"--report-dir={tmp_path}"),
         ]
         done = subprocess.run(
