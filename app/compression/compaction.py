@@ -126,6 +126,7 @@ def compact(
             "model": _final_size(cutting.size, header.model, goal),
             "threshold": figures.get(THRESHOLD) if figures else header.threshold,
             "prompts": classes,
+            "scores": None,  # of what was cut
         }
     )
     if note := padding_note(header.model):

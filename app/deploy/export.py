@@ -248,6 +248,7 @@ def _describe(folder: Path, header: weights.Header, wanted: Wanted, source: Path
         },
         target=wanted.target or {},
         levels=header.levels,
+        scores=header.scores,
     )
 
 

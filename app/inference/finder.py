@@ -24,6 +24,7 @@ from app.inference.inputs import BOX_IN_TILE, Sized, check_length, check_prompts
 from app.inference.merging import merge_tiles, suppress
 from app.inference.postprocess import Candidates
 from app.inference.tiles import make_tiles
+from app.model.score_counts import ScoreCounts
 
 log = logging.getLogger("app")
 LEAST_TILE = 32  # pixels
@@ -92,11 +93,14 @@ class Finder(ABC):
         threshold: 0..1, the least score where a call names none.
         levels: the values that become 0 and 255 in images of more than 8 bits, as in training;
             None: each image's own. `open_image` takes them.
+        scores: those of the validation images above the threshold; None where the weights do not
+            tell them.
     """
 
     prompts: tuple[str, ...]
     threshold: float
     levels: Levels | None = None
+    scores: ScoreCounts | None = None
     _context_length = 32  # tokens of a prompt, with those of start and end
     _told = ""  # the last note of `check_length`
 

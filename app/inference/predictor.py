@@ -49,6 +49,7 @@ from app.model.device import (
     told,
 )
 from app.model.halves import hold_all
+from app.model.score_counts import ScoreCounts
 
 log = logging.getLogger("app")
 PAIRS_PER_PASS = 16  # pairs of image and prompt that go through DETR together: bounds the memory
@@ -73,7 +74,7 @@ class Predictor(StagedFinder):
         precision: float32, or the half for autocast.
         prompts: asked for where a call names none.
         threshold: 0..1, least score where a call names none.
-        levels: as of `Finder`.
+        levels, scores: as of `Finder`.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Predictor(StagedFinder):
         prompts: Sequence[str] = (),
         threshold: float = THRESHOLD,
         levels: Levels | None = None,
+        scores: ScoreCounts | None = None,
     ) -> None:
         self.model = model.eval()
         self.config = config
@@ -92,6 +94,7 @@ class Predictor(StagedFinder):
         self.prompts = tuple(prompts)
         self.threshold = threshold
         self.levels = levels
+        self.scores = scores
         self._parameters = list(model.parameters())
         self.device = self._parameters[0].device
         self._pairs = self._images = sys.maxsize  # most at once, since memory ran out
@@ -129,6 +132,7 @@ class Predictor(StagedFinder):
             prompts=header.prompts,
             threshold=threshold,
             levels=header.levels,
+            scores=header.scores,
         )
 
     def _fill_caches(self) -> None:

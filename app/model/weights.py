@@ -32,6 +32,7 @@ from app.model import adapters, published
 from app.model.build import build_model
 from app.model.halves import originals
 from app.model.published import COMPUTED
+from app.model.score_counts import ScoreCounts
 from app.model.transformers.config import read_config
 from app.model.transformers.state import TRACKER, from_transformers, is_layout, is_transformers
 from app.model.upstream.pin import COMMIT
@@ -78,7 +79,8 @@ class Header(BaseModel):
     `threshold` is the score that maximised F1 on the validation images; None where nothing was
     found on them, or from weights made before it was kept. `levels` are the values of training
     images of more than 8 bits that became 0 and 255; None where there were none. `base` is None for
-    weights that began as random ones, or as ours of before it was kept.
+    weights that began as random ones, or as ours of before it was kept. `scores` are those above
+    the threshold on the validation images; None from weights made before they were kept.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -90,6 +92,7 @@ class Header(BaseModel):
     threshold: float | None = Field(default=None, ge=0, le=1)
     levels: tuple[FiniteFloat, FiniteFloat] | None = None
     base: Origin | None = None
+    scores: ScoreCounts | None = None
     version: str = __version__
 
 

@@ -22,10 +22,12 @@ from app.console import counted, progress
 from app.datasets.coco import Dataset
 from app.evaluation.evaluate import score_dataset
 from app.evaluation.scoring import THRESHOLD
-from app.evaluation.validate import ALONE, Ranks
+from app.evaluation.validate import ALONE, Ranks, Validation
+from app.inference.postprocess import THRESHOLD as USUAL
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.device import told
+from app.model.score_counts import ScoreCounts, count_scores
 from app.signals import Stopped, StopRequest
 from app.training import checkpoints
 from app.training.batches import Batches
@@ -144,7 +146,7 @@ class Trainer:
 
     def validate_start(self) -> None:
         """Take the figures before training, with which all others are compared."""
-        self.state.baseline = self.validate("before training")
+        self.state.baseline = self.validate("before training").figures
         for line in self.table.row(0, self.state.baseline).splitlines():
             log.info("%s", line)
         if self.config.training.warm_start.method != "none":
@@ -200,10 +202,10 @@ class Trainer:
         state = self.state
         row = self._row()
         if self._is_validated(state.epoch + 1):
-            figures = self.validate(f"epoch {state.epoch + 1}")
-            row |= figures
-            self._set_threshold(figures)
-            self._keep_best(figures)
+            validation = self.validate(f"epoch {state.epoch + 1}")
+            row |= validation.figures
+            self._set_threshold(validation.figures, self._count_scores(validation))
+            self._keep_best(validation.figures)
         state.rows.append(row)
         state.epoch += 1
         state.losses, state.images, state.seconds, state.skipped = {}, 0, 0.0, 0
@@ -245,8 +247,8 @@ class Trainer:
         training = self.config.training
         return epoch % training.save_every == 0 or epoch == training.epochs
 
-    def validate(self, title: str) -> Figures:
-        """Return the figures of the weights as they are now; every rank scores its share.
+    def validate(self, title: str) -> Validation:
+        """Score the weights as they are now; every rank scores its share.
 
         Raises:
             Stopped: on all ranks, where a signal reached one of them.
@@ -261,16 +263,23 @@ class Trainer:
                 check=self.stop.check,
                 ranks=ranks_of(self.accelerator),
                 time_left=self.time_left,
-            ).figures
+            )
 
     def _averaged_weights(self) -> contextlib.AbstractContextManager[None]:
         """Give the model the weights that are validated and kept: the EMA, where there is one."""
         ema = self.step.ema
         return ema.in_place() if ema is not None else contextlib.nullcontext()
 
-    def _set_threshold(self, row: Mapping[str, float]) -> None:
-        """Save the score at which F1 is highest with the weights."""
-        self.header = self.header.model_copy(update={"threshold": row.get(THRESHOLD)})
+    def _set_threshold(self, row: Mapping[str, float], scores: ScoreCounts | None) -> None:
+        """Save the score at which F1 is highest with the weights, and the scores above it."""
+        self.header = self.header.model_copy(
+            update={"threshold": row.get(THRESHOLD), "scores": scores}
+        )
+
+    def _count_scores(self, validation: Validation) -> ScoreCounts:
+        classes = {category.id: category.name for category in self.valid.categories}
+        threshold = validation.figures.get(THRESHOLD, USUAL)
+        return count_scores(len(self.valid.images), classes, validation.results, threshold)
 
     def _keep_best(self, figures: Figures) -> None:
         """Save `weights/best` when the chosen figure improves; at equal figures the later stays."""
@@ -309,7 +318,8 @@ class Trainer:
         self.pace = Pace(self.state.durations)
         self.begun -= self.state.elapsed
         validated = [row for row in self.state.rows if THRESHOLD in row]
-        self._set_threshold(validated[-1] if validated else {})
+        header = weights.read_header(checkpoint)
+        self._set_threshold(validated[-1] if validated else {}, header.scores if header else None)
 
     def restart(self, checkpoint: Path) -> None:
         """Begin the schedule anew from a checkpoint's weights, which the model has already.

@@ -71,7 +71,7 @@ def train(folder: Path, output: Path, batch_size: int) -> None:
         recorder=None,
         stop=StopRequest(),
     )
-    figures = trainer.validate("together")
+    figures = trainer.validate("together").figures
     mean = accelerator.reduce(torch.tensor(figures["bbox/AP"]), "mean")
     waits = torch.distributed.distributed_c10d._get_default_group()._get_backend(mean.device)
     failed = output.with_suffix(".failed")

@@ -69,6 +69,11 @@ def test_what_a_run_leaves(tiny_run: Path, shapes: Path) -> None:
     assert header.data_hash == load_splits(shapes).train.content_hash()
     assert header.model.resolution == 64
     assert header.threshold == figures.get("calibration/threshold")
+    least = 0.5 if header.threshold is None else header.threshold
+    results = json.loads((tiny_run / "predictions" / "valid.json").read_text())
+    above = [result for result in results if result["score"] > least]
+    assert header.scores.images == 2
+    assert sum(map(sum, header.scores.counts.values())) == len(above)
     for name in ("segm/cgF1", "segm/pmF1", "bbox/IL_MCC", "off_prompt/firing", "off_prompt/nouns"):
         assert name in figures
         assert f"baseline/{name}" in figures

@@ -1,6 +1,6 @@
 """`manifest.json`: what an exported folder holds. It is checked as a file from elsewhere.
 
-Needs no package at all, because the runtime reads it.
+Needs no package but numpy, because the runtime reads it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from app.errors import UserError
 from app.files import SETTINGS_BYTES, hash_file, read_json
+from app.model.score_counts import ScoreCounts
 
 FILE = "manifest.json"
 FORMAT = "sam3-finetuning/onnx/1"
@@ -62,6 +63,8 @@ class Manifest:
         target: the TensorRT and device that were asked for.
         parity: precision → the measured differences from the model.
         levels: the values that become 0 and 255 in images of more than 8 bits; None: each its own.
+        scores: those of the validation images above the threshold; None where the weights told
+            none.
     """
 
     size: str
@@ -82,6 +85,7 @@ class Manifest:
     target: Mapping[str, str] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
     levels: tuple[float, float] | None = None
+    scores: ScoreCounts | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of the file."""
@@ -114,6 +118,8 @@ def read_manifest(folder: Path) -> Manifest:
         if content.get("levels") is not None:
             low, high = content["levels"]
             content["levels"] = float(low), float(high)
+        if content.get("scores") is not None:
+            content["scores"] = ScoreCounts(**content["scores"])
         manifest = Manifest(**content)
         _check_values(manifest)
         named = [name for graph in manifest.graphs.values() for name in graph.values()]

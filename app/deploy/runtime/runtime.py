@@ -92,7 +92,7 @@ class Runtime(StagedFinder):
     def __init__(self, folder: Path, manifest: Manifest, backend: Backend, words: Words) -> None:
         self.folder, self.manifest, self.backend = folder, manifest, backend
         self.prompts, self.threshold = tuple(manifest.classes), manifest.threshold
-        self.levels = manifest.levels
+        self.levels, self.scores = manifest.levels, manifest.scores
         self.text = words
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._context_length = manifest.context_length
