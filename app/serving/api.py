@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,16 +15,16 @@ from starlette.responses import PlainTextResponse
 
 from app import __version__
 from app.errors import UserError
-from app.inference.detections import Detections
 from app.serving import answers, describing, messages
-from app.serving.engine import Asked, Engine
+from app.serving.asking import find, in_time
+from app.serving.engine import Engine
 from app.serving.guard import Guard, Held, to_response
 from app.serving.messages import ModelList, PredictAnswer, SessionAnswer, SessionMade
 from app.serving.observer import Observer
+from app.serving.protocols import open_inference, x_anylabeling
 from app.serving.refusals import Problem, Refused, unusable
 from app.serving.sessions import Sessions
 from app.serving.settings import Settings
-from app.serving.uploads import Uploaded
 from app.serving.versions import Models
 
 JSON = "application/json"
@@ -61,6 +61,8 @@ def create_app(models: Models, settings: Settings, observer: Observer | None = N
     )
     app.state.closing, app.state.models = False, models
     app.include_router(router(models, settings))
+    app.include_router(open_inference.router(models, settings))
+    app.include_router(x_anylabeling.router(models, settings))
     app.include_router(state_router(models, observer))
     app.include_router(describing.router(app))
     describing.complete(app)
@@ -86,7 +88,8 @@ def router(models: Models, settings: Settings) -> APIRouter:
         body, kind = await request.body(), request.headers.get("content-type", "")
         question, images = await asyncio.to_thread(messages.read_predict, kind, body, limits)
         engine = models.choose(question.model)
-        found = await find(engine, images, question.asked(), question.max_detections)
+        asked = question.asked(engine.finder.prompts)
+        found = await find(engine, images, asked, question.max_detections, limits.seconds)
         answer = await asyncio.to_thread(
             answers.results,
             [image.name for image in images],
@@ -107,7 +110,7 @@ def router(models: Models, settings: Settings) -> APIRouter:
         body, kind = await request.body(), request.headers.get("content-type", "")
         model, image = await asyncio.to_thread(messages.read_session, kind, body, limits)
         engine = models.choose(model)
-        async with in_time():
+        async with in_time(limits.seconds):
             seen = await engine.see(image)
         session = sessions.begin(image, model)
         made = {
@@ -131,7 +134,8 @@ def router(models: Models, settings: Settings) -> APIRouter:
         )
         session = sessions.get(id)
         engine = models.choose(session.model)
-        found = await find(engine, [session.image], question.asked(), question.max_detections)
+        asked, most = question.asked(engine.finder.prompts), question.max_detections
+        found = await find(engine, [session.image], asked, most, limits.seconds)
         answer = await asyncio.to_thread(
             answers.result, session.image.name, found[0], question.format
         )
@@ -149,29 +153,6 @@ def router(models: Models, settings: Settings) -> APIRouter:
         """List the models that can be asked."""
         listed = [describe(engine) for engine in models.all()]
         return Response(answers.to_json({"models": listed}), media_type=JSON)
-
-    async def find(
-        engine: Engine, images: Sequence[Uploaded], asked: Sequence[Asked], most: int
-    ) -> list[Detections]:
-        """Ask an engine about all images at once; where one fails, the others are given up."""
-        queries = engine.queries(asked, most)
-        async with in_time():
-            tasks = [asyncio.ensure_future(engine.find(image, queries)) for image in images]
-            try:
-                return list(await asyncio.gather(*tasks))
-            finally:
-                for task in tasks:
-                    task.cancel()
-
-    @contextlib.asynccontextmanager
-    async def in_time() -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(limits.seconds):
-                yield
-        except TimeoutError:
-            remedy = "ask for fewer images or prompts, or later"
-            problem = Problem("", f"took more than {limits.seconds:g} s", remedy)
-            raise Refused(504, "The answer took too long.", [problem]) from None
 
     def describe(engine: Engine) -> dict[str, Any]:
         about = engine.about

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -92,8 +93,10 @@ class Question(Message):
     max_detections: int = Field(100, ge=1, le=MOST_DETECTIONS, description="an image")
     format: Format = "rle"
 
-    def asked(self) -> list[Asked]:
-        """Return what is to be found, each prompt with its threshold; none: the classes."""
+    def asked(self, classes: Sequence[str]) -> list[Asked]:
+        """Return what is to be found, each prompt with its threshold; without any, the classes."""
+        if self.prompts is None:
+            return [Asked(text, self.threshold) for text in classes]
         return [
             Asked(
                 prompt.text,
@@ -101,7 +104,7 @@ class Question(Message):
                 tuple(map(tuple, prompt.boxes)),  # type: ignore[arg-type]
                 tuple(map(tuple, prompt.negative_boxes)),  # type: ignore[arg-type]
             )
-            for prompt in self.prompts or ()
+            for prompt in self.prompts
         ]
 
 
@@ -244,7 +247,7 @@ class ErrorOut(BaseModel):
 
 # --- reading -------------------------------------------------------------------------------------
 
-Read = TypeVar("Read", bound=Message)
+Read = TypeVar("Read", bound=BaseModel)
 
 
 def read_predict(kind: str, body: bytes, limits: Limits) -> tuple[FormQuestion, list[Uploaded]]:
