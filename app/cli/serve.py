@@ -10,7 +10,7 @@ import typer
 from app.cli import options
 from app.cli.options import MODEL
 
-ADDRESS, LIMITS = "Address", "Limits"  # panels of its help
+ADDRESS, LIMITS, WATCHING = "Address", "Limits", "Watching"  # panels of its help
 cli = typer.Typer(add_completion=False)
 
 
@@ -100,6 +100,15 @@ def serve(
         float,
         typer.Option(min=0.1, help="a session ends so long unasked", rich_help_panel=LIMITS),
     ] = 10.0,
+    keep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="keep the images that the model is least sure of here, 200 at most, as a dataset "
+            "to correct  [default: none is kept]",
+            rich_help_panel=WATCHING,
+        ),
+    ] = None,
 ) -> None:
     """Answer requests over HTTP: an API, and a page for people. Ctrl-C or SIGTERM ends it."""
     import os
@@ -129,5 +138,11 @@ def serve(
         for path, called in name_all(paths, name or ())
     ]
     from app.serving.listening import run
+    from app.serving.metrics import Figures
 
-    run(sources, settings, host, port, num_gpus)
+    keeper = None
+    if keep is not None:
+        from app.serving.keep import Keeper  # with it come the rooms that write datasets
+
+        keeper = Keeper(keep)
+    run(sources, settings, host, port, Figures(keeper), num_gpus)

@@ -72,7 +72,7 @@ def label(
                 detections = predictor.predict(
                     pixels, names, threshold=threshold, max_detections=max_detections
                 )
-                annotations += _annotations(detections, image.id, len(annotations) + 1)
+                annotations += to_annotations(detections, image.id, len(annotations) + 1)
                 best = max(best, detections.best_score or 0.0)
                 advance(done, counted(len(annotations), "object"))
         if not annotations:
@@ -97,8 +97,11 @@ def label(
     return bad
 
 
-def _annotations(detections: Detections, image_id: int, first: int) -> list[Annotation]:
-    """Return detections that cover something as annotations, whose ids count from `first`."""
+def to_annotations(detections: Detections, image_id: int, first: int) -> list[Annotation]:
+    """Return detections that cover something as annotations, whose ids count from `first`.
+
+    Their categories are the detections' prompts, counted from 1.
+    """
     annotations: list[Annotation] = []
     for index in range(len(detections)):
         left, top, right, bottom = (float(side) for side in detections.boxes_xyxy[index])

@@ -20,6 +20,7 @@ from app.serving.asking import find, in_time
 from app.serving.engine import Engine
 from app.serving.guard import Guard, Held, to_response
 from app.serving.messages import ModelList, PredictAnswer, SessionAnswer, SessionMade
+from app.serving.metrics import CONTENT_TYPE, Requests
 from app.serving.observer import Observer
 from app.serving.protocols import open_inference, x_anylabeling
 from app.serving.refusals import Problem, Refused, unusable
@@ -69,6 +70,7 @@ def create_app(models: Models, settings: Settings, observer: Observer | None = N
     _answer_errors(app, observer)
     app.state.held = Held()
     app.add_middleware(Guard, settings=settings, observer=observer, held=app.state.held)
+    app.add_middleware(Requests, observer=observer)
     return app
 
 
@@ -206,7 +208,7 @@ def state_router(models: Models, observer: Observer) -> APIRouter:
     async def metrics() -> Response:
         """Return figures for Prometheus."""
         rendered = await asyncio.to_thread(observer.render)
-        return Response(rendered, media_type="text/plain; version=0.0.4")
+        return Response(rendered, media_type=CONTENT_TYPE)
 
     return routes
 

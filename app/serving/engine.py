@@ -141,7 +141,7 @@ class Engine:
         with self._place():
             seen = await self._ask(image, tuple(queries))
             detections = await asyncio.to_thread(self._finish, seen, queries)
-        self.observer.answered(self, detections)
+        self.observer.answered(self, image, queries, detections)
         return detections
 
     async def see(self, image: Uploaded) -> Encoded:

@@ -18,6 +18,7 @@ from app.serving.api import create_app
 from app.serving.elsewhere import load_elsewhere
 from app.serving.engine import Engine
 from app.serving.loading import Source
+from app.serving.observer import Observer
 from app.serving.settings import Settings
 from app.serving.versions import Models
 
@@ -55,11 +56,17 @@ def is_loopback(host: str) -> bool:
 
 
 def run(
-    sources: Sequence[Source], settings: Settings, host: str, port: int, processes: int = 1
+    sources: Sequence[Source],
+    settings: Settings,
+    host: str,
+    port: int,
+    observer: Observer,
+    processes: int = 1,
 ) -> None:
     """Serve until a signal asks for the end; what was begun is answered before.
 
     Args:
+        observer: is told what happens.
         processes: that each model has, with a GPU each or a share of the cores; 1: none beside
             this one.
 
@@ -69,7 +76,8 @@ def run(
     """
     listener = listen(host, port)
     with listener, signals.watch():
-        server = Server(create_app(_load(sources, settings, processes), settings), settings)
+        app = create_app(_load(sources, settings, processes), settings, observer)
+        server = Server(app, settings)
         shown = f"[{host}]" if ":" in host else host
         log.info("serving: http://%s:%d", shown, listener.getsockname()[1])
         server.run(sockets=[listener])

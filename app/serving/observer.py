@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from app.inference.detections import Detections
+from app.inference.finder import Query
+from app.serving.uploads import Uploaded
 
 if TYPE_CHECKING:
     from app.serving.engine import Engine
@@ -33,11 +35,16 @@ class Observer:
     def waiting(self, images: int) -> None:
         """Note how many images an engine has now, from decoding to masks."""
 
-    def answered(self, engine: Engine, detections: Detections) -> None:
-        """Note what was found in an image."""
+    def answered(
+        self, engine: Engine, image: Uploaded, queries: Sequence[Query], detections: Detections
+    ) -> None:
+        """Note what the queries, one after the other, have found in an image."""
 
     def failed(self, status: int) -> None:
         """Note a request that was answered by an error."""
+
+    def responded(self, route: str, status: int, seconds: float) -> None:
+        """Note an answer to a request: the path of its route, never the request's own."""
 
     def render(self) -> bytes:
         """Return the figures in Prometheus' text format."""

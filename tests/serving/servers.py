@@ -20,6 +20,7 @@ from app.serving.engine import Engine
 from app.serving.listening import Server, listen
 from app.serving.loading import Source
 from app.serving.model_thread import About
+from app.serving.observer import Observer
 from app.serving.settings import Limits, Settings
 from app.serving.versions import Models
 from tests.helpers import REPOSITORY, until
@@ -46,12 +47,15 @@ def load_nano() -> Loaded:
 
 @contextlib.contextmanager
 def serving(
-    *engines: Engine, settings: Settings | None = None, aliases: dict | None = None
+    *engines: Engine,
+    settings: Settings | None = None,
+    aliases: dict | None = None,
+    observer: Observer | None = None,
 ) -> Iterator[httpx.Client]:
     """Serve in a thread of this process; yield a client of it. The engines end with it."""
     settings = settings or Settings()
     with listen("127.0.0.1", 0) as listener:
-        app = create_app(Models(engines, aliases), settings)
+        app = create_app(Models(engines, aliases), settings, observer)
         server = Server(app, settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
