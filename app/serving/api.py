@@ -41,6 +41,7 @@ def create_app(models: Models, settings: Settings, observer: Observer | None = N
     observer = observer or Observer()
     for engine in models.all():
         engine.observer = observer
+        observer.waiting(engine, 0)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

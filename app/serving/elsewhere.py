@@ -30,6 +30,7 @@ from app.errors import UserError
 from app.inference.detections import Detections
 from app.inference.finder import Encoded, Prepared, Query, StagedFinder
 from app.inference.inputs import Sized
+from app.model.score_counts import ScoreCounts
 from app.serving.loading import Source, is_exported
 from app.serving.model_thread import About, Load
 
@@ -44,6 +45,7 @@ class Known:
     prompts: tuple[str, ...]
     threshold: float
     levels: Levels | None
+    scores: ScoreCounts | None
     gathers: bool
 
 
@@ -79,7 +81,7 @@ class Elsewhere(StagedFinder):
         known: Known = self._receive()
         self.about = known.about
         self.prompts, self.threshold, self.levels = known.prompts, known.threshold, known.levels
-        self._gathers = known.gathers
+        self.scores, self._gathers = known.scores, known.gathers
 
     @property
     def alive(self) -> bool:
@@ -173,7 +175,9 @@ def _work(pipe: Connection, source: Source, rank: int, processes: int) -> None:
     except BaseException as error:
         pipe.send((None, error))
         return
-    known = Known(about, finder.prompts, finder.threshold, finder.levels, finder.gathers)
+    known = Known(
+        about, finder.prompts, finder.threshold, finder.levels, finder.scores, finder.gathers
+    )
     pipe.send((known, None))
     kept, numbers = dict[int, Encoded](), itertools.count()
     with contextlib.suppress(EOFError, OSError):  # the other side has ended

@@ -174,12 +174,12 @@ class Engine:
                 "All places are taken.", self._places * self._models[0].pace / len(self._models)
             )
         self._places += 1
-        self.observer.waiting(self._places)
+        self.observer.waiting(self, self._places)
         try:
             yield
         finally:
             self._places -= 1
-            self.observer.waiting(self._places)
+            self.observer.waiting(self, self._places)
 
     def _prepare(self, image: Uploaded) -> Prepared:
         with self.observer.stage("decode"):

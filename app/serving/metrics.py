@@ -72,7 +72,7 @@ class Figures(Observer):
         )
         for stage in STAGES:
             self._stage_seconds.labels(stage)
-        self._queue = Gauge("queue_length", "Images that wait or are looked at now", **own)
+        self._queue = Gauge("queue_length", "Images that wait or are looked at now", WHO, **own)
         self._batches = Histogram("batch_images", "Images encoded together", buckets=SIZES, **own)
         self._cache = Counter(
             "cache_lookups", "Images looked up in the cache of features", ["result"], **own
@@ -116,9 +116,9 @@ class Figures(Observer):
         """Count how long an image has waited for the model."""
         self._stage_seconds.labels("queue").observe(seconds)
 
-    def waiting(self, images: int) -> None:
+    def waiting(self, engine: Engine, images: int) -> None:
         """Tell how many images an engine has now, from decoding to masks."""
-        self._queue.set(images)
+        self._queue.labels(engine.name, engine.version).set(images)
 
     def batch(self, size: int) -> None:
         """Count images that are seen together."""

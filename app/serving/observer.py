@@ -32,7 +32,7 @@ class Observer:
     def cache(self, hit: bool) -> None:
         """Note whether an image had been seen before."""
 
-    def waiting(self, images: int) -> None:
+    def waiting(self, engine: Engine, images: int) -> None:
         """Note how many images an engine has now, from decoding to masks."""
 
     def answered(

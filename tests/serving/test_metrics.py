@@ -79,7 +79,7 @@ def test_what_happens_is_counted() -> None:
     with figures.stage("encode"):
         pass
     figures.waited(0.2)
-    figures.waiting(3)
+    figures.waiting(engine, 3)
     figures.batch(4)
     for hit in (True, False, True):
         figures.cache(hit)
@@ -92,7 +92,7 @@ def test_what_happens_is_counted() -> None:
     assert values["sam3_stage_seconds_count", "stage", "encode"] == 1
     assert values["sam3_stage_seconds_sum", "stage", "queue"] == pytest.approx(0.2)
     assert values["sam3_stage_seconds_count", "stage", "masks"] == 0  # there before it happens
-    assert values[("sam3_queue_length",)] == 3
+    assert values["sam3_queue_length", *who] == 3
     assert values["sam3_batch_images_bucket", "le", "4.0"] == 1
     assert values["sam3_batch_images_bucket", "le", "2.0"] == 0
     assert values["sam3_cache_lookups_total", "result", "hit"] == 2
@@ -124,8 +124,9 @@ def test_no_word_of_a_client_is_told() -> None:
 
 def test_each_server_has_figures_of_its_own() -> None:
     one, other = Figures(), Figures()
-    one.waiting(5)
-    assert read(other)[("sam3_queue_length",)] == 0
+    one.responded("/v1/predict", 200, 0.1)
+    assert "/v1/predict" in one.render().decode()
+    assert "/v1/predict" not in other.render().decode()
 
 
 def test_scores_are_told_as_a_histogram_beside_those_of_validation() -> None:
@@ -182,7 +183,7 @@ def test_a_servers_requests_are_counted_and_its_doubts_kept(nano: Loaded, tmp_pa
     stages = ("decode", "queue", "encode", "prompts", "masks")
     counts = [values["sam3_stage_seconds_count", "stage", stage] for stage in stages]
     assert counts == [1, 2, 1, 2, 2]  # the second was seen before
-    assert values[("sam3_queue_length",)] == 0
+    assert values["sam3_queue_length", "model", "nano", "version", "1"] == 0
     assert values["sam3_images_total", "model", "nano", "version", "1"] == 2
     content = json.loads((tmp_path / "train" / "_annotations.coco.json").read_text())
     assert len(content["images"]) == 1

@@ -317,7 +317,7 @@ def _question(
                 boxes[name] = np.asarray(elements, np.float64).reshape(-1, 4).tolist()
             except (TypeError, ValueError):
                 raise _wrong(f"inputs.{name}", "has an element that is no number", "") from None
-    content = {
+    content: dict[str, Any] = {
         key: parameters[key]
         for key in ("threshold", "max_detections", "format")
         if key in parameters
@@ -355,7 +355,7 @@ def _answer(engine: Engine, asking: Asking, found: Sequence[Detections]) -> Resp
         if name not in asking.outputs:
             continue
         values = tensors[name]
-        shape = [len(values), *each["shape"][1:]]  # type: ignore[index]
+        shape = [len(values), *each["shape"][1:]]
         output: dict[str, Any] = {"name": name, "datatype": each["datatype"], "shape": shape}
         if asking.outputs[name]:
             parts.append(_packed(values))

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import cv2
 import numpy as np
 from fastapi import APIRouter, Request, Response
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from app.datasets.rle import Rle
@@ -61,9 +62,9 @@ class Params(_Message):
     conf_threshold: Share | None = None
     iou_threshold: Share | None = None
     epsilon_factor: Share | None = None
-    text_prompt: str | None = Field(None, max_length=10_000)
-    marks: list[Mark] | None = Field(None, max_length=MOST_BOXES)
-    filter_classes: list[str | int] | None = Field(None, max_length=MOST_PROMPTS)
+    text_prompt: Annotated[str, Field(max_length=10_000)] | None = None
+    marks: Annotated[list[Mark], Field(max_length=MOST_BOXES)] | None = None
+    filter_classes: Annotated[list[str | int], Field(max_length=MOST_PROMPTS)] | None = None
 
 
 class Prediction(_Message):
@@ -166,7 +167,9 @@ def _asked(engine: Engine, params: Params) -> list[Asked]:
     if len(words) > MOST_PROMPTS:
         problem = Problem("text_prompt", f"has {len(words)} words", f"give at most {MOST_PROMPTS}")
         raise Refused(422, "Too much is asked at once.", [problem])
-    texts: list[str | None] = [*(words or (engine.finder.prompts if not boxes[True] else [None]))]
+    texts: list[str | None] = [*words]
+    if not words:
+        texts = [None] if boxes[True] else [*engine.finder.prompts]
     examples = tuple(boxes[True]), tuple(boxes[False])
     return [Asked(text, params.conf_threshold, *examples) for text in texts]
 
@@ -228,7 +231,7 @@ def _shapes(found: Detections, index: int, fineness: float) -> list[dict[str, An
 def _outlines(mask: Rle, fineness: float) -> list[list[list[float]]]:
     rings = []
     for outer, *_ in polygons(mask):
-        points = np.array(outer[:-1], np.int32)
+        points: NDArray[Any] = np.array(outer[:-1], np.int32)
         if fineness:
             points = cv2.approxPolyDP(points, fineness * cv2.arcLength(points, True), True)[:, 0]
         if len(points) >= LEAST_POINTS:
