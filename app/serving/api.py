@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse
 
 from app import __version__
 from app.errors import UserError
-from app.serving import answers, describing, messages
+from app.serving import answers, describing, messages, page
 from app.serving.asking import find, in_time
 from app.serving.engine import Engine
 from app.serving.guard import Guard, Held, to_response
@@ -67,6 +67,7 @@ def create_app(models: Models, settings: Settings, observer: Observer | None = N
     app.include_router(x_anylabeling.router(models, settings))
     app.include_router(state_router(models, observer))
     app.include_router(describing.router(app))
+    app.include_router(page.router())
     describing.complete(app)
     _answer_errors(app, observer)
     app.state.held = Held()

@@ -1,0 +1,54 @@
+"""The page at `/`: one file, under a policy that admits its own style and script alone."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from pathlib import Path
+
+from fastapi import APIRouter
+from fastapi.responses import HTMLResponse
+
+FILE = Path(__file__).with_name("page.html")
+
+
+def router() -> APIRouter:
+    """Return the route of the page, which is read once."""
+    html = FILE.read_text(encoding="utf-8")
+    headers = {"Content-Security-Policy": policy(html), "Cache-Control": "no-cache"}
+    routes = APIRouter()
+
+    @routes.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(html, headers=headers)
+
+    return routes
+
+
+def policy(html: str) -> str:
+    """Return the policy under which a page runs what is in it, and nothing else.
+
+    Style and script are named by their hashes: what a name or an answer might smuggle into the page
+    has another one. Requests go to this server; images come from the page's own memory.
+    """
+    style, script = (_hash_of(html, tag) for tag in ("style", "script"))
+    return "; ".join(
+        (
+            "default-src 'none'",
+            f"style-src {style}",
+            f"script-src {script}",
+            "img-src blob: data:",
+            "connect-src 'self'",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        )
+    )
+
+
+def _hash_of(html: str, tag: str) -> str:
+    """Return the hash of the one element of its kind, as policies name it."""
+    (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, flags=re.DOTALL)
+    digest = hashlib.sha256(content.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
