@@ -10,7 +10,8 @@ import typer
 from app.cli import options
 from app.cli.options import MODEL
 
-ADDRESS, LIMITS, WATCHING = "Address", "Limits", "Watching"  # panels of its help
+# Panels of its help.
+ADDRESS, LIMITS, WATCHING, VERSIONS = "Address", "Limits", "Watching", "Versions"
 cli = typer.Typer(add_completion=False)
 
 
@@ -29,6 +30,42 @@ def serve(
         list[str] | None,
         typer.Option(
             help="what requests call each of them  [default: their folders]", rich_help_panel=MODEL
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="models:/NAME@ALIAS",
+            help="registered weights, in place of --checkpoint; an alias is followed; several",
+            rich_help_panel=VERSIONS,
+        ),
+    ] = None,
+    mlflow: Annotated[
+        str,
+        typer.Option(
+            help="address of the registry  [default: $MLFLOW_TRACKING_URI, else outputs/mlflow.db]",
+            show_default=False,
+            rich_help_panel=VERSIONS,
+        ),
+    ] = "auto",
+    poll_seconds: Annotated[
+        float,
+        typer.Option(min=0.1, help="after which its aliases are read", rich_help_panel=VERSIONS),
+    ] = 30.0,
+    canary: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME@ALIAS=SHARE",
+            help="answers a share of the requests that name no version, 0 to 1",
+            rich_help_panel=VERSIONS,
+        ),
+    ] = None,
+    shadow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME@ALIAS",
+            help="is asked the same as well, to be compared in /metrics",
+            rich_help_panel=VERSIONS,
         ),
     ] = None,
     device: options.Device = "auto",
@@ -113,16 +150,30 @@ def serve(
     """Answer requests over HTTP: an API, and a page for people. Ctrl-C or SIGTERM ends it."""
     import os
 
+    from app.errors import UserError
     from app.serving.listening import check_address
-    from app.serving.loading import Source, name_all
+    from app.serving.loading import Source, name_all, parse, split_share
     from app.serving.settings import Limits, Settings
+    from app.tracking.state import mlflow_uri
 
+    if model and (checkpoint or name):
+        raise UserError("--model and --checkpoint, --name: give registered weights, or files")
+    share = split_share(canary) if canary else None
+    others = [share[0]] if share else []
+    others += [shadow] if shadow else []
+    # What canary and shadow name is loaded and followed as well.
+    asked = [*(model or ()), *(each for each in others if model and "@" in each)]
+    wanted = list(dict.fromkeys(parse(each) for each in asked))
     paths = [options.last_weights(Path(each)) for each in checkpoint or ()]
     settings = Settings(
         key=os.environ.get("SAM3_API_KEY") or None,
         hosts=tuple(each.lower() for each in allow_host or ()),
         max_batch=max_batch,
         max_wait_ms=max_wait_ms,
+        canary=share,
+        shadow=shadow,
+        mlflow=mlflow_uri(mlflow),
+        poll_seconds=poll_seconds,
         limits=Limits(
             body_bytes=max_mb << 20,
             seconds=timeout,
@@ -145,4 +196,4 @@ def serve(
         from app.serving.keep import Keeper  # with it come the rooms that write datasets
 
         keeper = Keeper(keep)
-    run(sources, settings, host, port, Figures(keeper), num_gpus)
+    run(sources, wanted, settings, host, port, Figures(keeper), num_gpus)

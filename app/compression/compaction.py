@@ -126,7 +126,8 @@ def compact(
             "model": _final_size(cutting.size, header.model, goal),
             "threshold": figures.get(THRESHOLD) if figures else header.threshold,
             "prompts": classes,
-            "scores": None,  # of what was cut
+            "scores": None,  # of what was cut, as what follows
+            "golden": None,
         }
     )
     if note := padding_note(header.model):

@@ -30,6 +30,7 @@ from app.errors import UserError
 from app.files import atomic_path, claim, flatten, hash_file, remove_unfinished
 from app.model import adapters, published
 from app.model.build import build_model
+from app.model.golden import Golden
 from app.model.halves import originals
 from app.model.published import COMPUTED
 from app.model.score_counts import ScoreCounts
@@ -80,7 +81,8 @@ class Header(BaseModel):
     found on them, or from weights made before it was kept. `levels` are the values of training
     images of more than 8 bits that became 0 and 255; None where there were none. `base` is None for
     weights that began as random ones, or as ours of before it was kept. `scores` are those above
-    the threshold on the validation images; None from weights made before they were kept.
+    the threshold on the validation images, and `golden` is what the weights answer about a drawn
+    image; None of those that no validation chose, or from before they were kept.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -93,6 +95,7 @@ class Header(BaseModel):
     levels: tuple[FiniteFloat, FiniteFloat] | None = None
     base: Origin | None = None
     scores: ScoreCounts | None = None
+    golden: Golden | None = None
     version: str = __version__
 
 
@@ -185,7 +188,8 @@ def describe(path: Path, size: str | None = None, resolution: int | None = None)
         )
     if resolution is not None:
         config = header.model.model_dump() | {"resolution": resolution}
-        header = header.model_copy(update={"model": model_config(config, "--resolution")})
+        changed = {"model": model_config(config, "--resolution"), "golden": None}
+        header = header.model_copy(update=changed)
     return header
 
 

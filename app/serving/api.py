@@ -93,7 +93,7 @@ def router(models: Models, settings: Settings) -> APIRouter:
         question, images = await asyncio.to_thread(messages.read_predict, kind, body, limits)
         engine = models.choose(question.model)
         asked = question.asked(engine.finder.prompts)
-        found = await find(engine, images, asked, question.max_detections, limits.seconds)
+        found = await find(models, engine, images, asked, question.max_detections, limits.seconds)
         answer = await asyncio.to_thread(
             answers.results,
             [image.name for image in images],
@@ -139,7 +139,7 @@ def router(models: Models, settings: Settings) -> APIRouter:
         session = sessions.get(id)
         engine = models.choose(session.model)
         asked, most = question.asked(engine.finder.prompts), question.max_detections
-        found = await find(engine, [session.image], asked, most, limits.seconds)
+        found = await find(models, engine, [session.image], asked, most, limits.seconds)
         answer = await asyncio.to_thread(
             answers.result, session.image.name, found[0], question.format
         )

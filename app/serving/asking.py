@@ -9,15 +9,23 @@ from collections.abc import AsyncIterator, Sequence
 from app.inference.detections import Detections
 from app.serving.engine import Asked, Engine
 from app.serving.refusals import Problem, Refused
+from app.serving.shadow import compare
 from app.serving.uploads import Uploaded
+from app.serving.versions import Models
 
 
 async def find(
-    engine: Engine, images: Sequence[Uploaded], asked: Sequence[Asked], most: int, seconds: float
+    models: Models,
+    engine: Engine,
+    images: Sequence[Uploaded],
+    asked: Sequence[Asked],
+    most: int,
+    seconds: float,
 ) -> list[Detections]:
     """Ask an engine about all images at once; where one fails, the others are given up.
 
     Args:
+        models: of the server, whose shadow is asked the same afterwards.
         most: detections an image.
         seconds: that it may take.
 
@@ -28,10 +36,12 @@ async def find(
     async with in_time(seconds):
         tasks = [asyncio.ensure_future(engine.find(image, queries)) for image in images]
         try:
-            return list(await asyncio.gather(*tasks))
+            found = list(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
+    compare(models, engine, images, asked, most, found)
+    return found
 
 
 @contextlib.asynccontextmanager

@@ -17,8 +17,9 @@ from app.errors import UserError
 from app.serving.api import create_app
 from app.serving.elsewhere import load_elsewhere
 from app.serving.engine import Engine
-from app.serving.loading import Source
+from app.serving.loading import Registered, Source
 from app.serving.observer import Observer
+from app.serving.refusals import Refused
 from app.serving.settings import Settings
 from app.serving.versions import Models
 
@@ -57,6 +58,7 @@ def is_loopback(host: str) -> bool:
 
 def run(
     sources: Sequence[Source],
+    wanted: Sequence[Registered],
     settings: Settings,
     host: str,
     port: int,
@@ -66,6 +68,8 @@ def run(
     """Serve until a signal asks for the end; what was begun is answered before.
 
     Args:
+        sources: of files; the first one's `device` and `precision` are those of all.
+        wanted: of the registry.
         observer: is told what happens.
         processes: that each model has, with a GPU each or a share of the cores; 1: none beside
             this one.
@@ -76,22 +80,41 @@ def run(
     """
     listener = listen(host, port)
     with listener, signals.watch():
-        app = create_app(_load(sources, settings, processes), settings, observer)
+        app = create_app(_load(sources, wanted, settings, processes), settings, observer)
         server = Server(app, settings)
         shown = f"[{host}]" if ":" in host else host
         log.info("serving: http://%s:%d", shown, listener.getsockname()[1])
         server.run(sockets=[listener])
 
 
-def _load(sources: Sequence[Source], settings: Settings, processes: int) -> Models:
+def _load(
+    sources: Sequence[Source], wanted: Sequence[Registered], settings: Settings, processes: int
+) -> Models:
     """Return the models; none but them holds an engine, which so can end when it is exchanged."""
-    engines = []
-    for source in sources:
+
+    def start(source: Source) -> Engine:
         loads = [source.load] if processes == 1 else load_elsewhere(source, processes)
-        engines.append(Engine(loads[0], settings, loads[1:]))
-        about = engines[-1].about
-        log.info("model: %s (%s, %d px)", about.name, about.size, about.resolution)
-    return Models(engines)
+        return Engine(loads[0], settings, loads[1:])
+
+    engines, aliases, follower = [], {}, None
+    if wanted:
+        from app.serving.registry import Follower, Registry  # MLflow takes seconds
+
+        follower = Follower(Registry(settings.mlflow or ""), wanted, sources[0], start)
+        engines, aliases = follower.load_all()
+    else:
+        for source in sources:
+            engines.append(start(source))
+            about = engines[-1].about
+            log.info("model: %s (%s, %d px)", about.name, about.size, about.resolution)
+    try:
+        models = Models(engines, aliases, settings.canary, settings.shadow)
+    except Refused as error:
+        problems = [f"{problem.message}; {problem.remedy}" for problem in error.problems]
+        raise UserError([f"--canary, --shadow: {problem}" for problem in problems]) from None
+    if follower is not None:
+        follower.follow(models, settings.poll_seconds)
+    return models
 
 
 def listen(host: str, port: int) -> socket.socket:

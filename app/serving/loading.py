@@ -17,6 +17,7 @@ from app.inference.finder import StagedFinder
 from app.model.weight_files import find_file
 from app.serving.model_thread import About
 
+FORM = re.compile(r"(?:models:/)?(?P<name>[\w.-]{1,100})(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))")
 GENERIC = ("model", "adapter_model", "best", "last", "weights")  # parts of paths that name no model
 
 
@@ -28,6 +29,8 @@ class Source:
         path: a weights folder or file, or a folder that `export` has written.
         name, version: that the server calls it by.
         device, precision, size, resolution: as of `infer`; an exported folder has its own.
+        checked: whether weights must answer about their golden image as they did when they were
+            saved.
     """
 
     path: Path
@@ -37,6 +40,7 @@ class Source:
     precision: str = "auto"
     size: str | None = None
     resolution: int | None = None
+    checked: bool = False
 
     def load(self) -> tuple[StagedFinder, About]:
         """Load it, and ask it once; an exported folder needs no torch.
@@ -73,6 +77,7 @@ class Source:
         return runtime, about
 
     def _load_weights(self) -> tuple[StagedFinder, About]:
+        from app.inference import golden
         from app.inference.settings import Settings
         from app.inference.worker import load_predictor
         from app.model.weights import read_header
@@ -87,6 +92,12 @@ class Source:
             )
         )
         header, config = read_header(self.path), predictor.config
+        told = header.golden if self.checked and header is not None else None
+        if told is not None and (difference := golden.check(predictor, told)):
+            raise UserError(
+                f"{self.path}: answers about the drawn image otherwise than when it was saved: "
+                f"{difference}"
+            )
         about = About(
             name=self.name,
             version=self.version,
@@ -147,3 +158,43 @@ def name_all(paths: Sequence[Path], names: Sequence[str]) -> list[tuple[Path, st
     if problems:
         raise UserError(problems)
     return list(zip(paths, called, strict=True))
+
+
+@dataclass(frozen=True)
+class Registered:
+    """Hold which version of a registered model is meant: one by number, or whichever an alias has.
+
+    Attributes:
+        name: of the model.
+        alias, version: one of them; the other is None.
+    """
+
+    name: str
+    alias: str | None
+    version: str | None
+
+    def __str__(self) -> str:
+        return f"models:/{self.name}" + (f"@{self.alias}" if self.alias else f"/{self.version}")
+
+
+def parse(text: str) -> Registered:
+    """Return what models:/NAME@ALIAS or models:/NAME/VERSION means.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if (match := FORM.fullmatch(text)) is None:
+        raise UserError(f"--model {text}: give models:/NAME@ALIAS or models:/NAME/VERSION")
+    return Registered(match["name"], match["alias"], match["version"])
+
+
+def split_share(text: str) -> tuple[str, float]:
+    """Return the model and the share of `--canary NAME=SHARE`.
+
+    Raises:
+        UserError: it is no such text, or no share.
+    """
+    name, _, share = text.rpartition("=")
+    if re.fullmatch(r"[\w.@:-]+", name) and re.fullmatch(r"0?\.\d+|0|1|1\.0+", share):
+        return name, float(share)
+    raise UserError(f"--canary {text}: give NAME=SHARE, as in potholes@challenger=0.1")

@@ -37,6 +37,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 STAGES = ("decode", "queue", "encode", "prompts", "masks")
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # images encoded together
+SHARES = (0, 0.25, 0.5, 0.75, 0.9, 0.99)  # of detections
 FOUND = (0, 1, 2, 5, 10, 20, 50, 100)  # detections
 WHO = ("model", "version")
 CLASS, OTHER, BOXES = "class", "other", "boxes"  # kinds of prompts
@@ -89,6 +90,16 @@ class Figures(Observer):
         self._empty = Counter("empty_prompts", f"Prompts without a detection{about}", kind, **own)
         self._found = Histogram(
             "prompt_detections", "Detections of a prompt in an image", WHO, buckets=FOUND, **own
+        )
+        self._agreement = Histogram(
+            "shadow_agreement",
+            "Share of the detections that a shadow and the answer that was given both have",
+            WHO,
+            buckets=SHARES,
+            **own,
+        )
+        self._unanswered = Counter(
+            "shadow_unanswered", "Images that a shadow could not be asked about", WHO, **own
         )
         self._registry.register(_Drifts(self._drifts))
         ProcessCollector(registry=self._registry)
@@ -148,6 +159,14 @@ class Figures(Observer):
             self._found.labels(*who).observe(count)
         if self._keeper is not None:
             self._keeper.offer(engine.finder, image, queries, detections)
+
+    def shadowed(self, engine: Engine, agreement: float | None) -> None:
+        """Count how a shadow's answer agrees with the one that was given; None: it gave none."""
+        who = engine.name, engine.version
+        if agreement is None:
+            self._unanswered.labels(*who).inc()
+        else:
+            self._agreement.labels(*who).observe(agreement)
 
 
 class _Drifts:

@@ -40,6 +40,9 @@ class Observer:
     ) -> None:
         """Note what the queries, one after the other, have found in an image."""
 
+    def shadowed(self, engine: Engine, agreement: float | None) -> None:
+        """Note how a shadow's answer agrees with the one that was given; None: it gave none."""
+
     def failed(self, status: int) -> None:
         """Note a request that was answered by an error."""
 

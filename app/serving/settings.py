@@ -46,10 +46,17 @@ class Settings:
             and numbers.
         max_batch: images that a GPU sees together, at most.
         max_wait_ms: that the first of them waits for the others.
+        canary, shadow: as of `versions.Models`.
+        mlflow: address of the registry.
+        poll_seconds: after which it is asked again what its aliases stand for.
     """
 
     key: str | None = field(default=None, repr=False)
     hosts: tuple[str, ...] = ()
     max_batch: int = 8
     max_wait_ms: float = 5.0
+    canary: tuple[str, float] | None = None
+    shadow: str | None = None
+    mlflow: str | None = field(default=None, repr=False)
+    poll_seconds: float = 30.0
     limits: Limits = Limits()

@@ -23,6 +23,7 @@ from app.datasets.coco import Dataset
 from app.evaluation.evaluate import score_dataset
 from app.evaluation.scoring import THRESHOLD
 from app.evaluation.validate import ALONE, Ranks, Validation
+from app.inference.golden import answer
 from app.inference.postprocess import THRESHOLD as USUAL
 from app.inference.predictor import Predictor
 from app.model import weights
@@ -291,9 +292,15 @@ class Trainer:
             self._save_weights("best")
 
     def _save_weights(self, name: str) -> None:
-        if self.accelerator.is_main_process:
-            with self._averaged_weights(), checkpoints.disk_errors(self.folder):
-                weights.save(self.model, self.folder / "weights" / name, self.header)
+        if not self.accelerator.is_main_process:
+            return
+        with self._averaged_weights(), checkpoints.disk_errors(self.folder):
+            golden = None
+            if name == "best":  # just validated, so that the model is in evaluation mode
+                predictor = Predictor(self.model, self.config.model, self.precision)
+                golden = answer(predictor, self.header.prompts)
+            header = self.header.model_copy(update={"golden": golden})
+            weights.save(self.model, self.folder / "weights" / name, header)
 
     def save(self) -> None:
         """Write a checkpoint of where the run is, with the random states of all ranks."""

@@ -50,12 +50,13 @@ def serving(
     *engines: Engine,
     settings: Settings | None = None,
     aliases: dict | None = None,
+    shadow: str | None = None,
     observer: Observer | None = None,
 ) -> Iterator[httpx.Client]:
     """Serve in a thread of this process; yield a client of it. The engines end with it."""
     settings = settings or Settings()
     with listen("127.0.0.1", 0) as listener:
-        app = create_app(Models(engines, aliases), settings, observer)
+        app = create_app(Models(engines, aliases, shadow=shadow), settings, observer)
         server = Server(app, settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

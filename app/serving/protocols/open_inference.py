@@ -171,7 +171,7 @@ def router(models: Models, settings: Settings) -> APIRouter:
             raise Refused(415, "The body is packed.", [problem])
         asking = await asyncio.to_thread(_read, body, length, settings.limits)
         asked, most = asking.question.asked(engine.finder.prompts), asking.question.max_detections
-        found = await find(engine, asking.images, asked, most, settings.limits.seconds)
+        found = await find(models, engine, asking.images, asked, most, settings.limits.seconds)
         return await asyncio.to_thread(_answer, engine, asking, found)
 
     return routes

@@ -110,7 +110,7 @@ def router(models: Models, settings: Settings) -> APIRouter:
         message, image = await asyncio.to_thread(read)
         engine, params = models.choose(message.model), message.params
         asked = _asked(engine, params)
-        (found,) = await find(engine, [image], asked, 100, settings.limits.seconds)
+        (found,) = await find(models, engine, [image], asked, 100, settings.limits.seconds)
         return Response(await asyncio.to_thread(_answer, found, params), media_type=JSON)
 
     return routes
