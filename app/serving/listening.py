@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import uvicorn
@@ -96,7 +96,9 @@ def _load(
         loads = [source.load] if processes == 1 else load_elsewhere(source, processes)
         return Engine(loads[0], settings, loads[1:])
 
-    engines, aliases, follower = [], {}, None
+    engines: list[Engine] = []
+    aliases: Mapping[tuple[str, str], str] = {}
+    follower = None
     if wanted:
         from app.serving.registry import Follower, Registry  # MLflow takes seconds
 

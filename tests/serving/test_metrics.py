@@ -275,6 +275,7 @@ def _expressions(node: Any) -> list[str]:
 def test_dashboard_alerts_and_docs_name_figures_that_there_are() -> None:
     figures, engine = Figures(), Named(finder=Told(scores=ScoreCounts(1, {}, {"car": [1] * BINS})))
     figures.answered(engine, IMAGE, (query("car"),), found(("car",), (0, 0.9)))
+    figures.shadowed(engine, None)
     figures.responded("/v1/predict", 200, 0.1)
     families = list(text_string_to_metric_families(figures.render().decode()))
     known = {family.name for family in families}
