@@ -351,3 +351,24 @@ def test_attention_of_the_trunk_is_upstreams(
         assert torch.allclose(
             value, other, rtol=1e-2 if half else 1e-5, atol=1e-2 if half else 1e-6
         )
+
+
+@pytest.mark.parametrize("prompts", [1, 8])
+@pytest.mark.parametrize("name", ["semantic_seg_head", "instance_seg_head"])
+def test_pointwise_convolutions_are_torchs(name: str, prompts: int) -> None:
+    """To the bit; their gradients to rounding."""
+    torch.manual_seed(0)
+    convolution = getattr(build_model(load_model_config("nano")).segmentation_head, name)
+    maps = torch.randn(prompts, 64, 32, 32, requires_grad=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found = convolution(maps)
+        expected = torch.nn.Conv2d.forward(convolution, maps)
+        leaves = [maps, *convolution.parameters()]
+        ours, theirs = (torch.autograd.grad(x.sin().sum(), leaves) for x in (found, expected))
+    finally:
+        torch.set_num_threads(threads)
+    assert type(found.grad_fn) is not type(expected.grad_fn)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)

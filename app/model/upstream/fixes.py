@@ -122,6 +122,7 @@ def apply_fixes() -> None:
         _box_overlaps_without_waiting,
         _feature_size_on_the_host,
         _mask_head_on_any_device,
+        _pointwise_convolutions_as_products,
         _text_attention_on_contiguous_tokens,
         _attention_on_contiguous_tokens,
         _first_attention_once_an_image,
@@ -673,6 +674,37 @@ def _mask_head_on_any_device() -> None:
     from sam3.model.maskformer_segmentation import SegmentationHead
 
     SegmentationHead.device = property(lambda self: next(self.parameters()).device)
+
+
+def _pointwise_convolutions_as_products() -> None:
+    """Train the mask head's 1 x 1 convolutions as products of matrices on one thread of a CPU.
+
+    torch leaves those of few maps to `_slow_conv2d` there (`use_mkldnn` in ATen's Convolution.cpp),
+    whose backward pass copies all that comes in and fills what goes out with zeros: a twentieth of
+    an update of nano. What the head answers is the same to the bit.
+
+    Goes when torch multiplies such maps in place.
+    """
+    import torch
+    from sam3.model.maskformer_segmentation import UniversalSegmentationHead
+    from torch import nn
+
+    class Pointwise(nn.Conv2d):
+        """A convolution of 1 x 1."""
+
+        def forward(self, x: Any) -> Any:
+            """Map (B, C, h, w) to (B, c, h, w)."""
+            is_slow = x.device.type == "cpu" and len(x) < 16 and torch.get_num_threads() == 1
+            if not (is_slow and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
+                return super().forward(x)
+            weight = self.weight.flatten(1).expand(len(x), -1, -1)  # (B, c, C)
+            mapped = torch.baddbmm(self.bias[:, None], weight, x.flatten(2))  # (B, c, h * w)
+            return mapped.unflatten(2, x.shape[2:])
+
+    def replace(head: Any) -> None:
+        head.semantic_seg_head.__class__ = head.instance_seg_head.__class__ = Pointwise
+
+    _run_after(UniversalSegmentationHead, "__init__", replace)
 
 
 def _loss_normalisation_without_process_group() -> None:
