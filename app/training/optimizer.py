@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from sam3.train.optim.optimizer import construct_optimizer
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from app.config.schema import OptimConfig, ScheduleConfig
@@ -39,7 +40,40 @@ def build_optimizer(model: nn.Module, config: OptimConfig, lr_scale: float) -> O
         group["lr"] *= lr_scale
         group["params"] = [p for p in group["params"] if p.requires_grad]
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
+    if type(optimizer) is AdamW and optimizer.defaults["fused"]:
+        optimizer.__class__ = _CountingAtOnce
+        optimizer._patch_step_function()  # for hooks of a step
     return optimizer
+
+
+class _CountingAtOnce(AdamW):
+    """torch's fused AdamW, but that it counts the updates of all groups at once.
+
+    Layer decay makes 70 groups, and torch counts a group's updates by a launch of its own. In
+    float16 the gradient scaler sets `found_inf`, with which nothing is updated nor counted.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        updates = []
+        for group in self.param_groups:
+            lists: list[list[Tensor]] = [[] for _ in range(6)]
+            self._init_group(group, *lists)
+            if lists[0]:
+                updates.append((group, lists))
+        counts = [count for _, lists in updates for count in lists[-1]]
+        if not counts:
+            return
+        torch._foreach_add_(counts, 1)
+        for group, lists in updates:
+            beta1, beta2 = group["betas"]
+            settings = {key: group[key] for key in ("amsgrad", "lr", "eps", "weight_decay")}
+            settings |= {"maximize": group["maximize"], "beta1": beta1, "beta2": beta2}
+            torch._fused_adamw_(*lists, **settings, grad_scale=scale, found_inf=found_inf)
+        if found_inf is not None:
+            torch._foreach_sub_(counts, [found_inf] * len(counts))
 
 
 def learning_rates(config: OptimConfig, model: nn.Module, lr_scale: float) -> dict[str, float]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +11,7 @@ from app.config.compose import load_config
 from app.config.schema import ScheduleConfig
 from app.model.build import build_model
 from app.training.optimizer import build_optimizer, learning_rate_factor, learning_rates
+from tests.helpers import MICRO
 
 NAMES = ["inverse_sqrt", "linear", "cosine", "constant"]
 
@@ -84,3 +86,23 @@ def test_learning_rates_are_upstreams_groups() -> None:
     assert decays[block.format(0)] == pytest.approx(0.1)
     assert decays["backbone.vision_backbone.trunk.blocks.0.mlp.fc1.bias"] == 0
     assert decays["backbone.vision_backbone.trunk.blocks.0.norm1.weight"] == 0
+
+
+def test_updates_counted_at_once_are_torchs() -> None:
+    """To the bit, with its state, where a weight has no gradient too."""
+    config, found = load_config([*MICRO]), []
+    for cls in (None, torch.optim.AdamW):
+        torch.manual_seed(0)
+        model = build_model(config.model)
+        optimizer = build_optimizer(model, config.optim, 1.0)
+        assert type(optimizer) is not torch.optim.AdamW
+        optimizer.__class__ = cls or type(optimizer)
+        for _ in range(3):
+            for name, parameter in model.named_parameters():
+                if "geometry" not in name:
+                    parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        state = {i: list(kept.values()) for i, kept in optimizer.state_dict()["state"].items()}
+        found.append((list(model.parameters()), state))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert {float(kept[0]) for kept in found[0][1].values()} == {3.0}
