@@ -26,6 +26,7 @@ from sam3.train.matcher import BinaryHungarianMatcherV2
 from torch import Tensor
 
 Matches = tuple[Tensor, Tensor, Tensor | None]  # prompts, queries, objects; None: all, in order
+_FOUND = "matches_for_many"  # of a model's outputs: settings of a matcher, and its matches
 Losses = dict[str, Tensor]  # by upstream's name, one for each set: (S,)
 
 
@@ -47,10 +48,28 @@ def update_out(
 
 
 def compute_matching(model: Any, out: dict[str, Any], targets: Mapping[str, Any]) -> None:
-    """Match each layer's queries with the objects, for `Sam3Image`; sets "indices" of each."""
+    """Match each layer's queries with the objects, for `Sam3Image`; sets "indices" of each.
+
+    The losses match the earlier layers' queries for many objects in the same way: these are matched
+    at once with the others, and what is found is left for them in `_FOUND`.
+    """
     layers = [out, *out.get("aux_outputs", [])]
-    for layer, matches in zip(layers, _match(model.matcher, layers, targets), strict=True):
-        layer["indices"] = matches
+    many = [_for_many(layer) for layer in layers[1:] if "pred_logits_o2m" in layer]
+    matches = _match(model.matcher, [*layers, *many], targets)
+    for layer, found in zip([*layers, *many], matches, strict=True):
+        layer["indices"] = found
+    if many:
+        out[_FOUND] = _settings(model.matcher), [each["indices"] for each in many]
+
+
+def _for_many(layer: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.removesuffix("_o2m"): layer[key] for key in layer if key.endswith("_o2m")}
+
+
+def _settings(matcher: Any) -> tuple[Any, ...]:
+    """Return what decides a matcher's matches."""
+    numbers = {k: v for k, v in vars(matcher).items() if isinstance(v, (int, float))}
+    return type(matcher), numbers
 
 
 def _match(
@@ -178,17 +197,18 @@ def _sets(wrapper: Any, nested_out: Mapping[str, Any], targets: Mapping[str, Any
     ]
 
     layers = [layer for layer in layers if "pred_logits_o2m" in layer[0]]
-    many = [
-        {key.removesuffix("_o2m"): layer[key] for key in layer if key.endswith("_o2m")}
-        for layer, _, _ in layers
-    ]
+    many = [_for_many(layer) for layer, _, _ in layers]
     valid = {
         "out_is_valid": nested_out.get("o2m_out_is_valid"),
         "target_is_valid_padded": nested_out.get("o2m_target_is_valid_padded"),
     }
     greedy = len(many) if wrapper.use_o2m_matcher_on_o2m_aux else 1  # the last layer comes first
     matches = _match(wrapper.o2m_matcher, many[:greedy], targets, **valid)
-    matches += _match(wrapper.matcher, many[greedy:], targets, **valid)
+    settings, found = nested_out.get(_FOUND, (None, []))
+    filtered = any(value is not None for value in valid.values())
+    if filtered or len(found) != len(many[greedy:]) or settings != _settings(wrapper.matcher):
+        found = _match(wrapper.matcher, many[greedy:], targets, **valid)
+    matches += found
     return sets + [
         _Set(outputs, found, f"{suffix}_o2m", is_auxiliary, True)
         for outputs, found, (_, suffix, is_auxiliary) in zip(many, matches, layers, strict=True)
@@ -251,6 +271,9 @@ class _Together:
 
 def _sums(values: Tensor, matches: Sequence[int]) -> Tensor:
     """Return the sums (S,) of each set's of the values (M,)."""
+    if values.is_cuda:  # at once
+        lengths = torch.tensor(matches).to(values.device, non_blocking=True)
+        return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
     return torch.stack([part.sum() for part in values.split(list(matches))])
 
 
