@@ -12,17 +12,25 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from sam3.model.decoder import TransformerDecoderLayer
+from sam3.model.decoder import TransformerDecoder, TransformerDecoderLayer
 from sam3.model.encoder import TransformerEncoderLayer
+from sam3.model.geometry_encoders import SequenceGeometryEncoder
+from sam3.model.maskformer_segmentation import UniversalSegmentationHead
+from sam3.model.model_misc import DotProductScoring
+from sam3.model.necks import Sam3DualViTDetNeck
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.text_encoder_ve import ResidualAttentionBlock
-from sam3.model.vitdet import Block
+from sam3.model.vitdet import Block, ViT
 from torch import Tensor, nn
 
 from app.model import adapters
 
 _MULTIPLYING = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.MultiheadAttention)
-_LAYERS = (Block, ResidualAttentionBlock, TransformerEncoderLayer, TransformerDecoderLayer)
+_LAYERS = (Block, ResidualAttentionBlock, TransformerEncoderLayer)
+_PARTS = (  # with matrices outside of such layers
+    *(Sam3DualViTDetNeck, SequenceGeometryEncoder, TransformerDecoder),
+    *(UniversalSegmentationHead, DotProductScoring),
+)
 _ORIGINALS = "float32_originals"  # attribute of a model
 
 
@@ -60,9 +68,10 @@ def hold_frozen(model: Sam3Image, precision: torch.dtype) -> None:
 def convert_by_layer(model: Sam3Image, precision: torch.dtype) -> None:
     """Let each layer convert its trained matrices at once, and their gradients, as autocast would.
 
-    The layers' `forward` is replaced. It gives the modules below the converted weights for as long
-    as it runs, so that what is recomputed in the backward pass converts them again. A layer reads
-    each of its weights once: their gradients are added up nowhere.
+    Parts of the model do so for those that are in no layer, the decoder for all of its own. The
+    `forward` of both is replaced. It gives the modules below the converted weights for as long as
+    it runs, so that what is recomputed in the backward pass converts them again. The trunk, which
+    may be compiled, is left as it is outside of its layers.
     """
     trained = {
         id(parameter)
@@ -70,12 +79,14 @@ def convert_by_layer(model: Sam3Image, precision: torch.dtype) -> None:
         if parameter.requires_grad and parameter.dtype == torch.float32
     }
     for layer in model.modules():
-        if isinstance(layer, _LAYERS):
+        if isinstance(layer, (*_LAYERS, *_PARTS)):
+            inner = (part for part in layer.modules() if isinstance(part, (*_LAYERS, ViT)))
+            elsewhere = {id(x) for part in inner if part is not layer for x in part.modules()}
             places = [
                 (module._parameters, name)
                 for module in layer.modules()
                 for name, parameter in module.named_parameters(recurse=False)
-                if id(parameter) in trained
+                if id(parameter) in trained and id(module) not in elsewhere
             ]
             if places:
                 layer.forward = _converting(layer.forward, places, precision)

@@ -98,12 +98,13 @@ def _text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = geometry_encoders.SequenceGeometryEncoder._encode_boxes
+    encode = geometry_encoders.SequenceGeometryEncoder.forward
 
-    def by_cpu(self: Any, boxes: Tensor, **options: Any) -> Any:
-        return encode(self, boxes=boxes * torch.ones(4), **options)
+    def by_cpu(self: Any, **inputs: Any) -> Any:
+        tokens, mask = encode(self, **inputs)
+        return tokens * torch.ones(tokens.shape[-1]), mask
 
-    monkeypatch.setattr(geometry_encoders.SequenceGeometryEncoder, "_encode_boxes", by_cpu)
+    monkeypatch.setattr(geometry_encoders.SequenceGeometryEncoder, "forward", by_cpu)
 
 
 @pytest.fixture

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from sam3.model.decoder import TransformerDecoder
 from sam3.model.encoder import TransformerEncoder
-from sam3.model.geometry_encoders import SequenceGeometryEncoder
+from sam3.model.geometry_encoders import Prompt, SequenceGeometryEncoder
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.config.compose import load_config
 from app.inference.predictor import RAW, Predictor
 from app.model.build import build_model
 from app.model.device import autocast
+from app.model.upstream import prediction
 from tests.helpers import TINY
 
 CONFIG = load_config(TINY).model
@@ -74,3 +77,24 @@ def test_fewer_operations(predictor, request) -> None:
             _outputs(predictor, NO_BOXES)
         counts.append(done.count)
     assert counts[0] < 0.75 * counts[1]
+
+
+def test_training_by_words_alone_is_upstreams() -> None:
+    """On a GPU: what encodes boxes has gradients of 0, so that AdamW goes on as upstream's."""
+    torch.manual_seed(0)
+    geometry = build_model(CONFIG).geometry_encoder
+    maps, places = torch.randn(2, 16, 3, CONFIG.d_model, requires_grad=True).unbind()
+    asked = Prompt(
+        box_embeddings=torch.zeros(0, 3, 4),
+        box_mask=torch.zeros(3, 0, dtype=torch.bool),
+        box_labels=torch.zeros(0, 3, dtype=torch.long),
+    )
+    forward, answers = SequenceGeometryEncoder.forward.__wrapped__, []
+    for encode in (forward, functools.partial(prediction._encode_geometry, forward)):
+        tokens, mask = encode(geometry, asked, [maps], [(4, 4)], [places])
+        tokens.sin().sum().backward()
+        named = {name: parameter.grad for name, parameter in geometry.named_parameters()}
+        answers.append((tokens, mask, named))
+        geometry.zero_grad()
+    torch.testing.assert_close(*answers)
+    assert sum(not gradient.any() for gradient in answers[0][2].values()) > 10

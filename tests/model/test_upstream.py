@@ -186,6 +186,17 @@ def test_overlaps_and_gradients_are_upstreams_to_the_bit(name: str, least: float
     assert not {"aten::prod", "aten::item"} & {event.name for event in profile.events()}
 
 
+def test_overlaps_of_a_gpu_are_those_of_a_cpu() -> None:
+    torch.manual_seed(0)
+    start = torch.rand(2, 30, 2)
+    boxes, others = torch.cat([start, start + torch.rand(2, 30, 2)], -1).requires_grad_()
+    found = fixes.generalized_box_iou_at_once(boxes, others)
+    expected = box_ops.fast_diag_generalized_box_iou(boxes, others)
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad(x.sin().sum(), [boxes, others]) for x in (found, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_nothing_is_scripted_where_torch_came_first() -> None:
     """PYTORCH_JIT=0 comes too late then; on a GPU scripted functions are compiled by NVRTC."""
     code = (

@@ -11,14 +11,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from sam3.model import decoder as upstream
-from sam3.model.model_misc import inverse_sigmoid
-from torch import Tensor
+from torch import Tensor, nn
+
+from app.model.upstream.attention import added, added_to_scores, multiplied_in
 
 # What `Sam3Image._run_decoder` passes; all else is for videos and for clicks.
 USUAL = (
@@ -57,7 +58,6 @@ def decode(
     *,
     pos: Tensor,
     spatial_shapes: Tensor,
-    valid_ratios: Tensor,
     memory_text: Tensor,
     text_attention_mask: Tensor,
     apply_dac: bool | None = None,
@@ -67,12 +67,12 @@ def decode(
 
     With `apply_dac` there are twice as many queries, and the second half does not attend to itself.
     The logits (L, 1, B) are of every layer where something is trained, else of the last alone.
+    Images are squares without padding (`is_usual`, `to_square`), so that all of a map is valid.
 
     Args:
         tgt: (Q, B, D).
         memory: (tokens, B, D), the encoded image for B prompts; pos, its position embedding.
         spatial_shapes: (1, 2), height and width of the feature map, on the host.
-        valid_ratios: (B, 1, 2), the share of the map that is no padding.
         memory_text: (T, B, D).
         text_attention_mask: (B, T) bool, True where a prompt has no token.
     """
@@ -80,24 +80,35 @@ def decode(
     batch = tgt.shape[1]
     recomputed = upstream.activation_ckpt_wrapper
     layers_too = self.training and getattr(self, "checkpoint_activations", True)
-    ratios = torch.cat([valid_ratios, valid_ratios], -1)[:, 0]  # (B, 4)
     side = int(spatial_shapes[0, 0])
-    steps, _ = self._get_coords(side, side, memory.device)  # (side,), 0..1
+    steps = 8 * _steps(self, side, memory.device)
+    halves = torch.tensor([-4.0, 4.0]).to(memory.device, non_blocking=True)
+    heads = self.boxRPB_embed_x, self.boxRPB_embed_y
+    both = _together(heads) if memory.is_cuda and not _are_adapted(heads) else None
     frequencies = _frequencies(self.d_model // 2, memory.device)
-    key = memory + pos
+    key = added(memory, pos)
+    if memory.is_cuda:  # each layer would convert them
+        half = multiplied_in(memory)
+        memory, memory_text = memory.to(half), memory_text.to(half)
+        text_attention_mask = added_to_scores(text_attention_mask, half)
     presence = self.presence_token.weight[None].expand(1, batch, -1)
     tokens = torch.cat([presence, tgt.repeat(copies, 1, 1)])  # (1 + Q, B, D)
     boxes = self.reference_points.weight[:, None].repeat(copies, batch, 1).sigmoid()  # cxcywh
 
-    queries, all_boxes, presences = [], [boxes], []
+    queries: list[Tensor] = []
+    all_boxes, presences = [boxes], []
     for layer in self.layers:
-        where = self.ref_point_head(_sines(boxes * ratios, frequencies))  # (Q, B, D)
-        bias_x, bias_y = (
-            recomputed(head)(x=distances, act_ckpt_enable=self.training)
-            for head, distances in zip(
-                (self.boxRPB_embed_x, self.boxRPB_embed_y), _distances(boxes, steps), strict=True
-            )
-        )  # (B, Q, side, heads)
+        if queries:
+            boxes = all_boxes[-1].detach()
+        where = self.ref_point_head(_sines(boxes, frequencies))  # (Q, B, D)
+        distances = _distances(boxes, steps, halves)
+        if both is not None:
+            pair = recomputed(_of_both)(x=distances, both=both, act_ckpt_enable=layers_too)
+        else:
+            pair = [
+                recomputed(head)(x=x, act_ckpt_enable=self.training)
+                for head, x in zip(heads, distances.unbind(), strict=True)
+            ]
         tokens = recomputed(functools.partial(decode_layer, layer))(
             tokens=tokens,
             where=F.pad(where, (0, 0, 0, 0, 1, 0)),  # the presence token is nowhere
@@ -105,20 +116,24 @@ def decode(
             text_mask=text_attention_mask,
             key=key,
             memory=memory,
-            bias=_bias(bias_x, bias_y),
+            bias=_Bias.apply(*pair),
             copies=copies,
             act_ckpt_enable=layers_too,
         )
-        normed = self.norm(tokens[1:])
-        refined = (self.bbox_embed(normed) + inverse_sigmoid(boxes)).sigmoid()
-        boxes = refined.detach()
+        presence, objects = tokens.split([1, len(tokens) - 1])
+        normed = self.norm(objects)
         queries.append(normed)
-        all_boxes.append(refined)
-        presences.append(tokens[:1])
+        presences.append(presence)
+        if len(queries) < len(self.layers):  # no layer attends around the last's boxes
+            all_boxes.append((self.bbox_embed(normed) + logits_of(boxes)).sigmoid())
     trains = self.training or torch.is_grad_enabled()  # the second: what is before it, it frozen
     seen = torch.stack(presences if trains else presences[-1:])  # (L, 1, B, D)
     logits = self.presence_token_head(self.presence_token_out_norm(seen)).squeeze(-1)
-    return torch.stack(queries), torch.stack(all_boxes[:-1]), logits, presences[-1]
+    if memory.is_cuda:  # in the order in which the heads multiply them
+        found = torch.stack([each.transpose(0, 1) for each in queries]).transpose(1, 2)
+    else:
+        found = torch.stack(queries)
+    return found, torch.stack(all_boxes), logits, presences[-1]
 
 
 def decode_layer(
@@ -139,7 +154,7 @@ def decode_layer(
 
     Args:
         where: their position embedding.
-        text: (T, B, D), with text_mask as above.
+        text: (T, B, D), with text_mask as above, or as numbers (`added_to_scores`).
         key: the image with its position embedding; memory without, both (tokens, B, D).
         bias: (B * heads, 1 + Q, tokens), added to the scores of the image's tokens.
         copies: 2 where the second half of the queries does not attend to itself.
@@ -148,20 +163,35 @@ def decode_layer(
     first, second = tokens, tokens[:0]
     if copies == 2:
         first, second = tokens.split([1 + len(tokens) // 2, len(tokens) // 2])
-    query = first + where[: len(first)]
+    query = added(first, where[: len(first)])
     first = first + self.dropout2(self.self_attn(query, query, first, **weights)[0])
     tokens = self.norm2(torch.cat([first, second]) if copies == 2 else first)
-    seen = self.ca_text(tokens + where, text, text, key_padding_mask=text_mask, **weights)[0]
+    seen = self.ca_text(added(tokens, where), text, text, key_padding_mask=text_mask, **weights)[0]
     tokens = self.catext_norm(tokens + self.catext_dropout(seen))
-    seen = self.cross_attn(tokens + where, key, memory, attn_mask=bias)[0]
+    seen = self.cross_attn(added(tokens, where), key, memory, attn_mask=bias)[0]
     out: Tensor = self.forward_ffn(self.norm1(tokens + self.dropout1(seen)))
     return out
 
 
+def logits_of(boxes: Tensor) -> Tensor:
+    """Return upstream's `inverse_sigmoid` of numbers in 0..1."""
+    return torch.log(boxes.clamp(min=1e-3) / (1 - boxes).clamp(min=1e-3))
+
+
+def _steps(decoder: Any, side: int, device: torch.device) -> Tensor:
+    """Return where the steps of a feature map are, (side,), 0..1; the decoder keeps them."""
+    kept, size = decoder.compilable_cord_cache, (side, side)
+    if kept is None or kept[0].device != device or decoder.compilable_stored_size != size:
+        kept = decoder.compilable_cord_cache = decoder._get_coords(side, side, device)
+        decoder.compilable_stored_size = size
+    steps: Tensor = kept[0]
+    return steps
+
+
 def _frequencies(count: int, device: torch.device) -> Tensor:
     """Return what the angles of a sine embedding are divided by: (count / 2,)."""
-    steps = torch.arange(0, count, 2, dtype=torch.float32, device=device)
-    return 10000 ** (steps / count)
+    steps = torch.arange(0, count, 2, dtype=torch.float32)
+    return (10000 ** (steps / count)).to(device, non_blocking=True)
 
 
 def _sines(boxes: Tensor, frequencies: Tensor) -> Tensor:
@@ -169,38 +199,71 @@ def _sines(boxes: Tensor, frequencies: Tensor) -> Tensor:
     x, y, width, height = boxes.unbind(-1)
     angles = torch.stack([y, x, width, height], -1) * (2 * math.pi)
     angles = angles[..., None] / frequencies  # (Q, B, 4, D / 4)
-    return torch.stack([angles.sin(), angles.cos()], -1).flatten(2)  # (Q, B, 2 D)
+    if not angles.is_cuda or angles.requires_grad:
+        return torch.stack([angles.sin(), angles.cos()], -1).flatten(2)  # (Q, B, 2 D)
+    both = torch.empty(*angles.shape, 2, device=angles.device)
+    torch.sin(angles, out=both[..., 0])
+    torch.cos(angles, out=both[..., 1])
+    return both.flatten(2)
 
 
-def _distances(boxes: Tensor, steps: Tensor) -> tuple[Tensor, ...]:
+def _distances(boxes: Tensor, steps: Tensor, halves: Tensor) -> Tensor:
     """Return logarithms of the distances of steps from a box's edges, along x and along y.
+
+    Factors of 2, 4 and 8 round nothing, wherever they stand.
 
     Args:
         boxes: (Q, B, 4) cxcywh, 0..1.
-        steps: (side,).
+        steps: (side,), times 8.
+        halves: -4 and 4, of a box's sides: its edges from its center, times 8.
 
     Returns:
-        Two of (B, Q, side, 2).
+        (2, B, Q, side, 2).
     """
-    center, size = boxes.permute(2, 1, 0).split(2)  # (2, B, Q)
-    half = 0.5 * size
-    edges = torch.stack([center - half, center + half], -1)  # (2, B, Q, 2)
-    distances = (steps[:, None] - edges[..., None, :]) * 8
-    distances = torch.sign(distances) * torch.log2(torch.abs(distances) + 1.0) / math.log2(8)
-    return distances.unbind()
+    center, size = boxes.permute(2, 1, 0).contiguous()[..., None].split(2)  # (2, B, Q, 1)
+    edges = torch.addcmul(8 * center, size, halves)  # (2, B, Q, 2), times 8
+    distances = steps[:, None] - edges[..., None, :]
+    return torch.copysign(torch.log2(distances.abs() + 1.0), distances) / math.log2(8)
 
 
-def _bias(bias_x: Tensor, bias_y: Tensor) -> Tensor:
-    """Return the sum of both for each step of y and x, and 0 for the presence token.
+def _are_adapted(heads: Sequence[Any]) -> bool:
+    return any(type(layer) is not nn.Linear for head in heads for layer in head.layers)
 
-    Args:
-        bias_x, bias_y: (B, Q, side, heads).
 
-    Returns:
-        (B * heads, 1 + Q, side * side).
+def _together(heads: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+    """Return weights (2, d, D) and biases (2, 1, D) of the layers of two heads alike."""
+    return [
+        (torch.stack([x.weight.mT for x in pair]), torch.stack([x.bias[None] for x in pair]))
+        for pair in zip(*(head.layers for head in heads), strict=True)
+    ]
+
+
+def _of_both(x: Tensor, both: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Map (2, …, d) by each of two heads, of which `both` are the layers, at once."""
+    hidden = x.flatten(1, -2)
+    for index, (weight, bias) in enumerate(both):
+        hidden = torch.baddbmm(bias, hidden.relu() if index else hidden, weight)
+    return hidden.view(*x.shape[:-1], -1)
+
+
+class _Bias(torch.autograd.Function):
+    """Adds bias_x and bias_y (B, Q, side, heads) of each step of x and y.
+
+    Returns (B * heads, 1 + Q, side * side): the presence token, which comes first, has 0.
     """
-    along_x, along_y = (
-        F.pad(bias.permute(0, 3, 1, 2), (0, 0, 1, 0)).flatten(0, 1).contiguous()
-        for bias in (bias_x, bias_y)
-    )  # (B * heads, 1 + Q, side)
-    return (along_y[..., None] + along_x[..., None, :]).flatten(2)
+
+    @staticmethod
+    def forward(ctx: Any, bias_x: Tensor, bias_y: Tensor) -> Tensor:
+        ctx.shape = batch, count, side, heads = bias_x.shape
+        bias = bias_x.new_empty(batch, heads, 1 + count, side, side)
+        bias[:, :, 0].zero_()
+        along_x, along_y = (each.permute(0, 3, 1, 2) for each in (bias_x, bias_y))
+        torch.add(along_y[..., None], along_x[..., None, :], out=bias[:, :, 1:])
+        return bias.flatten(3).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        batch, _, side, heads = ctx.shape
+        cells = gradient.unflatten(0, (batch, heads)).unflatten(-1, (side, side))[:, :, 1:]
+        of_x, of_y = (cells.sum(axis).permute(0, 2, 3, 1) for axis in (-2, -1))
+        return of_x, of_y

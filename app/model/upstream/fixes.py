@@ -119,17 +119,20 @@ def apply_fixes() -> None:
         _focal_loss_without_triton,
         _dice_loss_on_its_own_device,
         _zero_losses_without_waiting,
+        _boxes_by_their_corners_at_once,
         _box_overlaps_without_waiting,
         _feature_size_on_the_host,
         _mask_head_on_any_device,
         _pointwise_convolutions_as_products,
         _text_attention_on_contiguous_tokens,
         _attention_on_contiguous_tokens,
+        _image_repeated_once_for_its_prompts,
         _first_attention_once_an_image,
         _loss_normalisation_without_process_group,
         _mask_loss_without_objects,
         _layers_of_the_decoder_at_once,
         _adapted_attention_by_keyword,
+        _no_level_that_is_dropped,
         _rotary_angles_on_meta,
         _rotary_embedding_at_once,
     ):
@@ -256,10 +259,21 @@ def _decoder_in_fewer_operations() -> None:
 
     Goes when upstream makes once what is the same in all layers.
     """
-    from sam3.model.decoder import TransformerDecoder
+    from sam3.model import sam3_image
+    from sam3.model.decoder import TransformerDecoder, TransformerDecoderLayer
+    from torch import nn
 
     from app.model.upstream import decoder
+    from app.model.upstream.attention import Attention
 
+    sam3_image.inverse_sigmoid = decoder.logits_of
+
+    def replace(layer: Any) -> None:
+        for part in layer.children():
+            if type(part) is nn.MultiheadAttention:
+                part.__class__ = Attention
+
+    _run_after(TransformerDecoderLayer, "__init__", replace)
     original = TransformerDecoder.forward
 
     @functools.wraps(original)
@@ -404,9 +418,10 @@ def _text_attention_on_contiguous_tokens() -> None:
 def _attention_on_contiguous_tokens() -> None:
     """Give model_misc.py:31's attention contiguous tokens, for the same reason.
 
-    It matters where no gradient is kept, as under activation checkpointing. The geometry encoder
-    attends to a view of the image (geometry_encoders.py): at full size and with three prompts, its
-    copied weights came to 1.4 GB and a second for each of six products.
+    On a GPU `attention.py` attends. On a CPU it matters where no gradient is kept, as under
+    activation checkpointing. The geometry encoder attends to a view of the image
+    (geometry_encoders.py): at full size and with three prompts, its copied weights came to 1.4 GB
+    and a second for each of six products.
 
     Goes with `_text_attention_on_contiguous_tokens`.
     """
@@ -414,8 +429,15 @@ def _attention_on_contiguous_tokens() -> None:
     from sam3.model.model_misc import MultiheadAttentionWrapper
     from torch.nn.functional import multi_head_attention_forward
 
+    from app.model.upstream.attention import attend, is_usual
+
     @functools.wraps(MultiheadAttentionWrapper.forward)
     def forward(self: Any, query: Any, key: Any, value: Any, **kwargs: Any) -> tuple[Any, None]:
+        kwargs["need_weights"] = False
+        if is_usual(query, **kwargs):
+            del kwargs["need_weights"]
+            return attend(self, query, key, value, **kwargs), None
+
         def tokens_first(x: Any) -> Any:
             return x.transpose(0, 1) if self.batch_first else x
 
@@ -440,11 +462,47 @@ def _attention_on_contiguous_tokens() -> None:
             out_proj_weight=self.out_proj.weight,
             out_proj_bias=self.out_proj.bias,
             training=self.training,
-            **kwargs | {"need_weights": False},
+            **kwargs,
         )
         return tokens_first(result[0]), None
 
     MultiheadAttentionWrapper.forward = forward
+
+
+def _image_repeated_once_for_its_prompts() -> None:
+    """Repeat an image for its prompts once on a GPU, in the order in which its tokens are read.
+
+    sam3_image.py:125 does so for the geometry encoder and again for DETR's, by an index whose
+    gradient a GPU sorts first, in an order that each layer of the geometry encoder copies.
+
+    Goes when upstream selects tokens, once.
+    """
+    from sam3.model.sam3_image import Sam3Image
+
+    original, key = Sam3Image._get_img_feats, "of_prompts"
+
+    @functools.wraps(original)
+    def get_img_feats(self: Any, backbone_out: Any, img_ids: Any) -> Any:
+        is_encoded = "backbone_fpn" in backbone_out and backbone_out.get("id_mapping") is None
+        if not (is_encoded and img_ids.is_cuda):
+            return original(self, backbone_out, img_ids)
+
+        def repeated(maps: Any) -> Any:
+            """Map (B, d, h, w) to (h * w, P, d), in memory (P, h * w, d)."""
+            return maps.flatten(2).transpose(1, 2).index_select(0, img_ids).transpose(0, 1)
+
+        known = backbone_out.get(key)
+        if known is None or known[0] is not img_ids:
+            levels, places = (
+                backbone_out[name][-self.num_feature_levels :]
+                for name in ("backbone_fpn", "vision_pos_enc")
+            )
+            sizes = [level.shape[-2:] for level in places]
+            found = [repeated(x) for x in levels], [repeated(x) for x in places], sizes
+            known = backbone_out[key] = img_ids, found
+        return backbone_out, *known[1]
+
+    Sam3Image._get_img_feats = get_img_feats
 
 
 def _first_attention_once_an_image() -> None:
@@ -458,6 +516,8 @@ def _first_attention_once_an_image() -> None:
     """
     from sam3.model.encoder import TransformerEncoderLayer
     from sam3.model.sam3_image import Sam3Image
+
+    from app.model.upstream.attention import added
 
     run_encoder, original = Sam3Image._run_encoder, TransformerEncoderLayer.forward
 
@@ -509,9 +569,9 @@ def _first_attention_once_an_image() -> None:
                 query_pos,
             )
         seen = self.norm1(images)
-        asked = seen + image_pos if self.pos_enc_at_attn else seen
+        asked = added(seen, image_pos) if self.pos_enc_at_attn else seen
         attended = self.self_attn(asked, asked, value=seen)[0]  # (B, h * w, d)
-        tgt = tgt + self.dropout1(attended[image_ids])
+        tgt = tgt + self.dropout1(attended.index_select(0, image_ids))
         asked = self.norm2(tgt)
         tgt = tgt + self.dropout2(
             self.cross_attn_image(
@@ -586,6 +646,25 @@ def _zero_losses_without_waiting() -> None:
     loss_fns.torch = Filling("torch")
 
 
+def _boxes_by_their_corners_at_once() -> None:
+    """Compute both corners of boxes at once (box_ops.py:10): five operations where nine do.
+
+    Goes when upstream takes x and y together.
+    """
+    import torch
+    from sam3.model import box_ops, sam3_image
+    from sam3.train import matcher
+
+    def box_cxcywh_to_xyxy(x: Any) -> Any:
+        """Return boxes (…, 4) by their corners instead of their centers and sides."""
+        center, size = x.split(2, -1)
+        half = 0.5 * size
+        return torch.cat([center - half, center + half], -1)
+
+    for user in (box_ops, sam3_image, matcher):
+        user.box_cxcywh_to_xyxy = box_cxcywh_to_xyxy
+
+
 def _box_overlaps_without_waiting() -> None:
     """Multiply the sides of boxes without a look at them, in the Python that stands there.
 
@@ -610,15 +689,22 @@ def _box_overlaps_without_waiting() -> None:
         @staticmethod
         def backward(ctx: Any, gradient: Any) -> Any:
             sides, product = ctx.saved_tensors
+            if sides.is_cuda:  # bits are compared on a CPU
+                return gradient[:, None] * sides.flip(1)
             others = torch.where((sides == 0).any(), sides.flip(1), product[:, None] / sides)
             return gradient[:, None] * others
 
     area = Product.apply
 
     def fast_diag_generalized_box_iou(boxes1: Any, boxes2: Any) -> Any:
-        """Return the GIoU (N,) of boxes (N, 4) xyxy, by upstream's operations in their order."""
+        """Return the GIoU (N,) of boxes (N, 4) xyxy, by upstream's operations in their order.
+
+        On a GPU, for which each operation is a launch, those of x and y, start and end are one.
+        """
         assert len(boxes1) == len(boxes2)
-        end1, start1, end2, start2 = boxes1[:, 2:], boxes1[:, :2], boxes2[:, 2:], boxes2[:, :2]
+        if boxes1.is_cuda:
+            return generalized_box_iou_at_once(boxes1, boxes2)
+        (start1, end1), (start2, end2) = boxes1.split(2, 1), boxes2.split(2, 1)
         area1, area2 = area(end1 - start1), area(end2 - start2)
         inner_start, outer_start = torch.max(start1, start2), torch.min(start1, start2)
         inner_end, outer_end = torch.min(end1, end2), torch.max(end1, end2)
@@ -630,7 +716,7 @@ def _box_overlaps_without_waiting() -> None:
     def fast_diag_box_iou(boxes1: Any, boxes2: Any) -> Any:
         """Return the IoU (N,) of boxes (N, 4) xyxy, likewise."""
         assert len(boxes1) == len(boxes2)
-        end1, start1, end2, start2 = boxes1[:, 2:], boxes1[:, :2], boxes2[:, 2:], boxes2[:, :2]
+        (start1, end1), (start2, end2) = boxes1.split(2, 1), boxes2.split(2, 1)
         area1, area2 = area(end1 - start1), area(end2 - start2)
         start, end = torch.max(start1, start2), torch.min(end1, end2)
         common = area((end - start).clamp(min=0))
@@ -638,6 +724,20 @@ def _box_overlaps_without_waiting() -> None:
 
     box_ops.fast_diag_box_iou = fast_diag_box_iou
     box_ops.fast_diag_generalized_box_iou = fast_diag_generalized_box_iou
+
+
+def generalized_box_iou_at_once(boxes1: Any, boxes2: Any) -> Any:
+    """Return the GIoU (N,) of boxes (N, 4) xyxy."""
+    import torch
+
+    outward = torch.tensor([-1.0, -1.0, 1.0, 1.0]).to(boxes1.device, non_blocking=True)
+    edges1, edges2 = outward * boxes1, outward * boxes2
+    inner, outer = torch.minimum(edges1, edges2), torch.maximum(edges1, edges2)
+    starts, ends = torch.stack([edges1, edges2, inner, outer]).split(2, -1)
+    width, height = (starts + ends).clamp(min=0).unbind(-1)  # (4, N) each
+    area1, area2, common, total = (width * height).unbind()
+    union = area1 + area2 - common
+    return common / union - (total - union) / total
 
 
 def _feature_size_on_the_host() -> None:
@@ -697,8 +797,9 @@ def _pointwise_convolutions_as_products() -> None:
             is_slow = x.device.type == "cpu" and len(x) < 16 and torch.get_num_threads() == 1
             if not (is_slow and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu"):
                 return super().forward(x)
-            weight = self.weight.flatten(1).expand(len(x), -1, -1)  # (B, c, C)
-            mapped = torch.baddbmm(self.bias[:, None], weight, x.flatten(2))  # (B, c, h * w)
+            weight, bias = self.weight.flatten(1).expand(len(x), -1, -1), self.bias
+            assert bias is not None
+            mapped = torch.baddbmm(bias[:, None], weight, x.flatten(2))  # (B, c, h * w)
             return mapped.unflatten(2, x.shape[2:])
 
     def replace(head: Any) -> None:
@@ -796,6 +897,35 @@ def _adapted_attention_by_keyword() -> None:
 
     for cls in (TransformerEncoderLayer, TransformerDecoderLayer, UniversalSegmentationHead):
         mend(cls)
+
+
+def _no_level_that_is_dropped() -> None:
+    """Compute the levels of the neck that are used.
+
+    vl_combiner.py:89 drops the last, which nothing is trained by, after necks.py:110 has made it.
+
+    Goes when upstream makes the levels that it returns.
+    """
+    from sam3.model.necks import Sam3DualViTDetNeck
+    from sam3.model.vl_combiner import SAM3VLBackbone
+
+    original = Sam3DualViTDetNeck.forward
+
+    def note_dropped(backbone: Any) -> None:
+        backbone.vision_backbone.dropped = backbone.scalp
+
+    @functools.wraps(original)
+    def forward(self: Any, tensor_list: Any) -> Any:
+        dropped = getattr(self, "dropped", 0)
+        if not dropped or self.sam2_convs is not None:
+            return original(self, tensor_list)
+        tokens = self.trunk(tensor_list)[-1]
+        levels = [conv(tokens) for conv in self.convs[:-dropped]]
+        places = [self.position_encoding(level).to(level.dtype) for level in levels]
+        return levels + [None] * dropped, places + [None] * dropped, None, None
+
+    _run_after(SAM3VLBackbone, "__init__", note_dropped)
+    Sam3DualViTDetNeck.forward = forward
 
 
 def _rotary_angles_on_meta() -> None:

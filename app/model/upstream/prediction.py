@@ -1,20 +1,22 @@
 """What prediction leaves out of upstream's passes: the same is found by fewer operations.
 
-A GPU waits for the host, which launches one operation after the other. Where a module is in
-evaluation mode and no gradient is kept, the functions below stand in for upstream's; training runs
-upstream's own. Places are those of the pinned commit 84cc43b (`pin.py`).
+A GPU waits for the host, which launches one operation after the other. On a GPU, and where a module
+is in evaluation mode and no gradient is kept, the functions below stand in for upstream's; training
+on a CPU runs upstream's own. Places are those of the pinned commit 84cc43b (`pin.py`).
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
+from sam3.model import geometry_encoders
 from sam3.model.encoder import TransformerEncoder
 from sam3.model.geometry_encoders import SequenceGeometryEncoder
 from torch import Tensor
+
+from app.model.upstream.attention import added_to_scores, multiplied_in
 
 
 def apply() -> None:
@@ -24,12 +26,13 @@ def apply() -> None:
 
 
 def _stand_in(cls: Any, predict: Any) -> None:
-    """Let `predict` answer where no gradients are kept; it is given upstream's function first."""
+    """Let `predict` answer where it shall; it is given upstream's function first."""
     original = cls.forward
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.training and not torch.is_grad_enabled():
+        predicts = not self.training and not torch.is_grad_enabled()
+        if predicts or next(self.parameters()).is_cuda:
             return predict(original, self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
@@ -70,19 +73,35 @@ def _encode_geometry(
     count = geo_prompt.box_embeddings.shape[1]
     tokens = self.cls_embed.weight[None].repeat(1, count, 1)  # (1, B, D)
     tokens = self.norm(self.final_proj(tokens))
+    if torch.is_grad_enabled():
+        tokens = _Unused.apply(tokens, *_of_boxes_and_points(self))
     for layer in self.encode:
-        tokens = layer(tgt=tokens, memory=img_feats[-1], pos=img_pos_embeds[-1])
+        tokens = geometry_encoders.activation_ckpt_wrapper(layer)(
+            tgt=tokens,
+            memory=img_feats[-1],
+            pos=img_pos_embeds[-1],
+            act_ckpt_enable=self.training and self.use_act_ckpt,
+        )
     return self.encode_norm(tokens), torch.zeros(count, 1, dtype=torch.bool, device=tokens.device)
 
 
-def multiplied_in(tokens: Tensor) -> torch.dtype:
-    """Return the half in which autocast multiplies tokens; their own precision without it."""
-    kind = tokens.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
+def _of_boxes_and_points(geometry: Any) -> list[Tensor]:
+    """Return what encodes boxes and points alone, and is trained."""
+    used = (geometry.cls_embed, geometry.final_proj, geometry.norm, geometry.encode_norm)
+    parts = [part for part in geometry.children() if part not in (*used, geometry.encode)]
+    return [p for part in parts for p in part.parameters() if p.requires_grad]
 
 
-def added_to_scores(mask: Tensor, precision: torch.dtype) -> Tensor:
-    """Return a mask, True where there is no key, as what is added to scores: 0, or -inf."""
-    return torch.zeros(mask.shape, dtype=precision, device=mask.device).masked_fill_(
-        mask, -math.inf
-    )
+class _Unused(torch.autograd.Function):
+    """Returns tokens, and gradients of 0 for weights: where there are none, AdamW forgets them."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, *weights: Tensor) -> Tensor:
+        ctx.shapes = [weight.shape for weight in weights]
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
+        sizes = [shape.numel() for shape in ctx.shapes]
+        zeros = torch.zeros(sum(sizes), device=gradient.device).split(sizes)
+        return gradient, *(x.view(shape) for x, shape in zip(zeros, ctx.shapes, strict=True))

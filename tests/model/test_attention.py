@@ -1,0 +1,89 @@
+"""DETR's attention on a GPU is torch's, to rounding, whatever the order of its tokens in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from app.model.upstream.attention import added_to_scores, attend, is_usual
+
+PROMPTS, QUERIES, KEYS, WIDTH, HEADS = 3, 5, 7, 16, 2
+
+
+def _attention(*, batch_first: bool) -> Any:
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=batch_first)
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return attention
+
+
+def _tokens(count: int, *, batch_first: bool, turned: bool) -> Tensor:
+    """Return tokens; `turned`: their memory has another order than their dimensions."""
+    shape = (PROMPTS, count, WIDTH) if batch_first is not turned else (count, PROMPTS, WIDTH)
+    tokens = torch.randn(shape)
+    return (tokens.transpose(0, 1) if turned else tokens).requires_grad_()
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("same", ["all", "query and key", "key and value", "none"])
+@pytest.mark.parametrize("mask", ["none", "padding", "numbers", "bias"])
+def test_answers_and_gradients(batch_first: bool, turned: bool, same: str, mask: str) -> None:
+    attention = _attention(batch_first=batch_first)
+    order = {"batch_first": batch_first, "turned": turned}
+    keys = QUERIES if same in ("all", "query and key") else KEYS
+    query = _tokens(QUERIES, **order)
+    key = query if keys == QUERIES else _tokens(keys, **order)
+    value = key if same in ("all", "key and value") else _tokens(keys, **order)
+    padding = torch.arange(keys).expand(PROMPTS, keys) >= torch.tensor([[keys], [2], [3]])
+    masks: dict[str, Tensor | None] = {}
+    if mask in ("padding", "numbers"):
+        masks["key_padding_mask"] = padding
+    elif mask == "bias":
+        masks["attn_mask"] = torch.randn(PROMPTS * HEADS, QUERIES, keys)
+    expected = attention(query, key, value, need_weights=False, **masks)[0]
+    if mask == "numbers":
+        masks["key_padding_mask"] = added_to_scores(padding, torch.float32)
+    found = attend(attention, query, key, value, **masks)
+    torch.testing.assert_close(found, expected)
+    leaves = [*attention.parameters(), *{id(x): x for x in (query, key, value)}.values()]
+    ours, theirs = (torch.autograd.grad(x.sin().sum(), leaves) for x in (found, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_in_a_half_it_is_what_autocast_makes_of_torchs() -> None:
+    attention = _attention(batch_first=True)
+    query, key = (_tokens(n, batch_first=True, turned=False) for n in (QUERIES, KEYS))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attend(attention, query, key, key)
+        expected = attention(query, key, key, need_weights=False)[0]
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).float().norm() < 0.02 * expected.float().norm()
+
+
+def test_scores_are_dropped_in_training_alone() -> None:
+    attention = _attention(batch_first=True)
+    attention.dropout = 0.5
+    tokens = _tokens(QUERIES, batch_first=True, turned=False)
+    first, second = (attend(attention, tokens, tokens, tokens) for _ in range(2))
+    assert not torch.equal(first, second)
+    attention.eval()
+    first, second = (attend(attention, tokens, tokens, tokens) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_a_cpu_and_what_is_asked_for_videos_are_left_to_torch() -> None:
+    on_cpu = torch.zeros(1, 1, 1)
+    assert not is_usual(on_cpu)
+
+
+@pytest.mark.parametrize("keys", [1, 8, 33])
+def test_a_mask_as_numbers(keys: int) -> None:
+    mask = torch.arange(keys).expand(2, keys) > 4
+    added = added_to_scores(mask, torch.bfloat16)
+    assert torch.equal(added.exp() == 0, mask)
+    assert added.dtype == torch.bfloat16
