@@ -135,6 +135,7 @@ def apply_fixes() -> None:
         _no_level_that_is_dropped,
         _rotary_angles_on_meta,
         _rotary_embedding_at_once,
+        _trunk_in_fewer_operations,
     ):
         fix()
     from app.model.upstream import prediction
@@ -984,3 +985,25 @@ def _rotary_embedding_at_once() -> None:
         return self.proj(x.reshape(batch, height, width, -1))
 
     Attention.forward = forward
+
+
+def _trunk_in_fewer_operations() -> None:
+    """Map images by `trunk.py` on a GPU.
+
+    Goes when upstream converts and adds by fewer operations.
+    """
+    from sam3.model.vitdet import Block, ViT
+
+    from app.model.upstream import trunk
+
+    of_images, of_tokens = ViT.forward, Block.forward
+
+    @functools.wraps(of_images)
+    def encode(self: Any, x: Any) -> Any:
+        return (trunk.encode if trunk.is_usual(self, x) else of_images)(self, x)
+
+    @functools.wraps(of_tokens)
+    def run_block(self: Any, x: Any, factors: Any = None) -> Any:
+        return of_tokens(self, x) if factors is None else trunk.run_block(self, x, factors)
+
+    ViT.forward, Block.forward = encode, run_block
