@@ -10,6 +10,7 @@ from torch import Tensor
 
 from app.config.compose import load_model_config
 from app.model.build import build_model
+from app.model.upstream.decoder import of_both, together
 
 SIDE, WORDS, PROMPTS = 24, 5, 3
 
@@ -87,3 +88,13 @@ def test_what_is_not_usual_goes_upstreams_way() -> None:
     inputs = _inputs(decoder) | {"is_instance_prompt": True}
     with torch.no_grad():
         assert decoder(**inputs, apply_dac=False)[2] is None  # clicks have no presence
+
+
+def test_two_heads_at_once_are_the_two() -> None:
+    """As on a GPU."""
+    decoder = _decoder()
+    heads = decoder.boxRPB_embed_x, decoder.boxRPB_embed_y
+    distances = torch.randn(2, PROMPTS, 7, SIDE, 2)
+    found = of_both(distances, together(heads))
+    for ours, head, of_head in zip(found, heads, distances, strict=True):
+        torch.testing.assert_close(ours, head(of_head))

@@ -122,9 +122,9 @@ class _Sum(torch.autograd.Function):
         return torch.add(first, second, out=torch.empty_like(first, dtype=dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        first, second = ctx.dtypes
-        return gradient.to(first), gradient.to(second), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        needed = zip(ctx.dtypes, ctx.needs_input_grad, strict=False)
+        return *(gradient.to(dtype) if need else None for dtype, need in needed), None
 
 
 def multiplied_in(tokens: Tensor) -> torch.dtype:

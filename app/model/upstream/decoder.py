@@ -84,7 +84,7 @@ def decode(
     steps = 8 * _steps(self, side, memory.device)
     halves = torch.tensor([-4.0, 4.0]).to(memory.device, non_blocking=True)
     heads = self.boxRPB_embed_x, self.boxRPB_embed_y
-    both = _together(heads) if memory.is_cuda and not _are_adapted(heads) else None
+    both = together(heads) if memory.is_cuda and not _are_adapted(heads) else None
     frequencies = _frequencies(self.d_model // 2, memory.device)
     key = added(memory, pos)
     if memory.is_cuda:  # each layer would convert them
@@ -103,7 +103,7 @@ def decode(
         where = self.ref_point_head(_sines(boxes, frequencies))  # (Q, B, D)
         distances = _distances(boxes, steps, halves)
         if both is not None:
-            pair = recomputed(_of_both)(x=distances, both=both, act_ckpt_enable=layers_too)
+            pair = recomputed(of_both)(x=distances, both=both, act_ckpt_enable=layers_too)
         else:
             pair = [
                 recomputed(head)(x=x, act_ckpt_enable=self.training)
@@ -230,7 +230,7 @@ def _are_adapted(heads: Sequence[Any]) -> bool:
     return any(type(layer) is not nn.Linear for head in heads for layer in head.layers)
 
 
-def _together(heads: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
+def together(heads: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
     """Return weights (2, d, D) and biases (2, 1, D) of the layers of two heads alike."""
     return [
         (torch.stack([x.weight.mT for x in pair]), torch.stack([x.bias[None] for x in pair]))
@@ -238,7 +238,7 @@ def _together(heads: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def _of_both(x: Tensor, both: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def of_both(x: Tensor, both: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Map (2, …, d) by each of two heads, of which `both` are the layers, at once."""
     hidden = x.flatten(1, -2)
     for index, (weight, bias) in enumerate(both):
