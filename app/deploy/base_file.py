@@ -11,7 +11,8 @@ from torch import Tensor
 
 from app.errors import UserError
 from app.model import adapters, published, weights
-from app.model.transformers.state import from_transformers, is_layout
+from app.model.transformers.state import TRACKER, from_transformers, is_layout
+from app.model.transformers.tracker import to_transformers
 
 log = logging.getLogger("app")
 SHOWN = 6  # problems
@@ -83,21 +84,37 @@ def find_base(source: Path, named: Path | None) -> Base | None:
 
 
 def check_fit(state: Mapping[str, Tensor], base: Base) -> None:
-    """Raise UserError where the image part has other tensors than the base, but for a mask head."""
-    whole = base.tensors
-    theirs = from_transformers(whole) if is_layout(whole) else published.image_part(whole)
+    """Raise UserError where the image part has other tensors than the base, but for a mask head.
+
+    Of a base that nothing proves, the tracker is compared too, with upstream's strict video model:
+    SAM 3.1's alone is not known there.
+    """
+    whole = {key: value.to("meta") for key, value in base.tensors.items()}  # their shapes alone
+    is_theirs = is_layout(whole)
+    theirs = from_transformers(whole) if is_theirs else published.image_part(whole)
     ours = {key: value for key, value in state.items() if not key.endswith(published.COMPUTED)}
-    problems = [
-        f"  {key}: shape {tuple(value.shape)}, in the base {tuple(theirs[key].shape)}"
-        for key, value in ours.items()
-        if key in theirs and theirs[key].shape != value.shape
-    ]
-    problems += [f"  {key}: not in the base" for key in ours if key not in theirs]
-    problems += [
-        f"  {key}: in the base alone"
-        for key in theirs
-        if key not in ours and not key.startswith(_HEAD)
-    ]
+    has_masks = any(key.startswith(_HEAD) for key in ours)
+    problems = _differences(
+        ours, {key: v for key, v in theirs.items() if has_masks or not key.startswith(_HEAD)}
+    )
+    if not problems and not base.is_proved and base.release == "3.0":
+        wanted = published.video_part()
+        if is_theirs:
+            wanted, beside = to_transformers(wanted), {k for k in whole if k.startswith(TRACKER)}
+        else:
+            beside = {key for key in whole if published.image_name(key) is None}
+        problems = _differences(wanted, {key: whole[key] for key in beside})
     if problems:
         more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise UserError([f"{base.file} is no base of these weights:", *problems[:SHOWN], *more])
+
+
+def _differences(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """Return a problem for each name or shape of the base that is not as it must be."""
+    problems = [
+        f"  {key}: shape {tuple(value.shape)}, in the base {tuple(found[key].shape)}"
+        for key, value in wanted.items()
+        if key in found and found[key].shape != value.shape
+    ]
+    problems += [f"  {key}: not in the base" for key in wanted if key not in found]
+    return problems + [f"  {key}: in the base alone" for key in sorted(found) if key not in wanted]

@@ -89,6 +89,8 @@ def write_repository(exported: Path, manifest: Manifest, precision: str, folder:
     for name in CLIENT:
         if (exported / name).is_file():
             shutil.move(exported / name, folder / name)
+    parts = (f"*/{VERSION}/*", "*/config.pbtxt", *CLIENT)
+    left = sorted(file for part in parts for file in folder.glob(part))
     record = {
         "format": TRITON,
         "size": manifest.size,
@@ -100,6 +102,7 @@ def write_repository(exported: Path, manifest: Manifest, precision: str, folder:
         "precision": precision,
         "parity": manifest.parity,
         "source": manifest.source,
+        "files": {f"{file.relative_to(folder)}": {"bytes": file.stat().st_size} for file in left},
     }
     write_json(folder / RECORD, record)
 

@@ -48,7 +48,7 @@ def export(
 
     An adapter is merged. What was written is compared tensor by tensor, loaded by upstream's own
     builders, and asked about drawn images, before the folder takes its place. Memory holds one copy
-    of the image part; all else stays in files.
+    of the image part at most; all else stays in files, mapped.
 
     Args:
         path: weights of any layout.
@@ -79,7 +79,8 @@ def export(
         )
     with atomic_folder(folder, replace=folder.exists()) as temporary:
         # The image part as it will be written, and what it answers.
-        model, at_theirs = weights.load(path, resolution=resolution, merge=True)
+        is_plain = not weights.is_adapter(path)  # what is merged would be held beside the map
+        model, at_theirs = weights.load(path, resolution=resolution, merge=True, mapped=is_plain)
         if base is not None:
             check_fit(model.state_dict(), base)
         prompt = next(iter(header.prompts), "circle")
@@ -92,18 +93,21 @@ def export(
         ours = proof.our_answers(Predictor(model, at_theirs.model), images, prompt)
 
         # The files.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(PRECISIONS[precision])  # not held beside its halves
         content = _content(model.state_dict(), base, PRECISIONS[precision])
         own = header.model_copy(update={"base": None if base is None else base.origin})
         del model
         gc.collect()
         with atomic_path(temporary / PT) as file:
             torch.save(content, file)
+        proof.check_tensors(temporary / PT, content)
+        content = weights.read_tensors(temporary / PT)  # mapped: from here on they lie in the file
         with atomic_path(temporary / SAFETENSORS) as file:
             save_file(content, file, {"format": "pt", **weights.to_metadata(own)})
+        proof.check_tensors(temporary / SAFETENSORS, content)
 
         # The proof.
-        for name in (PT, SAFETENSORS):
-            proof.check_tensors(temporary / name, content)
         is_built = proof.is_built(content)
         if is_built:
             model = proof.load_image_model(temporary / PT, content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +16,18 @@ from app.files import SETTINGS_BYTES, read_json
 from app.model import adapters, published, weights
 from app.model.build import build_model
 from app.model.transformers.state import TRACKER, from_transformers, is_layout
+from app.model.transformers.tracker import to_transformers
 from app.model.weight_files import ADAPTER, FILE, shards
 
-ONNX = "manifest.json"
+ONNX, EXPORT = "manifest.json", "export.json"
+TRITON = Path("sam3", "config.pbtxt")
+BEST = Path("weights", "best")  # of a run's folder
 SHOWN = 4  # names
 Shapes = Mapping[str, tuple[int, ...]]
 UPSTREAM = "upstream's build_sam3_image_model"
 VIDEO = "upstream's build_sam3_video_model"
-TOOLS = "ultralytics, ComfyUI, samgeo, X-AnyLabeling"
+TOOLS = "ultralytics, samgeo, X-AnyLabeling"
+TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64"}
 
 
 @dataclass
@@ -59,32 +64,43 @@ def inspect(path: Path) -> Report:
         UserError: no such file, one that is cut, or one that cannot be read safely.
     """
     if path.is_dir() and (path / ONNX).is_file() and not (path / FILE).is_file():
-        return _onnx(path)
+        runs = ["./infer.sh, python -m app.deploy.runtime", "ONNX Runtime", "TensorRT"]
+        return _exported(path / ONNX, "ONNX graphs", runs)
+    if (path / TRITON).is_file():
+        return _exported(path / EXPORT, "a model repository of Triton's", ["tritonserver"])
+    if (path / BEST).is_dir():
+        path = path / BEST
     named = path / "sam3.safetensors"
     file = named if named.is_file() else weights.find_file(path)
     if file.name == ADAPTER:
         return _adapter(file)
-    shapes, extra = _shapes(file)
+    shapes, types, extra = _read(file)
     report = _layout(file, shapes, extra)
-    report.facts = {"file": f"{file}, {file.stat().st_size / 1e6:,.0f} MB", **report.facts}
+    size = sum(part.stat().st_size for part in (shards(file) if file.suffix == ".json" else [file]))
+    report.facts = {"file": f"{file}, {size / 1e6:,.0f} MB", **report.facts}
     report.facts["tensors"] = f"{len(shapes)}"
+    report.facts["types"] = ", ".join(f"{name} {count}" for name, count in types.most_common())
     return report
 
 
-def _shapes(file: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
-    """Return the names and shapes of a file's tensors, and what else it holds."""
+def _read(file: Path) -> tuple[dict[str, tuple[int, ...]], Counter[str], list[str]]:
+    """Return the names and shapes of a file's tensors, their types, and what else it holds."""
     if file.suffix == ".json":
-        parts = [_shapes(part)[0] for part in shards(file)]
-        return {key: shape for part in parts for key, shape in part.items()}, []
+        parts = [_read(part) for part in shards(file)]
+        shapes = {key: shape for part in parts for key, shape in part[0].items()}
+        return shapes, sum((part[1] for part in parts), Counter()), []
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as content:
-                names = content.keys()
-                return {key: tuple(content.get_slice(key).get_shape()) for key in names}, []
+                slices = {key: content.get_slice(key) for key in content.keys()}  # noqa: SIM118
+                names = [each.get_dtype() for each in slices.values()]
+                shapes = {key: tuple(each.get_shape()) for key, each in slices.items()}
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: not a safetensors file, or cut short ({error})") from None
+        return shapes, Counter(TYPES.get(name, name) for name in names), []
     tensors, extra = weights.read_index(file)
-    return {key: tuple(value.shape) for key, value in tensors.items()}, extra
+    types = Counter(str(value.dtype).removeprefix("torch.") for value in tensors.values())
+    return {key: tuple(value.shape) for key, value in tensors.items()}, types, extra
 
 
 def _layout(file: Path, shapes: Shapes, extra: list[str]) -> Report:
@@ -98,16 +114,18 @@ def _layout(file: Path, shapes: Shapes, extra: list[str]) -> Report:
     if is_layout(shapes):
         has_tracker = any(key.startswith(TRACKER) for key in shapes)
         report.kind = "transformers' Sam3VideoModel" if has_tracker else "transformers' Sam3Model"
-        report.loads = ["transformers' Sam3Model", *(["Sam3VideoModel"] if has_tracker else [])]
+        report.loads = ["transformers' Sam3Model"]
+        if has_tracker and not _lacks_tracker(report, shapes):
+            report.loads.append("Sam3VideoModel")
         if header is not None:
             report.kind += ", exported from here"
     elif published.is_layout(shapes):
-        _describe_published(report, shapes, exported=header is not None)
-        if file.suffix == ".safetensors":
+        is_pt = file.suffix != ".safetensors"
+        _describe_published(report, shapes, is_built=size == "sam3", is_pt=is_pt)
+        if not is_pt:
             report.kind += ", in safetensors as ComfyUI keeps it"
-            report.loads = ["ComfyUI"] if size == "sam3" else []
-        elif size != "sam3":
-            report.loads = []
+        if header is not None:
+            report.kind += ", exported from here"
     elif header is not None:
         report.kind = "weights of ours"
     elif "optimizer" in extra:
@@ -126,27 +144,53 @@ def _layout(file: Path, shapes: Shapes, extra: list[str]) -> Report:
     return report
 
 
-def _describe_published(report: Report, shapes: Shapes, *, exported: bool) -> None:
+def _describe_published(report: Report, shapes: Shapes, *, is_built: bool, is_pt: bool) -> None:
+    """Tell a file in Meta's layout, and what loads it.
+
+    Args:
+        is_built: whether it is of the size that other tools build, and nothing of it is missing.
+        is_pt: whether torch.load reads it.
+    """
     release = published.release(shapes)
     beside = [key for key in shapes if published.image_name(key) is None]
     tables = [key for key in beside if key.endswith(published.COMPUTED)]
     if release is None:
         report.kind = "the image part of SAM 3 in Meta's layout, without a tracker"
-        report.loads = [UPSTREAM, f"{TOOLS} (images)"]
+        loads = [UPSTREAM, f"{TOOLS} (images)"] if is_pt else []
+        report.loads = loads if is_built else []
         return
     report.kind = f"SAM {release.removesuffix('.0')} in Meta's layout, with its tracker"
     report.notes.append(
         f"{len(beside) - len(tables)} tensors of the tracker and its necks are set aside where the "
         "image model alone is loaded"
     )
-    if release == "3.0":
-        report.loads = [UPSTREAM, VIDEO, TOOLS]
-    else:
-        report.loads = [f"{UPSTREAM} (images)", "later mains of upstream", TOOLS]
+    if release == "3.1":
+        loads = [f"{UPSTREAM} (images)", "later mains of upstream", f"{TOOLS} (images)"]
+        loads = loads if is_pt else ["ComfyUI"]
         if any("interactive_sam_" in key for key in shapes):
             report.notes.append("its head for points is called interactive_sam_…, as 3.1 has it")
-    if exported:
-        report.kind += ", exported from here"
+    elif is_built and _lacks_tracker(report, shapes):
+        loads = [UPSTREAM, f"{TOOLS} (images)"] if is_pt else []
+    else:
+        loads = [UPSTREAM, VIDEO, TOOLS, "Roboflow's inference"] if is_pt else ["ComfyUI"]
+    report.loads = loads if is_built else []
+
+
+def _lacks_tracker(report: Report, shapes: Shapes) -> bool:
+    """Return whether a tracker is not the one of SAM 3's video model; note what differs."""
+    wanted = published.video_part()
+    if is_layout(shapes):
+        wanted = to_transformers(wanted)
+        found = {key for key in shapes if key.startswith(TRACKER)}
+    else:
+        found = {key for key in shapes if published.image_name(key) is None}
+    problems = _differing(
+        {key: tuple(value.shape) for key, value in wanted.items()},
+        {key: shapes[key] for key in found},
+        "SAM 3's video model",
+    )
+    report.notes += problems
+    return bool(problems)
 
 
 def _adapter(file: Path) -> Report:
@@ -157,6 +201,12 @@ def _adapter(file: Path) -> Report:
     if header is not None:
         report.facts |= {"size": header.model.name, **_header_facts(header)}
     report.facts["adapts"] = f"{base.reference}, SHA-256 {base.sha256[:16]}…"
+    if base.reference == "/".join(weights.HUB):
+        is_there = weights.cached_sam3() is not None
+    else:
+        is_there = (file.parent / base.reference).is_file()
+    if not is_there:
+        report.notes.append(f"what it adapts is not there: set {weights.BASE}=FILE to it")
     report.loads = ["sam3-finetuning (--checkpoint)", "PEFT, onto the same base"]
     report.notes.append(
         "export --format sam3 or hf merges it for other tools, as merge does for ours"
@@ -164,20 +214,28 @@ def _adapter(file: Path) -> Report:
     return report
 
 
-def _onnx(folder: Path) -> Report:
-    content = read_json(folder / ONNX, most=SETTINGS_BYTES)
-    if not isinstance(content, dict) or "graphs" not in content:
-        raise UserError(f"{folder / ONNX}: is of no export that is known here")
-    report = Report("ONNX graphs, exported from here")
-    classes = content.get("classes") or content.get("prompts") or []
-    report.facts = {
-        "file": str(folder),
-        "size": f"{content.get('size')}, {content.get('resolution')} px",
-        "classes": _listed([str(name) for name in classes]),
-        "precisions": ", ".join(content.get("tolerances", {})),
-        "made of": json.dumps(content.get("source", {})),
-    }
-    report.loads = ["./infer.sh, python -m app.deploy.runtime", "ONNX Runtime", "TensorRT"]
+def _exported(record: Path, kind: str, loads: list[str]) -> Report:
+    """Tell a folder of graphs by what its export noted of it, and which of its files are not so."""
+    folder, content = record.parent, read_json(record, most=SETTINGS_BYTES)
+    report = Report(f"{kind}, exported from here", loads=loads)
+    try:
+        report.facts = {
+            "file": str(folder),
+            "size": f"{content['size']}, {content['resolution']} px",
+            "classes": _listed([str(name) for name in content["classes"] or []]),
+            "precisions": content.get("precision") or ", ".join(content["tolerances"]),
+            "made of": json.dumps(content["source"]),
+        }
+        files = {folder / name: int(kept["bytes"]) for name, kept in content["files"].items()}
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise UserError(f"{record}: is of no export that is known here") from None
+    for file, size in files.items():
+        if not file.is_file():
+            report.notes.append(f"{file}: is not there")
+        elif file.stat().st_size != size:
+            report.notes.append(
+                f"{file}: has {file.stat().st_size} bytes, and was left with {size}"
+            )
     return report
 
 
@@ -221,22 +279,27 @@ def _size(bare: Shapes, header: weights.Header | None) -> tuple[str | None, list
             for key, value in build_model(sized, device="meta").state_dict().items()
             if not key.endswith(published.COMPUTED)
         }
-        parts = {
-            "missing": expected.keys() - bare.keys(),
-            "unexpected": bare.keys() - expected.keys(),
-            "of another shape": {
-                key for key in expected.keys() & bare.keys() if expected[key] != bare[key]
-            },
-        }
-        found = [
-            f"{len(keys)} {what} for size '{config.name}': {_listed(sorted(keys))}"
-            for what, keys in parts.items()
-            if keys
-        ]
+        found = _differing(expected, bare, f"size '{config.name}'")
         if not found:
             return config.name, []
-        differing.append((sum(map(len, parts.values())), found))
+        differing.append((sum(int(line.split()[0]) for line in found), found))
     return None, min(differing)[1]
+
+
+def _differing(expected: Shapes, found: Shapes, whose: str) -> list[str]:
+    """Return a line, which begins with their number, for tensors missing, unexpected, and other."""
+    parts = {
+        "missing": expected.keys() - found.keys(),
+        "unexpected": found.keys() - expected.keys(),
+        "of another shape": {
+            key for key in expected.keys() & found.keys() if expected[key] != found[key]
+        },
+    }
+    return [
+        f"{len(keys)} {what} for {whose}: {_listed(sorted(keys))}"
+        for what, keys in parts.items()
+        if keys
+    ]
 
 
 def _listed(names: list[str]) -> str:

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from app.model.upstream import fixes, pin
+
 PREFIX = "detector."
 TRACKER = "tracker."
 _NECK = "backbone.vision_backbone."
@@ -50,6 +52,21 @@ def release(keys: Iterable[str]) -> Release | None:
 def tracker_neck(version: Release) -> tuple[str, ...]:
     """Return how the keys of the tracker's neck begin in a published file."""
     return tuple(f"{PREFIX}{_NECK}{name}." for name in TRACKER_NECKS[version])
+
+
+def video_part() -> dict[str, Tensor]:
+    """Return what upstream's strict video builder asks of a file beside the image model.
+
+    Returns:
+        Names → tensors on the meta device: the tracker, its neck, and RoPE tables.
+    """
+    from sam3 import model_builder  # takes a second to import
+
+    with fixes.using_builders(on_meta=True):
+        model = model_builder.build_sam3_video_model(
+            bpe_path=str(pin.bpe_path()), load_from_HF=False, device="meta"
+        )
+    return {key: value for key, value in model.state_dict().items() if image_name(key) is None}
 
 
 def image_name(key: str) -> str | None:

@@ -36,6 +36,7 @@ from app.model.published import COMPUTED
 from app.model.score_counts import ScoreCounts
 from app.model.transformers.config import read_config
 from app.model.transformers.state import TRACKER, from_transformers, is_layout, is_transformers
+from app.model.upstream.fixes import to_assign
 from app.model.upstream.pin import COMMIT
 from app.model.vocabulary import VISUAL_PROMPT
 from app.model.weight_files import FILE as FILE  # of `weights` for all who load torch anyway
@@ -508,11 +509,9 @@ def _load_state(model: Sam3Image, state: Mapping[str, Tensor], file: Path, *, ma
     if problems:
         more = [f"… and {len(problems) - 6} more"] if len(problems) > 6 else []
         raise UserError([f"{file} does not fit the model:", *problems[:6], *more])
-    if mapped:
-        own = model.state_dict()
-        state = {key: value.to(own[key].dtype) for key, value in state.items()}
     # strict but for what is computed
-    model.load_state_dict(dict(state), strict=False, assign=mapped)
+    state = to_assign(model, state) if mapped else dict(state)
+    model.load_state_dict(state, strict=False, assign=mapped)
 
 
 def _differences(model: Sam3Image, state: Mapping[str, Tensor]) -> list[str]:

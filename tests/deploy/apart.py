@@ -18,7 +18,13 @@ PACKAGES = {
         *("segment-geospatial==1.4.2", "segment_anything", "leafmap", "xyzservices", "geopandas"),
         *("shapely", "pyproj", "pyogrio", "rasterio", "affine", "click-plugins", "cligj"),
     ],
-    "roboflow": ["inference-models==0.39.6", "supervision==0.29.1", "backoff", "defusedxml"],
+    "roboflow": [
+        "inference-models==0.39.6",
+        "supervision==0.31.2",
+        "backoff",
+        "defusedxml",
+        "pydeprecate",
+    ],
     "triton": [
         *("tritonclient==2.73.0", "python-rapidjson", "geventhttpclient", "gevent", "greenlet"),
         *("zope.event", "zope.interface", "brotli"),

@@ -1,6 +1,6 @@
 """Give exported weights to loaders that are installed apart; print what they took, as JSON.
 
-`python -m tests.deploy.other_loaders ultralytics|samgeo FILE`, with the packages on PYTHONPATH.
+`python -m tests.deploy.other_loaders ultralytics|samgeo|roboflow FILE`, with its packages.
 """
 
 from __future__ import annotations
@@ -65,15 +65,31 @@ def samgeo(file: Path) -> dict[str, Any]:
             load_from_HF=False,
             resolution=SMALL.resolution,
         )
-    written = torch.load(file, weights_only=True)
-    loaded = sam.model.state_dict()
-    return {
-        "tensors": len(loaded),
-        "other": [k for k, v in loaded.items() if not torch.equal(written[f"detector.{k}"], v)],
+    return _compared(sam.model, file)
+
+
+def roboflow(file: Path) -> dict[str, Any]:
+    """Return whether the model of Roboflow's `SAM3Torch` has the tensors of a small package."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(sys.stderr):
+        build_small(patch)
+        from inference_models.models.sam3.sam3_torch import SAM3Torch
+
+        sam = SAM3Torch.from_pretrained(str(file.parent), device=torch.device("cpu"))
+    return _compared(sam._model, file)
+
+
+def _compared(model: nn.Module, file: Path) -> dict[str, Any]:
+    """Return the number of a model's tensors, and the names of those that are not the file's."""
+    written, head = torch.load(file, weights_only=True), "inst_interactive_predictor.model."
+    loaded = {
+        f"tracker.{name.removeprefix(head)}" if name.startswith(head) else f"detector.{name}": value
+        for name, value in model.state_dict().items()
     }
+    other = [name for name, value in loaded.items() if not torch.equal(written[name], value)]
+    return {"tensors": len(loaded), "other": other}
 
 
 if __name__ == "__main__":
     fixes.apply_fixes()
-    loader = {"ultralytics": ultralytics, "samgeo": samgeo}[sys.argv[1]]
+    loader = {"ultralytics": ultralytics, "samgeo": samgeo, "roboflow": roboflow}[sys.argv[1]]
     print(json.dumps(loader(Path(sys.argv[2]))))

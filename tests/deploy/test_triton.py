@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,10 @@ from app.deploy.runtime.manifest import read_manifest
 from app.deploy.triton import export, write_repository
 from app.errors import UserError
 from app.model.bundled import NANO
-from tests.deploy.tiny import SHAPES, write_folder
+from app.model.inspection import inspect
+from tests.deploy.apart import run_apart
+from tests.deploy.page import lines_of, run_documented
+from tests.deploy.tiny import SHAPES, expected_score, write_folder
 from tests.helpers import Command
 
 STRING, INT32, INT64, MESSAGE, ENUM = 9, 5, 3, 11, 14
@@ -104,24 +110,83 @@ def test_the_ensemble_is_the_two_graphs_in_one(repository: Path) -> None:
         "text": text["features"][:2],
         "text_mask": text["mask"][:2],
     }
+    found = _served(repository, tensors)
+    for one in config.output:
+        assert list(found[one.name].shape) == list(one.dims)
+    # the scores of "red" and "green" on white, which numpy knows as well
+    assert np.allclose(found["scores"][:, 0], 0.5, atol=1e-6)
+
+
+def _served(repository: Path, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return what the ensemble answers, its steps run one after the other."""
+    config, tensors = _read(repository / "sam3" / "config.pbtxt"), dict(inputs)
     for step in config.ensemble_scheduling.step:
         session = onnxruntime.InferenceSession(repository / step.model_name / "1" / "model.onnx")
         given = {pair.key: tensors[pair.value] for pair in step.input_map}
         names = [pair.key for pair in step.output_map]
         found = dict(zip(names, session.run(names, given), strict=True))
         tensors |= {pair.value: found[pair.key] for pair in step.output_map}
-    for one in config.output:
-        assert list(tensors[one.name].shape) == list(one.dims)
-    # the scores of "red" and "green" on white, which numpy knows as well
-    assert np.allclose(tensors["scores"][:, 0], 0.5, atol=1e-6)
+    return {one.name: tensors[one.name] for one in config.output}
+
+
+@pytest.fixture
+def server(repository: Path) -> Iterator[str]:
+    """A stand-in for Triton: what its protocol sends to `sam3` is run, and answered in JSON."""
+    kinds = {"FP32": np.float32, "BOOL": np.bool_}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            start = int(self.headers["Inference-Header-Content-Length"])
+            tensors = {}
+            for one in json.loads(body[:start])["inputs"]:
+                end = start + one["parameters"]["binary_data_size"]
+                flat = np.frombuffer(body[start:end], kinds[one["datatype"]])
+                tensors[one["name"]], start = flat.reshape(one["shape"]), end
+            is_asked = self.path == "/v2/models/sam3/infer"
+            outputs = [
+                {"name": k, "datatype": "FP32", "shape": v.shape, "data": v.flatten().tolist()}
+                for k, v in (_served(repository, tensors) if is_asked else {}).items()
+            ]
+            answer = json.dumps({"model_name": "sam3", "outputs": outputs}).encode()
+            self.send_response(200 if is_asked else 404)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, format: str, *args: object) -> None:
+            del format, args
+
+    with HTTPServer(("localhost", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"localhost:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.mark.system
+def test_tritons_client_asks_and_reads(repository: Path, server: str, tmp_path: Path) -> None:
+    """By the lines of docs/elsewhere.md: a green image, of whose prompts "red" is none."""
+    pixels = (
+        "import numpy as np\npixels = np.full([1, 3, 8, 8], -1, np.float32)\npixels[:, 1] = 1\n"
+    )
+    lines = lines_of("tritonclient", triton=repository).replace("localhost:8000", server)
+    told = "\nprint(scores[:, 0].tolist(), boxes.shape)"
+    answer = run_apart("triton", tmp_path, "-c", pixels + lines + told)
+    expected = [expected_score(np.array([0, 255, 0]), name) for name in ("red", "green")]
+    scores, shape = json.loads(answer.partition("]")[0] + "]"), answer.partition("]")[2].strip()
+    assert np.allclose(scores, expected, atol=1e-5)
+    assert shape == str(tuple(SHAPES["ground"]["boxes"]))
 
 
 @pytest.mark.slow
-def test_weights_leave_as_a_repository(tmp_path: Path, command: Command) -> None:
+def test_weights_leave_as_a_repository(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command of docs/elsewhere.md."""
     words = ["export", NANO, "--format", "triton", "--output", tmp_path / "models"]
-    done = command(*words, "--prompt", "circle", "--measure-on", 1)
-    assert done.code == 0, done.err
-    assert "tritonserver --model-repository" in done.out
+    spared = ("--prompt", "circle", "--measure-on", 1)
+    run_documented("export last --format triton", NANO, tmp_path / "models", *spared)
+    assert "tritonserver --model-repository" in capsys.readouterr().out
     record = json.loads((tmp_path / "models" / "export.json").read_text())
     assert (record["size"], record["classes"]) == ("nano", ["circle"])
     config = _read(tmp_path / "models" / "sam3" / "config.pbtxt")
@@ -129,6 +194,13 @@ def test_weights_leave_as_a_repository(tmp_path: Path, command: Command) -> None
     done = command(*words)
     assert done.code == 2
     assert "holds an exported model" in done.err
+    report = inspect(tmp_path / "models")
+    assert report.kind == "a model repository of Triton's, exported from here"
+    assert (report.facts["size"], report.facts["classes"]) == ("nano, 128 px", "circle")
+    assert (report.loads, report.notes) == (["tritonserver"], [])
+    graph = tmp_path / "models" / "sam3_ground" / "1" / "model.onnx"
+    graph.unlink()
+    assert inspect(tmp_path / "models").notes == [f"{graph}: is not there"]
 
 
 def test_a_model_has_one_precision(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sam3 import model_builder
 from sam3.model.sam3_image_processor import Sam3Processor
 from transformers import Sam3VideoModel
@@ -29,7 +27,8 @@ from app.model import adapters, published, weights
 from app.model.build import build_model
 from app.model.bundled import NANO
 from app.model.upstream import fixes, pin
-from tests.helpers import REPOSITORY, Command, finish, log_lines
+from tests.deploy.page import BLOCKS, COMMANDS, lines_of, run_documented
+from tests.helpers import Command, finish, log_lines
 from tests.model.published import (
     SMALL,
     build_small,
@@ -42,13 +41,6 @@ from tests.model.published import (
 TUNED = "backbone.vision_backbone.trunk.blocks.0.mlp.fc1.weight"
 SIDE = SMALL.resolution
 
-
-PAGE = (REPOSITORY / "docs" / "elsewhere.md").read_text(encoding="utf-8")
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
-    for line in block.splitlines()
-]
 FULL = {
     name: getattr(model_builder, name)
     for name in (
@@ -83,13 +75,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights.save(model, folder / "old", header.model_copy(update={"base": None}))
     run_documented("export last --format sam3", folder / "tuned", folder / "out")
     return folder
-
-
-def run_documented(command: str, checkpoint: Path, output: Path) -> None:
-    """Run a command of docs/elsewhere.md, with its weights and its output elsewhere."""
-    (line,) = [each for each in COMMANDS if f"app {command}" in each]
-    words = [str(checkpoint) if word == "last" else word for word in shlex.split(line)[3:]]
-    finish(*words[:-1], output)
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +220,19 @@ def test_without_a_base_the_image_part_alone_is_written(
     assert "license: apache-2.0" in card
 
 
+def test_weights_of_metas_size_without_a_base_are_upstreams_image_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = log_lines(monkeypatch)
+    record = export(folder / "old", tmp_path / "out")
+    assert (record["build_sam3_image_model"], record["build_sam3_video_model"]) == (True, False)
+    assert (record["base"], record["tracker_features_cosine"]) == (None, None)
+    written = torch.load(tmp_path / "out" / "sam3.pt", weights_only=True)
+    assert {key.split(".")[0] for key in written} == {"detector"}
+    assert any("upstream's build_sam3_image_model loads it" in line for line in lines)
+    assert any("which wants a tracker, does not load it" in line for line in lines)
+
+
 def test_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
     state = torch.load(folder / "sam3.pt", weights_only=True)
     state["tracker.no_mem_embed"] += 1
@@ -281,6 +279,7 @@ def test_a_base_that_nothing_proves_is_taken_at_the_users_word(
     [
         ("renamed", r"is no base of these weights:\n  dot_prod_scoring.hs_proj.bias: not in the"),
         ("shape", r"no base of these weights:\n  dot_prod_scoring.hs_proj.bias: shape \(256,\)"),
+        ("tracker", r"no base of these weights:\n  tracker.no_mem_embed: not in the base\n  track"),
         ("cut", "not a checkpoint that can be read safely"),
     ],
 )
@@ -291,6 +290,8 @@ def test_a_base_that_does_not_fit_is_one_message(
     key = "detector.dot_prod_scoring.hs_proj.bias"
     if change == "renamed":
         state["detector.dot_prod_scoring.hs_proj.offset"] = state.pop(key)
+    elif change == "tracker":
+        state["tracker.no_memory"] = state.pop("tracker.no_mem_embed")
     elif change == "shape":
         state[key] = state[key][:-1].clone()
     torch.save(state, tmp_path / "base.pt")
@@ -300,6 +301,36 @@ def test_a_base_that_does_not_fit_is_one_message(
     with pytest.raises(UserError, match=told):
         export(folder / "old", tmp_path / "out", base_file=tmp_path / "base.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["base.pt"]
+
+
+def test_weights_that_are_cut_or_renamed_are_one_message(tmp_path: Path) -> None:
+    """Of each layout, before anything is written."""
+    nano, key = load_file(NANO / "model.safetensors"), "dot_prod_scoring.hs_proj.bias"
+    renamed = {name.replace(key, "dot_prod_scoring.offset"): value for name, value in nano.items()}
+    header = weights.read_header(NANO)
+    assert header is not None
+
+    def write(state: dict[str, torch.Tensor]) -> list[Path]:
+        files = [tmp_path / name for name in ("ours.safetensors", "sam3.pt", "checkpoint.pt")]
+        save_file(state, files[0], weights.to_metadata(header))
+        torch.save({f"detector.{name}": value for name, value in state.items()}, files[1])
+        torch.save({"model": state, "optimizer": {}, "epoch": 2}, files[2])
+        return files
+
+    for file in write(renamed):
+        with pytest.raises(UserError) as raised:
+            export(file, tmp_path / "out")
+        lines = "\n".join(raised.value.problems)
+        assert file.name in lines
+        assert f"  {key}: not in the file\n  dot_prod_scoring.offset: not in the model" in lines
+    for file in write(nano):
+        with file.open("r+b") as opened:
+            opened.truncate(file.stat().st_size // 2)
+        with pytest.raises(UserError) as raised:
+            export(file, tmp_path / "out")
+        assert len(raised.value.problems) == 1
+        assert file.name in raised.value.problems[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_lost_a_bit_is_not_left(folder: Path) -> None:
@@ -500,30 +531,45 @@ def test_a_video_folder_needs_its_tracker(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_lines_of_the_page_are_python_and_load_what_was_written(
-    folder: Path, video: Path, command: Command
+    folder: Path, video: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those of upstream's images and of transformers run; the others need what is not here."""
-    blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 8
-    for block in blocks:
+    """Those that need nothing else; `test_elsewhere.py` runs others. All are Python."""
+    for block in BLOCKS:
         compile(block, "elsewhere.md", "exec")
-    ours = weights.load(folder / "tuned")[0]
-    for block in blocks:
-        if "build_sam3_image_model" in block or "Sam3VideoModel" in block:
-            names: dict[str, Any] = {}
-            paths = {"outputs/sam3": folder / "out", "outputs/hf": video}
-            for written, place in paths.items():
-                block = block.replace(written, str(place))
-            exec(block, names)
-            if "video" not in names:
-                assert torch.equal(names["model"].get_parameter(TUNED), ours.get_parameter(TUNED))
+    tools = ("_image_model", "_video_predictor", "transformers", "ultralytics", "samgeo")
+    assert len(BLOCKS) == len((*tools, "ComfyUI", "Roboflow", "Triton"))
+    ours = weights.load(folder / "tuned")[0].state_dict()
+    names: dict[str, Any] = {}
+    exec(lines_of("build_sam3_image_model", sam3=folder / "out"), names)
+    exec(lines_of("load_file", sam3=folder / "out"), names)
+    for found in (names["model"].state_dict(), names["image"]):
+        assert torch.equal(found[TUNED], ours[TUNED])
+        assert found.keys() >= ours.keys()
+    exec(lines_of("Sam3VideoModel", hf=video), names)
     assert names["video"].detector_model.num_parameters() == names["model"].num_parameters()
     known = ("inspect last", "--format sam3 ", "--format hf --video ", "--format triton ")
     assert len(COMMANDS) == len(known)
     assert all(any(word in line for word in known) for line in COMMANDS)
-    done = command("inspect", folder / "out")
-    assert done.code == 0
-    assert "SAM 3 in Meta's layout, with its tracker" in done.out
+    run_documented("inspect last", folder / "out", None)
+    assert "SAM 3 in Meta's layout, with its tracker" in capsys.readouterr().out
+
+
+def test_the_head_for_points_is_the_trackers(folder: Path) -> None:
+    """As X-AnyLabeling, samgeo and Roboflow's package may ask of upstream's image builder."""
+    with fixes.using_builders():
+        model = model_builder.build_sam3_image_model(
+            str(pin.bpe_path()),
+            device="cpu",
+            checkpoint_path=str(folder / "out" / "sam3.pt"),
+            load_from_HF=False,
+            enable_inst_interactivity=True,
+        )
+    written = torch.load(folder / "out" / "sam3.pt", weights_only=True)
+    head, names = "inst_interactive_predictor.model.", list(model.state_dict())
+    assert sum(name.startswith(head) for name in names) == 309
+    for name, value in model.state_dict().items():
+        key = f"tracker.{name.removeprefix(head)}" if name.startswith(head) else f"detector.{name}"
+        assert torch.equal(value, written[key]), key
 
 
 def test_the_tracker_of_transformers_own_folder_is_taken(

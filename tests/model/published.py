@@ -33,16 +33,16 @@ SMALL: ModelConfig = load_model_config("nano").model_copy(
 )
 
 
-def build_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make upstream's builders build SMALL."""
+def build_small(monkeypatch: pytest.MonkeyPatch, size: ModelConfig = SMALL) -> None:
+    """Make upstream's builders build SMALL, or a size that is SMALL but for trunk and text."""
 
     def trunk(compile_mode: object = None) -> ViT:
         del compile_mode
-        return build._vision(SMALL).trunk  # type: ignore[return-value]
+        return build._vision(size).trunk  # type: ignore[return-value]
 
     def text(bpe_path: str) -> VETextEncoder:
         del bpe_path
-        return build._text(SMALL)  # type: ignore[return-value]
+        return build._text(size)  # type: ignore[return-value]
 
     monkeypatch.setattr(model_builder, "_create_vit_backbone", trunk)
     monkeypatch.setattr(model_builder, "_create_text_encoder", text)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
+import logging
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -70,15 +72,25 @@ def loading_mapped() -> Iterator[None]:
         return load(file.name, mmap=True, **options)
 
     def assigned(self: Any, state: Any, strict: bool = True) -> Any:
-        own = self.state_dict()
-        state = {k: v.to(own[k].dtype) if k in own else v for k, v in state.items()}
-        return fill(self, state, strict=strict, assign=True)
+        return fill(self, to_assign(self, state), strict=strict, assign=True)
 
     torch.load, nn.Module.load_state_dict = mapped, assigned  # type: ignore[assignment]
     try:
         yield
     finally:
         torch.load, nn.Module.load_state_dict = load, fill  # type: ignore[method-assign]
+
+
+def to_assign(module: Any, state: Any) -> dict[str, Any]:
+    """Return a file's tensors as `load_state_dict(assign=True)` takes them, of the module's types.
+
+    What they replace gives its memory back first, so that a file of halves, which have to be
+    converted, is not in memory beside random weights.
+    """
+    own = module.state_dict(keep_vars=True)
+    for key in own.keys() & state.keys():
+        own[key].data = own[key].data.new_empty(()).expand(own[key].shape)
+    return {key: v.to(own[key]) if key in own else v for key, v in state.items()}
 
 
 @contextlib.contextmanager
@@ -100,6 +112,22 @@ def leaving_autocast() -> Iterator[None]:
         yield
     finally:
         Sam3TrackerPredictor.__init__ = original
+
+
+@contextlib.contextmanager
+def using_builders(*, on_meta: bool = False) -> Iterator[None]:
+    """Let upstream's own builders of whole models run on any device, without what they print."""
+    import torch
+
+    apply_fixes()
+    logging.getLogger("sam3.model.sam3_video_base").setLevel(logging.WARNING)
+    with contextlib.ExitStack() as stack:
+        if on_meta:
+            stack.enter_context(torch.device("meta"))
+            stack.enter_context(building_on_meta())
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(leaving_autocast())
+        yield
 
 
 @functools.cache
