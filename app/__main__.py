@@ -22,7 +22,7 @@ COMMANDS = {
     "train": "Fine-tune SAM 3 on labelled images, or score weights on them (--eval-only).",
     "infer": "Find what the prompts name in images; again with the same --output-dir: what a stop "
     "left.",
-    "serve": "Answer requests over HTTP: an API, and a page for people.",
+    "serve": "Answer requests over HTTP: an API, and a page for people. Ctrl-C or SIGTERM ends it.",
     "label": "Make a dataset of images without labels: what weights find in them are its labels.",
     "evaluate": "Score weights on a dataset, or COCO results from elsewhere; write figures and a "
     "report.",

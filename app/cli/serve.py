@@ -22,14 +22,17 @@ def serve(
         list[str] | None,
         typer.Option(
             help="weights file or folder, or a folder that export has written; last: of the newest "
-            "run; several: the first answers where a request names none  [default: nano's]",
+            "run; several: the first answers where a request names none",
+            show_default="nano's",
             rich_help_panel=MODEL,
         ),
     ] = None,
     name: Annotated[
         list[str] | None,
         typer.Option(
-            help="what requests call each of them  [default: their folders]", rich_help_panel=MODEL
+            help="what requests call each of them",
+            show_default="their folders",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     model: Annotated[
@@ -43,8 +46,8 @@ def serve(
     mlflow: Annotated[
         str,
         typer.Option(
-            help="address of the registry  [default: $MLFLOW_TRACKING_URI, else outputs/mlflow.db]",
-            show_default=False,
+            help="address of the registry",
+            show_default="$MLFLOW_TRACKING_URI, else outputs/mlflow.db",
             rich_help_panel=VERSIONS,
         ),
     ] = "auto",
@@ -142,7 +145,8 @@ def serve(
         typer.Option(
             metavar="DIR",
             help="keep the images that the model is least sure of here, 200 at most, as a dataset "
-            "to correct  [default: none is kept]",
+            "to correct",
+            show_default="none is kept",
             rich_help_panel=WATCHING,
         ),
     ] = None,

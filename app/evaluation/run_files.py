@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,12 @@ def _collected(
         return nothing
 
 
+def _is_figure(name: str, value: object) -> bool:
+    """Return whether it is finite and of a sane size; a loss may have grown without bound."""
+    is_loss = name.startswith(("train/", "last/train/"))
+    return is_number(value) or (is_loss and isinstance(value, float) and math.isfinite(value))
+
+
 def read_figures(folder: Path) -> dict[str, float]:
     """Return the figures of metrics.json by their names."""
     file = folder / FIGURES
@@ -148,7 +155,7 @@ def read_figures(folder: Path) -> dict[str, float]:
     problems = [
         f"{name:.60}: must be a finite number (it is {value!r:.60})"
         for name, value in content.items()
-        if not is_number(value)
+        if not _is_figure(name, value)
     ]
     if problems:
         raise UserError(shortened(file, problems))
@@ -178,7 +185,7 @@ def read_rows(folder: Path) -> list[dict[str, float]]:
         problems += [
             f"{place}: {name:.60}: must be a finite number (it is {cells[name]!r:.60})"
             for name, value in row.items()
-            if not is_number(value)
+            if not _is_figure(name, value)
         ]
         if not row.get("epoch", 0.5).is_integer():
             problems.append(f"{place}: epoch: must be a whole number")

@@ -11,14 +11,20 @@ ASKED = 3  # classes
 USUAL = "object"  # where there are none
 
 
-def answer(predictor: Predictor, prompts: Sequence[str]) -> Golden:
-    """Return what a model answers about the first of these prompts, or about one of its own."""
+def answer(predictor: Predictor, prompts: Sequence[str]) -> Golden | None:
+    """Return what a model answers about the first of these prompts, or about USUAL.
+
+    None where its scores are none, as those of weights that are not finite.
+    """
     asked = [*prompts[:ASKED]] or [USUAL]
     found = predictor.predict(draw(), asked, threshold=0.0, max_detections=ANSWERS)
-    precision = str(predictor.precision).removeprefix("torch.")
-    return Golden(asked, [float(score) for score in found.scores], precision)
+    scores = [float(score) for score in found.scores]
+    if not all(0 <= score <= 1 for score in scores):
+        return None
+    return Golden(asked, scores, str(predictor.precision).removeprefix("torch."))
 
 
 def check(predictor: Predictor, golden: Golden) -> str:
     """Return what a model answers otherwise than its weights tell; empty where it does not."""
-    return golden.difference(answer(predictor, golden.prompts))
+    found = answer(predictor, golden.prompts)
+    return "no scores" if found is None else golden.difference(found)

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import mlflow
 from mlflow import MlflowClient, artifacts
 
 from app.errors import UserError
@@ -40,9 +39,7 @@ class Registry:
         os.environ.setdefault(RETRIES, "1")  # MLflow's own seven take minutes
         os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
         self.uri = uri
-        mlflow.set_tracking_uri(uri)  # downloads ask what is set, whatever they are given
-        mlflow.set_registry_uri(uri)
-        self._client = MlflowClient(uri)
+        self._client = MlflowClient(uri, uri)
 
     def version_of(self, wanted: Registered) -> str:
         """Return the number of the version that is meant now.
@@ -64,9 +61,12 @@ class Registry:
         Raises:
             UserError: there are none, or the registry does not answer.
         """
-        address = f"models:/{wanted.name}/{version}"
         try:
-            model = artifacts.download_artifacts(artifact_uri=address, dst_path=str(folder))
+            # Asked for by models:/NAME/VERSION, the registry of the whole process would answer.
+            source = self._client.get_model_version_download_uri(wanted.name, version)
+            model = artifacts.download_artifacts(
+                artifact_uri=source, dst_path=str(folder), tracking_uri=self.uri
+            )
         except Exception as error:  # as above
             raise self._problem(wanted, error) from None
         for weights in sorted(Path(model, "artifacts").glob("*")):
@@ -75,7 +75,10 @@ class Registry:
             except UserError:
                 continue
             return weights
-        raise UserError(f"{address}: holds no weights of this tool (./train.sh --register)")
+        raise UserError(
+            f"models:/{wanted.name}/{version}: holds no weights of this tool "
+            "(./train.sh --register)"
+        )
 
     def _problem(self, wanted: Registered, error: Exception) -> UserError:
         shown = without_password(self.uri)

@@ -18,20 +18,22 @@ class Table:
 
     Attributes:
         engines: by name and version.
-        aliases: (name, alias) → version; the first alias of a name answers where a request names
-            neither version nor alias.
+        aliases: (name, alias) → version.
+        main: name → the alias that answers where a request names neither version nor alias; without
+            one, the name's first engine answers.
         default: the name that answers where a request names none.
     """
 
     engines: Mapping[tuple[str, str], Engine]
     aliases: Mapping[tuple[str, str], str]
+    main: Mapping[str, str]
     default: str
 
     def main_version(self, name: str) -> str:
         """Return the version that a name alone asks for; empty where there is none."""
-        versions = (version for (model, _), version in self.aliases.items() if model == name)
-        others = (version for model, version in self.engines if model == name)
-        return next(versions, None) or next(others, "")
+        if name in self.main:
+            return self.aliases[name, self.main[name]]
+        return next((version for model, version in self.engines if model == name), "")
 
     def names(self) -> list[str]:
         """Return all that a request may name."""
@@ -46,7 +48,8 @@ class Models:
     """The engines of a server, of which one may be exchanged between two requests.
 
     Args:
-        engines: one or more; the first answers where a request names none.
+        engines: one or more; the first answers where a request names none, and the first of a name
+            where it names no version; if an alias stands for that one, whatever the alias means.
         aliases: (name, alias) → version.
         canary: NAME:VERSION or NAME@ALIAS, and the share of the requests that it answers, 0..1, of
             those that ask for the default and for no version.
@@ -65,7 +68,10 @@ class Models:
     ) -> None:
         self._canary, self._shadow = canary, shadow
         self.comparisons: set[Task[None]] = set()  # of the shadow's answers, at work
+        first = {engine.name: engine.version for engine in reversed(engines)}
+        known = reversed([*(aliases or {}).items()])
         self._table = Table(
+            main={name: alias for (name, alias), version in known if first.get(name) == version},
             engines={_key(engine): engine for engine in engines},
             aliases=dict(aliases or {}),
             default=engines[0].name,

@@ -180,13 +180,13 @@ def test_tritons_client_asks_and_reads(repository: Path, server: str, tmp_path: 
 
 @pytest.mark.slow
 def test_weights_leave_as_a_repository(
-    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, command: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """By the command of docs/elsewhere.md."""
     words = ["export", NANO, "--format", "triton", "--output", tmp_path / "models"]
     spared = ("--prompt", "circle", "--measure-on", 1)
     run_documented("export last --format triton", NANO, tmp_path / "models", *spared)
-    assert "tritonserver --model-repository" in capsys.readouterr().out
+    assert "tritonserver --model-repository" in capfd.readouterr().out
     record = json.loads((tmp_path / "models" / "export.json").read_text())
     assert (record["size"], record["classes"]) == ("nano", ["circle"])
     config = _read(tmp_path / "models" / "sam3" / "config.pbtxt")

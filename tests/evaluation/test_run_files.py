@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from app.evaluation import record
-from app.evaluation.run_files import read_run
+from app.evaluation.run_files import read_rows, read_run
 from tests.helpers import Command, Result, metrics_rows
 
 RESULTS, TRUTH = "predictions/valid.json", "predictions/valid_truth.json"
@@ -233,3 +233,8 @@ def test_a_sound_run_is_read_as_it_was_written(tiny_run: Path) -> None:
     read = record.read(tiny_run)
     assert read.truth.to_json() == json.loads((tiny_run / TRUTH).read_text())
     assert read.results == json.loads((tiny_run / RESULTS).read_text())
+
+
+def test_a_loss_that_grew_without_bound_is_read(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("epoch,train/loss\n1,6.2e32\n")
+    assert read_rows(tmp_path) == [{"epoch": 1, "train/loss": 6.2e32}]

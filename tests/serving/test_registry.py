@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-import mlflow
 import pytest
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
@@ -66,10 +65,8 @@ class Store:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    yield Store(tmp_path)
-    mlflow.set_tracking_uri("")  # `Registry` sets both for its process
-    mlflow.set_registry_uri("")
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
 
 
 def _change(folder: Path) -> None:

@@ -245,7 +245,8 @@ def test_losses_are_those_of_the_uncached_run(
         )
     assert _losses(tmp_path / "true") == pytest.approx(_losses(tmp_path / "false"), rel=1e-5)
     counts = [len(list(f.rglob("*.safetensors"))) for f in (tmp_path / "features").iterdir()]
-    assert 4 * 2 + 2 in counts  # two views of four images, and two validation images
+    # Two views of four images, two validation images, and the drawn one of `app.model.golden`.
+    assert 4 * 2 + 2 + 1 in counts
     assert len(counts) == 2  # the text encoder's
 
 

@@ -114,9 +114,7 @@ class Asking:
 
 def router(models: Models, settings: Settings) -> APIRouter:
     """Return the protocol's routes."""
-    routes = APIRouter(
-        prefix="/v2", route_class=answering(_respond), tags=["Open Inference Protocol"]
-    )
+    routes = APIRouter(prefix="/v2", route_class=answering(_respond), include_in_schema=False)
 
     @routes.get("")
     async def server() -> dict[str, Any]:
