@@ -188,10 +188,9 @@ def serve(
         ),
     )
     check_address(host, settings, open=open)
-    sources = [
-        Source(path, called, device=device, precision=precision)
-        for path, called in name_all(paths, name or ())
-    ]
+    # Registered weights are loaded as a source says that has no path yet.
+    files = [(Path(), "")] if wanted else name_all(paths, name or ())
+    sources = [Source(path, called, device=device, precision=precision) for path, called in files]
     from app.serving.listening import run
     from app.serving.metrics import Figures
 

@@ -152,11 +152,15 @@ class Engine:
     async def _ask(self, image: Uploaded, queries: tuple[Query, ...]) -> Seen:
         """Return what the model's thread has made of an image."""
         model = self._choose(image.digest)
-        job = Job(image.digest, queries, encoded=model.cache.get(image.digest))
-        self.observer.cache(job.encoded is not None)
-        if job.encoded is None:
-            job.prepared = await asyncio.to_thread(self._prepare, image)
-        return await asyncio.wrap_future(model.do(job))
+        model.waiting += 1
+        try:
+            job = Job(image.digest, queries, encoded=model.cache.get(image.digest))
+            self.observer.cache(job.encoded is not None)
+            if job.encoded is None:
+                job.prepared = await asyncio.to_thread(self._prepare, image)
+            return await asyncio.wrap_future(model.do(job))
+        finally:
+            model.waiting -= 1
 
     def _choose(self, digest: str) -> ModelThread:
         """Return the one that has seen the image, unless it has more to do; else the idlest."""

@@ -68,7 +68,7 @@ def run(
     """Serve until a signal asks for the end; what was begun is answered before.
 
     Args:
-        sources: of files; the first one's `device` and `precision` are those of all.
+        sources: of files; with `wanted`, one without a path, which says how those are loaded.
         wanted: of the registry.
         observer: is told what happens.
         processes: that each model has, with a GPU each or a share of the cores; 1: none beside

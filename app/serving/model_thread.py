@@ -93,16 +93,17 @@ class ModelThread:
         finder, about: what `load` has made.
         cache: of features, by the digest of an image's file.
         pace: seconds an image, lately.
+        waiting: images that are decoded for it, wait for it, or that it is at; the engine counts.
     """
 
     def __init__(self, load: Load, settings: Settings) -> None:
         self.observer = Observer()
         self.cache = FeatureCache(settings.limits.cache_bytes)
         self.pace = 0.1
+        self.waiting = 0
         self._max_wait = settings.max_wait_ms / 1000
         self._most = settings.max_batch  # images together; fewer once memory ran out
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._busy = 0  # jobs that the model is at
         self._ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(load,), name="model", daemon=True)
         self._thread.start()
@@ -110,11 +111,6 @@ class ModelThread:
     def wait(self) -> None:
         """Wait until it is loaded; raise UserError as `load` does."""
         self._ready.result()
-
-    @property
-    def waiting(self) -> int:
-        """Jobs that wait for the model, or that it is at."""
-        return self._jobs.qsize() + self._busy
 
     def do(self, job: Job) -> Future[Seen]:
         """Return the outcome of a job, which is done in its turn, unless it is cancelled before."""
@@ -152,14 +148,12 @@ class ModelThread:
             begun = time.monotonic()
             # Those whose clients have left meanwhile are passed over.
             jobs = [job for job in jobs if job.outcome.set_running_or_notify_cancel()]
-            self._busy = len(jobs)
             if jobs:
                 for job in jobs:
                     self.observer.waited(begun - job.since)
                 self._answer(jobs)
                 seconds = (time.monotonic() - begun) / len(jobs)
                 self.pace += (seconds - self.pace) / 8
-                self._busy = 0
 
     def _gather(self) -> list[Job]:
         """Wait for a job, and on a GPU for those that come soon after; none: it is the end."""

@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +107,6 @@ class Follower:
         self._source, self._engine = source, engine
         self._failed: dict[Registered, str] = {}  # versions that are not tried again
         self._silent = False  # the registry, when it was last asked
-        self._ended = threading.Event()
 
     def load_all(self) -> tuple[list[Engine], Mapping[tuple[str, str], str]]:
         """Return an engine of each version that is wanted, and the versions of the aliases.
@@ -132,20 +132,15 @@ class Follower:
             raise UserError(problems)
         return list(engines.values()), aliases
 
-    def follow(self, models: Models, seconds: float) -> threading.Thread:
-        """Look in a thread every so many seconds, until `end` is called."""
+    def follow(self, models: Models, seconds: float) -> None:
+        """Look in a thread every so many seconds, as long as the process lives."""
 
         def run() -> None:
-            while not self._ended.wait(seconds):
+            while True:
+                time.sleep(seconds)
                 self.look(models)
 
-        thread = threading.Thread(target=run, name="registry", daemon=True)
-        thread.start()
-        return thread
-
-    def end(self) -> None:
-        """Look no more."""
-        self._ended.set()
+        threading.Thread(target=run, name="registry", daemon=True).start()
 
     def look(self, models: Models) -> None:
         """Exchange what has moved."""

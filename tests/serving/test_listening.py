@@ -66,6 +66,7 @@ def started(*words: object, **environment: str) -> Iterator[tuple[subprocess.Pop
             process.wait()
 
 
+@pytest.mark.system
 def test_a_server_drains_at_sigterm_and_is_back_after_kill_9() -> None:
     """What was begun is answered; it ends with 143, and what it printed names no key."""
     with started("--checkpoint", NANO, SAM3_API_KEY=SECRET) as (process, address, log):
