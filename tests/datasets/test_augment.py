@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 from app.config.compose import load_config
-from app.datasets.augment import Augment, Recolor, changes_of, to_numbers
+from app.datasets.augment import ADJUST, HUE, Augment, Recolor, changes_of, to_numbers
 from app.datasets.build import load_splits
 from app.datasets.queries import QueryDataset, ToSquare, collate
 
@@ -161,6 +161,21 @@ def test_colour_changes_pixels_and_nothing_else() -> None:
     assert torch.equal(after, v2.functional.normalize(expected, [0.5] * 3, [0.5] * 3))
     assert Recolor(0.0)(plain).images[0].data is pixels
     assert not changes_of(plain.images[0])
+
+
+def test_images_are_recolored_together_as_each_by_itself() -> None:
+    """Some with their hue first or last, one without any change; more than are turned at once."""
+    torch.manual_seed(3)
+    recolor, datapoint = Recolor(0.5), _datapoint(9, 9, (1, 1, 5, 5), mask=False)
+    changes = [changes_of(recolor(datapoint).images[0]) for _ in range(7)]
+    changes[2] = ()
+    assert len({[name for name, _ in each].index(HUE) for each in changes if each}) > 2
+    pixels = torch.randint(256, (7, 3, 30, 30), dtype=torch.uint8)
+    expected = v2.functional.to_dtype(pixels, torch.float32, scale=True)
+    for image, each in zip(expected, changes, strict=True):
+        for name, factor in each:
+            image.copy_(ADJUST[name](image, factor))
+    assert torch.equal(to_numbers(pixels, changes), expected.sub(0.5).div(0.5))
 
 
 @pytest.mark.parametrize("name", ["none", "light", "strong"])

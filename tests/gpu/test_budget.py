@@ -14,10 +14,10 @@ import pytest
 from tests.gpu.null_gpu import NullGpu
 from tests.helpers import MICRO
 
-LAUNCHES = {1: 4_960, 4: 5_270}  # of an update with 4 prompts an image, by the batch: 5,000
-OF_20_PROMPTS = 6_910  # of an update of one image
+LAUNCHES = {1: 4_860, 4: 5_000}  # of an update with 4 prompts an image, by the batch: 5,000
+OF_20_PROMPTS = 6_830  # of an update of one image
 WAITS = 5  # of the host in an update: 50
-PREDICTION = {"launches": 1_290, "waits": 4}  # with 1 prompt: 1,200 and 4
+PREDICTION = {"launches": 1_200, "waits": 4}  # with 1 prompt: 1,200 and 4
 
 
 @pytest.mark.slow

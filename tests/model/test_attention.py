@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app.model.upstream.attention import added_to_scores, attend, is_usual
+from app.model.upstream.attention import (
+    added_to_scores,
+    attend,
+    is_usual,
+    product_rectified,
+    project_at_once,
+    rectified,
+)
 
 PROMPTS, QUERIES, KEYS, WIDTH, HEADS = 3, 5, 7, 16, 2
 
@@ -87,3 +94,35 @@ def test_a_mask_as_numbers(keys: int) -> None:
     added = added_to_scores(mask, torch.bfloat16)
     assert torch.equal(added.exp() == 0, mask)
     assert added.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_attentions_at_once_are_each_of_them(same: bool) -> None:
+    attentions = [_attention(batch_first=False) for _ in range(3)]
+    for number, attention in enumerate(attentions):
+        for parameter in attention.parameters():
+            parameter.data.add_(0.1 * number)
+    query, key = (_tokens(n, batch_first=False, turned=False) for n in (QUERIES, KEYS))
+    value = key if same else _tokens(KEYS, batch_first=False, turned=False)
+    at_once = project_at_once(attentions, key, value)
+    leaves = [query, key, value, *(p for each in attentions for p in each.parameters())]
+    answers = []
+    for one_by_one in (True, False):
+        found = [
+            attention(query, key, value, need_weights=False)[0]
+            if one_by_one
+            else attend(attention, query, projected)
+            for attention, projected in zip(attentions, at_once, strict=True)
+        ]
+        total = sum((each.sin().sum() for each in found), torch.zeros(()))
+        answers.append([*found, *torch.autograd.grad(total, leaves)])
+    torch.testing.assert_close(answers[1], answers[0])
+
+
+def test_relu_within_the_product() -> None:
+    layer, tokens = nn.Linear(WIDTH, 5), torch.randn(2, 3, WIDTH)
+    expected = layer(tokens).relu()
+    with torch.no_grad():
+        torch.testing.assert_close(product_rectified(layer, tokens), expected)
+        assert torch.equal(rectified(layer, tokens), expected)  # a CPU's
+    assert 0 < (expected == 0).float().mean() < 1

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from app.config.compose import load_model_config
 from app.model.build import build_model
-from app.model.upstream.decoder import of_both, together
+from app.model.upstream.attention import project_at_once
+from app.model.upstream.decoder import decode_layer, of_both, together
 
 SIDE, WORDS, PROMPTS = 24, 5, 3
 
@@ -98,3 +99,19 @@ def test_two_heads_at_once_are_the_two() -> None:
     found = of_both(distances, together(heads))
     for ours, head, of_head in zip(found, heads, distances, strict=True):
         torch.testing.assert_close(ours, head(of_head))
+
+
+def test_keys_and_values_of_all_layers_at_once_change_nothing() -> None:
+    """As on a GPU."""
+    decoder = _decoder().train()
+    inputs, layers = _inputs(decoder), list(decoder.layers)
+    text, memory, key = inputs["memory_text"], inputs["memory"], inputs["memory"] + inputs["pos"]
+    of_text = project_at_once([layer.ca_text for layer in layers], text, text)
+    of_image = project_at_once([layer.cross_attn for layer in layers], key, memory)
+    tokens, where = torch.randn(2, 1 + 16, PROMPTS, decoder.d_model).unbind()
+    bias = torch.randn(PROMPTS * layers[0].cross_attn.num_heads, len(tokens), SIDE * SIDE)
+    shared = (text, inputs["text_attention_mask"], key, memory, bias, 1)
+    for layer, *projected in zip(layers, of_text, of_image, strict=True):
+        expected = decode_layer(layer, tokens, where, *shared)
+        found = decode_layer(layer, tokens, where, *shared, *projected)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -15,6 +15,7 @@ import sklearn.metrics
 import torch
 from sam3.model import box_ops, vitdet
 from sam3.model.decoder import TransformerDecoder
+from sam3.model.maskformer_segmentation import SegmentationHead
 from sam3.model.model_misc import MultiheadAttentionWrapper
 from sam3.model.position_encoding import PositionEmbeddingSine
 from sam3.model.text_encoder_ve import ResidualAttentionBlock
@@ -383,3 +384,25 @@ def test_pointwise_convolutions_are_torchs(name: str, prompts: int) -> None:
     assert type(found.grad_fn) is not type(expected.grad_fn)
     assert torch.equal(found, expected)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_the_mask_heads_maps_are_upstreams(images: int) -> None:
+    """To the bit; their gradients to rounding, and none of the map that is replaced."""
+    torch.manual_seed(0)
+    head = build_model(load_model_config("nano")).segmentation_head
+    maps = [torch.randn(images, 64, side, side, requires_grad=True) for side in (16, 8, 4)]
+    ids = torch.tensor([0, images - 1, images - 1])
+    tokens = torch.randn(4 * 4 + 2, len(ids), 64, requires_grad=True)  # the last two are no cells
+    found = head._embed_pixels(maps, ids, tokens)
+    expected = SegmentationHead._embed_pixels.__wrapped__(head, maps, ids, tokens)
+    leaves = [*maps[:2], tokens, *head.pixel_decoder.parameters()]
+    ours, theirs = (
+        [x for x in torch.autograd.grad(y.sin().sum(), leaves, allow_unused=True) if x is not None]
+        for y in (found, expected)
+    )
+    assert torch.equal(found, expected)
+    assert len(ours) > 6
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    found = head._embed_pixels(maps, ids, tokens)
+    assert torch.autograd.grad(found.sum(), maps[2], allow_unused=True) == (None,)

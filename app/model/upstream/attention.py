@@ -9,6 +9,8 @@ projected at once, and the mask may come as numbers.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,37 +49,86 @@ def is_usual(
     return key_padding_mask is None and attn_mask.ndim == 3 and attn_mask.is_floating_point()
 
 
+@dataclass(frozen=True)
+class Projected:
+    """Keys and values of an attention.
+
+    Attributes:
+        key, value: (B, heads, S, c).
+        weight, bias: of the query: (D, D) and (D,).
+    """
+
+    key: Tensor
+    value: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def project_at_once(attentions: Sequence[Any], key: Tensor, value: Tensor) -> list[Projected]:
+    """Return what N attentions make of the same keys and values, (S, B, D), by a product or two."""
+    width, half = attentions[0].embed_dim, multiplied_in(key)
+    heads, count = attentions[0].num_heads, len(attentions)
+    weights, biases = (
+        [x.split([width, 2 * width]) for x in packed]
+        for packed in zip(*((x.in_proj_weight, x.in_proj_bias) for x in attentions), strict=True)
+    )
+    weight, bias = (  # (2, N, D, D) and (2, N, D): those of the keys, and of the values
+        torch.stack([x.unflatten(0, (2, width)) for _, x in each], dim=1).to(half)
+        for each in (weights, biases)
+    )
+
+    def project(tokens: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        of_batch = tokens.transpose(0, 1).to(half)  # (B, S, D)
+        mapped = _linear(of_batch, weight.flatten(0, -2), bias.flatten())
+        return tuple(
+            x.transpose(1, 2) for x in mapped.unflatten(-1, (-1, heads, width // heads)).unbind(2)
+        )
+
+    if key is value:
+        both = project(key, weight, bias)
+        keys, values = both[:count], both[count:]
+    else:
+        keys, values = (
+            project(*each)
+            for each in zip((key, value), weight.unbind(), bias.unbind(), strict=True)
+        )
+    return [
+        Projected(k, v, of_query.to(half), added.to(half))
+        for k, v, (of_query, _), (added, _) in zip(keys, values, weights, biases, strict=True)
+    ]
+
+
 def attend(
     attention: Any,
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | Projected,
+    value: Tensor | None = None,
     attn_mask: Tensor | None = None,
     key_padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Return what the queries attend to: of `torch.nn.MultiheadAttention`, without its weights.
 
     Args:
-        query: (L, B, D), or (B, L, D) where `attention.batch_first`; key and value (S, B, D).
+        query: (L, B, D), or (B, L, D) where `attention.batch_first`; key and value (S, B, D), or
+            both as they were projected.
         attn_mask: (B * heads, L, S), added to the scores.
         key_padding_mask: (B, S), bool, True where there is no key, or by `added_to_scores`.
     """
     heads, half = attention.num_heads, multiplied_in(query)
-    parts = [(query, 1), (key, 1), (value, 1)]  # and how many projections each has
-    if key is value:
-        parts = [(query, 3)] if query is key else [(query, 1), (key, 2)]
-    elif query is key:
-        parts = [(query, 2), (value, 1)]
-    widths = [count * attention.embed_dim for _, count in parts]
-    packed = attention.in_proj_weight.to(half), attention.in_proj_bias.to(half)
-    weights, biases = (x.split(widths) if len(parts) > 1 else (x,) for x in packed)
-    projected: list[Tensor] = []  # (B, heads, L or S, c) each
-    for (tokens, count), weight, bias in zip(parts, weights, biases, strict=True):
-        of_batch = tokens if attention.batch_first else tokens.transpose(0, 1)
-        mapped = _linear(of_batch.to(half), weight, bias).unflatten(-1, (count, heads, -1))
-        each = mapped.unbind(2) if count > 1 else [mapped.squeeze(2)]
-        projected += (x.transpose(1, 2) for x in each)
-    q, k, v = projected
+    if isinstance(key, Projected):
+        [q] = _project(attention, [(query, 1)], [(key.weight, key.bias)])
+        k, v = key.key, key.value
+    else:
+        assert value is not None
+        parts = [(query, 1), (key, 1), (value, 1)]  # and how many projections each has
+        if key is value:
+            parts = [(query, 3)] if query is key else [(query, 1), (key, 2)]
+        elif query is key:
+            parts = [(query, 2), (value, 1)]
+        widths = [count * attention.embed_dim for _, count in parts]
+        packed = attention.in_proj_weight.to(half), attention.in_proj_bias.to(half)
+        weights, biases = (x.split(widths) if len(parts) > 1 else (x,) for x in packed)
+        q, k, v = _project(attention, parts, list(zip(weights, biases, strict=True)))
     mask = None
     if attn_mask is not None:
         mask = attn_mask.to(half).unflatten(0, (-1, heads))  # (B, heads, L, S)
@@ -91,6 +142,23 @@ def attend(
     out = attention.out_proj
     answer = _linear(seen.transpose(1, 2).flatten(2), out.weight.to(half), out.bias.to(half))
     return answer if attention.batch_first else answer.transpose(0, 1)
+
+
+def _project(
+    attention: Any,
+    parts: Sequence[tuple[Tensor, int]],
+    weights: Sequence[tuple[Tensor, Tensor]],
+) -> list[Tensor]:
+    """Return (B, heads, L or S, c) of each projection of each of the tokens."""
+    half = multiplied_in(parts[0][0])
+    projected: list[Tensor] = []
+    for (tokens, count), (weight, bias) in zip(parts, weights, strict=True):
+        of_batch = tokens if attention.batch_first else tokens.transpose(0, 1)
+        mapped = _linear(of_batch.to(half), weight, bias)
+        heads = mapped.unflatten(-1, (count, attention.num_heads, -1))
+        each = heads.unbind(2) if count > 1 else [heads.squeeze(2)]
+        projected += (x.transpose(1, 2) for x in each)
+    return projected
 
 
 def _linear(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -131,6 +199,22 @@ def multiplied_in(tokens: Tensor) -> torch.dtype:
     """Return the half in which autocast multiplies tokens; their own precision without it."""
     kind = tokens.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tokens.dtype
+
+
+def rectified(layer: Any, tokens: Tensor, activation: Any = F.relu) -> Tensor:
+    """Return activation(layer(tokens)): on a GPU without gradients, ReLU within the product."""
+    usual = type(layer) is nn.Linear and activation is F.relu
+    if usual and tokens.is_cuda and not torch.is_grad_enabled():
+        return product_rectified(layer, tokens)
+    found: Tensor = activation(layer(tokens))
+    return found
+
+
+def product_rectified(layer: nn.Linear, tokens: Tensor) -> Tensor:
+    """Map (…, d) to (…, D) by a layer and ReLU, in one operation, of which there is no gradient."""
+    half = multiplied_in(tokens)
+    rows, weight, bias = (x.to(half) for x in (tokens.flatten(0, -2), layer.weight, layer.bias))
+    return torch._addmm_activation(bias, rows, weight.T).unflatten(0, tokens.shape[:-1])
 
 
 def added_to_scores(mask: Tensor, precision: torch.dtype) -> Tensor:

@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from sam3.model import decoder as upstream
 from torch import Tensor, nn
 
-from app.model.upstream.attention import added, added_to_scores, multiplied_in
+from app.model.upstream.attention import (
+    Projected,
+    added,
+    added_to_scores,
+    attend,
+    multiplied_in,
+    project_at_once,
+)
 
 # What `Sam3Image._run_decoder` passes; all else is for videos and for clicks.
 USUAL = (
@@ -91,13 +98,18 @@ def decode(
         half = multiplied_in(memory)
         memory, memory_text = memory.to(half), memory_text.to(half)
         text_attention_mask = added_to_scores(text_attention_mask, half)
+    of_text: Sequence[Projected | None] = [None] * len(self.layers)
+    of_image = of_text
+    if memory.is_cuda and not layers_too and not _are_wrapped(self.layers):
+        of_text = project_at_once([x.ca_text for x in self.layers], memory_text, memory_text)
+        of_image = project_at_once([x.cross_attn for x in self.layers], key, memory)
     presence = self.presence_token.weight[None].expand(1, batch, -1)
     tokens = torch.cat([presence, tgt.repeat(copies, 1, 1)])  # (1 + Q, B, D)
     boxes = self.reference_points.weight[:, None].repeat(copies, batch, 1).sigmoid()  # cxcywh
 
     queries: list[Tensor] = []
     all_boxes, presences = [boxes], []
-    for layer in self.layers:
+    for layer, text, image in zip(self.layers, of_text, of_image, strict=True):
         if queries:
             boxes = all_boxes[-1].detach()
         where = self.ref_point_head(_sines(boxes, frequencies))  # (Q, B, D)
@@ -118,6 +130,8 @@ def decode(
             memory=memory,
             bias=_Bias.apply(*pair),
             copies=copies,
+            of_text=text,
+            of_image=image,
             act_ckpt_enable=layers_too,
         )
         presence, objects = tokens.split([1, len(tokens) - 1])
@@ -146,6 +160,8 @@ def decode_layer(
     memory: Tensor,
     bias: Tensor,
     copies: int,
+    of_text: Projected | None = None,
+    of_image: Projected | None = None,
 ) -> Tensor:
     """Return the tokens (1 + Q, B, D) after self-attention, words, image and feed-forward.
 
@@ -158,6 +174,7 @@ def decode_layer(
         key: the image with its position embedding; memory without, both (tokens, B, D).
         bias: (B * heads, 1 + Q, tokens), added to the scores of the image's tokens.
         copies: 2 where the second half of the queries does not attend to itself.
+        of_text, of_image: their keys and values, where those of all layers were made at once.
     """
     weights = {"need_weights": not (self.training or tokens.is_cuda)}
     first, second = tokens, tokens[:0]
@@ -166,9 +183,17 @@ def decode_layer(
     query = added(first, where[: len(first)])
     first = first + self.dropout2(self.self_attn(query, query, first, **weights)[0])
     tokens = self.norm2(torch.cat([first, second]) if copies == 2 else first)
-    seen = self.ca_text(added(tokens, where), text, text, key_padding_mask=text_mask, **weights)[0]
+    query = added(tokens, where)
+    if of_text is not None:
+        seen = attend(self.ca_text, query, of_text, key_padding_mask=text_mask)
+    else:
+        seen = self.ca_text(query, text, text, key_padding_mask=text_mask, **weights)[0]
     tokens = self.catext_norm(tokens + self.catext_dropout(seen))
-    seen = self.cross_attn(added(tokens, where), key, memory, attn_mask=bias)[0]
+    query = added(tokens, where)
+    if of_image is not None:
+        seen = attend(self.cross_attn, query, of_image, attn_mask=bias)
+    else:
+        seen = self.cross_attn(query, key, memory, attn_mask=bias)[0]
     out: Tensor = self.forward_ffn(self.norm1(tokens + self.dropout1(seen)))
     return out
 
@@ -189,19 +214,24 @@ def _steps(decoder: Any, side: int, device: torch.device) -> Tensor:
 
 
 def _frequencies(count: int, device: torch.device) -> Tensor:
-    """Return what the angles of a sine embedding are divided by: (count / 2,)."""
+    """Return what sides are divided by for a sine embedding, (count / 2,): on a GPU 2 pi in it."""
     steps = torch.arange(0, count, 2, dtype=torch.float32)
-    return (10000 ** (steps / count)).to(device, non_blocking=True)
+    lengths = 10000 ** (steps / count)
+    if device.type == "cuda":
+        lengths = lengths / (2 * math.pi)
+    return lengths.to(device, non_blocking=True)
 
 
 def _sines(boxes: Tensor, frequencies: Tensor) -> Tensor:
     """Return the sine embedding of boxes (Q, B, 4), as upstream's `gen_sineembed_for_position`."""
     x, y, width, height = boxes.unbind(-1)
-    angles = torch.stack([y, x, width, height], -1) * (2 * math.pi)
-    angles = angles[..., None] / frequencies  # (Q, B, 4, D / 4)
+    sides = torch.stack([y, x, width, height], -1)
+    if not sides.is_cuda:
+        sides = sides * (2 * math.pi)
+    angles = sides[..., None] / frequencies  # (Q, B, 4, D / 4)
     if not angles.is_cuda or angles.requires_grad:
         return torch.stack([angles.sin(), angles.cos()], -1).flatten(2)  # (Q, B, 2 D)
-    both = torch.empty(*angles.shape, 2, device=angles.device)
+    both = torch.empty(*angles.shape, 2, device=angles.device, dtype=multiplied_in(angles))
     torch.sin(angles, out=both[..., 0])
     torch.cos(angles, out=both[..., 1])
     return both.flatten(2)
@@ -224,6 +254,11 @@ def _distances(boxes: Tensor, steps: Tensor, halves: Tensor) -> Tensor:
     edges = torch.addcmul(8 * center, size, halves)  # (2, B, Q, 2), times 8
     distances = steps[:, None] - edges[..., None, :]
     return torch.copysign(torch.log2(distances.abs() + 1.0), distances) / math.log2(8)
+
+
+def _are_wrapped(layers: Sequence[Any]) -> bool:
+    attentions = [x for layer in layers for x in (layer.ca_text, layer.cross_attn)]
+    return not all(isinstance(each, nn.MultiheadAttention) for each in attentions)
 
 
 def _are_adapted(heads: Sequence[Any]) -> bool:

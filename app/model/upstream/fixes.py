@@ -151,6 +151,7 @@ def apply_fixes() -> None:
         _box_overlaps_without_waiting,
         _feature_size_on_the_host,
         _mask_head_on_any_device,
+        _mask_head_selects_maps,
         _pointwise_convolutions_as_products,
         _text_attention_on_contiguous_tokens,
         _attention_on_contiguous_tokens,
@@ -274,10 +275,13 @@ def _decoder_feedforward_in_float32_on_any_device() -> None:
     import torch
     from sam3.model.decoder import TransformerDecoderLayer
 
+    from app.model.upstream.attention import rectified
+
     def forward_ffn(self: Any, tgt: Any) -> Any:
         with torch.autocast(tgt.device.type, enabled=False):
             tgt = tgt.float()
-            hidden = self.linear2(self.dropout3(self.activation(self.linear1(tgt))))
+            hidden = self.dropout3(rectified(self.linear1, tgt, self.activation))
+            hidden = self.linear2(hidden)
         return self.norm3(tgt + self.dropout4(hidden))
 
     TransformerDecoderLayer.forward_ffn = forward_ffn
@@ -546,7 +550,7 @@ def _first_attention_once_an_image() -> None:
     from sam3.model.encoder import TransformerEncoderLayer
     from sam3.model.sam3_image import Sam3Image
 
-    from app.model.upstream.attention import added
+    from app.model.upstream.encoder import encode_layer
 
     run_encoder, original = Sam3Image._run_encoder, TransformerEncoderLayer.forward
 
@@ -584,7 +588,10 @@ def _first_attention_once_an_image() -> None:
                 repeated; for the first layer.
             image_ids: (P,) int64, the image of each prompt.
         """
-        if images is None or self.layer_idx:
+        is_first = images is not None and not self.layer_idx
+        others = dac, tgt_mask, tgt_key_padding_mask
+        plain = self.pre_norm and all(each is None or each is False for each in others)
+        if not (is_first or (plain and tgt.is_cuda)):
             return original(
                 self,
                 tgt,
@@ -597,22 +604,10 @@ def _first_attention_once_an_image() -> None:
                 pos,
                 query_pos,
             )
-        seen = self.norm1(images)
-        asked = added(seen, image_pos) if self.pos_enc_at_attn else seen
-        attended = self.self_attn(asked, asked, value=seen)[0]  # (B, h * w, d)
-        tgt = tgt + self.dropout1(attended.index_select(0, image_ids))
-        asked = self.norm2(tgt)
-        tgt = tgt + self.dropout2(
-            self.cross_attn_image(
-                query=asked + query_pos if self.pos_enc_at_cross_attn_queries else asked,
-                key=memory + pos if self.pos_enc_at_cross_attn_keys else memory,
-                value=memory,
-                attn_mask=memory_mask,
-                key_padding_mask=memory_key_padding_mask,
-            )[0]
-        )
-        hidden = self.dropout(self.activation(self.linear1(self.norm3(tgt))))
-        return tgt + self.dropout3(self.linear2(hidden))
+        inputs = {"query_pos": query_pos, "pos": pos, "memory_mask": memory_mask}
+        inputs["memory_key_padding_mask"] = memory_key_padding_mask
+        of_images = (images, image_pos, image_ids) if is_first else None
+        return encode_layer(self, tgt, memory, of_images, **inputs)
 
     Sam3Image._run_encoder, TransformerEncoderLayer.forward = run, forward
 
@@ -805,6 +800,32 @@ def _mask_head_on_any_device() -> None:
     SegmentationHead.device = property(lambda self: next(self.parameters()).device)
 
 
+def _mask_head_selects_maps() -> None:
+    """Give the mask head's pixel decoder the maps that it reads, selected for each prompt.
+
+    maskformer_segmentation.py:117 selects them by an index, whose gradient a GPU sorts first, and
+    copies those of a single image, and the last, which it then replaces.
+
+    Goes when upstream selects the maps that it uses.
+    """
+    from sam3.model.maskformer_segmentation import SegmentationHead
+
+    original = SegmentationHead._embed_pixels
+
+    @functools.wraps(original)
+    def embed(self: Any, backbone_feats: Any, image_ids: Any, encoder_hidden_states: Any) -> Any:
+        """Map the levels (B, C, h, w) and tokens (h * w, P, C) to pixel embeddings (P, C, H, W)."""
+        *maps, last = backbone_feats
+        if not self.use_encoder_inputs or self.act_ckpt or last.device != self.device:
+            return original(self, backbone_feats, image_ids, encoder_hidden_states)
+        if len(last) > 1:
+            maps = [each.index_select(0, image_ids) for each in maps]
+        tokens = encoder_hidden_states[: last[0, 0].numel()].permute(1, 2, 0)
+        return self.pixel_decoder([*maps, tokens.reshape(-1, *last.shape[1:])])
+
+    SegmentationHead._embed_pixels = embed
+
+
 def _pointwise_convolutions_as_products() -> None:
     """Train the mask head's 1 x 1 convolutions as products of matrices on one thread of a CPU.
 
@@ -938,6 +959,8 @@ def _no_level_that_is_dropped() -> None:
     from sam3.model.necks import Sam3DualViTDetNeck
     from sam3.model.vl_combiner import SAM3VLBackbone
 
+    from app.model.upstream.attention import multiplied_in
+
     original = Sam3DualViTDetNeck.forward
 
     def note_dropped(backbone: Any) -> None:
@@ -949,6 +972,8 @@ def _no_level_that_is_dropped() -> None:
         if not dropped or self.sam2_convs is not None:
             return original(self, tensor_list)
         tokens = self.trunk(tensor_list)[-1]
+        if tokens.is_cuda:  # each convolution would convert them
+            tokens = tokens.to(multiplied_in(tokens))
         levels = [conv(tokens) for conv in self.convs[:-dropped]]
         places = [self.position_encoding(level).to(level.dtype) for level in levels]
         return levels + [None] * dropped, places + [None] * dropped, None, None

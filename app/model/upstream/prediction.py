@@ -14,15 +14,17 @@ import torch
 from sam3.model import geometry_encoders
 from sam3.model.encoder import TransformerEncoder
 from sam3.model.geometry_encoders import SequenceGeometryEncoder
+from sam3.model.model_misc import MLP
 from torch import Tensor
 
-from app.model.upstream.attention import added_to_scores, multiplied_in
+from app.model.upstream.attention import added_to_scores, multiplied_in, rectified
 
 
 def apply() -> None:
     """Put the functions of this file before upstream's, once a process."""
     _stand_in(TransformerEncoder, _encode)
     _stand_in(SequenceGeometryEncoder, _encode_geometry)
+    MLP.forward = _map_by_layers
 
 
 def _stand_in(cls: Any, predict: Any) -> None:
@@ -37,6 +39,16 @@ def _stand_in(cls: Any, predict: Any) -> None:
         return original(self, *args, **kwargs)
 
     cls.forward = forward
+
+
+def _map_by_layers(self: Any, x: Tensor) -> Tensor:
+    """Map (…, d) as upstream's perceptron (model_misc.py:188)."""
+    hidden = x
+    for layer in self.layers[:-1]:
+        hidden = self.drop(rectified(layer, hidden))
+    hidden = self.layers[-1](hidden)
+    found: Tensor = self.out_norm(hidden + x if self.residual else hidden)
+    return found
 
 
 def _encode(

@@ -10,6 +10,7 @@ where the product has left them.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,9 +42,7 @@ def is_usual(trunk: Any, pixels: Tensor) -> bool:
 def encode(trunk: Any, pixels: Tensor) -> list[Tensor]:
     """Map images (B, 3, R, R) to the one feature map of `ViT.forward`, (B, D, g, g)."""
     patches = trunk.patch_embed(pixels)  # (B, g, g, D)
-    places = get_abs_pos(
-        trunk.pos_embed, trunk.pretrain_use_cls_token, patches.shape[1:3], tiling=trunk.tile_abs_pos
-    )
+    places = _places(trunk, *patches.shape[1:3])
     tokens = trunk.ln_pre(patches + places)
     run: Callable[..., Tensor]
     for block, factors in zip(trunk.blocks, _depth(trunk, tokens), strict=True):
@@ -51,6 +50,18 @@ def encode(trunk: Any, pixels: Tensor) -> list[Tensor]:
         run = functools.partial(checkpoint, block, use_reentrant=False) if recomputed else block
         tokens = run(tokens, factors)
     return [trunk.ln_post(tokens).permute(0, 3, 1, 2)]
+
+
+def _places(trunk: Any, height: int, width: int) -> Tensor:
+    """Return the position embedding (1, height, width, D), tiled without what would be cut off."""
+    grid = trunk.pos_embed[:, 1:] if trunk.pretrain_use_cls_token else trunk.pos_embed
+    side = math.isqrt(grid.shape[1])
+    if trunk.tile_abs_pos and not (height % side or width % side):
+        return grid.unflatten(1, (side, side)).repeat(1, height // side, width // side, 1)
+    found: Tensor = get_abs_pos(
+        trunk.pos_embed, trunk.pretrain_use_cls_token, (height, width), tiling=trunk.tile_abs_pos
+    )
+    return found
 
 
 def _depth(trunk: Any, tokens: Tensor) -> list[Factors]:
