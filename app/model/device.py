@@ -113,9 +113,9 @@ def _find_driver() -> str | None:
 def choose_threads(device: torch.device, config: ModelConfig) -> None:
     """Compute a narrow model on one thread of the CPU, unless OMP_NUM_THREADS says otherwise.
 
-    Its operations are too small to be shared: on two threads an update of nano takes 0.7 to 0.9
-    times as long, but up to ten times where another process has one of the cores, as threads wait
-    for one another by spinning.
+    Its operations are too small to be shared: on two threads that sleep while they wait for one
+    another (`prepare_import`) an update of nano takes as long; on two that spin 0.8 times as long,
+    but 1.7 times where another process has one of the cores.
     """
     if device.type == "cpu" and not is_wide(config) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

@@ -217,6 +217,20 @@ def test_nothing_is_scripted_where_torch_came_first() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    ("chosen", "found"),
+    [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active"), ({"GOMP_SPINCOUNT": "9"}, "None")],
+)
+def test_threads_wait_asleep_unless_the_user_chose(chosen: dict[str, str], found: str) -> None:
+    code = "import os, app\nprint(os.environ.get('OMP_WAIT_POLICY'))"
+    unset = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(
+        words, cwd=REPOSITORY, capture_output=True, text=True, check=True, env=unset | chosen
+    )
+    assert done.stdout.split() == [found]
+
+
 @pytest.mark.parametrize("image_ids", [[0], [0, 0, 0], [0, 0, 1, 1, 1]])
 def test_the_first_attention_sees_an_image_once(image_ids: list[int]) -> None:
     """As upstream's, of an image for each prompt: to the bit but for what many rows round."""

@@ -87,7 +87,12 @@ def prepare_import() -> None:
 
     torch 2.15 multiplies outer products on a GPU by a Triton kernel (torch/_native), where it finds
     a C compiler: the first step waits for it, and warns. cuBLAS does as well, elsewhere and here.
+
+    Threads of a CPU sleep while they wait for one another, unless the user has chosen: those that
+    spin take the cores from the thread that they wait for, where other processes want them too.
     """
+    if "GOMP_SPINCOUNT" not in os.environ:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("PYTORCH_JIT", "0")
     os.environ.setdefault("TORCH_DISABLE_NATIVE_JIT", "1")
     warnings.filterwarnings("ignore", message="CUDA is not available or torch_xla", module="sam3")
