@@ -69,9 +69,9 @@ def create_app(models: Models, settings: Settings, observer: Observer | None = N
     app.include_router(describing.router(app))
     app.include_router(page.router())
     describing.complete(app)
-    _answer_errors(app, observer)
+    _answer_errors(app)
     app.state.held = Held()
-    app.add_middleware(Guard, settings=settings, observer=observer, held=app.state.held)
+    app.add_middleware(Guard, settings=settings, held=app.state.held)
     app.add_middleware(Requests, observer=observer)
     return app
 
@@ -215,24 +215,20 @@ def state_router(models: Models, observer: Observer) -> APIRouter:
     return routes
 
 
-def _answer_errors(app: FastAPI, observer: Observer) -> None:
+def _answer_errors(app: FastAPI) -> None:
     """Answer every error by the JSON of `ErrorOut`."""
-
-    def respond(refusal: Refused) -> Response:
-        observer.failed(refusal.status)
-        return to_response(refusal)
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
-        return respond(error)
+        return to_response(error)
 
     @app.exception_handler(UserError)
     async def mistaken(_: Request, error: UserError) -> Response:
-        return respond(unusable(error))
+        return to_response(unusable(error))
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
         problem = Problem("", f"{request.method} {request.url.path[:100]}", "see /docs")
-        return respond(
+        return to_response(
             Refused(error.status_code, f"{error.detail}.", [problem], error.headers or {})
         )

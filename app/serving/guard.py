@@ -20,7 +20,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.serving.answers import to_json
-from app.serving.observer import Observer
 from app.serving.refusals import Problem, Refused, busy
 from app.serving.settings import Settings
 
@@ -52,8 +51,8 @@ class Guard:
         held: counts what the requests of this server hold.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, observer: Observer, held: Held) -> None:
-        self._app, self._settings, self._observer = app, settings, observer
+    def __init__(self, app: ASGIApp, settings: Settings, held: Held) -> None:
+        self._app, self._settings = app, settings
         self._limits = settings.limits
         self._held = held
 
@@ -71,12 +70,7 @@ class Guard:
         except Refused as refusal:
             if refusal.status == 408 or not await _discard(scope, receive):
                 refusal.headers["Connection"] = "close"
-            await self.refuse(refusal, scope, receive, send)
-
-    async def refuse(self, refusal: Refused, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer by a refusal."""
-        self._observer.failed(refusal.status)
-        await to_response(refusal)(scope, receive, send)
+            await to_response(refusal)(scope, receive, send)
 
     def _check_caller(self, scope: Scope) -> None:
         """Raise Refused where the server is called by a stranger's name, or without its key."""
@@ -182,7 +176,7 @@ class Guard:
             if not begun:
                 problem = Problem("", type(error).__name__, "the server's log says more")
                 refusal = Refused(500, "The server failed at this request.", [problem])
-                await self.refuse(refusal, scope, receive, send)
+                await to_response(refusal)(scope, receive, send)
 
 
 async def _discard(scope: Scope, receive: Receive) -> bool:

@@ -43,9 +43,6 @@ class Observer:
     def shadowed(self, engine: Engine, agreement: float | None) -> None:
         """Note how a shadow's answer agrees with the one that was given; None: it gave none."""
 
-    def failed(self, status: int) -> None:
-        """Note a request that was answered by an error."""
-
     def responded(self, route: str, status: int, seconds: float) -> None:
         """Note an answer to a request: the path of its route, never the request's own."""
 

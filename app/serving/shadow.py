@@ -10,6 +10,7 @@ from pycocotools import mask as coco_mask
 
 from app.errors import UserError
 from app.inference.detections import Detections
+from app.inference.outputs import box_xywh
 from app.serving.engine import Asked, Engine
 from app.serving.refusals import Refused
 from app.serving.uploads import Uploaded
@@ -59,7 +60,8 @@ def agreement(ours: Detections, theirs: Detections) -> float:
     """
     if not len(ours) or not len(theirs):
         return float(len(ours) == len(theirs))
-    overlaps = coco_mask.iou(_xywh(ours), _xywh(theirs), [0] * len(theirs))
+    boxes = ([box_xywh(found, index) for index in range(len(found))] for found in (ours, theirs))
+    overlaps = coco_mask.iou(*boxes, [0] * len(theirs))
     free = np.ones(len(theirs), dtype=bool)
     names = np.array([theirs.prompts[int(number)] for number in theirs.prompt_ids])
     pairs = 0
@@ -70,8 +72,3 @@ def agreement(ours: Detections, theirs: Detections) -> float:
             free[best] = False
             pairs += 1
     return 2 * pairs / (len(ours) + len(theirs))
-
-
-def _xywh(found: Detections) -> np.ndarray:
-    boxes = found.boxes_xyxy.astype(np.float64)
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
