@@ -16,6 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import TextIO
 
 from app.errors import UserError
 
@@ -81,9 +82,22 @@ def _shown(value: object) -> object:
     return value if isinstance(value, numbers.Number) else plain(value)
 
 
+class _Lines(logging.StreamHandler[TextIO]):
+    """Writes lines for as long as they are read: `./train.sh | head` trains on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Write to nowhere from now on where the reader has left; else report as usual."""
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+
 def log_to_stdout() -> None:
     """Print what the tool logs to stdout, without time or level, and nowhere else."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Lines(sys.stdout)
     handler.setFormatter(Formatter())
     log.handlers = [handler]
     log.setLevel(logging.INFO)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from app.console import LONGEST, Formatter, command, plain, show_problems
 from app.errors import UserError
+from tests.helpers import REPOSITORY
 
 NASTY = [
     "x'; touch y; '",
@@ -71,3 +73,25 @@ def test_problems_are_a_line_each_and_not_without_an_end(capsys) -> None:
     assert len(lines[2]) < LONGEST + 50
     assert lines[-1] == "error: and 99000 more problems"
     assert len(lines) == 3 + 1001
+
+
+def test_whoever_reads_may_leave() -> None:
+    """The work goes on, as where `head` has seen enough, and nothing is said of it."""
+    code = (
+        "import sys, time\nfrom app.console import log, log_to_stdout\nlog_to_stdout()\n"
+        "for number in range(2000): log.info('line %s', number)\n"
+        "print('done', file=sys.stderr)"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "line 0\n"
+    writer.stdout.close()
+    assert writer.stderr is not None
+    assert writer.stderr.read() == "done\n"
+    assert writer.wait() == 0

@@ -169,12 +169,34 @@ def survey(folder: Path, format: str = "auto", reading: ReadingConfig = AS_WRITT
     faults += alike_names(folder, splits)
     files = {path for read in readings.values() for path in read.files}
     faults += unread_files(folder, splits, files)
+    if repeated := _repeated_valid(splits, sources):
+        faults += repeated
+        notes = [*notes, *(f"valid: {fault.remedy}" for fault in repeated)]
+        del splits["valid"], readings["valid"]
     tally = sum((read.tally for read in readings.values()), Tally())
     splits, faults, depth = share_levels(splits, faults, folder)
     said = dict.fromkeys(
         [*notes, *(note for read in readings.values() for note in read.notes), *depth]
     )
     return Survey(splits, tuple(faults), tally, tuple(said))
+
+
+def _repeated_valid(
+    splits: Mapping[str, Dataset], sources: Mapping[str, Source]
+) -> Sequence[Fault]:
+    """Report a validation split that has files of training and no others."""
+    if not (valid := splits.get("valid")) or not valid.images:
+        return ()
+    paths = [image.path for image in valid.images]
+    if len(same_files(paths, [image.path for image in splits["train"].images])) < len(paths):
+        return ()
+    findings = Findings(str(sources["valid"].where))
+    remedy = (
+        "its images are all in train as well: the set is read without it, and some of train's are "
+        "set aside; name others to validate on those"
+    )
+    findings.add("same splits", "valid", f"{len(paths)} images", remedy)
+    return findings.faults
 
 
 def decode(surveyed: Survey, folder: Path, on_image: Callable[[int], None]) -> Survey:

@@ -196,3 +196,21 @@ def test_files_of_training_in_the_other_splits_are_said(tmp_path):
         "valid: 1 of 3 images are in train as well",
         "test: 2 of 3 images are in valid as well",
     ]
+
+
+# ultralytics' coco128.yaml
+def test_a_validation_split_of_training_images_is_left_away(tmp_path):
+    """Also where it is told before training; some of train's are set aside in its place."""
+    put(tmp_path / "set/labels/train/.keep", b"")
+    for number in range(8):
+        put(tmp_path / f"set/images/train/{number}.png", scene(number)[0])
+        put(tmp_path / f"set/labels/train/{number}.txt", b"0 0.5 0.5 0.2 0.2\n")
+    put(tmp_path / "set/data.yaml", b"train: images/train\nval: images/train\nnames: [thing]\n")
+    found = check(tmp_path / "set", "auto").survey
+    assert [fault.kind for fault in found.faults if fault.place == "valid"] == ["same splits"]
+    found.require_sound(0)
+    splits = load_splits(tmp_path / "set")
+    assert [note for note in splits.notes if note.startswith("valid: its images are all in train")]
+    validated = {image.path.name for image in splits.valid.images}
+    assert validated
+    assert validated.isdisjoint(image.path.name for image in splits.train.images)
