@@ -21,7 +21,11 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` with the known word most like `word`, or an empty string."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+def nearest(word: str, known: Iterable[str], alike: float = 0.5) -> str:
+    """Return ` Did you mean 'x'?` with the known word most like `word`, or an empty string.
+
+    Args:
+        alike: 0..1, how much the words must be, by difflib's ratio.
+    """
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=alike)
     return f" Did you mean '{matches[0]}'?" if matches else ""

@@ -184,11 +184,11 @@ def survey(folder: Path, format: str = "auto", reading: ReadingConfig = AS_WRITT
 def _repeated_valid(
     splits: Mapping[str, Dataset], sources: Mapping[str, Source]
 ) -> Sequence[Fault]:
-    """Report a validation split that has files of training and no others."""
+    """Report a validation split that names files of training and no others."""
     if not (valid := splits.get("valid")) or not valid.images:
         return ()
-    paths = [image.path for image in valid.images]
-    if len(same_files(paths, [image.path for image in splits["train"].images])) < len(paths):
+    paths = {image.path.resolve() for image in valid.images}
+    if not paths <= {image.path.resolve() for image in splits["train"].images}:
         return ()
     findings = Findings(str(sources["valid"].where))
     remedy = (

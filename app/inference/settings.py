@@ -19,6 +19,7 @@ from app.model.vocabulary import unknown_words
 log = logging.getLogger("app")
 SAVES = tuple(dict.fromkeys([*PER_IMAGE, *TABLES]))  # what --save takes
 RANDOM = "none"  # the checkpoint of random weights
+ALIKE = 0.8  # 0..1, a prompt and the class that may be meant
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Defaults:
     """Hold the settings that a model brings with it.
 
     Attributes:
-        prompts: its classes, asked for where a user names none.
+        prompts: its classes, asked for where a user names none; empty where that takes long.
         vocabulary: the only prompts that it takes; None: any.
         threshold: 0..1, which it was calibrated to; None: it was not calibrated.
     """
@@ -163,6 +164,11 @@ def with_defaults(settings: Settings, defaults: Defaults | None = None) -> Setti
         check_prompts(prompts)
     if problems := unknown_words(defaults.vocabulary, prompts):
         raise UserError([f"--prompt {line}" for line in problems])
+    for prompt in prompts:
+        if prompt not in defaults.prompts and (meant := nearest(prompt, defaults.prompts, ALIKE)):
+            log.info(
+                "note: '%s' is no class of these weights, which find any words.%s", prompt, meant
+            )
     if len(prompts) > settings.max_detections:
         log.info(
             "%d prompts share --max-detections %d an image; raise it to find what each names",
@@ -182,11 +188,10 @@ def _read_defaults(settings: Settings, *, classes: bool) -> Defaults:
     from app.model import weights  # here, because an exported folder needs no torch
 
     path = Path(settings.checkpoint)
-    prompts = weights.describe(path, settings.size).prompts if classes else ()
     header = weights.read_header(path)
     if header is None:
-        return Defaults(prompts)
-    return Defaults(prompts, header.model.vocabulary, header.threshold)
+        return Defaults(weights.describe(path, settings.size).prompts if classes else ())
+    return Defaults(header.prompts, header.model.vocabulary, header.threshold)
 
 
 def _threshold(settings: Settings, defaults: Defaults) -> float:

@@ -261,7 +261,7 @@ def test_missing_and_empty_folders_and_files(tmp_path):
     for path in (tmp_path / "nowhere", Path(__file__)):
         with pytest.raises(UserError, match="no such folder"):
             load_splits(path)
-    with pytest.raises(UserError, match="There is: nothing"):
+    with pytest.raises(UserError, match=r"the folder is empty; .* see docs/data\.md$"):
         load_splits(tmp_path)
     (tmp_path / "cat.jpg").touch()
     with pytest.raises(UserError, match=r"_annotations\.coco\.json.*There is: cat\.jpg"):

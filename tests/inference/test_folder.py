@@ -293,6 +293,23 @@ def test_without_prompts_the_classes_of_the_weights_are_asked_for(
     assert {r["prompt"] for r in _results(tmp_path / "out")} <= {"circle", "rectangle", "triangle"}
 
 
+def test_a_prompt_that_may_be_mistyped_is_told_and_asked_for(
+    command, tiny_run, images, tmp_path
+) -> None:
+    """The model takes any words, so that it is a note."""
+    words = ("--prompt", "circel", "--prompt", "dog", "--prompt", "triangle", "--threshold", 0)
+    done = command(
+        *("infer", "--checkpoint", tiny_run / "weights/best", "--input", images / "a.png"),
+        *(*words, "--output-dir", tmp_path / "out"),
+    )
+    assert done.code == 0, done.err
+    said = [line for line in done.out.splitlines() if "Did you mean" in line]
+    assert said == [
+        "note: 'circel' is no class of these weights, which find any words. Did you mean 'circle'?"
+    ]
+    assert "circel" in {result["prompt"] for result in _results(tmp_path / "out")}
+
+
 def test_a_negative_box_and_a_prompt_file(command, tiny_run, images, tmp_path) -> None:
     (tmp_path / "prompts.txt").write_text("circle\ndog\n")
     first = ("infer", "--checkpoint", tiny_run / "weights/best", "--input", images / "b.jpg")

@@ -127,13 +127,15 @@ def _inside(folder: Path) -> str | None:
 
 def _nothing_found(folder: Path, formats: Sequence[Format]) -> str:
     there = sorted(path.name for path in folder.iterdir())
+    if not there:
+        return f"{folder}: the folder is empty; put images and their labels there, see docs/data.md"
     listed = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
     looked_for = "; ".join(f"{format.name} ({format.layout})" for format in formats)
     alone = "" if any(labels_there(folder)) or not any(walk_images(folder)) else f". {UNLABELLED}"
     other = f". It looks like {detected.key}" if (detected := detect(folder)) else ""
     return (
         f"{folder}: no dataset found, in it or in its folders train, valid, val and test. "
-        f"Looked for {looked_for}. There is: {listed or 'nothing'}{other}{alone}"
+        f"Looked for {looked_for}. There is: {listed}{other}{alone}"
     )
 
 
