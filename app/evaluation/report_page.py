@@ -20,7 +20,8 @@ from app.evaluation.diagnosis import KINDS, Diagnosis, confusion, extremes
 from app.evaluation.matching import Overlaps, overlaps
 from app.evaluation.metrics import accumulate, by_class, iou_types
 from app.evaluation.record import Record
-from app.evaluation.run_files import FIGURES, SETTINGS, RunFiles, Settings, read_run
+from app.evaluation.run_files import FIGURES, SETTINGS, RunFiles, read_run
+from app.evaluation.summary import gain_in_words
 from app.files import read_text, write_text
 from app.page import drawing, page, picture, table, text
 
@@ -91,7 +92,7 @@ def render(folder: Path, evaluation: Record | None = None) -> str:
         raise UserError(f"{folder / FIGURES}: no figures; score the weights again")
     scored, rows = _scored(evaluation, files), files.rows
     parts = [
-        _summary(scored, files.settings),
+        _summary(scored, files),
         "<h2>Figures</h2>",
         _headline(scored.figures),
         *([f'<h2>Training</h2><div class="row">{_curves(rows)}</div>'] if rows else []),
@@ -120,15 +121,26 @@ def _scored(evaluation: Record, files: RunFiles) -> Scored:
     )
 
 
-def _summary(scored: Scored, settings: Settings) -> str:
+def _summary(scored: Scored, files: RunFiles) -> str:
+    """Tell what was scored, what training has brought, and what was said of the data before it."""
     truth = scored.record.truth
     sentence = (
         f"{counted(len(truth.images), 'image')} of the split “{scored.record.split}”, "
         f"{counted(len(truth.annotations), 'object')} of {counted(len(truth.categories), 'class')}."
     )
-    if model := settings.model:
+    if model := files.settings.model:
         sentence = f"SAM 3, size {model.name}, {model.resolution} px. {sentence}"
-    return f"<p>{text(sentence)}</p>"
+    gain = []
+    before = {
+        name.removeprefix("baseline/"): value
+        for name, value in files.figures.items()
+        if name.startswith("baseline/")
+    }
+    if before:
+        gain = gain_in_words(before, files.figures, truth, scored.record.results)
+    notes = "".join(f"<li>{text(note)}</li>" for note in files.environment.notes)
+    said = f"<p>Said of the data:</p><ul>{notes}</ul>" if notes else ""
+    return "".join(f"<p>{text(line)}</p>" for line in (sentence, *gain)) + said
 
 
 def _headline(figures: Mapping[str, Any]) -> str:

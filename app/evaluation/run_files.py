@@ -52,6 +52,7 @@ class Environment(_Strict):
     cpus: int | None = None
     packages: dict[str, str] = {}
     data: dict[str, Split] = {}
+    notes: list[str] = []
     command: list[str] = []
 
 

@@ -128,6 +128,7 @@ def write_settings(
             for name in ("train", "valid", "test")
             if (split := getattr(splits, name)) is not None
         },
+        "notes": list(splits.notes),
         "command": sys.argv[1:],
     }
     write_json(folder / "environment.json", environment)

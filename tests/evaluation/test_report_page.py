@@ -78,6 +78,23 @@ def test_the_page_of_a_run(tiny_run: Path) -> None:
         assert said in html
 
 
+def test_the_top_tells_what_the_terminal_told_of_gain_and_data(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["notes"] == []
+    notes = ["valid: 1 of 2 images are in train as well", HOSTILE]
+    write_json(folder / "environment.json", environment | {"notes": notes})
+    top = render(folder).partition("<h2>")[0]
+    assert HOSTILE not in top
+    told = html.unescape(top)
+    log = (folder / "train.log").read_text()
+    gain = re.findall(r"(of \d+ objects? in .*|.*Box AP of other such images.*)", log)
+    assert len(gain) == 2
+    assert all(line in told for line in (*gain, *notes))
+
+
 def test_the_page_can_be_made_anew(tiny_run: Path, command: Command) -> None:
     before = (tiny_run / "report.html").read_text()
     assert command("report", tiny_run).code == 0
