@@ -14,9 +14,10 @@ from app.datasets.build import Splits
 from app.datasets.coco import Dataset
 from app.errors import UserError
 from app.evaluation import record, report
+from app.evaluation.intervals import with_intervals
 from app.evaluation.off_prompt import choose_nouns
 from app.evaluation.record import Record
-from app.evaluation.report_page import write_report
+from app.evaluation.report_page import bounds, write_report
 from app.evaluation.validate import ALONE, Ranks, Validation, validate
 from app.files import write_json
 from app.inference.predictor import Predictor
@@ -55,8 +56,9 @@ def evaluate(config: Config, splits: Splits, pretrained_path: Path | None) -> di
     folder = Path(config.output_dir)
     scored = Record(config.evaluation.split, dataset, validation.results)
     write_predictions(folder, scored, config)
-    write_json(folder / "metrics.json", validation.figures)
-    log.info("%s", summary(validation.figures))
+    figures = with_intervals(validation.figures, dataset, validation.results)
+    write_json(folder / "metrics.json", figures)
+    log.info("%s", summary(figures))
     log.info("figures: %s; report: %s", folder / "metrics.json", write_report(folder, scored))
     return validation.figures
 
@@ -128,7 +130,7 @@ def write_predictions(folder: Path, scored: Record, config: Config) -> None:
 
 
 def summary(figures: dict[str, float]) -> str:
-    """Return the main figures in a line."""
+    """Return the main figures in a line, AP with its interval."""
     names = {
         "bbox/AP": "box AP",
         "bbox/AP50": "box AP50",
@@ -137,4 +139,9 @@ def summary(figures: dict[str, float]) -> str:
         "segm/cgF1": "cgF1",
         "off_prompt/firing": "off-prompt firing",
     }
-    return ", ".join(f"{n} {figures[key]:.3f}" for key, n in names.items() if key in figures)
+    lines = [
+        f"{name} {figures[key]:.3f}" + (f" ({found})" if (found := bounds(figures, key)) else "")
+        for key, name in names.items()
+        if key in figures
+    ]
+    return ", ".join(lines)

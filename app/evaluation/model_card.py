@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from app.config.schema import Config, DatasetConfig, Node
 from app.console import command, counted, duration, plain
 from app.datasets.build import Splits
-from app.evaluation.report_page import HEADLINE, KIND, ONCE, number
+from app.evaluation.report_page import HEADLINE, KIND, ONCE, OTHERS, bounds, number
 from app.evaluation.run_files import Environment, read_environment, read_figures
 from app.files import read_text, remove_unfinished, write_text
 from app.model import weights
@@ -196,12 +196,12 @@ def _figures(figures: Mapping[str, Any]) -> str:
         for kind in KIND
         for name, label in HEADLINE.items()
     } | ONCE
-    lines = [f"| on the validation images | {' | '.join(columns.values())} |"]
-    lines.append("|---" * (1 + len(columns)) + "|")
+    lines = [f"| on the validation images | {' | '.join((*columns.values(), OTHERS))} |"]
+    lines.append("|---" * (2 + len(columns)) + "|")
     for name, label in names.items():
         if name in figures:
-            values = (figures.get(f"{prefix}{name}") for prefix in columns)
-            lines.append(f"| {label} | {' | '.join(map(number, values))} |")
+            values = [number(figures.get(f"{prefix}{name}")) for prefix in columns]
+            lines.append(f"| {label} | {' | '.join((*values, bounds(figures, name)))} |")
     return "\n".join(lines)
 
 

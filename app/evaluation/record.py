@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from app.files import csv_text, read_json, write_csv, write_json
 FOLDER = "predictions"
 BY_CLASS = "metrics_by_class.csv"
 _TRUTH = "_truth.json"
+BEFORE = "before.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,22 @@ def read(folder: Path) -> Record:
     results, truth = _files(folder, splits[0])
     dataset = _read_truth(truth)
     return Record(splits[0], dataset, read_results(results, dataset))
+
+
+def write_before(folder: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Write `predictions/before.json`: the boxes that were found before training."""
+    kept = ("image_id", "category_id", "bbox", "score")
+    write_json(folder / FOLDER / BEFORE, [{key: each[key] for key in kept} for each in results])
+
+
+def read_before(folder: Path, truth: Dataset) -> list[dict[str, Any]] | None:
+    """Read what was found in the images of `truth` before training; None where it was not kept.
+
+    Raises:
+        UserError: it is not as it was written.
+    """
+    file = folder / FOLDER / BEFORE
+    return read_results(file, truth) if file.exists() else None
 
 
 def _files(folder: Path, split: str) -> tuple[Path, Path]:

@@ -30,6 +30,7 @@ EXTREMES = 12  # worst images, and best
 SHOWN_CLASSES = 20  # in the table of confusions
 SIZES = {"": "all", "_small": "under 32²", "_medium": "32² to 96²", "_large": "above 96²"}
 KIND = {"bbox": "box", "segm": "mask"}
+OTHERS = "of other such images, 95 %"  # the heading above intervals
 HEADLINE = {
     "AP": "AP",
     "AP50": "AP50",
@@ -137,7 +138,7 @@ def _summary(scored: Scored, files: RunFiles) -> str:
         if name.startswith("baseline/")
     }
     if before:
-        gain = gain_in_words(before, files.figures, truth, scored.record.results)
+        gain = gain_in_words(before, files.figures, truth)
     notes = "".join(f"<li>{text(note)}</li>" for note in files.environment.notes)
     said = f"<p>Said of the data:</p><ul>{notes}</ul>" if notes else ""
     return "".join(f"<p>{text(line)}</p>" for line in (sentence, *gain)) + said
@@ -155,7 +156,10 @@ def _headline(figures: Mapping[str, Any]) -> str:
         for name, label in HEADLINE.items()
     } | ONCE
     rows = [
-        [text(label), *(number(figures.get(f"{prefix}{name}")) for prefix in there)]
+        [
+            *(text(label), *(number(figures.get(f"{prefix}{name}")) for prefix in there)),
+            bounds(figures, name),
+        ]
         for name, label in names.items()
         if name in figures
     ]
@@ -166,7 +170,14 @@ def _headline(figures: Mapping[str, Any]) -> str:
         if f"{iou_type}/AP{size}" in figures
         for values in [[number(figures.get(f"{p}{iou_type}/AP{size}")) for p in there]]
     ]
-    return table(["figure", *there.values()], [*rows, *sizes])
+    heading = ["figure", *there.values(), OTHERS]
+    return table(heading, [*rows, *([*size, ""] for size in sizes)])
+
+
+def bounds(figures: Mapping[str, Any], name: str) -> str:
+    """Return the interval of a figure as text; empty where it has none."""
+    low, high = (figures.get(f"{name}_{side}") for side in ("low", "high"))
+    return "" if low is None or high is None else f"{low:.2f} to {high:.2f}"
 
 
 def number(value: Any) -> str:

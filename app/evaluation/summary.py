@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import hotcoco
+from collections.abc import Mapping
 
 from app.datasets.coco import Dataset
-from app.evaluation.metrics import accumulate
 
 FEW = 30  # images, below which a figure is rough
-RESAMPLINGS = 200
+SIDES = ("_low", "_high")
 Figures = Mapping[str, float]
 
 
-def gain_in_words(
-    before: Figures, now: Figures, dataset: Dataset, results: Sequence[dict[str, Any]]
-) -> list[str]:
-    """Return the lines that tell what training has brought.
+def gain_in_words(before: Figures, now: Figures, dataset: Dataset) -> list[str]:
+    """Return the lines that tell what training has brought, and how sure that is.
 
     Args:
-        before, now: figures of the validation before training, and of the best weights.
-        results: COCO results of the best weights on `dataset`, for the interval.
+        before, now: figures of the validation before training, and of the best weights; the latter
+            `intervals.with_intervals`, but for runs of before there were any.
     """
     objects = sum(not annotation.iscrowd for annotation in dataset.annotations)
     images = len(dataset.images)
@@ -36,21 +30,24 @@ def gain_in_words(
         for key, name in names.items()
         if key in before and key in now
     ]
-    low, high = interval(dataset, results)
-    rough = f"; more images than {images} would narrow that" if images < FEW else ""
-    lines.append(
-        f"{'; '.join(gains)}. Box AP of other such images: {low:.2f} to {high:.2f} "
-        f"(95 %, by bootstrap{rough})"
-    )
-    return lines
+    sentences = [f"{'; '.join(gains)}."]
+    if "gain/bbox/AP_low" in now:
+        sentences.append(_gain(*(now[f"gain/bbox/AP{side}"] for side in ("", *SIDES)), images))
+    if "bbox/AP_low" in now:
+        rough = f"; more images than {images} would narrow that" if images < FEW else ""
+        low, high = (now[f"bbox/AP{side}"] for side in SIDES)
+        sentences.append(
+            f"Box AP of other such images: {low:.2f} to {high:.2f} (95 %, by bootstrap{rough})"
+        )
+    return [*lines, " ".join(sentences)]
 
 
-def interval(dataset: Dataset, results: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Return the 95 % interval of box AP, by a bootstrap over images."""
-    nothing, ours = (accumulate(dataset, each, "bbox") for each in ([], results))
-    compared = hotcoco.compare(nothing, ours, n_bootstrap=RESAMPLINGS)  # nothing has an AP of 0
-    bounds = (compared["ci"] or {}).get("AP") or {"lower": 0.0, "upper": 0.0}
-    return bounds["lower"], bounds["upper"]
+def _gain(gain: float, low: float, high: float, images: int) -> str:
+    """Return what is to be thought of a difference of box AP whose interval this is."""
+    found = f"{gain:+.2f} box AP, 95 %: {low:+.2f} to {high:+.2f}"
+    if low <= 0 <= high:
+        return f"No gain that {_count(images, 'image')} could show ({found})."
+    return f"{'A gain' if gain > 0 else 'A loss'} beyond chance ({found})."
 
 
 def _found(figures: Figures, objects: int) -> str:

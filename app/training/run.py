@@ -23,8 +23,9 @@ from app.datasets.dataset_report import write_page
 from app.datasets.depth import levels_of
 from app.evaluation import report
 from app.evaluation.evaluate import score_dataset, write_predictions
+from app.evaluation.intervals import with_intervals
 from app.evaluation.model_card import write_card
-from app.evaluation.record import Record
+from app.evaluation.record import Record, read_before
 from app.evaluation.report_page import write_report
 from app.evaluation.run_files import read_figures
 from app.evaluation.summary import gain_in_words
@@ -188,13 +189,15 @@ def train(
         check_reloaded(scored.figures, state, config, device)
         with checkpoints.disk_errors(folder):
             evaluation = Record("valid", splits.valid, scored.results)
+            before = read_before(folder, splits.valid)
+            figures = with_intervals(scored.figures, splits.valid, scored.results, before)
             write_predictions(folder, evaluation, config)
             report.plot_curves(state.rows, folder / "plots")
             seconds = time.monotonic() - begun
             if was_finished:
                 seconds = read_figures(folder).get("seconds", seconds)
             if recorder is not None:
-                recorder.finish(all_figures(scored.figures, state, seconds))
+                recorder.finish(all_figures(figures, state, seconds))
             write_page(folder, splits)
             page = write_report(folder, evaluation)
             write_card(
@@ -211,7 +214,7 @@ def train(
             folder / "metrics.json",
             page,
         )
-        for line in gain_in_words(state.baseline, scored.figures, splits.valid, scored.results):
+        for line in gain_in_words(state.baseline, figures, splits.valid):
             log.info("%s", line)
         if config.evaluation.pictures:
             log.info("pictures of truth and prediction: %s", folder / "plots" / "valid_*.png")

@@ -20,6 +20,7 @@ from sam3.model.sam3_image import Sam3Image
 from app.config.schema import Config
 from app.console import counted, progress
 from app.datasets.coco import Dataset
+from app.evaluation import record
 from app.evaluation.evaluate import score_dataset
 from app.evaluation.scoring import THRESHOLD
 from app.evaluation.validate import ALONE, Ranks, Validation
@@ -147,7 +148,10 @@ class Trainer:
 
     def validate_start(self) -> None:
         """Take the figures before training, with which all others are compared."""
-        self.state.baseline = self.validate("before training").figures
+        found = self.validate("before training")
+        self.state.baseline = found.figures
+        if self.accelerator.is_main_process:
+            record.write_before(self.folder, found.results)
         for line in self.table.row(0, self.state.baseline).splitlines():
             log.info("%s", line)
         if self.config.training.warm_start.method != "none":

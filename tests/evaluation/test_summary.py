@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from app.datasets.build import load_splits
 from app.datasets.coco import Dataset
 from app.datasets.synthetic.shapes import make_shapes
+from app.evaluation.intervals import with_intervals
 from app.evaluation.metrics import evaluate
-from app.evaluation.summary import gain_in_words, interval
+from app.evaluation.summary import gain_in_words
 
 
 @pytest.fixture(scope="module")
@@ -41,49 +39,41 @@ def test_counts_of_what_was_found(dataset: Dataset) -> None:
     objects = len(dataset.annotations)
     before = {"bbox/AP": 0.1, "segm/AP": 0.05}
     now = {
-        "bbox/AP": 0.8,
-        "segm/AP": 0.7,
+        **{"bbox/AP": 0.8, "segm/AP": 0.7, "bbox/AP_low": 0.71, "bbox/AP_high": 0.86},
         "calibration/recall": (objects - 3) / objects,
         "calibration/precision": (objects - 3) / (objects - 2),
     }
-    first, second = gain_in_words(before, now, dataset, _results(dataset, 1))
+    first, second = gain_in_words(before, now, dataset)
     assert first == (
         f"of {objects} objects in 12 validation images: none was found before training, "
         f"{objects - 3} found and 1 false alarm now"
     )
-    assert second.startswith("box AP 0.10 before, 0.80 now; mask AP 0.05 before, 0.70 now. ")
-    assert "more images than 12" in second
+    assert second == (
+        "box AP 0.10 before, 0.80 now; mask AP 0.05 before, 0.70 now. Box AP of other such "
+        "images: 0.71 to 0.86 (95 %, by bootstrap; more images than 12 would narrow that)"
+    )
+    del now["bbox/AP_low"]  # as in a folder of an earlier version
+    assert gain_in_words(before, now, dataset)[1].endswith("0.70 now.")
 
 
-def test_the_interval_is_of_the_images(dataset: Dataset) -> None:
-    """It holds the AP itself, is narrow where all images are alike, and as a bootstrap by hand."""
-    perfect = interval(dataset, _results(dataset, 1))
-    assert perfect == (1, 1)
-    results = _results(dataset, 0.6)
-    low, high = interval(dataset, results)
-    ap = evaluate(dataset, results)["bbox/AP"]
-    assert 0 < low < ap < high < 1
-    random, drawn = np.random.default_rng(0), []
-    for _ in range(100):
-        images, annotations, detections = [], [], []
-        for number, index in enumerate(
-            random.integers(0, len(dataset.images), len(dataset.images))
-        ):
-            image = dataset.images[index]
-            images.append(replace(image, id=number + 1))
-            for annotation in dataset.annotations_by_image[image.id]:
-                new = {"image_id": number + 1, "id": len(annotations) + 1}
-                annotations.append(replace(annotation, **new))
-            detections += [
-                r | {"image_id": number + 1} for r in results if r["image_id"] == image.id
-            ]
-        sample = Dataset(tuple(images), tuple(annotations), dataset.categories)
-        drawn.append(evaluate(sample, detections)["bbox/AP"])
-    by_hand = np.quantile(drawn, (0.025, 0.975))
-    assert (low, high) == pytest.approx(tuple(by_hand), abs=0.08)
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (0.9, "A gain beyond chance (+0."),
+        (0.3, "No gain that 12 images could show (+0.00 box AP, 95 %: +0.00 to +0.00)."),
+        (0.0, "A loss beyond chance (-0."),
+    ],
+)
+def test_what_chance_explains_is_no_gain(dataset: Dataset, found: float, said: str) -> None:
+    before, now = _results(dataset, 0.3), _results(dataset, found)
+    figures = [{"bbox/AP": evaluate(dataset, each)["bbox/AP"]} for each in (before, now)]
+    figures[1] = with_intervals(figures[1], dataset, now, before)
+    assert f" now. {said}" in gain_in_words(*figures, dataset)[1]
 
 
 def test_nothing_found(dataset: Dataset) -> None:
-    lines = gain_in_words({"bbox/AP": 0.0}, {"bbox/AP": 0.0}, dataset, [])
+    nothing = with_intervals({"bbox/AP": 0.0}, dataset, [], [])
+    lines = gain_in_words({"bbox/AP": 0.0}, nothing, dataset)
     assert "none was found now" in lines[0]
-    assert re.search(r"0\.00 to 0\.00", lines[1])
+    assert "No gain that 12 images could show" in lines[1]
+    assert "0.00 to 0.00 (95 %" in lines[1]

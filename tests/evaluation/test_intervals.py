@@ -1,0 +1,158 @@
+"""Intervals of AP: the AP itself beside hotcoco's, BCa beside scipy's, and what they promise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from app.datasets.build import load_splits
+from app.datasets.coco import Dataset
+from app.datasets.synthetic.shapes import make_shapes
+from app.evaluation import intervals
+from app.evaluation.intervals import (
+    ByWeights,
+    Interval,
+    ap_interval,
+    bootstrap,
+    gain_interval,
+    with_intervals,
+)
+from app.evaluation.metrics import evaluate
+from tests.evaluation.examples import BOX, found, truth
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("shapes") / "set"
+    make_shapes(folder, train=12, valid=1, fog=0, width=96, height=64, seed=1)
+    return load_splits(folder).train
+
+
+def _results(dataset: Dataset, error: float, seed: int = 0) -> list[dict[str, Any]]:
+    """Two detections an object, displaced by some pixels, some of another class."""
+    random = np.random.default_rng(seed)
+    return [
+        {
+            "image_id": a.image_id,
+            "category_id": a.category_id if random.random() < 0.8 else 1,
+            "bbox": [side + random.normal() * error for side in a.bbox_xywh],
+            "score": float(random.uniform(0.5, 1)),
+        }
+        for a in dataset.annotations
+        for _ in range(2)
+    ]
+
+
+def _drawn(dataset: Dataset, results: Sequence[dict], draw: np.ndarray) -> float:
+    """The AP of a set in which each image is as often as it was drawn, by hotcoco."""
+    images, annotations, detections = [], [], []
+    for index in np.repeat(np.arange(len(draw)), draw):
+        image, number = dataset.images[index], len(images) + 1
+        images.append(replace(image, id=number))
+        for annotation in dataset.annotations_by_image[image.id]:
+            new = {"image_id": number, "id": len(annotations) + 1}
+            annotations.append(replace(annotation, **new))
+        detections += [r | {"image_id": number} for r in results if r["image_id"] == image.id]
+    sample = Dataset(tuple(images), tuple(annotations), dataset.categories)
+    return evaluate(sample, detections)["bbox/AP"]
+
+
+def test_ap_by_weights_is_that_of_the_images_drawn(dataset: Dataset) -> None:
+    results = _results(dataset, 1.5)
+    random, count = np.random.default_rng(2), len(dataset.images)
+    draws = random.multinomial(count, np.full(count, 1 / count), 20)
+    aps = ByWeights(dataset, results, "bbox")(draws.astype(float))
+    expected = [_drawn(dataset, results, draw) for draw in draws]
+    np.testing.assert_allclose(aps, expected, atol=1e-12)
+    assert np.ptp(aps) > 0.1
+
+
+def test_crowds_and_masks_count_as_in_coco() -> None:
+    labels = truth((1, 1, BOX), (1, 1, (50, 50, 30, 30), True), (2, 2, BOX))
+    results = [
+        *(found(1, 1, BOX, 0.9), found(1, 1, (55, 55, 10, 10), 0.8), found(2, 2, BOX, 0.4)),
+        *(found(2, 2, (60, 60, 9, 9), 0.6), found(3, 1, BOX, 0.95)),
+    ]
+    figures = evaluate(labels, results)
+    for kind in ("bbox", "segm"):
+        (ap,) = ByWeights(labels, results, kind)(np.ones((1, 3)))
+        assert ap == pytest.approx(figures[f"{kind}/AP"], abs=1e-12)
+        assert 0 < ap < 1
+    nothing = ByWeights(labels, results, "bbox")(np.array([[0.0, 0, 3], [0, 0, 0]]))
+    assert np.isnan(nothing).all()
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_bounds_are_scipys(skewed: bool) -> None:
+    """Of a mean, and of a skewed statistic, where percentiles are elsewhere."""
+    values = np.random.default_rng(1).exponential(size=15)
+
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        means = weights @ values / weights.sum(axis=1)
+        squares = weights @ values**2 / weights.sum(axis=1)
+        return squares - means**2 if skewed else means
+
+    def scipys(x: np.ndarray, axis: int) -> np.ndarray:
+        return x.var(axis=axis) if skewed else x.mean(axis=axis)
+
+    bounds = bootstrap(statistic, len(values), 9999)
+    expected = {
+        method: scipy.stats.bootstrap(
+            (values,), scipys, n_resamples=9999, method=method, rng=np.random.default_rng(3)
+        ).confidence_interval
+        for method in ("BCa", "percentile")
+    }
+    spread = expected["BCa"].high - expected["BCa"].low
+    assert bounds.low == pytest.approx(expected["BCa"].low, abs=0.03 * spread)
+    assert bounds.high == pytest.approx(expected["BCa"].high, abs=0.06 * spread)
+    assert abs(expected["percentile"].high - expected["BCa"].high) > 0.08 * spread
+
+
+def test_what_has_no_spread_is_a_point(dataset: Dataset) -> None:
+    exact = [
+        {"image_id": a.image_id, "category_id": a.category_id, "bbox": a.bbox_xywh, "score": 0.9}
+        for a in dataset.annotations
+    ]
+    assert ap_interval(dataset, exact, "bbox") == Interval(1, 1)
+    assert ap_interval(dataset, [], "bbox") == Interval(0, 0)
+    assert gain_interval(dataset, exact, exact) == (0, Interval(0, 0))
+
+
+def test_a_gain_is_of_the_same_images(dataset: Dataset) -> None:
+    """Its interval is narrower than those of both, and holds 0 where nothing was gained."""
+    rough, fine = _results(dataset, 2.5), _results(dataset, 0.5)
+    gain, bounds = gain_interval(dataset, rough, fine)
+    aps = [evaluate(dataset, each)["bbox/AP"] for each in (rough, fine)]
+    assert gain == pytest.approx(aps[1] - aps[0])
+    assert 0 < bounds.low < gain < bounds.high
+    one, other = _results(dataset, 1.5), _results(dataset, 1.5, seed=7)
+    assert gain_interval(dataset, one, other)[1].holds(0)
+
+
+def test_of_many_images_percentiles_serve(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = _results(dataset, 1.5)
+    bounds = ap_interval(dataset, results, "bbox")
+    monkeypatch.setattr(intervals, "MANY", 5)
+    by_hotcoco = ap_interval(dataset, results, "bbox")
+    assert by_hotcoco != bounds
+    assert (by_hotcoco.low, by_hotcoco.high) == pytest.approx((bounds.low, bounds.high), abs=0.05)
+    gain, _ = gain_interval(dataset, _results(dataset, 2.5), results)
+    assert gain > 0
+
+
+def test_figures_have_their_bounds() -> None:
+    labels, results = truth((1, 1, BOX), (2, 2, BOX)), [found(1, 1, BOX, 0.9)]
+    figures = with_intervals({"bbox/AP": 0.5, "x": 1}, labels, results, before=[])
+    assert figures["x"] == 1
+    assert {name for name in figures if name not in ("bbox/AP", "x")} == {
+        *("bbox/AP_low", "bbox/AP_high", "segm/AP_low", "segm/AP_high"),
+        *("gain/bbox/AP", "gain/bbox/AP_low", "gain/bbox/AP_high"),
+    }
+    assert figures["gain/bbox/AP"] == 0.5
