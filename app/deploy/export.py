@@ -133,9 +133,8 @@ def _write_graphs(source: Path, wanted: Wanted, folder: Path) -> None:
     side, size = header.model.resolution, header.model
     image = ImageGraph(model)
     pixels = torch.zeros(1, 3, side, side)
-    _to_onnx(image, {"pixels": pixels}, FEATURES, folder / "image.onnx")
-    with torch.inference_mode():
-        features = dict(zip(FEATURES, image(pixels), strict=True))
+    shapes = _to_onnx(image, {"pixels": pixels}, FEATURES, folder / "image.onnx")
+    features = {name: torch.zeros(shapes[name]) for name in FEATURES}
     del image
     count, length = wanted.prompts_per_pass or 1, size.text.context_length
     texts = {
@@ -153,8 +152,8 @@ def _write_graphs(source: Path, wanted: Wanted, folder: Path) -> None:
 
 def _to_onnx(
     graph: nn.Module, inputs: dict[str, torch.Tensor], outputs: Sequence[str], file: Path
-) -> None:
-    """Write one graph.
+) -> dict[str, tuple[int, ...]]:
+    """Write one graph, without computing it; return the shapes of its outputs.
 
     Args:
         inputs: name → a tensor of the shape and type of the input.
@@ -175,6 +174,10 @@ def _to_onnx(
         )
     assert program is not None
     save(program.model, file)
+    return {
+        str(value.name): tuple(side for side in value.shape or () if isinstance(side, int))
+        for value in program.model.graph.outputs
+    }
 
 
 def _encode(predictor: Predictor, prompts: Sequence[str]) -> dict[str, NDArray[Any]]:
