@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -148,6 +149,7 @@ class DatasetConfig(_Strict):
     roboflow: str | None
     valid_fraction: float = Field(gt=0, lt=1)
     test_fraction: float = Field(ge=0, lt=1)
+    group: str | None = Field(max_length=1000)
     max_drop: float = Field(ge=0, le=1)
     limit: int | None = Field(ge=1)
     prompts: str | None
@@ -159,6 +161,16 @@ class DatasetConfig(_Strict):
     bad_images: Literal["stop", "skip"]
     reading: ReadingConfig
     shapes: ShapesConfig
+
+    @model_validator(mode="after")
+    def _check_group(self) -> DatasetConfig:
+        try:
+            re.compile(self.group or "")
+        except re.error as error:
+            raise ValueError(
+                f"dataset.group {self.group!r} is no regular expression: {error}"
+            ) from None
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> DatasetConfig:

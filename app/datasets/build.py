@@ -32,7 +32,7 @@ from app.datasets.formats import COCO, Source, choose
 from app.datasets.formats.coco import JSON_NAMES, coco_files
 from app.datasets.formats.panoptic import passed_over
 from app.datasets.settling import alike_names, settle, unread_files
-from app.datasets.splitting import stratify
+from app.datasets.splitting import names_alike, stratify
 from app.datasets.synthetic.shapes import check_shapes, info, is_shapes, make_shapes
 from app.errors import UserError
 from app.files import read_json
@@ -76,6 +76,7 @@ def load_splits(
     format: str = "auto",
     valid_fraction: float = 0.15,
     test_fraction: float = 0.15,
+    pattern: str | None = None,
     seed: int = 0,
     limit: int | None = None,
     max_drop: float = MAX_DROP,
@@ -92,6 +93,7 @@ def load_splits(
         format: a key of `formats`, or auto: COCO JSON is looked for first, then the others.
         valid_fraction: of the training images, 0 to 1, set aside where there is no validation set.
         test_fraction: likewise for testing, where there is neither validation nor test set.
+        pattern: a regular expression; images whose file names match it alike stay on one side.
         seed: of that choice, and of `limit`'s.
         limit: train on that many images, chosen at random; None for all.
         max_drop: most of the images and of the annotations that may be left out, 0 to 1.
@@ -104,7 +106,11 @@ def load_splits(
     surveyed = survey(folder, format, reading)
     surveyed.require_sound(max_drop)
     splits = make_splits(
-        surveyed, valid_fraction=valid_fraction, test_fraction=test_fraction, seed=seed
+        surveyed,
+        valid_fraction=valid_fraction,
+        test_fraction=test_fraction,
+        pattern=pattern,
+        seed=seed,
     )
     if limit is not None and limit < len(splits.train.images):
         total = len(splits.train.images)
@@ -265,12 +271,16 @@ def make_splits(
     *,
     valid_fraction: float = 0.15,
     test_fraction: float = 0.15,
+    pattern: str | None = None,
     seed: int = 0,
 ) -> Splits:
     """Return the given splits, and make the missing ones from the training images.
 
     Args:
-        valid_fraction, test_fraction, seed: as `load_splits` has them.
+        valid_fraction, test_fraction, pattern, seed: as `load_splits` has them.
+
+    Raises:
+        UserError: no file name matches the pattern.
     """
     splits = _share_categories(surveyed.splits)
     train, valid, test = (splits.get(name) for name in ("train", "valid", "test"))
@@ -278,7 +288,7 @@ def make_splits(
     if valid is not None:
         return Splits(train, valid, test, surveyed.notes)
     fractions = {"valid": valid_fraction} | ({} if test else {"test": test_fraction})
-    parts, made = _set_aside(train, fractions, seed)
+    parts, made = _set_aside(train, fractions, pattern, seed)
     return Splits(
         parts["train"], parts["valid"], test or parts.get("test"), (*surveyed.notes, *made)
     )
@@ -468,7 +478,7 @@ def _renumber(dataset: Dataset, ids: dict[str, int], categories: tuple[Category,
 
 
 def _set_aside(
-    train: Dataset, fractions: Mapping[str, float], seed: int
+    train: Dataset, fractions: Mapping[str, float], pattern: str | None, seed: int
 ) -> tuple[dict[str, Dataset], list[str]]:
     """Return the training set, the sets made from it, and notes for the user."""
     total = len(train.images)
@@ -476,7 +486,7 @@ def _set_aside(
         note = "no validation split, and one training image: it is validated on as well"
         only = {"train": train, "valid": train}
         return only, [f"{note}, so the figures say nothing about new images"]
-    chosen, alike = _assign(train, _sizes(total, fractions), seed)
+    chosen, parted = _assign(train, _sizes(total, fractions), pattern, seed)
     labelled = {a.image_id for a in train.annotations if not a.iscrowd}
     lacking = _give_objects(chosen, labelled)
     datasets = {split: train.subset(ids) for split, ids in chosen.items() if ids}
@@ -492,15 +502,13 @@ def _set_aside(
     if lacking:
         note = "one training image has objects: it is validated on as well"
         notes.append(f"{note}, so the figures say nothing about new images")
-    if alike:
-        notes.append("the images are too much alike to keep near-duplicates out of validation")
-    return datasets, notes
+    return datasets, [*notes, *parted]
 
 
 def _assign(
-    train: Dataset, sizes: Mapping[str, int], seed: int
-) -> tuple[dict[str, set[int]], bool]:
-    """Return the ids of each split's images, and whether near-duplicates had to be parted.
+    train: Dataset, sizes: Mapping[str, int], pattern: str | None, seed: int
+) -> tuple[dict[str, set[int]], list[str]]:
+    """Return the ids of each split's images, and notes on what could not be kept together.
 
     The choice does not depend on the order of the images.
     """
@@ -509,16 +517,35 @@ def _assign(
         frozenset(a.category_id for a in train.annotations_by_image[image.id] if not a.iscrowd)
         for image in images
     ]
+    pairs, notes = _by_name([image.path for image in images], pattern)
     with progress("near-duplicates: image", len(images)) as advance:
-        groups = group([(i.path, i.levels) for i in images], lambda done: advance(done, ""))
+        groups = group([(i.path, i.levels) for i in images], lambda done: advance(done, ""), pairs)
     parts = stratify(classes, groups, sizes, seed)
-    alike = len(set(parts)) < sum(size > 0 for size in sizes.values())
-    if alike:
+    if len(set(parts)) < sum(size > 0 for size in sizes.values()):
         parts = stratify(classes, range(len(images)), sizes, seed)
+        of = "" if pattern is None else f", or of too few groups by dataset.group={pattern},"
+        notes.append(f"the images are too much alike{of} to keep near-duplicates out of validation")
     chosen: dict[str, set[int]] = {split: set() for split in sizes}
     for image, part in zip(images, parts, strict=True):
         chosen[part].add(image.id)
-    return chosen, alike
+    return chosen, notes
+
+
+def _by_name(paths: Sequence[Path], pattern: str | None) -> tuple[list[tuple[int, int]], list[str]]:
+    """Return pairs of images that belong together by their names, and notes on names that do not.
+
+    Raises:
+        UserError: no name matches.
+    """
+    if pattern is None:
+        return [], []
+    pairs, others = names_alike(paths, pattern)
+    if not others:
+        return pairs, []
+    names = f"{len(others)} of {len(paths)} file names do not match it, such as {others[0].name}"
+    if len(others) == len(paths):
+        raise UserError(f"dataset.group={pattern}: {names}; mend the expression, or leave it out")
+    return pairs, [f"dataset.group={pattern}: {names}; each of these images stands alone"]
 
 
 def _give_objects(chosen: dict[str, set[int]], labelled: set[int]) -> bool:

@@ -96,6 +96,7 @@ def build(folder: Path, output: Path, config: Config) -> Splits:
         surveyed,
         valid_fraction=dataset.valid_fraction,
         test_fraction=dataset.test_fraction,
+        pattern=dataset.group,
         seed=config.seed,
     )
     advice = _advice(splits, folder, config, surveyed.faults)

@@ -31,7 +31,9 @@ Look = tuple[int, NDArray[np.int16]]  # 64-bit dHash; (GRID, GRID, 3) mean colou
 
 
 def group(
-    files: Sequence[tuple[Path, Levels | None]], on_image: Callable[[int], None] = lambda _: None
+    files: Sequence[tuple[Path, Levels | None]],
+    on_image: Callable[[int], None] = lambda _: None,
+    pairs: Sequence[tuple[int, int]] = (),
 ) -> list[int]:
     """Return a number for each image, shared by those that show the same.
 
@@ -41,6 +43,7 @@ def group(
     Args:
         files: of the images, with the range of the values of those of more than 8 bits.
         on_image: is told how many are done.
+        pairs: places of images that belong together whatever they show.
     """
     looks = list(in_threads(_look, files, on_image))
     leader = list(range(len(files)))
@@ -50,7 +53,7 @@ def group(
             leader[index] = index = leader[leader[index]]
         return index
 
-    for one, other in (*_same_source([path for path, _ in files]), *_alike(looks)):
+    for one, other in (*pairs, *_same_source([path for path, _ in files]), *_alike(looks)):
         leader[find(other)] = find(one)
     return [find(index) for index in range(len(files))]
 

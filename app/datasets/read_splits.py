@@ -28,6 +28,7 @@ def read_splits(config: Config) -> Splits:
         format=dataset.format,
         valid_fraction=dataset.valid_fraction,
         test_fraction=dataset.test_fraction,
+        pattern=dataset.group,
         max_drop=dataset.max_drop,
         reading=dataset.reading,
         seed=config.seed,

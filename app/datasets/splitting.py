@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
 
 Labels = frozenset[Hashable]
 
@@ -46,6 +49,26 @@ def stratify(
                 left[label] -= 1
     by_image = {i: chosen[number] for number, unit in enumerate(units) for i in unit}
     return [by_image[index] for index in range(len(labels))]
+
+
+def names_alike(paths: Sequence[Path], pattern: str) -> tuple[list[tuple[int, int]], list[Path]]:
+    """Return pairs of images whose names match a pattern alike, and the paths that do not match.
+
+    Names are those below the folder that all images share. Alike: what the pattern's groups hold,
+    or, where it has none, what it matches.
+    """
+    shared = os.path.commonpath([path.parent for path in paths])
+    first: dict[tuple[str | None, ...], int] = {}
+    pairs, others = [], []
+    for index, path in enumerate(paths):
+        found = re.search(pattern, path.relative_to(shared).as_posix())
+        if found is None:
+            others.append(path)
+            continue
+        one = first.setdefault(found.groups() or (found[0],), index)
+        if one != index:
+            pairs.append((one, index))
+    return pairs, others
 
 
 def _units(groups: Sequence[int], seed: int) -> list[list[int]]:

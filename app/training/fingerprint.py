@@ -25,7 +25,13 @@ _HARMLESS = (
     *("training.warm_start.", "training.compile", "cluster.", "model.activation_checkpointing"),
     *("dataset.dir", "dataset.format", "dataset.huggingface.", "dataset.roboflow"),
     *("dataset.valid_fraction", "dataset.test_fraction", "dataset.max_drop", "dataset.limit"),
-    *("dataset.prompts", "dataset.bad_images", "dataset.shapes.", "distill.teacher"),
+    *(
+        "dataset.group",
+        "dataset.prompts",
+        "dataset.bad_images",
+        "dataset.shapes.",
+        "distill.teacher",
+    ),
 )
 # The flag by which a key is given, where there is one. `optim.lr_scale` is `--lr` over `optim.lr`.
 _FLAGS = {

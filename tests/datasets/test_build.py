@@ -138,6 +138,37 @@ def test_images_that_are_all_alike_are_split_with_a_note(save):
     assert any("too much alike" in note for note in splits.notes)
 
 
+def test_images_whose_names_match_alike_stay_on_one_side(save, tmp_path):
+    """Six patients in folders, four images each, and two that are of none."""
+    document = many_images(26)
+    for index, image in enumerate(document["images"]):
+        image["file_name"] = f"site{index % 2}/patient{index % 6}/{index}.png"
+    for index in (24, 25):
+        document["images"][index]["file_name"] = f"site0/{index}.png"
+    for image in document["images"]:
+        (tmp_path / "set" / image["file_name"]).parent.mkdir(parents=True, exist_ok=True)
+    folder = save(document, "set")
+    for seed in range(5):
+        splits = load_splits(folder, pattern=r"patient\d", seed=seed)
+        assert splits.test is not None
+        sides: dict[str, set[int]] = {}
+        for number, split in enumerate((splits.train, splits.valid, splits.test)):
+            for image in split.images:
+                sides.setdefault(image.path.parent.name, set()).add(number)
+        del sides["site0"]
+        assert [len(side) for side in sides.values()] == [1] * 6
+        assert any("2 of 26 file names do not match it, such as 24.png" in n for n in splits.notes)
+
+
+def test_a_pattern_that_cannot_part_the_images(save):
+    folder = save(many_images(10))
+    with pytest.raises(UserError, match=r"dataset.group=x: 10 of 10 file names do not match"):
+        load_splits(folder, pattern="x")
+    splits = load_splits(folder, pattern="png")  # one group of all
+    assert len(splits.valid.images) == 2
+    assert any("too few groups by dataset.group=png" in note for note in splits.notes)
+
+
 def test_the_split_follows_the_seed_and_not_the_order_of_the_json(save):
     document = many_images(20)
     first, again = (load_splits(save(document), seed=1) for _ in range(2))

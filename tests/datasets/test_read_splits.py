@@ -45,6 +45,14 @@ def test_more_classes_than_prompts_of_a_step_are_noted(shapes: Path) -> None:
     assert len(few.notes) == len(enough.notes) + 1
 
 
+def test_the_group_is_read_from_the_configuration(shapes: Path) -> None:
+    """The set has its own validation split, so that its training folder alone is read."""
+    with pytest.raises(UserError, match=r"dataset\.group=zebra: .* do not match"):
+        read_splits(load_config([f"dataset.dir={shapes / 'train'}", "dataset.group=zebra"]))
+    with pytest.raises(UserError, match=r"'\(' is no regular expression"):
+        load_config(["dataset.group=("])
+
+
 def test_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere"):
         read_splits(load_config([f"dataset.dir={tmp_path / 'nowhere'}"]))
