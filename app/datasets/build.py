@@ -177,7 +177,10 @@ def survey(folder: Path, format: str = "auto", reading: ReadingConfig = AS_WRITT
     faults += unread_files(folder, splits, files)
     if repeated := _repeated_valid(splits, sources):
         faults += repeated
-        notes = [*notes, *(f"valid: {fault.remedy}" for fault in repeated)]
+        notes = [
+            *notes,
+            *(f"valid lists only images of train: {fault.remedy}" for fault in repeated),
+        ]
         del splits["valid"], readings["valid"]
     tally = sum((read.tally for read in readings.values()), Tally())
     splits, faults, depth = share_levels(splits, faults, folder)
@@ -197,11 +200,8 @@ def _repeated_valid(
     if not paths <= {image.path.resolve() for image in splits["train"].images}:
         return ()
     findings = Findings(str(sources["valid"].where))
-    remedy = (
-        "its images are all in train as well: the set is read without it, and some of train's are "
-        "set aside; name others to validate on those"
-    )
-    findings.add("same splits", "valid", f"{len(paths)} images", remedy)
+    remedy = "some of train's are set aside in its place; give it other images, or leave it out"
+    findings.add("same splits", "valid", f"{len(paths)} images, all of train", remedy)
     return findings.faults
 
 

@@ -210,7 +210,9 @@ def test_a_validation_split_of_training_images_is_left_away(tmp_path):
     assert [fault.kind for fault in found.faults if fault.place == "valid"] == ["same splits"]
     found.require_sound(0)
     splits = load_splits(tmp_path / "set")
-    assert [note for note in splits.notes if note.startswith("valid: its images are all in train")]
+    remedy = "some of train's are set aside in its place; give it other images, or leave it out"
+    assert f"valid lists only images of train: {remedy}" in splits.notes
+    assert f"valid is '8 images, all of train': {remedy}" in str(found.faults[0])
     validated = {image.path.name for image in splits.valid.images}
     assert validated
     assert validated.isdisjoint(image.path.name for image in splits.train.images)
