@@ -76,8 +76,8 @@ def gain_interval(
 ) -> tuple[float, Interval]:
     """Return the difference of AP, and its interval; the same images are drawn for both."""
     if len(truth.images) > MANY:
-        pair = (accumulate(truth, results, kind) for results in (before, now))
-        compared = hotcoco.compare(*pair, n_bootstrap=OF_MANY)
+        one, other = (accumulate(truth, results, kind) for results in (before, now))
+        compared = hotcoco.compare(one, other, n_bootstrap=OF_MANY)
         bounds = (compared["ci"] or {}).get("AP") or {"lower": 0.0, "upper": 0.0}
         return compared["deltas"]["AP"], Interval(bounds["lower"], bounds["upper"])
     first, second = (ByWeights(truth, results, kind) for results in (before, now))

@@ -32,7 +32,8 @@ def gain_in_words(before: Figures, now: Figures, dataset: Dataset) -> list[str]:
     ]
     sentences = [f"{'; '.join(gains)}."]
     if "gain/bbox/AP_low" in now:
-        sentences.append(_gain(*(now[f"gain/bbox/AP{side}"] for side in ("", *SIDES)), images))
+        gain, low, high = (now[f"gain/bbox/AP{side}"] for side in ("", *SIDES))
+        sentences.append(_gain(gain, low, high, images))
     if "bbox/AP_low" in now:
         rough = f"; more images than {images} would narrow that" if images < FEW else ""
         low, high = (now[f"bbox/AP{side}"] for side in SIDES)

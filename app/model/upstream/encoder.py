@@ -15,8 +15,8 @@ def encode_layer(
     memory: Tensor,
     of_images: tuple[Tensor, Tensor, Tensor] | None = None,
     *,
-    query_pos: Tensor | None,
-    pos: Tensor | None,
+    query_pos: Any,
+    pos: Any,
     memory_mask: Tensor | None,
     memory_key_padding_mask: Tensor | None,
 ) -> Tensor:
@@ -26,8 +26,10 @@ def encode_layer(
     float32, of which their norms are made anyway.
 
     Args:
-        tgt: (P, h * w, d), of the image of each of P prompts; query_pos, their position embedding.
-        memory: (P, L, d), the prompts' tokens; pos, memory_mask and memory_key_padding_mask theirs.
+        tgt: (P, h * w, d), of the image of each of P prompts; query_pos, their position embedding,
+            or None where the layer adds none.
+        memory: (P, L, d), the prompts' tokens; pos (as query_pos), memory_mask and
+            memory_key_padding_mask theirs.
         of_images: of the first layer, where prompts of an image still have the same tokens: those
             of B images and their position embedding, (B, h * w, d), and the image of each prompt,
             (P,) int64.
