@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.helpers import REPOSITORY
@@ -40,6 +42,30 @@ def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+def _serve(command: list[str], folder: Path) -> None:
+    """Start a server, ask it whether it is ready, and stop it."""
+    environment = {**os.environ, "SAM3_RUNTIME": "local"}
+    process = subprocess.Popen(
+        [*command, "--port", "0"],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    said = []
+    try:
+        for line in process.stdout:  # it ends where the server does
+            said.append(line)
+            if address := re.search(r"serving: (http://\S+)", line):
+                assert httpx.get(f"{address[1]}/ready", timeout=60).status_code == 200
+                process.send_signal(signal.SIGTERM)
+        assert process.wait() == 143, "".join(said)
+    finally:
+        process.kill()
+
+
 def test_the_first_hour(clone: Path) -> None:
     """Each ends with 0 and leaves its files; the second run finds its own folder."""
     assert COMMANDS[:3] == [
@@ -51,6 +77,9 @@ def test_the_first_hour(clone: Path) -> None:
     for line in COMMANDS:
         words = shlex.split(line.replace("YOUR_FOLDER", "examples/potholes"))
         if words[0] == "./test.sh":
+            continue
+        if words[0] == "./serve.sh":
+            _serve(words, clone)
             continue
         more = {"./train.sh": LESS, "./build.sh": ["--dry-run"]}.get(words[0], [])
         begun = time.monotonic()
