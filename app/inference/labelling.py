@@ -18,6 +18,7 @@ from app.files import atomic_folder, check_writable
 from app.inference.detections import Detections
 from app.inference.inputs import check_prompts, find_images
 from app.inference.postprocess import threshold_below
+from app.inference.settings import tell_mistyped
 from app.model.weight_files import find_file
 
 log = logging.getLogger("app")
@@ -55,6 +56,7 @@ def label(
 
     predictor = Predictor.load(checkpoint, device=device)
     names = check_prompts(prompts or predictor.prompts)
+    tell_mistyped(names, predictor.prompts)
     images: list[Image] = []
     annotations: list[Annotation] = []
     bad: list[str] = []

@@ -164,17 +164,22 @@ def with_defaults(settings: Settings, defaults: Defaults | None = None) -> Setti
         check_prompts(prompts)
     if problems := unknown_words(defaults.vocabulary, prompts):
         raise UserError([f"--prompt {line}" for line in problems])
-    for prompt in prompts:
-        if prompt not in defaults.prompts and (meant := nearest(prompt, defaults.prompts, ALIKE)):
-            log.info(
-                "note: '%s' is no class of these weights, which find any words.%s", prompt, meant
-            )
+    tell_mistyped(prompts, defaults.prompts)
     if len(prompts) > settings.max_detections:
         log.info(
             "%d prompts share --max-detections %d an image; raise it to find what each names",
             *(len(prompts), settings.max_detections),
         )
     return replace(settings, prompts=prompts, threshold=_threshold(settings, defaults))
+
+
+def tell_mistyped(prompts: Sequence[str], classes: Sequence[str]) -> None:
+    """Log which class of the weights may be meant by a prompt that is none: a model takes any."""
+    for prompt in prompts:
+        if prompt not in classes and (meant := nearest(prompt, classes, ALIKE)):
+            log.info(
+                "note: '%s' is no class of these weights, which find any words.%s", prompt, meant
+            )
 
 
 def _read_defaults(settings: Settings, *, classes: bool) -> Defaults:

@@ -25,13 +25,16 @@ def test_what_is_found_are_the_labels(tmp_path: Path, command: Command) -> None:
         shutil.copy(SCENE, photos / name)
     (photos / "broken.png").write_bytes(SCENE.read_bytes()[:900])
     words = ("label", "--input", photos, "--checkpoint", NANO, "--output-dir", tmp_path / "set")
-    done = command(*words, "--prompt", "circle", "--prompt", "red thing", "--threshold", "0.6")
+    asked = ("--prompt", "circle", "--prompt", "red thing", "--prompt", "hexagone")
+    done = command(*words, *asked, "--threshold", "0.6")
     assert done.code == 3
+    assert "'hexagone' is no class of these weights" in done.out
+    assert "Did you mean 'hexagon'?" in done.out
     assert "left out: " in done.out
     assert "broken.png" in done.out
-    assert "4 objects in 2 images (circle 2, red thing 2): " in done.out
+    assert "4 objects in 2 images (circle 2, red thing 2, hexagone 0): " in done.out
     dataset = load_splits(tmp_path / "set", valid_fraction=0.5, test_fraction=0).train
-    assert dataset.class_names == ["circle", "red thing"]
+    assert dataset.class_names == ["circle", "red thing", "hexagone"]
     (image,) = dataset.images
     found = Predictor.load(NANO).predict(open_image(SCENE), ["circle", "red thing"], threshold=0.6)
     assert len(dataset.annotations) == len(found) == 2
