@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
 import sys
 from typing import Any
 
@@ -13,7 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from app import signals
-from app.console import Formatter, log_to_stdout, show_problems
+from app.console import Formatter, log_to_stdout, show_problems, write_to_nowhere
 from app.errors import UserError
 from app.model.upstream.pin import prove_pin
 
@@ -77,7 +76,7 @@ def main() -> None:
         show_problems(error)
         sys.exit(2)
     except BrokenPipeError:  # whoever read our output has ended, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain
+        write_to_nowhere(sys.stdout)
         sys.exit(1)
     except OSError as error:  # a full disk, a read-only folder, a file that went while it was read
         where = "a file" if error.filename is None else error.filename

@@ -90,9 +90,14 @@ class _Lines(logging.StreamHandler[TextIO]):
         if not isinstance(sys.exc_info()[1], BrokenPipeError):
             super().handleError(record)
             return
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.stream.fileno())
-        os.close(nowhere)
+        write_to_nowhere(self.stream)
+
+
+def write_to_nowhere(stream: TextIO) -> None:
+    """Lose what is written from now on, as whoever reads it has left; Python would complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def log_to_stdout() -> None:

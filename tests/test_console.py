@@ -78,7 +78,7 @@ def test_problems_are_a_line_each_and_not_without_an_end(capsys) -> None:
 def test_whoever_reads_may_leave() -> None:
     """The work goes on, as where `head` has seen enough, and nothing is said of it."""
     code = (
-        "import sys, time\nfrom app.console import log, log_to_stdout\nlog_to_stdout()\n"
+        "import sys\nfrom app.console import log, log_to_stdout\nlog_to_stdout()\n"
         "for number in range(2000): log.info('line %s', number)\n"
         "print('done', file=sys.stderr)"
     )

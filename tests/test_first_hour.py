@@ -22,6 +22,7 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
     for line in block.splitlines()
 ]
+LOCAL = {**os.environ, "SAM3_RUNTIME": "local"}
 LESS = ["--epochs", "1", "--limit", "4"]  # benchmarks/first_hour.py runs all of it
 
 
@@ -38,17 +39,15 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "SAM3_RUNTIME": "local"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=LOCAL, capture_output=True, text=True)
 
 
 def _serve(command: list[str], folder: Path) -> None:
     """Start a server, ask it whether it is ready, and stop it."""
-    environment = {**os.environ, "SAM3_RUNTIME": "local"}
     process = subprocess.Popen(
         [*command, "--port", "0"],
         cwd=folder,
-        env=environment,
+        env=LOCAL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

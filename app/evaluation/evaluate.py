@@ -17,7 +17,8 @@ from app.evaluation import record, report
 from app.evaluation.intervals import with_intervals
 from app.evaluation.off_prompt import choose_nouns
 from app.evaluation.record import Record
-from app.evaluation.report_page import bounds, write_report
+from app.evaluation.report_page import write_report
+from app.evaluation.summary import bounds
 from app.evaluation.validate import ALONE, Ranks, Validation, validate
 from app.files import write_json
 from app.inference.predictor import Predictor

@@ -34,10 +34,6 @@ class Interval:
     low: float
     high: float
 
-    def holds(self, value: float) -> bool:
-        """Return whether the value lies within."""
-        return self.low <= value <= self.high
-
 
 def with_intervals(
     figures: Mapping[str, Any],

@@ -17,8 +17,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from app.config.schema import Config, DatasetConfig, Node
 from app.console import command, counted, duration, plain
 from app.datasets.build import Splits
-from app.evaluation.report_page import HEADLINE, KIND, ONCE, OTHERS, bounds, number
+from app.evaluation.report_page import HEADLINE, KIND, ONCE, OTHERS, number
 from app.evaluation.run_files import Environment, read_environment, read_figures
+from app.evaluation.summary import bounds
 from app.files import read_text, remove_unfinished, write_text
 from app.model import weights
 from app.model.bundled import NANO

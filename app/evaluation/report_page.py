@@ -21,7 +21,7 @@ from app.evaluation.matching import Overlaps, overlaps
 from app.evaluation.metrics import accumulate, by_class, iou_types
 from app.evaluation.record import Record
 from app.evaluation.run_files import FIGURES, SETTINGS, RunFiles, read_run
-from app.evaluation.summary import gain_in_words
+from app.evaluation.summary import bounds, gain_in_words
 from app.files import read_text, write_text
 from app.page import drawing, page, picture, table, text
 
@@ -172,12 +172,6 @@ def _headline(figures: Mapping[str, Any]) -> str:
     ]
     heading = ["figure", *there.values(), OTHERS]
     return table(heading, [*rows, *([*size, ""] for size in sizes)])
-
-
-def bounds(figures: Mapping[str, Any], name: str) -> str:
-    """Return the interval of a figure as text; empty where it has none."""
-    low, high = (figures.get(f"{name}_{side}") for side in ("low", "high"))
-    return "" if low is None or high is None else f"{low:.2f} to {high:.2f}"
 
 
 def number(value: Any) -> str:

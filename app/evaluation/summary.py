@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from app.datasets.coco import Dataset
 
 FEW = 30  # images, below which a figure is rough
-SIDES = ("_low", "_high")
 Figures = Mapping[str, float]
 
 
@@ -32,15 +31,18 @@ def gain_in_words(before: Figures, now: Figures, dataset: Dataset) -> list[str]:
     ]
     sentences = [f"{'; '.join(gains)}."]
     if "gain/bbox/AP_low" in now:
-        gain, low, high = (now[f"gain/bbox/AP{side}"] for side in ("", *SIDES))
+        gain, low, high = (now[f"gain/bbox/AP{side}"] for side in ("", "_low", "_high"))
         sentences.append(_gain(gain, low, high, images))
-    if "bbox/AP_low" in now:
+    if others := bounds(now, "bbox/AP"):
         rough = f"; more images than {images} would narrow that" if images < FEW else ""
-        low, high = (now[f"bbox/AP{side}"] for side in SIDES)
-        sentences.append(
-            f"Box AP of other such images: {low:.2f} to {high:.2f} (95 %, by bootstrap{rough})"
-        )
+        sentences.append(f"Box AP of other such images: {others} (95 %, by bootstrap{rough})")
     return [*lines, " ".join(sentences)]
+
+
+def bounds(figures: Figures, name: str) -> str:
+    """Return the interval of a figure as text; empty where it has none."""
+    low, high = (figures.get(f"{name}_{side}") for side in ("low", "high"))
+    return "" if low is None or high is None else f"{low:.2f} to {high:.2f}"
 
 
 def _gain(gain: float, low: float, high: float, images: int) -> str:

@@ -193,9 +193,10 @@ def _read_defaults(settings: Settings, *, classes: bool) -> Defaults:
     from app.model import weights  # here, because an exported folder needs no torch
 
     path = Path(settings.checkpoint)
+    prompts = weights.describe(path, settings.size).prompts if classes else ()
     header = weights.read_header(path)
     if header is None:
-        return Defaults(weights.describe(path, settings.size).prompts if classes else ())
+        return Defaults(prompts)
     return Defaults(header.prompts, header.model.vocabulary, header.threshold)
 
 

@@ -1,4 +1,7 @@
-"""A run that finds something: from the project's own weights, configured in every way there is."""
+"""A few images, and a run that finds something.
+
+The run is from the project's own weights, configured in every way there is.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from app.datasets.build import load_splits
+from app.datasets.coco import Dataset
+from app.datasets.synthetic.shapes import make_shapes
 from tests.helpers import finish, once
 
 CONFIGURED = {
@@ -15,6 +21,14 @@ CONFIGURED = {
     "training": {"epochs": 1, "batch_size": 1, "grad_accum": 2},
     "evaluation": {"pictures": 1},
 }
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Twelve images of shapes."""
+    folder = tmp_path_factory.mktemp("twelve-shapes") / "set"
+    make_shapes(folder, train=12, valid=1, fog=0, width=96, height=64, seed=1)
+    return load_splits(folder).train
 
 
 @pytest.fixture(scope="session")

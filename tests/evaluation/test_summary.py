@@ -5,19 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from app.datasets.build import load_splits
 from app.datasets.coco import Dataset
-from app.datasets.synthetic.shapes import make_shapes
 from app.evaluation.intervals import with_intervals
 from app.evaluation.metrics import evaluate
 from app.evaluation.summary import gain_in_words
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("shapes") / "set"
-    make_shapes(folder, train=12, valid=1, fog=0, width=96, height=64, seed=1)
-    return load_splits(folder).train
 
 
 def _results(dataset: Dataset, found: float, seed: int = 0) -> list[dict]:

@@ -110,8 +110,8 @@ def test_keys_and_values_of_all_layers_at_once_change_nothing() -> None:
     of_image = project_at_once([layer.cross_attn for layer in layers], key, memory)
     tokens, where = torch.randn(2, 1 + 16, PROMPTS, decoder.d_model).unbind()
     bias = torch.randn(PROMPTS * layers[0].cross_attn.num_heads, len(tokens), SIDE * SIDE)
-    shared = (text, inputs["text_attention_mask"], key, memory, bias, 1)
-    for layer, *projected in zip(layers, of_text, of_image, strict=True):
-        expected = decode_layer(layer, tokens, where, *shared)
-        found = decode_layer(layer, tokens, where, *shared, *projected)
+    padding = inputs["text_attention_mask"]
+    for layer, words, image in zip(layers, of_text, of_image, strict=True):
+        expected = decode_layer(layer, tokens, where, text, padding, key, memory, bias, 1)
+        found = decode_layer(layer, tokens, where, words, padding, image, memory, bias, 1)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -67,7 +67,7 @@ class Projected:
 def project_at_once(attentions: Sequence[Any], key: Tensor, value: Tensor) -> list[Projected]:
     """Return what N attentions make of the same keys and values, (S, B, D), by a product or two."""
     width, half = attentions[0].embed_dim, multiplied_in(key)
-    heads, count = attentions[0].num_heads, len(attentions)
+    count = len(attentions)
     weights, biases = (
         [x.split([width, 2 * width]) for x in packed]
         for packed in zip(*((x.in_proj_weight, x.in_proj_bias) for x in attentions), strict=True)
@@ -77,21 +77,16 @@ def project_at_once(attentions: Sequence[Any], key: Tensor, value: Tensor) -> li
         for each in (weights, biases)
     )
 
-    def project(tokens: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        of_batch = tokens.transpose(0, 1).to(half)  # (B, S, D)
-        mapped = _linear(of_batch, weight.flatten(0, -2), bias.flatten())
-        return tuple(
-            x.transpose(1, 2) for x in mapped.unflatten(-1, (-1, heads, width // heads)).unbind(2)
-        )
-
     if key is value:
-        both = project(key, weight, bias)
-        keys, values = both[:count], both[count:]
+        parts, packed = [(key, 2 * count)], [(weight.flatten(0, -2), bias.flatten())]
     else:
-        keys, values = (
-            project(*each)
-            for each in zip((key, value), weight.unbind(), bias.unbind(), strict=True)
-        )
+        parts = [(key, count), (value, count)]
+        packed = [
+            (w.flatten(0, -2), b.flatten())
+            for w, b in zip(weight.unbind(), bias.unbind(), strict=True)
+        ]
+    made = _project(attentions[0], parts, packed)
+    keys, values = made[:count], made[count:]
     return [
         Projected(k, v, of_query.to(half), added.to(half))
         for k, v, (of_query, _), (added, _) in zip(keys, values, weights, biases, strict=True)

@@ -98,8 +98,8 @@ def decode(
         half = multiplied_in(memory)
         memory, memory_text = memory.to(half), memory_text.to(half)
         text_attention_mask = added_to_scores(text_attention_mask, half)
-    of_text: Sequence[Projected | None] = [None] * len(self.layers)
-    of_image = of_text
+    of_text: Sequence[Tensor | Projected] = [memory_text] * len(self.layers)
+    of_image: Sequence[Tensor | Projected] = [key] * len(self.layers)
     if memory.is_cuda and not layers_too and not _are_wrapped(self.layers):
         of_text = project_at_once([x.ca_text for x in self.layers], memory_text, memory_text)
         of_image = project_at_once([x.cross_attn for x in self.layers], key, memory)
@@ -124,14 +124,12 @@ def decode(
         tokens = recomputed(functools.partial(decode_layer, layer))(
             tokens=tokens,
             where=F.pad(where, (0, 0, 0, 0, 1, 0)),  # the presence token is nowhere
-            text=memory_text,
+            text=text,
             text_mask=text_attention_mask,
-            key=key,
+            key=image,
             memory=memory,
             bias=_Bias.apply(*pair),
             copies=copies,
-            of_text=text,
-            of_image=image,
             act_ckpt_enable=layers_too,
         )
         presence, objects = tokens.split([1, len(tokens) - 1])
@@ -154,14 +152,12 @@ def decode_layer(
     self: Any,
     tokens: Tensor,
     where: Tensor,
-    text: Tensor,
+    text: Tensor | Projected,
     text_mask: Tensor,
-    key: Tensor,
+    key: Tensor | Projected,
     memory: Tensor,
     bias: Tensor,
     copies: int,
-    of_text: Projected | None = None,
-    of_image: Projected | None = None,
 ) -> Tensor:
     """Return the tokens (1 + Q, B, D) after self-attention, words, image and feed-forward.
 
@@ -171,31 +167,35 @@ def decode_layer(
     Args:
         where: their position embedding.
         text: (T, B, D), with text_mask as above, or as numbers (`added_to_scores`).
-        key: the image with its position embedding; memory without, both (tokens, B, D).
+        key: the image with its position embedding; memory without, both (tokens, B, D). Text and
+            key may be the keys and values of this layer, where those of all were made at once.
         bias: (B * heads, 1 + Q, tokens), added to the scores of the image's tokens.
         copies: 2 where the second half of the queries does not attend to itself.
-        of_text, of_image: their keys and values, where those of all layers were made at once.
     """
-    weights = {"need_weights": not (self.training or tokens.is_cuda)}
+    weights: dict[str, Any] = {"need_weights": not (self.training or tokens.is_cuda)}
     first, second = tokens, tokens[:0]
     if copies == 2:
         first, second = tokens.split([1 + len(tokens) // 2, len(tokens) // 2])
     query = added(first, where[: len(first)])
     first = first + self.dropout2(self.self_attn(query, query, first, **weights)[0])
     tokens = self.norm2(torch.cat([first, second]) if copies == 2 else first)
-    query = added(tokens, where)
-    if of_text is not None:
-        seen = attend(self.ca_text, query, of_text, key_padding_mask=text_mask)
-    else:
-        seen = self.ca_text(query, text, text, key_padding_mask=text_mask, **weights)[0]
+    asked = added(tokens, where), text, text
+    seen = _attended(self.ca_text, *asked, key_padding_mask=text_mask, **weights)
     tokens = self.catext_norm(tokens + self.catext_dropout(seen))
-    query = added(tokens, where)
-    if of_image is not None:
-        seen = attend(self.cross_attn, query, of_image, attn_mask=bias)
-    else:
-        seen = self.cross_attn(query, key, memory, attn_mask=bias)[0]
+    seen = _attended(self.cross_attn, added(tokens, where), key, memory, attn_mask=bias)
     out: Tensor = self.forward_ffn(self.norm1(tokens + self.dropout1(seen)))
     return out
+
+
+def _attended(
+    attention: Any, query: Tensor, key: Tensor | Projected, value: Any, **inputs: Any
+) -> Tensor:
+    """Return what the queries attend to; `value` is used where the key is not projected yet."""
+    if isinstance(key, Projected):
+        inputs.pop("need_weights", None)
+        return attend(attention, query, key, **inputs)
+    seen: Tensor = attention(query, key, value, **inputs)[0]
+    return seen
 
 
 def logits_of(boxes: Tensor) -> Tensor:
