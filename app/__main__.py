@@ -23,9 +23,12 @@ COMMANDS = {
     "left.",
     "serve": "Answer requests over HTTP: an API, and a page for people. Ctrl-C or SIGTERM ends it.",
     "label": "Make a dataset of images without labels: what weights find in them are its labels.",
+    "concept": "Encode example boxes, so that a class is found in other images by them, without "
+    "training.",
     "evaluate": "Score weights on a dataset, or COCO results from elsewhere; write figures and a "
     "report.",
     "report": "Write a run's report.html anew, from what its folder holds.",
+    "curve": "Train on few and on more of the images, to see what further labels would bring.",
     "compare": "Print two runs' figures side by side, and what of their difference chance could "
     "explain.",
     "track": "Send to MLflow what it has not of a run: after a server was down, or for the first "

@@ -60,6 +60,22 @@ def infer(
             rich_help_panel=PROMPTS,
         ),
     ] = None,
+    examples: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="a dataset of a few boxes: its classes are found by these, without words",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    concept: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="such examples, encoded by python -m app concept; several",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
     threshold: options.Threshold = None,
     max_detections: Annotated[
         int, typer.Option(min=1, help="an image, or a tile", rich_help_panel=DETECTION)
@@ -117,6 +133,8 @@ def infer(
     settings = Settings(
         checkpoint=checkpoint,
         prompts=tuple(prompt or ()),
+        concepts=tuple(concept or ()),
+        examples=examples,
         threshold=threshold,
         max_detections=max_detections,
         nms=nms,

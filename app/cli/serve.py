@@ -35,6 +35,15 @@ def serve(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    concept: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="example boxes, encoded by python -m app concept, that requests ask for by name; "
+            "several",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -155,6 +164,7 @@ def serve(
     import os
 
     from app.errors import UserError
+    from app.inference.concepts import read as read_concepts
     from app.serving.listening import check_address
     from app.serving.loading import Source, name_all, parse, split_share
     from app.serving.settings import Limits, Settings
@@ -190,7 +200,13 @@ def serve(
     check_address(host, settings, open=open)
     # Registered weights are loaded as a source says that has no path yet.
     files = [(Path(), "")] if wanted else name_all(paths, name or ())
-    sources = [Source(path, called, device=device, precision=precision) for path, called in files]
+    for file in concept or ():
+        read_concepts(Path(file))
+    concepts = tuple(concept or ())
+    sources = [
+        Source(path, called, device=device, precision=precision, concepts=concepts)
+        for path, called in files
+    ]
     from app.serving.listening import run
     from app.serving.metrics import Figures
 

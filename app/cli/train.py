@@ -35,6 +35,15 @@ def train(
             min=1, help="train on so many images, chosen by the seed", rich_help_panel=DATA
         ),
     ] = None,
+    folds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="2…|loo|none",
+            help="score every image by weights that have not seen it; loo: leave one out",
+            show_default="5 below 20 images without a validation split, else none",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     augmentation: Annotated[
         str | None, typer.Option(help="none, light or strong", rich_help_panel=DATA)
     ] = None,
@@ -197,6 +206,7 @@ def train(
         **source.by_key(),
         "dataset.prompts": prompts,
         "dataset.limit": limit,
+        "dataset.folds": folds,
         "training.warm_start.method": warm_start,
         "training.epochs": epochs,
         "training.batch_size": batch_size,

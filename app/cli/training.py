@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +17,7 @@ from app.config.schema import PlanKind
 from app.errors import UserError
 from app.model.device import is_main, told
 from app.signals import StopRequest
-from app.training import features, run
+from app.training import features, folds, run
 from app.training.output_folder import prepare_folder
 from app.training.prepare import (
     PRECISION,
@@ -137,17 +139,21 @@ def train_here(prepared: Prepared, stop: StopRequest) -> None:
     recorder: Recorder | None = None
     following: AbstractContextManager[None] = nullcontext()
     teach: Teach | None = None
+    opened = contextlib.ExitStack()
     if is_main():
-        open_folder(prepared)
+        opened.callback(log.removeHandler, open_folder(prepared))
         recorder = Tracker(prepared.folder)
         following = followed_by_mlflow(prepared.config.tracking, prepared.folder)
     if prepared.config.distill.teacher is not None:
         from app.compression import teaching
 
         teach = teaching.teach
-    with torchrun.end_quietly_if_peer_died(), following:
+    train_run = run.train
+    if prepared.splits.folds:
+        train_run = partial(folds.train, record_in=Tracker)
+    with opened, torchrun.end_quietly_if_peer_died(), following:
         try:
-            run.train(
+            train_run(
                 prepared.config,
                 prepared.splits,
                 prepared.pretrained_path,

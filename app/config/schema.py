@@ -18,6 +18,7 @@ Prompt = Annotated[str, Field(max_length=1000)]
 Component = Literal["vision", "text", "detector", "geometry", "masks", "scoring"]  # of the model
 # --resume: everything; "auto": if there is a run, else start one; "weights": nothing but them.
 Resume = Literal["all", "auto", "weights"]
+Folds = Literal["auto", "none", "loo"] | Annotated[int, Field(ge=2, le=1000)]
 PlanKind = Literal["show", "measure"]  # --plan: counted; "measure": and a few updates done
 # fmt: off
 FormatName = Literal[
@@ -150,6 +151,7 @@ class DatasetConfig(_Strict):
     valid_fraction: float = Field(gt=0, lt=1)
     test_fraction: float = Field(ge=0, lt=1)
     group: str | None = Field(max_length=1000)
+    folds: Folds
     max_drop: float = Field(ge=0, le=1)
     limit: int | None = Field(ge=1)
     prompts: str | None
@@ -157,6 +159,7 @@ class DatasetConfig(_Strict):
     negatives: int = Field(ge=0)
     foreign: float = Field(ge=0, le=1)
     near_misses: list[str]
+    examples: float = Field(ge=0, le=1)
     views: int | None = Field(ge=1)
     bad_images: Literal["stop", "skip"]
     reading: ReadingConfig
@@ -289,6 +292,7 @@ class WarmStartConfig(_Strict):
 class TrainingConfig(_Strict):
     warm_start: WarmStartConfig
     epochs: int = Field(ge=1)
+    last_epoch: int | None = Field(ge=1)
     batch_size: int = Field(ge=1)
     grad_accum: int = Field(ge=1)
     num_gpus: int = Field(ge=1)
@@ -328,6 +332,7 @@ class EvaluationConfig(_Strict):
     metric: str
     max_detections: int = Field(ge=1)
     split: Literal["train", "valid", "test"]
+    prompts: list[Literal["words", "box", "both", "other"]]
     off_prompts: int = Field(ge=0)
     pictures: int = Field(ge=0)
 

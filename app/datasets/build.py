@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from app.config.reading import AS_WRITTEN, ReadingConfig
-from app.config.schema import Config
+from app.config.schema import Config, Folds
 from app.config.shapes import ShapesConfig
-from app.console import command, progress
-from app.datasets.coco import Category, Dataset, Reading
+from app.console import command, counted, progress
+from app.datasets.coco import Category, Dataset, Image, Reading
 from app.datasets.decoding import find_unusable
 from app.datasets.depth import share_levels
 from app.datasets.duplicates import group, same_files
@@ -32,27 +32,48 @@ from app.datasets.formats import COCO, Source, choose
 from app.datasets.formats.coco import JSON_NAMES, coco_files
 from app.datasets.formats.panoptic import passed_over
 from app.datasets.settling import alike_names, settle, unread_files
+from app.datasets.splitting import folds as parted
 from app.datasets.splitting import names_alike, stratify
 from app.datasets.synthetic.shapes import check_shapes, info, is_shapes, make_shapes
 from app.errors import UserError
 from app.files import read_json
 
+FEW = 20  # images, below which folds score better than a part that is set aside
+AUTO_FOLDS = 5
 TITLES = {"valid": ("validation", "validation"), "test": ("test", "testing")}
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Splits that share their categories; `notes` are things to tell the user."""
+    """Splits that share their categories; `notes` are things to tell the user.
+
+    Where there are `folds`, all images are trained on and validated on: each in one fold, whose
+    weights have not seen it. A fold is the ids of the images that it sets aside.
+    """
 
     train: Dataset
     valid: Dataset
     test: Dataset | None
     notes: tuple[str, ...]
+    folds: tuple[frozenset[int], ...] = ()
 
     def map(self, change: Callable[[Dataset], Dataset]) -> Splits:
         """Return the splits with each dataset changed alike."""
         test = None if self.test is None else change(self.test)
-        return Splits(change(self.train), change(self.valid), test, self.notes)
+        train = change(self.train)
+        there = {image.id for image in train.images}
+        folds = tuple(fold & there for fold in self.folds if fold & there)
+        return replace(self, train=train, valid=change(self.valid), test=test, folds=folds)
+
+    def whole(self) -> Splits:
+        """Return all images to train on, without folds, whose notes have been told."""
+        return replace(self, folds=(), notes=())
+
+    def fold(self, number: int) -> Splits:
+        """Return the images to train on and to validate on in a fold, counted from 0."""
+        aside = self.folds[number]
+        rest = (image.id for image in self.train.images if image.id not in aside)
+        return Splits(self.train.subset(rest), self.train.subset(aside), None, ())
 
 
 @dataclass(frozen=True)
@@ -77,6 +98,7 @@ def load_splits(
     valid_fraction: float = 0.15,
     test_fraction: float = 0.15,
     pattern: str | None = None,
+    folds: Folds = "none",
     seed: int = 0,
     limit: int | None = None,
     max_drop: float = MAX_DROP,
@@ -94,6 +116,8 @@ def load_splits(
         valid_fraction: of the training images, 0 to 1, set aside where there is no validation set.
         test_fraction: likewise for testing, where there is neither validation nor test set.
         pattern: a regular expression; images whose file names match it alike stay on one side.
+        folds: of all images, in place of a validation set that is set aside; auto: where there is
+            none and images are few; loo: one for each image.
         seed: of that choice, and of `limit`'s.
         limit: train on that many images, chosen at random; None for all.
         max_drop: most of the images and of the annotations that may be left out, 0 to 1.
@@ -105,7 +129,10 @@ def load_splits(
     _check_arguments(valid_fraction, test_fraction, limit)
     surveyed = survey(folder, format, reading)
     surveyed.require_sound(max_drop)
-    splits = make_splits(
+    splits = None
+    if folds != "none":
+        splits = _make_folds(surveyed, folds, pattern, seed, limit)
+    splits = splits or make_splits(
         surveyed,
         valid_fraction=valid_fraction,
         test_fraction=test_fraction,
@@ -113,9 +140,7 @@ def load_splits(
         seed=seed,
     )
     if limit is not None and limit < len(splits.train.images):
-        total = len(splits.train.images)
-        note = f"training on {limit} of {total} images (limit, seed {seed})"
-        train = splits.train.subset(_choose(splits.train, limit, seed))
+        train, note = _limited(splits.train, limit, seed)
         splits = replace(splits, train=train, notes=(*splits.notes, note))
     if not splits.train.annotations:
         raise UserError(
@@ -124,8 +149,60 @@ def load_splits(
         )
     splits = replace(splits, train=_askable(splits.train))
     advice = [fault.remedy for fault in advise(splits, folder, surveyed.faults)]
-    said = (*splits.notes, *notes(surveyed.faults), *advice, *_leaks(splits, folder))
-    return replace(splits, notes=said)
+    leaks = [] if splits.folds else _leaks(splits, folder)
+    return replace(splits, notes=(*splits.notes, *notes(surveyed.faults), *advice, *leaks))
+
+
+def _limited(train: Dataset, limit: int, seed: int) -> tuple[Dataset, str]:
+    """Return some of the training images, and a note that says so."""
+    note = f"training on {limit} of {len(train.images)} images (limit, seed {seed})"
+    return train.subset(_choose(train, limit, seed)), note
+
+
+def _make_folds(
+    surveyed: Survey, wanted: Folds, pattern: str | None, seed: int, limit: int | None
+) -> Splits | None:
+    """Return all images in folds; None where a validation set is to be set aside.
+
+    Raises:
+        UserError: folds are asked for, and the images cannot be parted, or have a split already.
+    """
+    if "valid" in surveyed.splits:
+        if wanted == "auto":
+            return None
+        raise UserError(
+            f"--folds {wanted}: the dataset has a validation split of its own, which scores each "
+            "epoch; leave out --folds, or take the split away"
+        )
+    splits = _share_categories(surveyed.splits)
+    train, notes = splits["train"], list(surveyed.notes)
+    if limit is not None and limit < len(train.images):
+        train, note = _limited(train, limit, seed)
+        notes.append(note)
+    train = _askable(train)
+    if wanted == "auto" and len(train.images) >= FEW:
+        return None
+    number = None if wanted == "loo" else AUTO_FOLDS if wanted == "auto" else int(wanted)
+    images, classes, groups, told = _grouped(train, pattern)
+    places = parted(classes, groups, number, seed)
+    count = max(places) + 1
+    if count < 2:
+        if wanted == "auto":
+            return None
+        raise UserError(
+            f"--folds {wanted}: takes two images with objects that are not alike, one to learn "
+            "from and one to score; label more, or leave out --folds"
+        )
+    ids: list[set[int]] = [set() for _ in range(count)]
+    for image, place in zip(images, places, strict=True):
+        ids[place].add(image.id)
+    why = "no validation split" if wanted == "auto" else f"--folds {wanted}"
+    notes.append(
+        f"{why}: {counted(count, 'fold')} of {len(images)} images; each is scored by weights that "
+        "have not seen it, and those that are kept are trained on all"
+        + (" (--folds none: one run, that sets some aside)" if wanted == "auto" else "")
+    )
+    return Splits(train, train, splits.get("test"), (*notes, *told), tuple(map(frozenset, ids)))
 
 
 def _leaks(splits: Splits, folder: Path) -> list[str]:
@@ -512,14 +589,7 @@ def _assign(
 
     The choice does not depend on the order of the images.
     """
-    images = sorted(train.images, key=lambda image: (image.path.name, image.id))
-    classes = [
-        frozenset(a.category_id for a in train.annotations_by_image[image.id] if not a.iscrowd)
-        for image in images
-    ]
-    pairs, notes = _by_name([image.path for image in images], pattern)
-    with progress("near-duplicates: image", len(images)) as advance:
-        groups = group([(i.path, i.levels) for i in images], lambda done: advance(done, ""), pairs)
+    images, classes, groups, notes = _grouped(train, pattern)
     parts = stratify(classes, groups, sizes, seed)
     if len(set(parts)) < sum(size > 0 for size in sizes.values()):
         parts = stratify(classes, range(len(images)), sizes, seed)
@@ -529,6 +599,24 @@ def _assign(
     for image, part in zip(images, parts, strict=True):
         chosen[part].add(image.id)
     return chosen, notes
+
+
+def _grouped(
+    train: Dataset, pattern: str | None
+) -> tuple[list[Image], list[frozenset[int]], list[int], list[str]]:
+    """Return the images in an order of their own, the classes and group of each, and notes.
+
+    Images of one group, near-duplicates or alike by name, stay on one side.
+    """
+    images = sorted(train.images, key=lambda image: (image.path.name, image.id))
+    classes = [
+        frozenset(a.category_id for a in train.annotations_by_image[image.id] if not a.iscrowd)
+        for image in images
+    ]
+    pairs, notes = _by_name([image.path for image in images], pattern)
+    with progress("near-duplicates: image", len(images)) as advance:
+        groups = group([(i.path, i.levels) for i in images], lambda done: advance(done, ""), pairs)
+    return images, classes, groups, notes
 
 
 def _by_name(paths: Sequence[Path], pattern: str | None) -> tuple[list[tuple[int, int]], list[str]]:

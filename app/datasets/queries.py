@@ -24,6 +24,7 @@ from torchvision.transforms.v2.functional import resize
 
 from app.datasets.augment import changes_of, to_numbers
 from app.datasets.coco import Annotation, Dataset
+from app.datasets.examples import give_examples, with_examples
 from app.datasets.images import open_image
 from app.datasets.square import to_square
 
@@ -42,6 +43,8 @@ class PromptChoice:
         foreign: 0..1, share of the negatives that are foreign words; all where no class is absent.
         near_misses: foreign words for what looks like a class and is none; every second one drawn.
         nouns: foreign words for things that no image shows.
+        examples: 0..1, share of the prompts that are given example boxes (`examples`).
+        visual: what is said in place of words where examples stand alone.
     """
 
     most: int = 20
@@ -49,6 +52,8 @@ class PromptChoice:
     foreign: float = 0.5
     near_misses: tuple[str, ...] = ()
     nouns: tuple[str, ...] = ()
+    examples: float = 0.0
+    visual: str = ""
 
 
 class QueryDataset(TorchDataset):
@@ -101,9 +106,14 @@ class QueryDataset(TorchDataset):
         try:
             datapoint = self._datapoint(index)
             if self.views is not None:
-                _seed(f"{self.seed}/view {epoch % self.views}/{index}")
+                # By the image, whatever others there are: folds share the views' features.
+                image = self.dataset.images[index]
+                _seed(f"{self.seed}/view {epoch % self.views}/{image.id}")
             for transform in self.transforms:
                 datapoint = transform(datapoint, epoch=epoch)
+            if self.choice.examples:
+                _seed(f"{self.seed}/examples {epoch}/{index}")
+                datapoint.choice, datapoint.draw = self.choice, random.getrandbits(63)
         finally:
             random.setstate(python_state)
             torch.set_rng_state(torch_state)
@@ -269,7 +279,11 @@ def collate(batch: list[Datapoint]) -> BatchedDatapoint:
 
 def collate_bytes(batch: list[Datapoint]) -> BatchedDatapoint:
     """Make upstream's batch with img_batch (B, 3, R, R) uint8, not recolored."""
+    choice = getattr(batch[0], "choice", None)  # of prompts with examples
+    sources = give_examples(batch, choice.examples, choice.visual) if choice else []
     batched = collate_fn_api(batch, dict_key="all", with_seg_masks=True)["all"]
+    if choice:
+        batched.find_inputs[0] = with_examples(batched.find_inputs[0], sources)
     target = batched.find_targets[0]
     if target.segments is not None and target.segments.ndim != 3:  # no object in the batch
         target.segments = torch.zeros(0, *batched.img_batch.shape[-2:], dtype=torch.bool)

@@ -16,8 +16,11 @@ from app.datasets.prompts import name_classes, read_prompts
 log = logging.getLogger(__name__)
 
 
-def read_splits(config: Config) -> Splits:
+def read_splits(config: Config, *, folds: bool = False) -> Splits:
     """Read the dataset that is named, or draw the synthetic shapes; name its classes by prompts.
+
+    Args:
+        folds: part the images into those of `dataset.folds`; else a validation set is set aside.
 
     Raises:
         UserError: the dataset is not to be had, or has problems; names every one.
@@ -29,6 +32,7 @@ def read_splits(config: Config) -> Splits:
         valid_fraction=dataset.valid_fraction,
         test_fraction=dataset.test_fraction,
         pattern=dataset.group,
+        folds=dataset.folds if folds else "none",
         max_drop=dataset.max_drop,
         reading=dataset.reading,
         seed=config.seed,

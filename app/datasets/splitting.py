@@ -51,6 +51,41 @@ def stratify(
     return [by_image[index] for index in range(len(labels))]
 
 
+def folds(
+    labels: Sequence[Labels], groups: Sequence[int], number: int | None, seed: int
+) -> list[int]:
+    """Return the fold of each image, from 0: classes balanced as by `stratify`, groups whole.
+
+    Each fold has an image with labels, so that there may be fewer folds than asked for; one alone
+    means that the images cannot be parted.
+
+    Args:
+        labels: the classes of each image; none is background.
+        groups: a number for each image; those of one number stay together.
+        number: of folds; None: one for each group that has labels (leave one out).
+        seed: of what is left to chance.
+    """
+    labelled = {groups[index] for index, classes in enumerate(labels) if classes}
+    count = min(number or len(labelled), len(labelled))
+    if count < 2:
+        return [0] * len(labels)
+    shown = [index for index, group in enumerate(groups) if group in labelled]
+    sizes = {str(k): len(shown) // count + (k < len(shown) % count) for k in range(count)}
+    parts = stratify([labels[i] for i in shown], [groups[i] for i in shown], sizes, seed)
+    fold_of = {groups[i]: int(part) for i, part in zip(shown, parts, strict=True)}
+    members = Counter(groups)
+    for empty in set(range(count)) - set(fold_of.values()):  # its room was taken by large groups
+        rich = Counter(fold_of.values()).most_common(1)[0][0]
+        moved = min((g for g in fold_of if fold_of[g] == rich), key=lambda g: (members[g], g))
+        fold_of[moved] = empty
+    for group in sorted(set(groups) - labelled):  # background, to the smallest
+        filled = Counter(dict.fromkeys(range(count), 0))
+        for each, fold in fold_of.items():
+            filled[fold] += members[each]
+        fold_of[group] = min(filled, key=lambda k: (filled[k], k))
+    return [fold_of[group] for group in groups]
+
+
 def names_alike(paths: Sequence[Path], pattern: str) -> tuple[list[tuple[int, int]], list[Path]]:
     """Return pairs of images whose names match a pattern alike, and the paths that do not match.
 

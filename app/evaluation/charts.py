@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from app.evaluation.learning_curve import Fitted
+
 SHOWN_CLASSES = 10  # lines that can be told apart
 
 
@@ -48,6 +50,23 @@ def precision_recall(precision: Mapping[str, NDArray[np.float64]]) -> str:
             # matplotlib leaves labels that start with _ out of the legend
             axes.plot(np.linspace(0, 1, 101), values, label=f" {name[:40]}")
         axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+        _legend(axes)
+
+    return _svg(draw)
+
+
+def learning_curve(
+    images: Sequence[int], values: Sequence[float], fitted: Fitted, most: int, label: str
+) -> str:
+    """Draw a figure over numbers of images: each run a point, the fitted curve and its band."""
+
+    def draw(axes: Axes) -> None:
+        x = np.geomspace(min(images), most, 100)
+        low, high = fitted.bounds(x)
+        axes.fill_between(x, low, high, alpha=0.2)
+        axes.plot(x, fitted.law(x), label="fitted")
+        axes.plot(images, values, "o", markersize=4, label="runs")
+        axes.set(xlabel="training images", ylabel=label, xscale="log", ylim=(0, 1))
         _legend(axes)
 
     return _svg(draw)

@@ -14,11 +14,12 @@ from app.datasets.build import Splits
 from app.datasets.coco import Dataset
 from app.errors import UserError
 from app.evaluation import record, report
+from app.evaluation.by_examples import score_by_examples
 from app.evaluation.intervals import with_intervals
 from app.evaluation.off_prompt import choose_nouns
 from app.evaluation.record import Record
 from app.evaluation.report_page import write_report
-from app.evaluation.summary import bounds
+from app.evaluation.summary import BY_EXAMPLES, bounds
 from app.evaluation.validate import ALONE, Ranks, Validation, validate
 from app.files import write_json
 from app.inference.predictor import Predictor
@@ -54,10 +55,11 @@ def evaluate(config: Config, splits: Splits, pretrained_path: Path | None) -> di
     hold_all(model, precision)
     predictor = Predictor(model.to(device), config.model, precision, levels=levels)
     validation = score_dataset(predictor, dataset, config, config.evaluation.split)
+    by_examples = score_examples(predictor, splits.train, dataset, config)
     folder = Path(config.output_dir)
     scored = Record(config.evaluation.split, dataset, validation.results)
     write_predictions(folder, scored, config)
-    figures = with_intervals(validation.figures, dataset, validation.results)
+    figures = with_intervals(validation.figures, dataset, validation.results) | by_examples
     write_json(folder / "metrics.json", figures)
     log.info("%s", summary(figures))
     log.info("figures: %s; report: %s", folder / "metrics.json", write_report(folder, scored))
@@ -118,6 +120,27 @@ def score_dataset(
         )
 
 
+def score_examples(
+    predictor: Predictor, examples: Dataset, dataset: Dataset, config: Config
+) -> dict[str, float]:
+    """Return figures by example boxes, as far as `evaluation.prompts` names any.
+
+    Args:
+        examples: whose boxes stand for classes in the images of `dataset`.
+    """
+    kinds = [kind for kind in config.evaluation.prompts if kind != "words"]
+    if not kinds:
+        return {}
+    return score_by_examples(
+        predictor,
+        examples,
+        dataset,
+        kinds,
+        max_detections=config.evaluation.max_detections,
+        seed=config.seed,
+    )
+
+
 def write_predictions(folder: Path, scored: Record, config: Config) -> None:
     """Write what figures were computed from: the results, the truth, and pictures of both."""
     record.write(folder, scored)
@@ -139,6 +162,7 @@ def summary(figures: dict[str, float]) -> str:
         "segm/AP50": "mask AP50",
         "segm/cgF1": "cgF1",
         "off_prompt/firing": "off-prompt firing",
+        **BY_EXAMPLES,
     }
     lines = [
         f"{name} {figures[key]:.3f}" + (f" ({found})" if (found := bounds(figures, key)) else "")

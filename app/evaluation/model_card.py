@@ -63,8 +63,7 @@ def write_card(
     )
     facts = {
         "started from": _origin(pretrained_path),
-        "images": f"{len(splits.train.images)} to train on and {len(splits.valid.images)} to "
-        f"validate on, from {_source(config.dataset)}",
+        "images": f"{_images(splits, figures)}, from {_source(config.dataset)}",
         "training data, by content": code(header.data_hash),
         "precision": str(precision).removeprefix("torch."),
         **_settings(config, learning_rates, processes),
@@ -167,6 +166,14 @@ def licence_text(*, metas: bool) -> str:
         "The weights are under Apache-2.0. SAM 3's code, which they were trained with, is "
         "under the SAM License."
     )
+
+
+def _images(splits: Splits, figures: Mapping[str, Any]) -> str:
+    """Return how many images were trained on, and how many scored."""
+    count = len(splits.train.images)
+    if "folds" in figures:
+        return f"{count} to train on, each scored in one of {figures['folds']} folds without it"
+    return f"{count} to train on and {len(splits.valid.images)} to validate on"
 
 
 def _results(figures: Mapping[str, Any], name: str) -> list[EvalResult]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,14 +16,19 @@ from app.datasets.geometry import LARGEST_NUMBER, MAX_SIDE, rle_fault
 from app.datasets.image_files import is_unicode
 from app.errors import UserError
 from app.evaluation.metrics import by_class
+from app.evaluation.off_prompt import Firing, OffPrompts
 from app.evaluation.results import read_results
 from app.evaluation.run_files import shortened
 from app.files import csv_text, read_json, write_csv, write_json
+
+if TYPE_CHECKING:
+    from app.evaluation.validate import Validation
 
 FOLDER = "predictions"
 BY_CLASS = "metrics_by_class.csv"
 _TRUTH = "_truth.json"
 BEFORE = "before.json"
+EPOCHS = f"{FOLDER}/epochs"
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,41 @@ def read_before(folder: Path, truth: Dataset) -> list[dict[str, Any]] | None:
     return read_results(file, truth) if file.exists() else None
 
 
+def write_epoch(folder: Path, epoch: int, validation: Validation) -> None:
+    """Write `predictions/epochs/<epoch>.json` and the firings on nouns beside it."""
+    results, firings = _epoch_files(folder, epoch)
+    off = validation.off_prompts
+    write_json(
+        firings, {"nouns": list(off.nouns), "firings": [asdict(each) for each in off.firings]}
+    )
+    write_json(results, validation.results)
+
+
+def epochs(folder: Path) -> list[int]:
+    """Return the epochs whose results are there, in their order."""
+    return sorted(int(file.stem) for file in (folder / EPOCHS).glob("[0-9]*.json"))
+
+
+def read_epoch(folder: Path, epoch: int, truth: Dataset) -> tuple[list[dict[str, Any]], OffPrompts]:
+    """Read what a validation found, as `write_epoch` wrote it.
+
+    Raises:
+        UserError: it is not there, or not as it was written.
+    """
+    results, firings = _epoch_files(folder, epoch)
+    try:
+        found = _Firings.model_validate(read_json(firings))
+    except ValidationError as error:
+        raise UserError(shortened(firings, problems_of(error))) from None
+    fired = tuple(Firing(each.image_id, each.prompt, each.score) for each in found.firings)
+    return read_results(results, truth), OffPrompts(tuple(found.nouns), fired)
+
+
+def _epoch_files(folder: Path, epoch: int) -> tuple[Path, Path]:
+    """Return the paths of the results and of the firings."""
+    return folder / EPOCHS / f"{epoch}.json", folder / EPOCHS / f"firings-{epoch}.json"
+
+
 def _files(folder: Path, split: str) -> tuple[Path, Path]:
     """Return the paths of results and truth."""
     return folder / FOLDER / f"{split}.json", folder / FOLDER / f"{split}{_TRUTH}"
@@ -125,6 +165,17 @@ class _Annotation(_Entry):
     segmentation: dict[str, Any] | Annotated[list[Any], Field(max_length=0)]
     area: _Number
     iscrowd: int
+
+
+class _Firing(_Entry):
+    image_id: _Id
+    prompt: str
+    score: _Number
+
+
+class _Firings(_Entry):
+    nouns: list[str]
+    firings: list[_Firing]
 
 
 class _Category(_Entry):

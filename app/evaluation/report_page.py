@@ -21,7 +21,7 @@ from app.evaluation.matching import Overlaps, overlaps
 from app.evaluation.metrics import accumulate, by_class, iou_types
 from app.evaluation.record import Record
 from app.evaluation.run_files import FIGURES, SETTINGS, RunFiles, read_run
-from app.evaluation.summary import bounds, gain_in_words
+from app.evaluation.summary import BY_EXAMPLES, bounds, gain_in_words
 from app.files import read_text, write_text
 from app.page import drawing, page, picture, table, text
 
@@ -57,6 +57,7 @@ ONCE = {
     "calibration/precision": "precision there",
     "calibration/recall": "recall there",
     "calibration/threshold": "the best threshold",
+    **BY_EXAMPLES,
 }
 
 

@@ -8,6 +8,13 @@ from app.datasets.coco import Dataset
 
 FEW = 30  # images, below which a figure is rough
 Figures = Mapping[str, float]
+BY_EXAMPLES = {  # figures of `by_examples`, and what they are called
+    "box/bbox/AP": "box AP by a box in the image",
+    "both/bbox/AP": "box AP by a box and words",
+    "other1/bbox/AP": "box AP by 1 box of another image",
+    "other3/bbox/AP": "box AP by 3 boxes of others",
+    "other5/bbox/AP": "box AP by 5 boxes of others",
+}
 
 
 def gain_in_words(before: Figures, now: Figures, dataset: Dataset) -> list[str]:
@@ -36,7 +43,14 @@ def gain_in_words(before: Figures, now: Figures, dataset: Dataset) -> list[str]:
     if others := bounds(now, "bbox/AP"):
         rough = f"; more images than {images} would narrow that" if images < FEW else ""
         sentences.append(f"Box AP of other such images: {others} (95 %, by bootstrap{rough})")
-    return [*lines, " ".join(sentences)]
+    lines.append(" ".join(sentences))
+    if "folds" in now:
+        lines.append(
+            f"Each image was scored in one of {now['folds']:g} folds, by weights that had not seen "
+            "it. Those that are kept were trained on all of them, to the median of the folds' best "
+            f"epochs, {now['folds/epoch']:g}: they have seen more, and should be no worse."
+        )
+    return lines
 
 
 def bounds(figures: Figures, name: str) -> str:

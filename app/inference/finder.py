@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from app.datasets.images import open_image, to_rgb
 from app.datasets.levels import Levels
 from app.errors import UserError
+from app.inference.concepts import Concept
 from app.inference.detections import Detections
 from app.inference.inputs import BOX_IN_TILE, Sized, check_length, check_prompts
 from app.inference.merging import merge_tiles, suppress
@@ -95,12 +97,14 @@ class Finder(ABC):
             None: each image's own. `open_image` takes them.
         scores: those of the validation images above the threshold; None where the weights do not
             tell them.
+        concepts: by name; a prompt of that name is asked by its examples in place of its words.
     """
 
     prompts: tuple[str, ...]
     threshold: float
     levels: Levels | None = None
     scores: ScoreCounts | None = None
+    concepts: Mapping[str, Concept] = MappingProxyType({})
     _context_length = 32  # tokens of a prompt, with those of start and end
     _told = ""  # the last note of `check_length`
 
@@ -199,12 +203,27 @@ class Finder(ABC):
             max_detections=max_detections,
         )
 
+    def learn(self, concepts: Sequence[Concept]) -> None:
+        """Take concepts in the place of those from before.
+
+        Raises:
+            UserError: the model cannot read them.
+        """
+        if note := self._check_concepts(concepts):
+            log.warning("%s", note)
+        self.concepts = {concept.name: concept for concept in concepts}
+
+    def _check_concepts(self, concepts: Sequence[Concept]) -> str:
+        """Return a note of what is doubtful; raise UserError where the model cannot read them."""
+        raise UserError(f"concept '{concepts[0].name}': this finder takes words alone")
+
     def check_length(self, prompts: Sequence[str]) -> None:
         """Log which prompts the model does not read to their end, once.
 
         Raises:
             UserError: two prompts differ only in what is not read.
         """
+        prompts = [prompt for prompt in prompts if prompt not in self.concepts]
         if (note := check_length(prompts, self._tokens, self._context_length)) != self._told:
             self._told = note
             if note:

@@ -28,6 +28,9 @@ from app.datasets.levels import Levels
 from app.datasets.rle import Rle, from_bounds
 from app.datasets.square import to_square
 from app.errors import UserError
+from app.files import short_hash
+from app.inference.concepts import Concept
+from app.inference.concepts import check as check_concepts
 from app.inference.detections import Detections
 from app.inference.finder import Encoded, MemoryShort, Prepared, Query, StagedFinder
 from app.inference.inputs import Sized, normalised_boxes
@@ -50,6 +53,8 @@ from app.model.device import (
 )
 from app.model.halves import hold_all
 from app.model.score_counts import ScoreCounts
+from app.model.upstream.examples import encode_boxes
+from app.model.vocabulary import VISUAL_PROMPT
 
 log = logging.getLogger("app")
 PAIRS_PER_PASS = 16  # pairs of image and prompt that go through DETR together: bounds the memory
@@ -75,6 +80,7 @@ class Predictor(StagedFinder):
         prompts: asked for where a call names none.
         threshold: 0..1, least score where a call names none.
         levels, scores: as of `Finder`.
+        identity: what tells the weights from others, for the concepts that they encode.
     """
 
     def __init__(
@@ -87,6 +93,7 @@ class Predictor(StagedFinder):
         threshold: float = THRESHOLD,
         levels: Levels | None = None,
         scores: ScoreCounts | None = None,
+        identity: str = "",
     ) -> None:
         self.model = model.eval()
         self.config = config
@@ -95,6 +102,7 @@ class Predictor(StagedFinder):
         self.threshold = threshold
         self.levels = levels
         self.scores = scores
+        self.identity = identity
         self._parameters = list(model.parameters())
         self.device = self._parameters[0].device
         self._pairs = self._images = sys.maxsize  # most at once, since memory ran out
@@ -133,6 +141,7 @@ class Predictor(StagedFinder):
             threshold=threshold,
             levels=header.levels,
             scores=header.scores,
+            identity="" if header.golden is None else short_hash(repr(header.golden), 16),
         )
 
     def _fill_caches(self) -> None:
@@ -338,9 +347,66 @@ class Predictor(StagedFinder):
         if prompts not in self._text_features:
             if len(self._text_features) >= CACHED_TEXTS:
                 self._text_features.clear()
-            encoded = self.model.backbone.forward_text(list(prompts), device=self.device)
-            self._text_features[prompts] = encoded
+            words = [VISUAL_PROMPT if each in self.concepts else each for each in prompts]
+            encoded = self.model.backbone.forward_text(words, device=self.device)
+            self._text_features[prompts] = self._with_concepts(encoded, prompts)
         return self._text_features[prompts]
+
+    def _with_concepts(
+        self, encoded: dict[str, Tensor], prompts: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Put the tokens of concepts in the place of their words'."""
+        known = {k: self.concepts[name] for k, name in enumerate(prompts) if name in self.concepts}
+        if not known:
+            return encoded
+        features, mask = encoded["language_features"], encoded["language_mask"]
+        longer = max(0, *(len(c.tokens) - len(features) for c in known.values()))
+        features = F.pad(features, (0, 0, 0, 0, 0, longer))  # (L, K, d)
+        mask = F.pad(mask, (0, longer), value=True)  # (K, L)
+        for place, concept in known.items():
+            count = len(concept.tokens)
+            features[:count, place] = torch.from_numpy(concept.tokens).to(features)
+            mask[place] = torch.arange(len(features), device=mask.device) >= count
+        return encoded | {"language_features": features, "language_mask": mask}
+
+    def learn(self, concepts: Sequence[Concept]) -> None:
+        """Take concepts in the place of those from before."""
+        super().learn(concepts)
+        self._text_features.clear()
+
+    def _check_concepts(self, concepts: Sequence[Concept]) -> str:
+        return check_concepts(concepts, self.config.d_model, self.identity)
+
+    @torch.inference_mode()
+    def concept(
+        self,
+        name: str,
+        shots: Sequence[tuple[Image.Image, Sequence[Sequence[float]]]],
+        *,
+        words: str = VISUAL_PROMPT,
+    ) -> Concept:
+        """Encode example boxes as a concept, for images that they were not drawn in.
+
+        Args:
+            name: by which it is asked for.
+            shots: images, RGB, each with its boxes as xywh in pixels.
+            words: that are read beside the boxes.
+
+        Raises:
+            UserError: a box covers nothing of its image.
+        """
+        with autocast(self.device, self.precision), self._no_gradients():
+            text = self.model.backbone.forward_text([words], device=self.device)
+            tokens = [text["language_features"][~text["language_mask"][0], 0]]  # (T, d)
+            for image, boxes_xywh in shots:
+                boxes = torch.from_numpy(normalised_boxes(boxes_xywh, image)).to(self.device)
+                prompt = Prompt(box_embeddings=boxes[:, None])  # (N, 1, 4)
+                features = self._forward_image(self.prepare(image).pixels[None])
+                first = torch.zeros(1, dtype=torch.long, device=self.device)
+                encoded, _ = encode_boxes(self.model, features, first, prompt)  # (N + 1, 1, d)
+                tokens.append(encoded[: len(boxes), 0])
+        joined = torch.cat([each.float() for each in tokens]).cpu().numpy()
+        return Concept(name, joined, sum(len(boxes) for _, boxes in shots), self.identity)
 
     def _ground(
         self, features: dict[str, Any], prompts: Sequence[str], boxes: Tensor, is_positive: Tensor

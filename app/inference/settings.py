@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app.errors import UserError, nearest
+from app.inference.concepts import read as read_concepts
 from app.inference.inputs import BOX_IN_TILE, Box, check_prompts, parse_box, read_prompts
 from app.inference.journal import file_state
 from app.inference.outputs import PER_IMAGE
 from app.inference.postprocess import THRESHOLD
 from app.inference.tables import TABLES
 from app.model.vocabulary import unknown_words
+
+if TYPE_CHECKING:
+    from app.datasets.coco import Dataset
 
 log = logging.getLogger("app")
 SAVES = tuple(dict.fromkeys([*PER_IMAGE, *TABLES]))  # what --save takes
@@ -31,6 +36,8 @@ class Settings:
         size, resolution: of the model; None takes the weights'.
         prompts: noun phrases.
         boxes, negative_boxes: xywh, pixels; examples of what is meant, and of what is not.
+        concepts: files of concepts, whose names are prompts.
+        examples: folder of a dataset whose classes are found by its boxes; None: none.
         threshold: 0..1, least score; None takes the weights' own, else THRESHOLD.
         max_detections: most an image, or a tile.
         nms: IoU above which the lower of two detections goes, whatever their prompts; None: none.
@@ -43,6 +50,8 @@ class Settings:
     prompts: tuple[str, ...] = ()
     boxes: tuple[Box, ...] = ()
     negative_boxes: tuple[Box, ...] = ()
+    concepts: tuple[str, ...] = ()
+    examples: str | None = None
     threshold: float | None = None
     max_detections: int = 100
     nms: float | None = None
@@ -63,11 +72,41 @@ class Settings:
         """Return the settings that must be equal for results to share an output folder."""
         settings = asdict(self)
         del settings["device"]
+        settings["concepts"] = [file_state(Path(file)) for file in self.concepts]
+        if self.examples is not None:
+            settings["examples"] = self._examples().content_hash()
         if self.checkpoint != RANDOM:
             from app.model.weight_files import find_file  # here: an exported folder needs none
 
             settings["weights"] = file_state(find_file(Path(self.checkpoint)))
         return settings
+
+    def concept_names(self) -> tuple[str, ...]:
+        """Return the prompts that are asked by examples.
+
+        Raises:
+            UserError: a file or folder of them cannot be read, or two have one name.
+        """
+        named = [concept.name for file in self.concepts for concept in read_concepts(Path(file))]
+        if self.examples is not None:
+            from app.inference.encoding import class_names
+
+            named += class_names(self._examples())
+        if problems := [
+            f"concept '{name}': is in several of --concept and --examples; leave out all but one"
+            for name, times in Counter(named).items()
+            if times > 1
+        ]:
+            raise UserError(problems)
+        return tuple(named)
+
+    def _examples(self) -> Dataset:
+        from app.inference.encoding import (
+            read_examples,  # torch: an exported folder has no examples
+        )
+
+        assert self.examples is not None
+        return read_examples(Path(self.examples))
 
 
 @dataclass(frozen=True)
@@ -125,12 +164,14 @@ def make_settings(
     ]
     if settings.tile is not None and (boxes or negative_boxes):
         problems.append(BOX_IN_TILE)
-    if prompts or prompts_file or settings.checkpoint == RANDOM:  # else the weights' classes
+    asked = prompts or prompts_file or settings.checkpoint == RANDOM  # else the weights' classes
+    if asked and not (settings.concepts or settings.examples):
         try:
             check_prompts(prompts, [()] * len(boxes))  # also those that could not be read
         except UserError as error:
             problems += error.problems
-    problems += [f"--prompt {line}" for line in unknown_words(vocabulary, prompts)]
+    if not settings.concepts:  # else it is known later which prompts are no words
+        problems += [f"--prompt {line}" for line in unknown_words(vocabulary, prompts)]
     if problems:
         raise UserError(problems)
     for prompt in settings.prompts:
@@ -155,16 +196,21 @@ def with_defaults(settings: Settings, defaults: Defaults | None = None) -> Setti
     Raises:
         UserError: no prompts at all, or some that the model cannot be asked for.
     """
-    classes = not (settings.prompts or settings.boxes) and settings.checkpoint != RANDOM
-    defaults = defaults or _read_defaults(settings, classes=classes)
+    concepts = settings.concept_names()
     prompts = settings.prompts
+    if concepts and not (prompts or settings.boxes):
+        prompts = concepts
+        log.info("prompts: %s (by their examples)", ", ".join(prompts))
+    classes = not (prompts or settings.boxes) and settings.checkpoint != RANDOM
+    defaults = defaults or _read_defaults(settings, classes=classes)
     if classes:
         prompts = tuple(dict.fromkeys(defaults.prompts))
         log.info("prompts: %s (the classes of these weights)", ", ".join(prompts) or "none")
         check_prompts(prompts)
-    if problems := unknown_words(defaults.vocabulary, prompts):
+    words = [prompt for prompt in prompts if prompt not in concepts]
+    if problems := unknown_words(defaults.vocabulary, words):
         raise UserError([f"--prompt {line}" for line in problems])
-    tell_mistyped(prompts, defaults.prompts)
+    tell_mistyped(words, [*defaults.prompts, *concepts])
     if len(prompts) > settings.max_detections:
         log.info(
             "%d prompts share --max-detections %d an image; raise it to find what each names",

@@ -21,6 +21,8 @@ import torch
 from app.config.compose import load_model_config
 from app.errors import UserError
 from app.inference.batch import Job, Outcome, Work, predict_batches
+from app.inference.concepts import read as read_concepts
+from app.inference.encoding import encode, read_examples
 from app.inference.predictor import Predictor
 from app.inference.settings import RANDOM, Settings
 from app.model.build import build_model
@@ -77,6 +79,7 @@ def load_predictor(settings: Settings) -> Predictor:
         choice = {"device": settings.device, "precision": settings.precision}
         predictor = Predictor.load(settings.checkpoint, **choice, **options)
         choose_threads(predictor.device, predictor.config)
+        learn_concepts(predictor, settings)
         return predictor
     changes = [f"model.resolution={settings.resolution}"] if settings.resolution else []
     config = load_model_config(settings.size or "nano", changes)
@@ -88,6 +91,15 @@ def load_predictor(settings: Settings) -> Predictor:
     model = build_model(config)
     hold_all(model, precision)
     return Predictor(model.to(target), config, precision)
+
+
+def learn_concepts(predictor: Predictor, settings: Settings) -> None:
+    """Let the predictor find what files of concepts and example boxes show."""
+    concepts = [concept for file in settings.concepts for concept in read_concepts(Path(file))]
+    if settings.examples is not None:
+        concepts += encode(predictor, read_examples(Path(settings.examples)))
+    if concepts:
+        predictor.learn(concepts)
 
 
 def _precision(predictor: Predictor) -> str:

@@ -13,6 +13,7 @@ from app.console import counted
 from app.deploy.runtime.manifest import FILE as MANIFEST
 from app.deploy.runtime.manifest import read_manifest
 from app.errors import UserError
+from app.inference.concepts import read as read_concepts
 from app.inference.finder import StagedFinder
 from app.model.weight_files import find_file
 from app.serving.model_thread import About
@@ -29,6 +30,7 @@ class Source:
         path: a weights folder or file, or a folder that `export` has written.
         name, version: that the server calls it by.
         device, precision, size, resolution: as of `infer`; an exported folder has its own.
+        concepts: files of concepts, which are asked for by their names.
         checked: whether weights must answer about their golden image as they did when they were
             saved.
     """
@@ -40,6 +42,7 @@ class Source:
     precision: str = "auto"
     size: str | None = None
     resolution: int | None = None
+    concepts: tuple[str, ...] = ()
     checked: bool = False
 
     def load(self) -> tuple[StagedFinder, About]:
@@ -50,6 +53,9 @@ class Source:
         """
         load = self._load_exported if is_exported(self.path) else self._load_weights
         finder, about = load()
+        if self.concepts:
+            finder.learn([each for file in self.concepts for each in read_concepts(Path(file))])
+            about = about.with_prompts(tuple(finder.concepts))
         # Its first answer takes seconds, for what is made ready at the first call.
         side = about.resolution
         finder.predict(

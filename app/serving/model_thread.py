@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from app.inference.finder import Encoded, MemoryShort, Prepared, Query, StagedFinder
 from app.inference.postprocess import Candidates
@@ -43,6 +43,12 @@ class About:
     resolution: int
     pin: str
     masks: bool
+
+    def with_prompts(self, names: tuple[str, ...]) -> About:
+        """Return it with further prompts, which are no words."""
+        vocabulary = None if self.vocabulary is None else (*self.vocabulary, *names)
+        prompts = tuple(dict.fromkeys((*self.prompts, *names)))
+        return replace(self, prompts=prompts, vocabulary=vocabulary)
 
 
 # Makes the finder, and what is said of it.

@@ -30,7 +30,7 @@ from app.datasets.prompts import nouns_beside
 from app.datasets.queries import PromptChoice, QueryDataset, collate_bytes
 from app.errors import UserError
 from app.model.device import cores
-from app.model.vocabulary import in_vocabulary
+from app.model.vocabulary import VISUAL_PROMPT, in_vocabulary
 from app.training.collective import raise_on_all_ranks
 from app.training.store import Found, Store, find, image_bytes, note_found
 from app.training.teacher import teacher_size
@@ -51,6 +51,8 @@ def query_dataset(config: Config, dataset: Dataset) -> QueryDataset:
         foreign=settings.foreign,
         near_misses=tuple(settings.near_misses),
         nouns=tuple(in_vocabulary(config.model.vocabulary, nouns_beside(names))),
+        examples=settings.examples,
+        visual=VISUAL_PROMPT,
     )
     transforms = [instantiate(node) for node in config.transforms.train]
     return QueryDataset(dataset, transforms, seed=config.seed, choice=choice, views=settings.views)

@@ -19,7 +19,14 @@ Fingerprint = dict[str, Any]
 # where it says what is computed twice or compiled. The dataset itself stands for how it was found.
 # Epochs and patience may be extended.
 _HARMLESS = (
-    *("output_dir", "checkpoint", "prediction.", "evaluation.every", "evaluation.pictures"),
+    *(
+        "output_dir",
+        "checkpoint",
+        "prediction.",
+        "evaluation.every",
+        "evaluation.pictures",
+        "evaluation.prompts",
+    ),
     *("training.epochs", "training.patience", "training.num_gpus", "training.num_workers"),
     *("training.device", "training.save_every", "training.save_minutes", "training.check_finite"),
     *("training.warm_start.", "training.compile", "cluster.", "model.activation_checkpointing"),
@@ -27,6 +34,8 @@ _HARMLESS = (
     *("dataset.valid_fraction", "dataset.test_fraction", "dataset.max_drop", "dataset.limit"),
     *(
         "dataset.group",
+        "dataset.folds",
+        "training.last_epoch",
         "dataset.prompts",
         "dataset.bad_images",
         "dataset.shapes.",

@@ -41,6 +41,7 @@ CONTENTS = (
     *("config.yaml", "config_resolved.yaml", "environment.json", "train.log", "metrics.csv"),
     *("metrics.json", "metrics_by_class.csv", "report.html", "weights", "checkpoints"),
     *("predictions", "plots", "tensorboard", "slurm", "dataset_report.html", "mlflow.json"),
+    *("folds", "fingerprint.json"),
     *("dataset", "dumps", "logs"),  # of upstream's Trainer
 )
 RESOLVED = "config_resolved.yaml"

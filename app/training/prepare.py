@@ -190,7 +190,7 @@ def prepare(request: Request, *, in_job: bool = False) -> Prepared:
     if not elsewhere:
         choose_device(config.training.device)
     meta_model = None if request.eval_only else method.check(config, pretrained_path)
-    splits = read_splits(config)
+    splits = read_splits(config, folds=not request.eval_only and config.distill.teacher is None)
     check_words(config, splits)
     prepared = Prepared(
         request,
@@ -468,8 +468,12 @@ def check_resume(prepared: Prepared, processes: int, open_keys: Sequence[str] = 
         )
 
 
-def open_folder(prepared: Prepared) -> None:
-    """Make the output folder ready, check its disk, write the settings, and log to train.log."""
+def open_folder(prepared: Prepared) -> logging.Handler:
+    """Make the output folder ready, check its disk, write the settings, and log to train.log.
+
+    Returns:
+        What logs there; it is in place.
+    """
     request, folder = prepared.request, prepared.folder
     prepare_folder(folder, resume=request.resume, overwrite=request.overwrite)
     if prepared.meta_model is not None:
@@ -480,3 +484,4 @@ def open_folder(prepared: Prepared) -> None:
     written = logging.FileHandler(folder / "train.log", encoding="utf-8")
     written.setFormatter(Formatter())
     log.addHandler(written)
+    return written

@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,11 +18,10 @@ from sam3.model.sam3_image import Sam3Image
 from app.config.schema import Config, Resume
 from app.console import counted, duration
 from app.datasets.build import Splits
-from app.datasets.coco import Dataset
 from app.datasets.dataset_report import write_page
 from app.datasets.depth import levels_of
 from app.evaluation import report
-from app.evaluation.evaluate import score_dataset, write_predictions
+from app.evaluation.evaluate import score_dataset, score_examples, write_predictions
 from app.evaluation.intervals import with_intervals
 from app.evaluation.model_card import write_card
 from app.evaluation.record import Record, read_before
@@ -72,6 +71,7 @@ def train(
     resume: Resume | None = None,
     stop: StopRequest | None = None,
     teach: Teach | None = None,
+    validated: Validation | None = None,
 ) -> Outcome:
     """Fine-tune, validate after each epoch, save; the output folder then holds the run.
 
@@ -83,12 +83,119 @@ def train(
         resume: go on from the newest checkpoint in the output folder; "weights": from its weights.
         stop: asked for by signals.
         teach: adds a teacher's losses, where the run has a teacher.
+        validated: stands for the validation of the weights at the last epoch, which are those that
+            are kept: what folds found. None: each epoch is validated, and the best are kept.
 
     Raises:
         Stopped: by a signal; the state is saved.
         FloatingPointError: a loss or gradient is not finite; the state before is saved.
         torch.OutOfMemoryError: the GPU's memory is used up; says what is saved.
         UserError: the disk is full; the last checkpoint is whole.
+    """
+    started = begin(
+        config,
+        splits,
+        pretrained_path,
+        recorder=recorder,
+        resume=resume,
+        stop=stop,
+        teach=teach,
+        validated=validated,
+    )
+    trainer, accelerator, folder = started.trainer, started.trainer.accelerator, started.folder
+    config, precision = trainer.config, trainer.precision
+    is_main = accelerator.is_main_process
+    was_finished = trainer.is_finished()
+    trainer.run()
+
+    # The end: the best weights, reloaded as a user would, make predictions, figures and report.
+    state, begun = trainer.state, trainer.begun  # of the first leg, where the run was resumed
+    rates = learning_rates(config.optim, trainer.model, started.lr_scale)
+    device, frozen, encoders = started.device, started.frozen, started.encoders
+    del trainer, started  # makes room for the best weights
+    free(accelerator)
+    ranks = ranks_of(accelerator)
+    if validated is None:
+        scored = score_best(config, splits, precision, device, ranks, frozen, encoders)
+        check_reloaded(scored.figures, state, config, device)
+    else:
+        weights.load(folder / "weights" / "best")  # or an error
+        scored = validated
+    if is_main:
+        with checkpoints.disk_errors(folder):
+            evaluation = Record("valid", splits.valid, scored.results)
+            before = read_before(folder, splits.valid)
+            figures = with_intervals(scored.figures, splits.valid, scored.results, before)
+            write_predictions(folder, evaluation, config)
+            report.plot_curves(state.rows, folder / "plots")
+            seconds = time.monotonic() - begun
+            if was_finished:
+                seconds = read_figures(folder).get("seconds", seconds)
+            if recorder is not None:
+                recorder.finish(all_figures(figures, state, seconds))
+            write_page(folder, splits)
+            page = write_report(folder, evaluation)
+            write_card(
+                config,
+                pretrained_path,
+                splits,
+                learning_rates=rates,
+                processes=accelerator.num_processes,
+                precision=precision,
+            )
+        log.info(
+            "done in %s; figures in %s, report in %s",
+            duration(seconds),
+            folder / "metrics.json",
+            page,
+        )
+        for line in gain_in_words(state.baseline, figures, splits.valid):
+            log.info("%s", line)
+        if config.evaluation.pictures:
+            log.info("pictures of truth and prediction: %s", folder / "plots" / "valid_*.png")
+        log_next_steps(folder / "weights" / "best", splits)
+    accelerator.end_training()
+    return Outcome(folder, scored.figures)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run that can go on: its trainer, and what its end needs.
+
+    Attributes:
+        frozen: encoders that are not trained.
+        encoders: those whose features are cached on disk.
+    """
+
+    trainer: Trainer
+    device: torch.device
+    frozen: list[str]
+    encoders: list[str]
+    lr_scale: float
+
+    @property
+    def folder(self) -> Path:
+        return self.trainer.folder
+
+
+def begin(
+    config: Config,
+    splits: Splits,
+    pretrained_path: Path | None,
+    *,
+    recorder: Recorder | None,
+    resume: Resume | None = None,
+    stop: StopRequest | None = None,
+    teach: Teach | None = None,
+    validated: Validation | None = None,
+    keeps_results: bool = False,
+) -> Started:
+    """Return a run ready for its first update, or for the next one where it is resumed.
+
+    The arguments are those of `train`.
+
+    Args:
+        keeps_results: as of `Trainer`: the run is a fold.
     """
     begun = time.monotonic()
     folder = Path(config.output_dir)
@@ -106,7 +213,7 @@ def train(
 
     # The model: pretrained or resumed weights, frozen parts, adapters, the feature cache.
     checkpoint = checkpoints.find_newest(folder / "checkpoints") if resume else None
-    if resume and checkpoint is None:
+    if resume and checkpoint is None and not keeps_results:
         log.info("nothing was saved yet in %s: from the beginning", folder)
     set_seed(config.seed)
     model = load_model(config, splits, pretrained_path, checkpoint, device, precision)
@@ -152,6 +259,8 @@ def train(
         recorder=recorder,
         stop=stop or StopRequest(),
         begun=begun,
+        validated=validated,
+        keeps_results=keeps_results,
     )
     if checkpoint is not None and resume == "weights":
         trainer.restart(checkpoint)
@@ -162,65 +271,27 @@ def train(
         log.info("resumed from %s, after epoch %d, update %d", checkpoint, done.epoch, done.updates)
         if trainer.is_finished():
             log.info("nothing is left to train: more --epochs go on; the best weights are scored")
-    if is_main:
+    if is_main and not keeps_results:
         describe(config, model, splits, accelerator, precision, lr_scale)
-    if is_main and checkpoint is None:
-        data = query_dataset(config, splits.train)  # a new one: training draws from its own
-        with checkpoints.disk_errors(folder):
-            draw_first(data, iter(batches.sampler), folder / "plots", config.evaluation.pictures)
-    was_finished = trainer.is_finished()
+        if checkpoint is None:
+            data = query_dataset(config, splits.train)  # a new one: training draws from its own
+            with checkpoints.disk_errors(folder):
+                draw_first(
+                    data, iter(batches.sampler), folder / "plots", config.evaluation.pictures
+                )
     updates = batches.updates_per_epoch * config.training.epochs - trainer.state.updates
     if compiling.is_wanted(config, device, updates, cached="vision" in encoders):
         step.set_training()
         images = config.training.batch_size
         compiling.compile_trunk(model, images, config.model.resolution, precision)
-    trainer.run()
+    return Started(trainer, device, frozen, encoders, lr_scale)
 
-    # The end: the best weights, reloaded as a user would, make predictions, figures and report.
-    state, begun = trainer.state, trainer.begun  # of the first leg, where the run was resumed
-    rates = learning_rates(config.optim, model, lr_scale)
-    del trainer, step, losses, model  # makes room for the best weights
+
+def free(accelerator: Accelerator) -> None:
+    """Give back the memory of a run whose trainer nobody holds, once all ranks are here."""
     accelerator.free_memory()
     gc.collect()
     accelerator.wait_for_everyone()
-    ranks = ranks_of(accelerator)
-    scored = score_best(config, splits.valid, precision, device, ranks, frozen, encoders)
-    if is_main:
-        check_reloaded(scored.figures, state, config, device)
-        with checkpoints.disk_errors(folder):
-            evaluation = Record("valid", splits.valid, scored.results)
-            before = read_before(folder, splits.valid)
-            figures = with_intervals(scored.figures, splits.valid, scored.results, before)
-            write_predictions(folder, evaluation, config)
-            report.plot_curves(state.rows, folder / "plots")
-            seconds = time.monotonic() - begun
-            if was_finished:
-                seconds = read_figures(folder).get("seconds", seconds)
-            if recorder is not None:
-                recorder.finish(all_figures(figures, state, seconds))
-            write_page(folder, splits)
-            page = write_report(folder, evaluation)
-            write_card(
-                config,
-                pretrained_path,
-                splits,
-                learning_rates=rates,
-                processes=accelerator.num_processes,
-                precision=precision,
-            )
-        log.info(
-            "done in %s; figures in %s, report in %s",
-            duration(seconds),
-            folder / "metrics.json",
-            page,
-        )
-        for line in gain_in_words(state.baseline, figures, splits.valid):
-            log.info("%s", line)
-        if config.evaluation.pictures:
-            log.info("pictures of truth and prediction: %s", folder / "plots" / "valid_*.png")
-        log_next_steps(folder / "weights" / "best", splits)
-    accelerator.end_training()
-    return Outcome(folder, scored.figures)
 
 
 def load_model(
@@ -295,7 +366,7 @@ def describe(
 
 def score_best(
     config: Config,
-    valid: Dataset,
+    splits: Splits,
     precision: torch.dtype,
     device: torch.device,
     ranks: Ranks,
@@ -312,7 +383,12 @@ def score_best(
     features.cache_encoders(best, encoders, features.FOLDER, precision)
     features.cache_prompts(best, frozen)
     predictor = Predictor(best.to(device), header.model, precision)
-    return score_dataset(predictor, valid, config, "best weights, reloaded", ranks=ranks)
+    title = "best weights, reloaded"
+    scored = score_dataset(predictor, splits.valid, config, title, ranks=ranks)
+    if ranks.rank:
+        return scored
+    by_examples = score_examples(predictor, splits.train, splits.valid, config)
+    return replace(scored, figures=scored.figures | by_examples)
 
 
 def check_reloaded(figures: Figures, state: RunState, config: Config, device: torch.device) -> None:

@@ -73,6 +73,9 @@ class Trainer:
         recorder: None on all ranks but the first.
         stop: looked at after each update, and after each image of a validation.
         begun: when this leg of the run began, by `time.monotonic`; None: now.
+        validated: stands for the validation of the last epoch, and there is no other; None: each
+            epoch is validated.
+        keeps_results: write what each validation found, for the folds of a dataset.
     """
 
     def __init__(
@@ -90,7 +93,13 @@ class Trainer:
         recorder: Recorder | None,
         stop: StopRequest,
         begun: float | None = None,
+        validated: Validation | None = None,
+        keeps_results: bool = False,
     ) -> None:
+        self.validated, self.keeps_results = validated, keeps_results
+        self.last_epoch = min(
+            config.training.epochs, config.training.last_epoch or config.training.epochs
+        )
         self.config, self.model, self.accelerator = config, model, accelerator
         self.batches, self.step = batches, step
         self.valid, self.header, self.fingerprint = valid, header, fingerprint
@@ -110,7 +119,7 @@ class Trainer:
             torch.OutOfMemoryError: the GPU's memory is used up; says what is saved.
             UserError: the disk is full; the last checkpoint is whole.
         """
-        self.table = Table(self.config.training.epochs)
+        self.table = Table(self.last_epoch)
         with self.stop.deferred():
             try:
                 if not self.state.baseline:
@@ -133,7 +142,7 @@ class Trainer:
                 raise torch.OutOfMemoryError(f"{told(error)} Stopped {self._where()}") from None
 
     def is_finished(self) -> bool:
-        return self._is_stale() or self.state.epoch >= self.config.training.epochs
+        return self._is_stale() or self.state.epoch >= self.last_epoch
 
     def _is_stale(self) -> bool:
         patience = self.config.training.patience
@@ -159,7 +168,7 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """Do the updates of the epoch under way that are left."""
-        state, epochs = self.state, self.config.training.epochs
+        state, epochs = self.state, self.last_epoch
         each = self.batches.updates_per_epoch
         title = f"epoch {state.epoch + 1}/{epochs}: update"
         self.step.set_training()
@@ -182,13 +191,14 @@ class Trainer:
 
     def time_left(self) -> float | None:
         """Return the seconds that the run has left; None as long as no update was timed."""
-        state, training = self.state, self.config.training
-        epochs = range(state.epoch + 1, training.epochs + 1)
+        state = self.state
+        epochs = range(state.epoch + 1, self.last_epoch + 1)
         validations = sum(self._is_validated(epoch) for epoch in epochs)
         saves = sum(self._is_saved(epoch) for epoch in epochs)
-        updates = self.batches.updates_per_epoch * training.epochs - state.updates
+        updates = self.batches.updates_per_epoch * self.last_epoch - state.updates
         # The best weights are validated again at the end, reloaded.
-        return self.pace.left({"update": updates, "validation": validations + 1, "save": saves})
+        validations = 0 if self.validated is not None else validations + 1
+        return self.pace.left({"update": updates, "validation": validations, "save": saves})
 
     def between_updates(self) -> None:
         """Stop where any rank was asked to; save where `training.save_minutes` have passed."""
@@ -207,8 +217,11 @@ class Trainer:
         state = self.state
         row = self._row()
         if self._is_validated(state.epoch + 1):
-            validation = self.validate(f"epoch {state.epoch + 1}")
+            validation = self.validated or self.validate(f"epoch {state.epoch + 1}")
             row |= validation.figures
+            if self.keeps_results and self.accelerator.is_main_process:
+                with checkpoints.disk_errors(self.folder):
+                    record.write_epoch(self.folder, state.epoch + 1, validation)
             self._set_threshold(validation.figures, self._count_scores(validation))
             self._keep_best(validation.figures)
         state.rows.append(row)
@@ -246,11 +259,12 @@ class Trainer:
         }
 
     def _is_validated(self, epoch: int) -> bool:
-        return epoch % self.config.evaluation.every == 0 or epoch == self.config.training.epochs
+        if self.validated is not None:
+            return epoch == self.last_epoch
+        return epoch % self.config.evaluation.every == 0 or epoch == self.last_epoch
 
     def _is_saved(self, epoch: int) -> bool:
-        training = self.config.training
-        return epoch % training.save_every == 0 or epoch == training.epochs
+        return epoch % self.config.training.save_every == 0 or epoch == self.last_epoch
 
     def validate(self, title: str) -> Validation:
         """Score the weights as they are now; every rank scores its share.

@@ -1,4 +1,4 @@
-"""Runs that are killed: `python -m tests.training.killed_runs FOLDER KILLS`.
+"""Runs that are killed: `python -m tests.training.killed_runs FOLDER KILLS [folds]`.
 
 `python -m app train`, forked from this warm process and saving after each update, kills itself
 before one of its file operations, wherever that is: as it reads, validates, trains, saves or draws
@@ -20,17 +20,21 @@ from tests import kills
 from tests.helpers import MICRO, metrics_rows
 
 
-def run(folder: Path, name: str, kill_at: int = -1) -> int | None:
+def run(folder: Path, name: str, kill_at: int = -1, *, folds: bool = False) -> int | None:
     """Run, or go on with, the run of this name.
 
     Args:
+        folds: in two folds.
         kill_at: the file operation before which it is killed.
 
     Returns:
         How many file operations it had; None where it was killed.
     """
+    data = ("--dataset-dir", folder / "set")
+    if folds:
+        data = ("--dataset-dir", folder / "set" / "train", "--folds", "2")
     words = [
-        *("train", "--dataset-dir", folder / "set", "--model", "nano", "--checkpoint", "none"),
+        *("train", *data, "--model", "nano", "--checkpoint", "none"),
         *("--output-dir", folder / name, "--resume=auto", "--epochs", 2, "--batch-size", 1),
         *("training.save_minutes=0", "training.ema=0.9", "model.dropout=0.2"),
         *("evaluation.pictures=1", *MICRO),
@@ -45,16 +49,19 @@ def outcome(folder: Path) -> tuple[list[bytes], list[dict[str, str]]]:
 
 
 def main() -> None:
-    folder, wanted = Path(sys.argv[1]), int(sys.argv[2])
+    folder, wanted, folds = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] == ["folds"]
     make_shapes(folder / "set", train=4, valid=1, fog=0, width=64, height=64, seed=0)
-    operations = run(folder, "untouched")
+    operations = run(folder, "untouched", folds=folds)
     assert operations is not None
     expected = outcome(folder / "untouched")
     places = random.Random(0)
     made, runs = 0, 0
     while made < wanted:
         name = f"run-{runs}"
-        while run(folder, name, places.randint(1, operations) if made < wanted else -1) is None:
+        while True:
+            kill_at = places.randint(1, operations) if made < wanted else -1
+            if run(folder, name, kill_at, folds=folds) is not None:
+                break
             made += 1
         assert outcome(folder / name) == expected, name
         runs += 1

@@ -22,6 +22,7 @@ from app.deploy.runtime.runtime import BACKENDS, Runtime
 from app.errors import UserError
 from app.files import hash_file
 from app.inference.batch import Work, predict_batches
+from app.inference.concepts import read
 from app.inference.folder import list_jobs, predict_folder
 from app.inference.postprocess import THRESHOLD
 from app.inference.settings import SAVES, Defaults, Settings, make_settings, with_defaults
@@ -67,6 +68,8 @@ def run(options: argparse.Namespace) -> int:
         _check(runtime)
         return 0
     settings = _settings(options, runtime)
+    if options.concept:
+        runtime.learn([concept for file in options.concept for concept in read(Path(file))])
     if options.loop:
         from app.deploy.runtime.camera import serve
 
@@ -123,6 +126,7 @@ def _settings(options: argparse.Namespace, runtime: Runtime) -> Settings:
     settings: Settings = RuntimeSettings(
         checkpoint=str(options.folder),
         prompts=tuple(options.prompt),
+        concepts=tuple(options.concept),
         threshold=options.threshold,
         max_detections=options.max_detections,
         nms=options.nms,
@@ -170,6 +174,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="what to find; several; without any, the classes of the folder",
     )
     add("--prompts", type=Path, metavar="FILE", help="file of prompts: a line each, or YAML")
+    add(
+        "--concept",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="example boxes, encoded by python -m app concept, that are found by its name; several",
+    )
     share = _number(float, 0, 1)
     add("--threshold", type=share, help="least score, 0..1 [default: the folder's]")
     add("--max-detections", type=_number(int, 1), default=100, help="an image, or a tile [100]")

@@ -25,6 +25,8 @@ from app.deploy.runtime.manifest import REMEDY, Manifest, read_manifest
 from app.deploy.runtime.square import to_pixels, to_square
 from app.deploy.runtime.text import AnyWords, StoredWords, Texts, Words, check_named
 from app.errors import UserError, nearest
+from app.inference.concepts import Concept
+from app.inference.concepts import check as check_concepts
 from app.inference.detections import Detections
 from app.inference.finder import Encoded, Prepared, Query, StagedFinder
 from app.inference.inputs import Sized
@@ -163,7 +165,7 @@ class Runtime(StagedFinder):
         prompts = query.prompts
         with self._timed("pre"):
             filled = [*prompts, *[prompts[0]] * (-len(prompts) % per_pass)]  # whole passes
-            text, text_mask = self.text(filled)  # (P, L, D), (P, L)
+            text, text_mask = self._texts(filled)  # (P, L, D), (P, L)
         best = []
         for image in images:
             passes = []
@@ -176,6 +178,25 @@ class Runtime(StagedFinder):
                     passes.append(_choose(outputs, first, asked, query))
             best.append(join_passes(passes, query.max_detections))  # N, the highest score first
         return best
+
+    def _texts(self, prompts: Sequence[str]) -> Texts:
+        """Return features (P, L, D) and mask (P, L) of prompts: of words, and of concepts."""
+        known = {p: self.concepts[name] for p, name in enumerate(prompts) if name in self.concepts}
+        if not known:
+            return self.text(prompts)
+        width, length = next(iter(known.values())).tokens.shape[1], self._context_length
+        features = np.zeros((len(prompts), length, width), dtype=np.float32)
+        mask = np.ones((len(prompts), length), dtype=np.bool_)
+        if words := [p for p in range(len(prompts)) if p not in known]:
+            features[words], mask[words] = self.text([prompts[p] for p in words])
+        for place, concept in known.items():
+            features[place, : len(concept.tokens)] = concept.tokens
+            mask[place, : len(concept.tokens)] = False
+        return features, mask
+
+    def _check_concepts(self, concepts: Sequence[Concept]) -> str:
+        width = self.manifest.shapes["ground"]["text"][-1]
+        return check_concepts(concepts, width, "", self._context_length)
 
     def finish(self, candidates: Candidates, query: Query, image: Sized) -> Detections:
         """Return candidates as detections of an image, with their masks."""

@@ -167,9 +167,10 @@ def apply_fixes() -> None:
         _trunk_in_fewer_operations,
     ):
         fix()
-    from app.model.upstream import prediction
+    from app.model.upstream import examples, prediction
 
     prediction.apply()
+    examples.apply()
 
 
 def _initialise_text_encoder() -> None:

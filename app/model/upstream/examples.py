@@ -1,0 +1,65 @@
+"""Examples of another image: upstream encodes a prompt's boxes in the image that is asked alone.
+
+Places are those of the pinned commit 84cc43b (`pin.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from sam3.model.geometry_encoders import Prompt
+from sam3.model.sam3_image import Sam3Image
+from torch import Tensor
+
+
+def apply() -> None:
+    """Let upstream's model take a stage's `example_ids`, once a process."""
+    original = Sam3Image._encode_prompt
+
+    @functools.wraps(original)
+    def encode_prompt(
+        self: Any, backbone_out: Any, find_input: Any, geometric_prompt: Any, *args: Any, **kw: Any
+    ) -> Any:
+        """Encode a prompt's boxes in the image that has them (sam3_image.py:167)."""
+        examples = getattr(find_input, "example_ids", None)
+        if examples is None:
+            return original(self, backbone_out, find_input, geometric_prompt, *args, **kw)
+        there = copy.copy(find_input)
+        there.img_ids = examples
+        prompt, mask, backbone_out = original(
+            self, backbone_out, there, geometric_prompt, *args, **kw
+        )
+        elsewhere = (examples != find_input.img_ids)[:, None]  # (P, 1)
+        boxes = (~geometric_prompt.box_mask).sum(dim=1, keepdim=True)
+        words = prompt.shape[0] - geometric_prompt.box_mask.shape[1] - 1
+        tokens = torch.arange(prompt.shape[0], device=mask.device)[None]
+        mask = mask | (elsewhere & (tokens == words + boxes))  # not the other image's own token
+        own = encode_boxes(self, backbone_out, find_input.img_ids, None)[0]  # (1, P, D)
+        return torch.cat([prompt, own]), torch.cat([mask, ~elsewhere], dim=1), backbone_out
+
+    Sam3Image._encode_prompt = encode_prompt
+
+
+def encode_boxes(
+    model: Any, features: dict[str, Any], image_ids: Tensor, boxes: Prompt | None
+) -> tuple[Tensor, Tensor]:
+    """Return tokens (N + 1, P, D) of N example boxes, and their mask (P, N + 1), True for none.
+
+    Behind its boxes each prompt has a token of the whole image, which alone is there without boxes.
+
+    Args:
+        features: upstream's, of B images.
+        image_ids: (P,) int64, the image that each prompt's boxes lie in.
+        boxes: of P prompts; None for none.
+    """
+    if boxes is None:
+        none = torch.zeros(0, len(image_ids), 4, device=image_ids.device)
+        boxes = Prompt(box_embeddings=none, box_mask=none.new_zeros(len(image_ids), 0).bool())
+    _, maps, positions, sizes = model._get_img_feats(features, image_ids)
+    tokens, mask = model.geometry_encoder(
+        geo_prompt=boxes, img_feats=maps, img_sizes=sizes, img_pos_embeds=positions
+    )
+    return tokens, mask
