@@ -23,13 +23,13 @@ Statistic = Callable[[Array], Array]  # of weights of I images, (R, I), one figu
 RESAMPLINGS = 1000
 MANY = 300  # images, from which percentiles serve, by hotcoco
 OF_MANY = 200  # resamplings of those
-LEVELS = np.array([0.025, 0.975])
+LEVEL = 0.95  # of such samples of images, which an interval covers
 CHUNK = 50  # resamplings that are computed at once
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Hold the bounds that 95 % of such samples of images would give."""
+    """Hold the bounds that most of such samples of images would give."""
 
     low: float
     high: float
@@ -57,11 +57,17 @@ def with_intervals(
     return found
 
 
-def ap_interval(truth: Dataset, results: Sequence[dict[str, Any]], kind: str) -> Interval:
-    """Return the interval of AP of boxes ("bbox") or masks ("segm")."""
+def ap_interval(
+    truth: Dataset, results: Sequence[dict[str, Any]], kind: str, level: float = LEVEL
+) -> Interval:
+    """Return the interval of AP of boxes ("bbox") or masks ("segm").
+
+    Args:
+        level: 0..1, share of samples that it is to cover; of many images always LEVEL.
+    """
     if len(truth.images) > MANY:
         return gain_interval(truth, [], results, kind)[1]  # nothing has an AP of 0
-    return bootstrap(ByWeights(truth, results, kind), len(truth.images))
+    return bootstrap(ByWeights(truth, results, kind), len(truth.images), level=level)
 
 
 def gain_interval(
@@ -82,7 +88,9 @@ def gain_interval(
     return gain, bootstrap(lambda weights: second(weights) - first(weights), len(truth.images))
 
 
-def bootstrap(statistic: Statistic, images: int, resamplings: int = RESAMPLINGS) -> Interval:
+def bootstrap(
+    statistic: Statistic, images: int, resamplings: int = RESAMPLINGS, level: float = LEVEL
+) -> Interval:
     """Return the BCa interval of a figure; percentiles where BCa is not defined.
 
     Draws in which nothing defines the figure are left out. An interval of none is all of 0..1.
@@ -94,26 +102,26 @@ def bootstrap(statistic: Statistic, images: int, resamplings: int = RESAMPLINGS)
     values = values[~np.isnan(values)]
     if not values.size:
         return Interval(0.0, 1.0)
-    levels = LEVELS
+    levels = np.array([(1 - level) / 2, (1 + level) / 2])
     if np.ptp(values) and images > 1:
-        levels = _bca_levels(values, statistic, images)
+        levels = _bca_levels(values, statistic, images, levels)
     low, high = np.quantile(values, levels)
     return Interval(float(low), float(high))
 
 
-def _bca_levels(values: Array, statistic: Statistic, images: int) -> Array:
-    """Return which quantiles of the draws are the bounds."""
+def _bca_levels(values: Array, statistic: Statistic, images: int, levels: Array) -> Array:
+    """Return which quantiles of the draws are the bounds, in place of `levels`."""
     (observed,) = statistic(np.ones((1, images)))
     without_one = statistic(1 - np.eye(images))
     away = np.nanmean(without_one) - without_one[~np.isnan(without_one)]
     spread = (away**2).sum() ** 1.5
     share = ((values < observed).mean() + (values <= observed).mean()) / 2
     if not spread or not 0 < share < 1:
-        return LEVELS
+        return levels
     bias, acceleration = ndtri(share), (away**3).sum() / (6 * spread)
-    shifted = bias + ndtri(LEVELS)
-    levels: Array = ndtr(bias + shifted / (1 - acceleration * shifted))
-    return levels
+    shifted = bias + ndtri(levels)
+    found: Array = ndtr(bias + shifted / (1 - acceleration * shifted))
+    return found
 
 
 class ByWeights:

@@ -329,6 +329,8 @@ def _box_prompts_without_cuda() -> None:
     from sam3.model.geometry_encoders import SequenceGeometryEncoder
     from torchvision.ops import roi_align
 
+    from app.model.upstream.examples import places_of
+
     def encode_boxes(
         self: Any, boxes: Any, boxes_mask: Any, boxes_labels: Any, img_feats: Any
     ) -> tuple[Any, Any]:
@@ -342,9 +344,10 @@ def _box_prompts_without_cuda() -> None:
             img_feats.float(), list(corners.transpose(0, 1).unbind(0)), self.roi_size
         )  # (B * N, C, roi, roi)
         pooled = self.boxes_pool_project(pooled.to(img_feats.dtype))
-        encoded = self.pos_enc.encode_boxes(*(side.flatten() for side in boxes.unbind(-1)))
+        places = places_of(self, boxes)
+        encoded = self.pos_enc.encode_boxes(*(side.flatten() for side in places.unbind(-1)))
         embedding = (
-            self.boxes_direct_project(boxes)
+            self.boxes_direct_project(places)
             + pooled.view(batch, count, self.d_model).transpose(0, 1)
             + self.boxes_pos_enc_project(encoded.view(count, batch, encoded.shape[-1]))
         )

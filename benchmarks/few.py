@@ -1,0 +1,210 @@
+"""Measure what few labelled images say and bring, beside goals; exits 1 below one.
+
+    .venv/bin/python -m benchmarks.few                      # all of it: hours on 2 cores
+    .venv/bin/python -m benchmarks.few coverage unseen      # parts that train nothing: minutes
+    .venv/bin/python -m benchmarks.few honest --seeds 1     # fewer seeds than 5
+
+Shapes that the carried nano has never seen (star and ring) and examples/potholes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from app.datasets.build import load_splits
+from app.datasets.coco import Dataset, write
+from app.evaluation.by_examples import score_by_examples
+from app.evaluation.intervals import ap_interval
+from app.evaluation.metrics import evaluate
+from app.evaluation.validate import validate
+from app.files import read_json
+from app.inference.predictor import Predictor
+from app.model.bundled import bundled_nano
+from benchmarks.first_hour import Goal
+from benchmarks.nano import KNOWN_KINDS, NEW_KINDS, draw, join
+
+ROOT = Path(__file__).resolve().parents[1]
+POTHOLES = ROOT / "examples" / "potholes"
+LEVEL = 0.90  # of the interval whose coverage is measured
+DRAWS, SAMPLE = 200, 20  # samples of so many images
+POOL = 400  # images that stand for all there are
+NEW = 300  # images that no run has seen
+SHOTS = (3, 10, 20)
+
+
+def coverage(_: int, folder: Path) -> Iterator[Goal]:
+    """How often an interval from 20 images holds the AP of all: of weights that train no more."""
+    start = _nano()
+    pool = draw(folder, train=POOL, valid=1, kinds=KNOWN_KINDS, label_by="kind").train
+    results = validate(Predictor.load(start), pool, max_detections=100).results
+    whole = evaluate(pool, results)["bbox/AP"]
+    chance, held = random.Random(0), 0
+    ids = [image.id for image in pool.images]
+    for _draw in range(DRAWS):
+        chosen = set(chance.sample(ids, SAMPLE))
+        part = [result for result in results if result["image_id"] in chosen]
+        found = ap_interval(pool.subset(chosen), part, "bbox", LEVEL)
+        held += found.low <= whole <= found.high
+    share = held / DRAWS
+    print(f"AP of all {POOL}: {whole:.3f}")
+    yield Goal(f"share of {LEVEL:.0%} intervals that hold it", share, 0.85)
+    yield Goal("  and not too wide", share, 0.95, at_most=True)
+
+
+def honest(seed: int, folder: Path) -> Iterator[Goal]:
+    """The AP that folds promise, beside the final weights' on new images; and a single split's."""
+    given = draw(folder / "set", train=12, valid=NEW, kinds=NEW_KINDS, exclude=[], label_by="kind")
+    own = _unsplit(folder, given.train)
+    gaps = []
+    for name, words in (("folds", ["--folds", "5"]), ("split", ["--folds", "none"])):
+        _train(own, folder / name, [*words, "--seed", str(seed)])
+        said = read_json(folder / name / "metrics.json")["bbox/AP"]
+        predictor = Predictor.load(folder / name / "weights" / "best")
+        true = validate(predictor, given.valid, max_detections=100).figures["bbox/AP"]
+        print(f"{name}: box AP {said:.3f} said, {true:.3f} on {NEW} new images")
+        gaps.append(abs(said - true))
+    yield Goal("difference of the folds' AP", gaps[0], 0.05, at_most=True)
+
+
+def duration(seed: int, folder: Path) -> Iterator[Goal]:
+    """The time of five folds of `head`, beside one run's; each computes its features anew."""
+    given = draw(folder / "set", train=20, valid=1, kinds=NEW_KINDS, exclude=[], label_by="kind")
+    own, seconds = _unsplit(folder, given.train), []
+    for words in (["--folds", "none"], ["--folds", "5"]):
+        begun = time.monotonic()
+        _train(own, folder / words[1], [*words, "--method", "head", "--epochs", "10"], seed=seed)
+        seconds.append(time.monotonic() - begun)
+    print(f"{seconds[0]:.0f} s one run, {seconds[1]:.0f} s in folds")
+    yield Goal("times as long in five folds", seconds[1] / seconds[0], 2.5, at_most=True)
+
+
+def shots(seed: int, folder: Path) -> Iterator[Goal]:
+    """AP after few images, by words alone and with examples as well; never worse, +0.05 at 3."""
+    gains = {}
+    for count in SHOTS:
+        settings = {"kinds": NEW_KINDS, "exclude": [], "label_by": "kind"}
+        given = draw(folder / f"set{count}", train=count, valid=100, **settings)
+        found = {}
+        for name, share in (("words", 0.0), ("examples", 0.5)):
+            words = ["--folds", "none", f"dataset.examples={share}", "--seed", str(seed)]
+            run = folder / f"{name}{count}"
+            _train(folder / f"set{count}", run, words)
+            predictor = Predictor.load(run / "weights" / "best")
+            by_words = validate(predictor, given.valid, max_detections=100).figures["bbox/AP"]
+            kinds = ["other", "both"] if share else []
+            others = score_by_examples(
+                predictor, given.train, given.valid, kinds, max_detections=100, seed=seed
+            )
+            found[name] = max(by_words, others.get("other5/bbox/AP", 0.0))
+            print(
+                f"{count} images, {name}: box AP {by_words:.3f} by words"
+                + "".join(f", {others[k]:.3f} {k[:-8]}" for k in others if k.endswith("bbox/AP"))
+            )
+        gains[count] = found["examples"] - found["words"]
+    for count, gain in gains.items():
+        yield Goal(f"gain by examples after {count} images", gain, 0.05 if count == 3 else 0.0)
+
+
+def unseen(seed: int, folder: Path) -> Iterator[Goal]:
+    """AP on star and ring without any training: by words, by a box, by boxes of other images."""
+    given = draw(folder, train=20, valid=100, kinds=NEW_KINDS, exclude=[], label_by="kind")
+    predictor = Predictor.load(_nano())
+    words = validate(predictor, given.valid, max_detections=100).figures["bbox/AP"]
+    kinds = ["box", "both", "other"]
+    figures = score_by_examples(
+        predictor, given.train, given.valid, kinds, max_detections=100, seed=seed
+    )
+    shown = {name[:-8]: value for name, value in figures.items() if name.endswith("/bbox/AP")}
+    print(f"words {words:.3f}; " + ", ".join(f"{k} {value:.3f}" for k, value in shown.items()))
+    yield Goal("box AP by one example in the image", shown["box"], 0.30)
+
+
+def potholes(seed: int, folder: Path) -> Iterator[Goal]:
+    """Twelve photographs in folds, beside the others."""
+    everything = load_splits(POTHOLES)
+    assert everything.test is not None
+    chosen = random.Random(seed).sample([image.id for image in everything.train.images], 12)
+    own = _unsplit(folder, everything.train.subset(chosen))
+    _train(own, folder / "run", ["--folds", "5", "--seed", str(seed)])
+    said = read_json(folder / "run" / "metrics.json")
+    predictor = Predictor.load(folder / "run" / "weights" / "best")
+    others = join(everything.valid, everything.test)
+    true = validate(predictor, others, max_detections=100).figures["bbox/AP50"]
+    print(
+        f"potholes: box AP50 {said['bbox/AP50']:.3f} said (AP {said['bbox/AP_low']:.3f} to "
+        f"{said['bbox/AP_high']:.3f}), {true:.3f} on {len(others.images)} other photographs"
+    )
+    yield Goal("difference of the folds' AP50", abs(said["bbox/AP50"] - true), 0.15, at_most=True)
+
+
+def _nano() -> Path:
+    start = bundled_nano()
+    assert start is not None
+    return start
+
+
+def _unsplit(folder: Path, images: Dataset) -> Path:
+    """Write a dataset as a folder without a validation split."""
+    own = folder / "own"
+    own.mkdir(parents=True)
+    copied = []
+    for image in images.images:
+        shutil.copy(image.path, own / image.path.name)
+        copied.append(replace(image, path=own / image.path.name))
+    write(replace(images, images=tuple(copied)), own / "_annotations.coco.json")
+    return own
+
+
+def _train(data: Path, folder: Path, words: Sequence[str], seed: int | None = None) -> None:
+    more = [] if seed is None else ["--seed", str(seed)]
+    subprocess.run(
+        ["./train.sh", "--dataset-dir", data, "--output-dir", folder, *words, *more],
+        cwd=ROOT,
+        env=os.environ | {"SAM3_RUNTIME": "local"},
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+
+
+Part = Callable[[int, Path], Iterator[Goal]]
+PARTS: dict[str, Part] = {
+    part.__name__: part for part in (coverage, honest, duration, shots, unseen, potholes)
+}
+ONCE = ("coverage", "duration")  # parts that have no seed to choose
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="|".join(PARTS))
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    reached = True
+    for name in options.parts or PARTS:
+        found: dict[str, list[Goal]] = {}
+        for seed in range(1 if name in ONCE else options.seeds):
+            with tempfile.TemporaryDirectory() as folder:
+                for goal in PARTS[name](seed, Path(folder) / "work"):
+                    print(f"  seed {seed}: {goal.name}: {goal.value:.3f}", flush=True)
+                    found.setdefault(goal.name, []).append(goal)
+        for goals in found.values():
+            mean = replace(goals[0], value=statistics.mean(goal.value for goal in goals))
+            print(f"{name}: {mean}", flush=True)
+            reached &= mean.reached
+    return 0 if reached else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
