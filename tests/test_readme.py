@@ -42,8 +42,9 @@ EXPORTING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app export
 SCORING = [
     c for c in COMMANDS if re.match(r"\.venv/bin/python -m app (evaluate|report|compare|merge)", c)
 ]
+FEW = [c for c in COMMANDS if re.match(r"\.venv/bin/python -m app (curve|concept)", c)]
 DEPLOYED = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app.deploy.runtime")]
-OURS = [*TRAINING, *PREDICTING, *SERVING, *SCORING, *TRACKING, *CUTTING, *EXPORTING, *TABLED]
+OURS = [*TRAINING, *PREDICTING, *SERVING, *SCORING, *FEW, *TRACKING, *CUTTING, *EXPORTING, *TABLED]
 IN_AN_ENGINE = {"docker compose up -d mlflow", "docker compose up -d serve"}  # tests/container
 ASKING = {c for c in COMMANDS if c.startswith(("curl ", "export SAM3_API_KEY="))}  # tests/serving
 LESS = ["dataset.limit=2", "dataset.shapes.train=2", "dataset.shapes.valid=1"]
@@ -78,6 +79,7 @@ def test_they_have_commands() -> None:
     assert len(CUTTING) == len(EXPORTING) == 2
     assert len(DEPLOYED) == 1
     assert len(SCORING) == 4
+    assert len(FEW) == 2
     assert len(SERVING) >= 4
     rest = set(COMMANDS) - {*OURS, *DEPLOYED, *ASKING}
     assert rest == {"./build.sh", "./test.sh", *IN_AN_ENGINE}
@@ -162,7 +164,14 @@ def test_upstreams_trainer(tmp_path: Path, line: str) -> None:
 def test_prediction(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, line) -> None:
     monkeypatch.chdir(REPOSITORY)
     best = ("--checkpoint", tiny_run / "weights" / "best")
-    done = command("infer", *_words(line), *best, "--output-dir", tmp_path / "out")
+    words = _words(line)
+    if "--concept" in words:
+        (encoding,) = [each for each in FEW if " concept " in each]
+        encoded = tmp_path / "made.concept"
+        done = command(*shlex.split(encoding)[3:], *best, "--output", encoded)
+        assert done.code == 0, done.err
+        words[words.index("--concept") + 1] = str(encoded)
+    done = command("infer", *words, *best, "--output-dir", tmp_path / "out")
     assert done.code == 0, done.err
     assert len(list((tmp_path / "out").glob("*.png"))) == (8 if "potholes" in line else 1)
 
@@ -186,6 +195,14 @@ def test_scoring(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, 
     else:
         words = [str(run) for _ in words]
     done = command(verb, *words)
+    assert done.code == 0, done.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [c for c in FEW if " curve " in c])
+def test_curve(command: Command, tmp_path: Path, monkeypatch, line: str) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    done = command(*shlex.split(line)[3:], *TINY, "--output-dir", tmp_path)
     assert done.code == 0, done.err
 
 
