@@ -10,6 +10,7 @@ import typer
 
 from app.cli import options
 from app.cli.options import DETECTION, MODEL, OUTPUT, PROMPTS
+from app.inference.proposals import Form
 
 log = logging.getLogger("app")
 cli = typer.Typer(add_completion=False)
@@ -46,6 +47,15 @@ def label(
     max_detections: Annotated[
         int, typer.Option(min=1, help="an image", rich_help_panel=DETECTION)
     ] = 100,
+    to: Annotated[
+        Form,
+        typer.Option(
+            metavar="coco|labelme|label-studio",
+            help="a dataset, or what a tool opens to correct it: LabelMe and X-AnyLabeling, or "
+            "Label Studio",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = "coco",
     device: options.Device = "auto",
 ) -> None:
     """Make a dataset of images without labels: what weights find in them are its labels."""
@@ -60,6 +70,7 @@ def label(
         threshold=threshold,
         max_detections=max_detections,
         device=device,
+        form=to,
     )
     for problem in bad:
         log.warning("left out: %s", problem)

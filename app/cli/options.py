@@ -110,9 +110,20 @@ class LabelFlags:
         typer.Option(help="numbers in mask PNGs: objects or classes", rich_help_panel=LABELS),
     ] = None
 
+    accept_above: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="take proposals of app label from this score on; a class of lower ones is not "
+            "asked for in their image",
+            rich_help_panel=LABELS,
+        ),
+    ] = None
+
     def decisions(self) -> dict[str, object]:
         """Return the flags by their keys in configs/train.yaml."""
-        keys = ("boxes", "crowd", "void", "attribute", "masks")
+        keys = ("boxes", "crowd", "void", "attribute", "masks", "accept_above")
         return {f"dataset.reading.{key}": getattr(self, key) for key in keys}
 
 

@@ -22,6 +22,7 @@ class ReadingConfig(BaseModel):
         void: value of mask pixels that belong to nothing; None where the files tell.
         attribute: name of the attribute that says the class, where objects have several.
         masks: whether numbers in mask PNGs count objects or name classes; auto where files tell.
+        accept_above: 0..1, the least score of a proposal that counts as a label; None: any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,6 +32,7 @@ class ReadingConfig(BaseModel):
     void: int | None = Field(default=None, ge=0, le=65535)
     attribute: str | None = None
     masks: MaskNumbers = "auto"
+    accept_above: float | None = Field(default=None, ge=0, le=1)
 
 
 AS_WRITTEN = ReadingConfig()

@@ -386,6 +386,7 @@ def advise(splits: Splits, folder: Path, faults: Sequence[Fault] = ()) -> list[F
             remedy = f"{title} has objects of {classes}, which no training image has"
             findings.add("untrained class", title, missing, remedy)
     train = splits.train
+    findings.faults += _proposals(splits, folder)
     findings.faults += _crowds(splits, folder)
     told = any(fault.kind == "numbers" for fault in faults)
     numbers = [name for name in train.class_names if name.strip().isdecimal()]
@@ -412,7 +413,7 @@ def _crowds(splits: Splits, folder: Path) -> list[Fault]:
     findings = Findings(str(folder))
     parts = [part for part in (splits.train, splits.valid, splits.test) if part is not None]
     objects = [annotation for part in parts for annotation in part.annotations]
-    crowds = sum(annotation.iscrowd for annotation in objects)
+    crowds = sum(each.iscrowd and each.score is None for each in objects)
     if crowds:
         remedy = (
             f"{crowds} of {len(objects)} objects are crowds (iscrowd 1): an image that has one is "
@@ -424,6 +425,28 @@ def _crowds(splits: Splits, folder: Path) -> list[Fault]:
         if names:
             remedy += f". {', '.join(names)}: crowds alone, so it is not trained at all"
         findings.add("crowd", "annotations", crowds, remedy)
+    return findings.faults
+
+
+def _proposals(splits: Splits, folder: Path) -> list[Fault]:
+    """Report what weights have proposed and nobody has looked at, where it counts as labels."""
+    findings = Findings(str(folder))
+    for split, dataset in (("train", splits.train), ("valid", splits.valid), ("test", splits.test)):
+        if dataset is None or (split == "valid" and dataset is splits.train):
+            continue
+        objects = [each for each in dataset.annotations if not each.iscrowd]
+        proposed = [each.score for each in objects if each.score is not None]
+        if not proposed:
+            continue
+        effect = "it learns what weights have found, right or wrong"
+        if split != "train":
+            effect = "its figures say how well that is found again, not how well what is there is"
+        remedy = (
+            f"{split}: {len(proposed)} of {len(objects)} objects are proposals that nobody has "
+            f"looked at, with scores from {min(proposed):.2f}: {effect}. Correct them first, or "
+            "take the surest alone, as by --accept-above 0.8"
+        )
+        findings.add("proposals", split, len(proposed), remedy)
     return findings.faults
 
 

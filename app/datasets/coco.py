@@ -36,6 +36,8 @@ from app.datasets.names import Names
 from app.errors import UserError
 from app.files import read_json, write_json
 
+PROPOSAL = "proposal"  # the `source` of annotations that nobody has looked at
+
 
 @dataclass(frozen=True)
 class Image:
@@ -62,6 +64,7 @@ class Annotation:
             the source has boxes only.
         area: square pixels, as the source says it (Roboflow writes the box's), else the mask's,
             else the box's.
+        score: 0..1, of a proposal that weights have made and nobody has looked at; None of labels.
     """
 
     id: int
@@ -71,6 +74,7 @@ class Annotation:
     segmentation: dict[str, Any] | None
     area: float
     iscrowd: bool
+    score: float | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ def _image_to_json(image: Image) -> dict[str, Any]:
 
 
 def _annotation_to_json(annotation: Annotation) -> dict[str, Any]:
-    return {
+    proposed = {} if annotation.score is None else {"source": PROPOSAL, "score": annotation.score}
+    return proposed | {
         "id": annotation.id,
         "image_id": annotation.image_id,
         "category_id": annotation.category_id,
@@ -395,7 +400,16 @@ def _read_annotation(entry: dict[str, Any], id: int, width: int, height: int) ->
         segmentation=segmentation,
         area=float(area),
         iscrowd=bool(entry.get("iscrowd")),
+        score=_score(entry),
     )
+
+
+def _score(entry: dict[str, Any]) -> float | None:
+    """Return the score of a proposal, which is 0 where it is none; None of a label."""
+    if entry.get("source") != PROPOSAL:
+        return None
+    score = entry.get("score")
+    return float(score) if is_number(score) and 0 <= score <= 1 else 0.0
 
 
 def compress(segmentation: Any, width: int, height: int) -> dict[str, Any] | None:

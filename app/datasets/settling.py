@@ -33,12 +33,27 @@ def settle(reading: Reading, decisions: ReadingConfig) -> Reading:
     if decisions.crowd == "instances":
         plain = tuple(replace(annotation, iscrowd=False) for annotation in dataset.annotations)
         dataset = replace(dataset, annotations=plain)
+    if decisions.accept_above is not None:
+        dataset = _accepted(dataset, decisions.accept_above)
     dataset = _each_once(dataset, findings)
     gone = len(reading.dataset.annotations) - len(dataset.annotations)
     tally = reading.tally + Tally(0, -gone, 0, -gone)  # mended, so neither listed nor left out
     return replace(
         reading, dataset=dataset, faults=(*reading.faults, *findings.faults), tally=tally
     )
+
+
+def _accepted(dataset: Dataset, least: float) -> Dataset:
+    """Make crowds of the proposals below a score: there may be something, and nobody knows what.
+
+    A class with a crowd is not asked for in its image, so that what is doubtful teaches neither
+    that it is there nor that it is not.
+    """
+    judged = (
+        replace(a, iscrowd=a.iscrowd or (a.score is not None and a.score < least))
+        for a in dataset.annotations
+    )
+    return replace(dataset, annotations=tuple(judged))
 
 
 def _missing_once(faults: Sequence[Fault], tally: Tally) -> tuple[Fault, ...]:

@@ -18,6 +18,7 @@ from app.files import atomic_folder, check_writable
 from app.inference.detections import Detections
 from app.inference.inputs import check_prompts, find_images
 from app.inference.postprocess import threshold_below
+from app.inference.proposals import OPENED, Form, rewrite
 from app.inference.settings import tell_mistyped
 from app.model.weight_files import find_file
 
@@ -34,14 +35,18 @@ def label(
     threshold: float | None = None,
     max_detections: int = 100,
     device: str = "auto",
+    form: Form = "coco",
 ) -> list[str]:
-    """Write `folder/train`, COCO JSON and images; return the problems of images left out.
+    """Write proposals and their images; return the problems of images left out.
+
+    As COCO they are `folder/train`, a dataset; in other forms a folder to open in a labelling tool.
 
     Args:
         source: file, folder, glob or list of images.
         checkpoint: weights file or folder.
         prompts: the classes; without any, those of the weights.
         threshold: 0..1, least score of a label; None takes the weights' own.
+        form: coco, labelme (also of X-AnyLabeling) or label-studio.
 
     Raises:
         UserError: no images, no classes, nothing found, or a folder that is there already, or that
@@ -87,7 +92,10 @@ def label(
         dataset = Dataset(tuple(images), tuple(annotations), categories)
         with progress("writing: image", len(images)) as advance:
             info = {"description": LABELLER, "weights": str(checkpoint)}
-            write_split(dataset, temporary / "train", info, lambda done: advance(done, ""))
+            target = temporary / "train" if form == "coco" else temporary
+            write_split(dataset, target, info, lambda done: advance(done, ""))
+            if form != "coco":
+                rewrite(target, form, str(checkpoint))
     counts = Counter(annotation.category_id for annotation in annotations)
     log.info(
         "%s in %s (%s): %s",
@@ -95,12 +103,17 @@ def label(
         ", ".join(f"{category.name} {counts[category.id]}" for category in categories),
         folder,
     )
-    log.info("train on it: %s", command("./train.sh", "--dataset-dir", folder))
+    if form == "coco":
+        log.info("train on it: %s", command("./train.sh", "--dataset-dir", folder))
+    else:
+        log.info("open it: %s", OPENED[form].format(folder=folder.resolve()))
     return bad
 
 
 def to_annotations(detections: Detections, image_id: int, first: int) -> list[Annotation]:
-    """Return detections that cover something as annotations, whose ids count from `first`.
+    """Return detections that cover something as proposals, whose ids count from `first`.
+
+    Where there is a mask, the box is the mask's: one that is far from it would be taken for wrong.
 
     Their categories are the detections' prompts, counted from 1.
     """
@@ -108,8 +121,11 @@ def to_annotations(detections: Detections, image_id: int, first: int) -> list[An
     for index in range(len(detections)):
         left, top, right, bottom = (float(side) for side in detections.boxes_xyxy[index])
         width, height = right - left, bottom - top
+        area = width * height
         mask = None if detections.masks is None else detections.masks[index]
-        area = width * height if mask is None else float(coco_mask.area(mask))
+        if mask is not None:
+            left, top, width, height = coco_mask.toBbox(mask).tolist()
+            area = float(coco_mask.area(mask))
         if not (width > 0 and height > 0 and area > 0):
             continue
         annotations.append(
@@ -121,6 +137,7 @@ def to_annotations(detections: Detections, image_id: int, first: int) -> list[An
                 segmentation=mask,
                 area=area,
                 iscrowd=False,
+                score=float(detections.scores[index]),
             )
         )
     return annotations

@@ -71,8 +71,8 @@ class Format:
         """
         given = reading.model_dump(exclude_defaults=True)
         problems = [
-            f"--{key} {value}: nothing reads it in a dataset that is read as {self.name}; leave "
-            "it out"
+            f"--{key.replace('_', '-')} {value}: nothing reads it in a dataset that is read as "
+            f"{self.name}; leave it out"
             for key, value in given.items()
             if key not in (*self.reads, "crowd")
         ]
@@ -241,7 +241,7 @@ COCO = Format(
     f"{' or '.join(coco.JSON_NAMES)}, a single *.json, or annotations/instances_*.json",
     coco.is_coco,
     _coco_sources,
-    reads=("boxes",),
+    reads=("boxes", "accept_above"),
 )
 FORMATS = (
     # before COCO, whose keys its JSON has as well
@@ -306,7 +306,7 @@ FORMATS = (
         "metadata.jsonl with objects",
         imagefolder.is_imagefolder,
         imagefolder.splits,
-        reads=("boxes",),
+        reads=("boxes", "accept_above"),
     ),
     _by_folder(
         "createml",
