@@ -22,7 +22,9 @@ COMMANDS = {
     "infer": "Find what the prompts name in images; again with the same --output-dir: what a stop "
     "left.",
     "serve": "Answer requests over HTTP: an API, and a page for people. Ctrl-C or SIGTERM ends it.",
-    "label": "Make a dataset of images without labels: what weights find in them are its labels.",
+    "label": "Make a dataset of images without labels: what weights find in them are its "
+    "proposals.",
+    "rank": "Say which images to label next: of most doubt, and each unlike the others.",
     "concept": "Encode example boxes, so that a class is found in other images by them, without "
     "training.",
     "evaluate": "Score weights on a dataset, or COCO results from elsewhere; write figures and a "

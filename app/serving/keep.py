@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from app.console import counted
 from app.datasets import coco
 from app.datasets.build import JSON_NAMES
@@ -22,9 +20,9 @@ from app.datasets.images import open_image
 from app.errors import UserError
 from app.files import atomic_path, check_no_links, claim, read_json, write_json
 from app.inference.detections import Detections
+from app.inference.doubt import doubt_of
 from app.inference.finder import Finder, Query
 from app.inference.labelling import to_annotations
-from app.model.score_counts import BINS, bins_of
 from app.serving.uploads import Uploaded
 
 log = logging.getLogger("app")
@@ -167,20 +165,3 @@ class Keeper:
             return None
         state = self._file.stat()
         return state.st_mtime_ns, state.st_size
-
-
-def doubt_of(finder: Finder, found: Detections) -> float:
-    """Return how unsure an answer is, 0..1: by its score that is nearest to the weights' threshold.
-
-    That is of a detection, or of what was nearly one. Where the weights tell the scores of the
-    validation images, half of the doubt is how seldom a detection scored so there.
-    """
-    threshold = finder.threshold
-    scores = found.scores if len(found) else np.array([found.best_score or 0.0])
-    nearness = 1 - np.abs(scores - threshold) / max(threshold, 1 - threshold)
-    if finder.scores is None:
-        return float(nearness.max())
-    counts = np.sum([[0] * BINS, *finder.scores.counts.values()], axis=0)
-    share = counts[bins_of(scores)] / max(1, counts.sum())
-    rareness = 1 - np.minimum(1, share * BINS)  # 0: as often as the scores of a mean bin
-    return float(((nearness + rareness) / 2).max())
