@@ -188,6 +188,8 @@ def serve(
         shadow=shadow,
         mlflow=mlflow_uri(mlflow),
         poll_seconds=poll_seconds,
+        label_studio=os.environ.get("LABEL_STUDIO_URL") or None,
+        label_studio_key=os.environ.get("LABEL_STUDIO_API_KEY") or None,
         limits=Limits(
             body_bytes=max_mb << 20,
             seconds=timeout,

@@ -169,7 +169,7 @@ def rank(
     for feature in labelled:
         distance = np.minimum(distance, 1 - features @ feature)
     open_ones = np.ones(len(seen), dtype=bool)
-    ranked = []
+    ranked: list[Ranked] = []
     while len(ranked) < top and open_ones.any():
         worth = np.where(open_ones, doubt * (distance + 1e-6), -1.0)
         chosen = int(worth.argmax())

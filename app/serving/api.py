@@ -22,7 +22,7 @@ from app.serving.guard import Guard, Held, to_response
 from app.serving.messages import ModelList, PredictAnswer, SessionAnswer, SessionMade
 from app.serving.metrics import CONTENT_TYPE, Requests
 from app.serving.observer import Observer
-from app.serving.protocols import open_inference, x_anylabeling
+from app.serving.protocols import label_studio, open_inference, x_anylabeling
 from app.serving.refusals import Problem, Refused, unusable
 from app.serving.sessions import Sessions
 from app.serving.settings import Settings
@@ -65,6 +65,7 @@ def create_app(models: Models, settings: Settings, observer: Observer | None = N
     app.include_router(router(models, settings))
     app.include_router(open_inference.router(models, settings))
     app.include_router(x_anylabeling.router(models, settings))
+    app.include_router(label_studio.router(models, settings))
     app.include_router(state_router(models, observer))
     app.include_router(describing.router(app))
     app.include_router(page.router())

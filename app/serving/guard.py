@@ -7,6 +7,7 @@ route ends when its client leaves.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hmac
 import ipaddress
@@ -91,6 +92,8 @@ class Guard:
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
             given = bearer.strip()
+        elif scheme.lower() == "basic":  # as Label Studio sends it, whatever the name
+            given = _password(bearer)
         if not hmac.compare_digest(given.encode(), key.encode()):
             remedy = "send the header Authorization: Bearer KEY, or X-API-Key: KEY"
             problem = Problem("Authorization", "no key, or a wrong one", remedy)
@@ -233,3 +236,11 @@ def _name_in(host: str) -> str:
 def _too_large(most: int) -> Refused:
     problem = Problem("", "is too large", f"send at most {most >> 20} MiB")
     return Refused(413, "The request is too large.", [problem])
+
+
+def _password(encoded: str) -> str:
+    """Return the password of a basic authorization; empty where it has none."""
+    try:
+        return base64.b64decode(encoded, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""

@@ -49,6 +49,8 @@ class Settings:
         canary, shadow: as of `versions.Models`.
         mlflow: address of the registry.
         poll_seconds: after which it is asked again what its aliases stand for.
+        label_studio, label_studio_key: address of the Label Studio whose images are fetched, and
+            its token.
     """
 
     key: str | None = field(default=None, repr=False)
@@ -59,4 +61,6 @@ class Settings:
     shadow: str | None = None
     mlflow: str | None = field(default=None, repr=False)
     poll_seconds: float = 30.0
+    label_studio: str | None = None
+    label_studio_key: str | None = field(default=None, repr=False)
     limits: Limits = Limits()

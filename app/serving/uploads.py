@@ -5,13 +5,17 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import io
 from dataclasses import dataclass, field
+
+from PIL import Image
 
 from app.datasets.images import ImageError, stored_size
 from app.serving.refusals import Problem, Refused
 from app.serving.settings import Limits
 
 SHOWN = 100  # characters of a name
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # of EXIF
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,14 @@ def check(data: bytes, limits: Limits, name: str = "image") -> Uploaded:
     if width * height > limits.pixels:
         raise _too_large(name, f"{width} x {height} pixels", limits)
     return Uploaded(name, data, hashlib.sha256(data).hexdigest())
+
+
+def size_of(image: Uploaded) -> tuple[int, int]:
+    """Return the width and height of an image in pixels, upright."""
+    width, height = stored_size(image.data)
+    with Image.open(io.BytesIO(image.data)) as opened:
+        turned = opened.getexif().get(ORIENTATION, 1) in SIDEWAYS
+    return (height, width) if turned else (width, height)
 
 
 def from_base64(text: str, limits: Limits, name: str = "image") -> Uploaded:
