@@ -43,10 +43,15 @@ SCORING = [
     c for c in COMMANDS if re.match(r"\.venv/bin/python -m app (evaluate|report|compare|merge)", c)
 ]
 FEW = [c for c in COMMANDS if re.match(r"\.venv/bin/python -m app (curve|concept)", c)]
+LABELLING = [c for c in COMMANDS if re.match(r"\.venv/bin/python -m app (rank|label) ", c)]
 DEPLOYED = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app.deploy.runtime")]
-OURS = [*TRAINING, *PREDICTING, *SERVING, *SCORING, *FEW, *TRACKING, *CUTTING, *EXPORTING, *TABLED]
+OURS = [
+    *(*TRAINING, *PREDICTING, *SERVING, *SCORING, *FEW, *LABELLING),
+    *(*TRACKING, *CUTTING, *EXPORTING, *TABLED),
+]
 IN_AN_ENGINE = {"docker compose up -d mlflow", "docker compose up -d serve"}  # tests/container
-ASKING = {c for c in COMMANDS if c.startswith(("curl ", "export SAM3_API_KEY="))}  # tests/serving
+SETTING = ("export SAM3_API_KEY=", "export LABEL_STUDIO_URL=")
+ASKING = {c for c in COMMANDS if c.startswith(("curl ", *SETTING))}  # tests/serving
 LESS = ["dataset.limit=2", "dataset.shapes.train=2", "dataset.shapes.valid=1"]
 
 
@@ -79,7 +84,7 @@ def test_they_have_commands() -> None:
     assert len(CUTTING) == len(EXPORTING) == 2
     assert len(DEPLOYED) == 1
     assert len(SCORING) == 4
-    assert len(FEW) == 2
+    assert len(FEW) == len(LABELLING) == 2
     assert len(SERVING) >= 4
     rest = set(COMMANDS) - {*OURS, *DEPLOYED, *ASKING}
     assert rest == {"./build.sh", "./test.sh", *IN_AN_ENGINE}
@@ -203,6 +208,17 @@ def test_scoring(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, 
 def test_curve(command: Command, tmp_path: Path, monkeypatch, line: str) -> None:
     monkeypatch.chdir(REPOSITORY)
     done = command(*shlex.split(line)[3:], *TINY, "--output-dir", tmp_path)
+    assert done.code == 0, done.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", LABELLING)
+def test_labelling(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, line) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    words = shlex.split(line)[3:]
+    if "last" in words:
+        words += ["--checkpoint", str(tiny_run / "weights" / "best")]
+    done = command(*words, "--output-dir", tmp_path / "out")
     assert done.code == 0, done.err
 
 

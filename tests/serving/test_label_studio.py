@@ -6,6 +6,10 @@ import base64
 import contextlib
 import io
 import json
+import os
+import shutil
+import socket
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +25,7 @@ from app.datasets.build import load_splits
 from app.datasets.formats.embedded import brush_mask
 from app.datasets.rle import decode
 from app.serving.settings import Limits, Settings
+from tests.helpers import until
 from tests.serving.servers import SCENE, Loaded, opened, scene, serving
 
 ROOT = "/label-studio"
@@ -271,3 +276,100 @@ def test_the_key_is_the_password(nano: Loaded) -> None:
         assert client.get(f"{ROOT}/health", auth=("secret", "")).status_code == 401
         broken = {"Authorization": "Basic ???"}
         assert client.get(f"{ROOT}/health", headers=broken).status_code == 401
+
+
+# --- the program itself, where it is installed: SAM3_LABEL_STUDIO=/path/of/bin/label-studio
+
+TOKEN = "abcdef0123456789abcdef0123456789abcdef01"
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[httpx.Client]:
+    """A client of a real Label Studio with an empty database."""
+    found = os.environ.get("SAM3_LABEL_STUDIO") or shutil.which("label-studio")
+    if found is None:
+        pytest.skip("no Label Studio: pip install label-studio in an environment of its own")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["start", "--no-browser", "--port", str(port), "--username", "a@example.com"]
+    words += ["--password", "secret-123", "--user-token", TOKEN]
+    environment = {
+        "LABEL_STUDIO_BASE_DATA_DIR": str(tmp_path / "label-studio"),
+        "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true",
+        "COLLECT_ANALYTICS": "false",
+        "ML_BLOCK_LOCAL_IP": "false",
+        "SSRF_PROTECTION_ENABLED": "false",
+        "HOME": str(tmp_path),
+    }
+    (tmp_path / "label-studio").mkdir()
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [found, *words], env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    address = f"http://127.0.0.1:{port}"
+    headers = {"Authorization": f"Token {TOKEN}"}
+    try:
+        with httpx.Client(base_url=address, headers=headers, timeout=120) as client:
+
+            def is_up() -> bool:
+                assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+                with contextlib.suppress(httpx.HTTPError):
+                    return client.get("/health").status_code == 200
+                return False
+
+            until(is_up, "Label Studio is up")
+            yield client
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.system
+def test_the_program_pre_labels_and_its_export_is_read(
+    program: httpx.Client, nano: Loaded, tmp_path: Path
+) -> None:
+    home = str(program.base_url).rstrip("/")
+    settings = Settings(label_studio=home, label_studio_key=TOKEN)
+    with serving(nano.engine(settings), settings=settings) as server:
+        interface = config().replace("$picture", "$image")
+        made = program.post("/api/projects", json={"title": "shapes", "label_config": interface})
+        project = made.json()["id"]
+        with SCENE.open("rb") as image:
+            upload = {"file": ("scene.png", image, "image/png")}
+            program.post(f"/api/projects/{project}/import", files=upload).raise_for_status()
+        backend = {
+            "url": f"{str(server.base_url).rstrip('/')}{ROOT}",
+            "project": project,
+            "title": "nano",
+            "is_interactive": True,
+        }
+        connected = program.post("/api/ml", json=backend).json()
+        assert connected.get("readable_state") == "Connected", (connected, made.text)
+        assert connected["model_version"] == "nano-1"
+        action = {"selectedItems": {"all": True, "excluded": []}, "project": project}
+        done = program.post(
+            f"/api/dm/actions?id=retrieve_tasks_predictions&project={project}", json=action
+        )
+        assert done.json()["detail"] == "Retrieved 1 predictions"
+        (task,) = program.get(f"/api/tasks?project={project}").json()["tasks"]
+        (prediction,) = program.get(f"/api/predictions?task={task['id']}").json()
+        expected = ask(server)["result"]
+        assert prediction["result"] == expected
+        place = f"/api/ml/{connected['id']}/interactive-annotating"
+        context = {"task": task["id"], "context": {"result": [_rectangle(20, 10, 20)]}}
+        answer = program.post(place, json=context).json()
+        drawn = ask(server, "BrushLabels", _rectangle(20, 10, 20))["result"]
+        assert answer["data"]["result"] == drawn
+        accepted = {"result": prediction["result"]}
+        program.post(f"/api/tasks/{task['id']}/annotations", json=accepted).raise_for_status()
+    export = program.get(f"/api/projects/{project}/export?exportType=JSON")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "tasks.json").write_text(export.text)
+    shutil.copy(SCENE, tmp_path / "set")
+    train = load_splits(tmp_path / "set").train
+    assert len(train.annotations) == len(expected)
+    masks = [brush_mask(r["value"]["rle"], *opened(scene()).size) for r in expected]
+    for annotation, mask in zip(train.annotations, masks, strict=True):
+        assert annotation.segmentation is not None
+        assert np.array_equal(decode(annotation.segmentation), mask)
