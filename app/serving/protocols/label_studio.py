@@ -248,8 +248,9 @@ def ask(
         if value.text:
             said += [value.text] if isinstance(value.text, str) else value.text
         elif value.width and value.height and value.x is not None and value.y is not None:
-            sides = (value.x * width, value.y * height, value.width * width, value.height * height)
-            boxes.append((each.is_positive, tuple(side / 100 for side in sides)))
+            across, down = width / 100, height / 100
+            box = (value.x * across, value.y * down, value.width * across, value.height * down)
+            boxes.append((each.is_positive, box))
         elif value.x is not None and value.y is not None:
             clicks.append((value.x / 100, value.y / 100, each.is_positive))
     meant: list[str | None] = [p for p, label in control.prompts.items() if label in labels]
