@@ -25,6 +25,7 @@ COMMANDS = {
     "label": "Make a dataset of images without labels: what weights find in them are its "
     "proposals.",
     "rank": "Say which images to label next: of most doubt, and each unlike the others.",
+    "ring": "Propose, take what was corrected, train on from the champion, keep what is better.",
     "concept": "Encode example boxes, so that a class is found in other images by them, without "
     "training.",
     "evaluate": "Score weights on a dataset, or COCO results from elsewhere; write figures and a "

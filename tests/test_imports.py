@@ -26,6 +26,7 @@ ROOMS = (
         "upstream_trainer",
         "deploy",
         "serving",
+        "ring",
         "cli",
         "__main__",
     ),

@@ -1,0 +1,82 @@
+"""The settings of a ring: a YAML that names labels, images, a validation set and weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from app.config.schema import problems_of
+from app.config.yaml_data import read_yaml
+from app.errors import UserError
+from app.inference.proposals import Form
+from app.model.weight_files import find_file
+
+
+class RingConfig(BaseModel):
+    """Hold what a ring works on; paths are relative to the YAML's folder.
+
+    Attributes:
+        labels: folder of labelled images, in any format that training reads; it grows.
+        images: folder of images, of which those without labels are proposed.
+        validation: dataset that decides between weights; nothing is ever trained on it.
+        folder: of the rounds.
+        champion: weights to begin with.
+        every: images newly labelled that begin a round.
+        top: images that are proposed after a round.
+        classes: what is proposed; none: the classes of the labels.
+        to: form of the proposals.
+        train: `KEY=VALUE`s of configs/train.yaml, of each round's run.
+        register_as: name in MLflow's registry that better weights get; None: none.
+        mlflow: address of MLflow.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    labels: Path
+    images: Path
+    validation: Path
+    folder: Path = Path("outputs/ring")
+    champion: Path
+    every: int = Field(default=20, ge=1)
+    top: int = Field(default=50, ge=1)
+    classes: list[str] = []
+    to: Form = "coco"
+    train: list[str] = []
+    register_as: str | None = None
+    mlflow: str = "auto"
+
+
+def read_ring(file: Path) -> RingConfig:
+    """Read the settings of a ring.
+
+    Raises:
+        UserError: each problem of the file, and each path that is not there.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; docs/labelling.md shows one")
+    content = read_yaml(file)
+    try:
+        config = RingConfig.model_validate(content)
+    except ValidationError as error:
+        raise UserError([f"{file}: {problem}" for problem in problems_of(error)]) from None
+    here = file.resolve().parent
+    paths = {
+        name: here / getattr(config, name)
+        for name in ("labels", "images", "validation", "folder", "champion")
+    }
+    problems = [
+        f"{file}: {name}: {paths[name]} is no folder"
+        for name in ("labels", "images", "validation")
+        if not paths[name].is_dir()
+    ]
+    try:
+        find_file(paths["champion"])
+    except UserError as error:
+        problems += [f"{file}: champion: {problem}" for problem in error.problems]
+    problems += [
+        f"{file}: train: '{text}' is no KEY=VALUE" for text in config.train if "=" not in text
+    ]
+    if problems:
+        raise UserError(problems)
+    return config.model_copy(update=paths)
