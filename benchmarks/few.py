@@ -3,6 +3,7 @@
     .venv/bin/python -m benchmarks.few                      # all of it: hours on 2 cores
     .venv/bin/python -m benchmarks.few coverage unseen      # parts that train nothing: minutes
     .venv/bin/python -m benchmarks.few honest --seeds 1     # fewer seeds than 5
+    .venv/bin/python -m benchmarks.few unseen --weights outputs/nano-examples/weights/best
 
 Shapes that the carried nano has never seen (star and ring) and examples/potholes.
 """
@@ -43,9 +44,8 @@ NEW = 300  # images that no run has seen
 SHOTS = (3, 10, 20)
 
 
-def coverage(_: int, folder: Path) -> Iterator[Goal]:
+def coverage(start: Path, _: int, folder: Path) -> Iterator[Goal]:
     """How often an interval from 20 images holds the AP of all: of weights that train no more."""
-    start = _nano()
     pool = draw(folder, train=POOL, valid=1, kinds=KNOWN_KINDS, label_by="kind").train
     results = validate(Predictor.load(start), pool, max_detections=100).results
     whole = evaluate(pool, results)["bbox/AP"]
@@ -62,13 +62,13 @@ def coverage(_: int, folder: Path) -> Iterator[Goal]:
     yield Goal("  and not too wide", share, 0.95, at_most=True)
 
 
-def honest(seed: int, folder: Path) -> Iterator[Goal]:
+def honest(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
     """The AP that folds promise, beside the final weights' on new images; and a single split's."""
     given = draw(folder / "set", train=12, valid=NEW, kinds=NEW_KINDS, exclude=[], label_by="kind")
     own = _unsplit(folder, given.train)
     gaps = []
     for name, words in (("folds", ["--folds", "5"]), ("split", ["--folds", "none"])):
-        _train(own, folder / name, [*words, "--seed", str(seed)])
+        _train(start, own, folder / name, [*words, "--seed", str(seed)])
         said = read_json(folder / name / "metrics.json")["bbox/AP"]
         predictor = Predictor.load(folder / name / "weights" / "best")
         true = validate(predictor, given.valid, max_detections=100).figures["bbox/AP"]
@@ -77,19 +77,21 @@ def honest(seed: int, folder: Path) -> Iterator[Goal]:
     yield Goal("difference of the folds' AP", gaps[0], 0.05, at_most=True)
 
 
-def duration(seed: int, folder: Path) -> Iterator[Goal]:
+def duration(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
     """The time of five folds of `head`, beside one run's; each computes its features anew."""
     given = draw(folder / "set", train=20, valid=1, kinds=NEW_KINDS, exclude=[], label_by="kind")
     own, seconds = _unsplit(folder, given.train), []
     for words in (["--folds", "none"], ["--folds", "5"]):
         begun = time.monotonic()
-        _train(own, folder / words[1], [*words, "--method", "head", "--epochs", "10"], seed=seed)
+        _train(
+            start, own, folder / words[1], [*words, "--method", "head", "--epochs", "10"], seed=seed
+        )
         seconds.append(time.monotonic() - begun)
     print(f"{seconds[0]:.0f} s one run, {seconds[1]:.0f} s in folds")
     yield Goal("times as long in five folds", seconds[1] / seconds[0], 2.5, at_most=True)
 
 
-def shots(seed: int, folder: Path) -> Iterator[Goal]:
+def shots(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
     """AP after few images, by words alone and with examples as well; never worse, +0.05 at 3."""
     gains = {}
     for count in SHOTS:
@@ -99,7 +101,7 @@ def shots(seed: int, folder: Path) -> Iterator[Goal]:
         for name, share in (("words", 0.0), ("examples", 0.5)):
             words = ["--folds", "none", f"dataset.examples={share}", "--seed", str(seed)]
             run = folder / f"{name}{count}"
-            _train(folder / f"set{count}", run, words)
+            _train(start, folder / f"set{count}", run, words)
             predictor = Predictor.load(run / "weights" / "best")
             by_words = validate(predictor, given.valid, max_detections=100).figures["bbox/AP"]
             kinds = ["other", "both"] if share else []
@@ -116,10 +118,10 @@ def shots(seed: int, folder: Path) -> Iterator[Goal]:
         yield Goal(f"gain by examples after {count} images", gain, 0.05 if count == 3 else 0.0)
 
 
-def unseen(seed: int, folder: Path) -> Iterator[Goal]:
+def unseen(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
     """AP on star and ring without any training: by words, by a box, by boxes of other images."""
     given = draw(folder, train=20, valid=100, kinds=NEW_KINDS, exclude=[], label_by="kind")
-    predictor = Predictor.load(_nano())
+    predictor = Predictor.load(start)
     words = validate(predictor, given.valid, max_detections=100).figures["bbox/AP"]
     kinds = ["box", "both", "other"]
     figures = score_by_examples(
@@ -130,13 +132,13 @@ def unseen(seed: int, folder: Path) -> Iterator[Goal]:
     yield Goal("box AP by one example in the image", shown["box"], 0.30)
 
 
-def potholes(seed: int, folder: Path) -> Iterator[Goal]:
+def potholes(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
     """Twelve photographs in folds, beside the others."""
     everything = load_splits(POTHOLES)
     assert everything.test is not None
     chosen = random.Random(seed).sample([image.id for image in everything.train.images], 12)
     own = _unsplit(folder, everything.train.subset(chosen))
-    _train(own, folder / "run", ["--folds", "5", "--seed", str(seed)])
+    _train(start, own, folder / "run", ["--folds", "5", "--seed", str(seed)])
     said = read_json(folder / "run" / "metrics.json")
     predictor = Predictor.load(folder / "run" / "weights" / "best")
     others = join(everything.valid, everything.test)
@@ -146,12 +148,6 @@ def potholes(seed: int, folder: Path) -> Iterator[Goal]:
         f"{said['bbox/AP_high']:.3f}), {true:.3f} on {len(others.images)} other photographs"
     )
     yield Goal("difference of the folds' AP50", abs(said["bbox/AP50"] - true), 0.15, at_most=True)
-
-
-def _nano() -> Path:
-    start = bundled_nano()
-    assert start is not None
-    return start
 
 
 def _unsplit(folder: Path, images: Dataset) -> Path:
@@ -166,10 +162,15 @@ def _unsplit(folder: Path, images: Dataset) -> Path:
     return own
 
 
-def _train(data: Path, folder: Path, words: Sequence[str], seed: int | None = None) -> None:
+def _train(
+    start: Path, data: Path, folder: Path, words: Sequence[str], seed: int | None = None
+) -> None:
     more = [] if seed is None else ["--seed", str(seed)]
     subprocess.run(
-        ["./train.sh", "--dataset-dir", data, "--output-dir", folder, *words, *more],
+        [
+            *("./train.sh", "--checkpoint", start, "--dataset-dir", data),
+            *("--output-dir", folder, *words, *more),
+        ],
         cwd=ROOT,
         env=os.environ | {"SAM3_RUNTIME": "local"},
         stdout=subprocess.DEVNULL,
@@ -177,7 +178,7 @@ def _train(data: Path, folder: Path, words: Sequence[str], seed: int | None = No
     )
 
 
-Part = Callable[[int, Path], Iterator[Goal]]
+Part = Callable[[Path, int, Path], Iterator[Goal]]  # of weights, a seed, a new folder
 PARTS: dict[str, Part] = {
     part.__name__: part for part in (coverage, honest, duration, shots, unseen, potholes)
 }
@@ -190,13 +191,16 @@ def main() -> int:
     )
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="|".join(PARTS))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--weights", type=Path, help="others than the project's own")
     options = parser.parse_args()
+    start = options.weights or bundled_nano()
+    assert start is not None
     reached = True
     for name in options.parts or PARTS:
         found: dict[str, list[Goal]] = {}
         for seed in range(1 if name in ONCE else options.seeds):
             with tempfile.TemporaryDirectory() as folder:
-                for goal in PARTS[name](seed, Path(folder) / "work"):
+                for goal in PARTS[name](start, seed, Path(folder) / "work"):
                     print(f"  seed {seed}: {goal.name}: {goal.value:.3f}", flush=True)
                     found.setdefault(goal.name, []).append(goal)
         for goals in found.values():
