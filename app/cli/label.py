@@ -10,7 +10,7 @@ import typer
 
 from app.cli import options
 from app.cli.options import DETECTION, MODEL, OUTPUT, PROMPTS
-from app.inference.proposals import Form
+from app.config.schema import ProposalForm
 
 log = logging.getLogger("app")
 cli = typer.Typer(add_completion=False)
@@ -48,7 +48,7 @@ def label(
         int, typer.Option(min=1, help="an image", rich_help_panel=DETECTION)
     ] = 100,
     to: Annotated[
-        Form,
+        ProposalForm,
         typer.Option(
             metavar="coco|labelme|label-studio",
             help="a dataset, or what a tool opens to correct it: LabelMe and X-AnyLabeling, or "
@@ -58,7 +58,7 @@ def label(
     ] = "coco",
     device: options.Device = "auto",
 ) -> None:
-    """Make a dataset of images without labels: what weights find in them are its labels."""
+    """Make a dataset of images without labels: what weights find in them are its proposals."""
     from app.files import free_folder
     from app.inference import labelling
 

@@ -19,6 +19,7 @@ Component = Literal["vision", "text", "detector", "geometry", "masks", "scoring"
 # --resume: everything; "auto": if there is a run, else start one; "weights": nothing but them.
 Resume = Literal["all", "auto", "weights"]
 Folds = Literal["auto", "none", "loo"] | Annotated[int, Field(ge=2, le=1000)]
+ProposalForm = Literal["coco", "labelme", "label-studio"]
 PlanKind = Literal["show", "measure"]  # --plan: counted; "measure": and a few updates done
 # fmt: off
 FormatName = Literal[

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pycocotools import mask as coco_mask
 
+from app.config.schema import ProposalForm
 from app.console import command, counted, progress
 from app.datasets.coco import Annotation, Category, Dataset, Image
 from app.datasets.images import ImageError, open_image
@@ -18,7 +19,7 @@ from app.files import atomic_folder, check_writable
 from app.inference.detections import Detections
 from app.inference.inputs import check_prompts, find_images
 from app.inference.postprocess import threshold_below
-from app.inference.proposals import OPENED, Form, rewrite
+from app.inference.proposals import OPENED, rewrite
 from app.inference.settings import tell_mistyped
 from app.model.weight_files import find_file
 
@@ -35,7 +36,7 @@ def label(
     threshold: float | None = None,
     max_detections: int = 100,
     device: str = "auto",
-    form: Form = "coco",
+    form: ProposalForm = "coco",
 ) -> list[str]:
     """Write proposals and their images; return the problems of images left out.
 

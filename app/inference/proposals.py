@@ -5,19 +5,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 from xml.sax.saxutils import quoteattr
 
 import numpy as np
 from numpy.typing import NDArray
 
+from app.config.schema import ProposalForm
 from app.datasets import coco
 from app.datasets.coco import Annotation, Dataset, Image
 from app.datasets.rle import decode
 from app.files import write_json, write_text
 from app.inference.polygons import polygons
 
-Form = Literal["coco", "labelme", "label-studio"]
 OPENED = {
     "labelme": "labelme {folder}/images, or X-AnyLabeling's Open Dir",
     "label-studio": "in a new project {folder}/labels.xml as its labelling interface, a local "
@@ -30,7 +30,7 @@ SIZES = (3, 4, 8, 16)  # bits of the four lengths that a chunk may have
 LOCAL = "/data/local-files/?d="  # by which Label Studio names files below its document root
 
 
-def rewrite(folder: Path, form: Form, weights: str) -> None:
+def rewrite(folder: Path, form: ProposalForm, weights: str) -> None:
     """Write a folder of COCO JSON and images in another form, in its place.
 
     Args:

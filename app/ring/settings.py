@@ -6,10 +6,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from app.config.schema import problems_of
+from app.config.schema import ProposalForm, problems_of
 from app.config.yaml_data import read_yaml
 from app.errors import UserError
-from app.inference.proposals import Form
 from app.model.weight_files import find_file
 
 
@@ -41,7 +40,7 @@ class RingConfig(BaseModel):
     every: int = Field(default=20, ge=1)
     top: int = Field(default=50, ge=1)
     classes: list[str] = []
-    to: Form = "coco"
+    to: ProposalForm = "coco"
     train: list[str] = []
     register_as: str | None = None
     mlflow: str = "auto"

@@ -30,12 +30,12 @@ def run(folder: Path, name: str, kill_at: int = -1, *, folds: bool = False) -> i
     Returns:
         How many file operations it had; None where it was killed.
     """
-    data = ("--dataset-dir", folder / "set")
+    data = ("--dataset-dir", folder / "set", "--epochs", "2")
     if folds:
-        data = ("--dataset-dir", folder / "set" / "train", "--folds", "2")
+        data = ("--dataset-dir", folder / "set" / "train", "--folds", "2", "--epochs", "1")
     words = [
         *("train", *data, "--model", "nano", "--checkpoint", "none"),
-        *("--output-dir", folder / name, "--resume=auto", "--epochs", 2, "--batch-size", 1),
+        *("--output-dir", folder / name, "--resume=auto", "--batch-size", 1),
         *("training.save_minutes=0", "training.ema=0.9", "model.dropout=0.2"),
         *("evaluation.pictures=1", *MICRO),
     ]
