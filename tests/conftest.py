@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -99,3 +101,29 @@ def memory_folder(tmp_path: Path) -> Iterator[Path]:
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 1 << 30
     with tempfile.TemporaryDirectory(dir=memory if roomy else tmp_path) as folder:
         yield Path(folder)
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A real signal to this process, after so many calls of a method: an update, unless named."""
+
+    def arm(calls: int, owner: type | None = None, method: str = "__call__") -> None:
+        if owner is None:
+            from app.training.step import (
+                Step as owner,  # imports torch, which many tests do without
+            )
+
+        original = getattr(owner, method)
+        left = calls
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            result = original(*args, **kwargs)
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return result
+
+        monkeypatch.setattr(owner, method, call)
+
+    return arm

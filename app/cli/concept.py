@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from app.cli import options
-from app.cli.options import DATA, MODEL, OUTPUT, PROMPTS
+from app.cli.options import DATA, OUTPUT, PROMPTS
 
 log = logging.getLogger("app")
 cli = typer.Typer(add_completion=False)
@@ -26,14 +26,7 @@ def concept(
             rich_help_panel=DATA,
         ),
     ],
-    checkpoint: Annotated[
-        Path,
-        typer.Option(
-            help="weights file or folder; last: of the newest run",
-            callback=options.last_weights,
-            rich_help_panel=MODEL,
-        ),
-    ],
+    checkpoint: options.Checkpoint,
     output: Annotated[
         Path, typer.Option(help="file to write, such as widget.concept", rich_help_panel=OUTPUT)
     ],

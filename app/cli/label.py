@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from app.cli import options
-from app.cli.options import DETECTION, MODEL, OUTPUT, PROMPTS
+from app.cli.options import DETECTION, OUTPUT
 from app.config.schema import ProposalForm
 
 log = logging.getLogger("app")
@@ -20,14 +20,7 @@ cli = typer.Typer(add_completion=False)
 def label(
     *,
     input: options.Input,
-    checkpoint: Annotated[
-        Path,
-        typer.Option(
-            help="weights file or folder; last: of the newest run",
-            callback=options.last_weights,
-            rich_help_panel=MODEL,
-        ),
-    ],
+    checkpoint: options.Checkpoint,
     output_dir: Annotated[
         Path | None,
         typer.Option(
@@ -36,13 +29,7 @@ def label(
             rich_help_panel=OUTPUT,
         ),
     ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="a class; several; without any, the classes of the weights",
-            rich_help_panel=PROMPTS,
-        ),
-    ] = None,
+    prompt: options.Classes = None,
     threshold: options.Threshold = None,
     max_detections: Annotated[
         int, typer.Option(min=1, help="an image", rich_help_panel=DETECTION)

@@ -42,6 +42,20 @@ Input = Annotated[
         help="an image, a folder, a quoted glob, or a .txt with a path a line", rich_help_panel=DATA
     ),
 ]
+Checkpoint = Annotated[
+    Path,
+    typer.Option(
+        help="weights file or folder; last: of the newest run",
+        callback=lambda weights: last_weights(weights),
+        rich_help_panel=MODEL,
+    ),
+]
+Classes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="a class; several; without any, the classes of the weights", rich_help_panel=PROMPTS
+    ),
+]
 Threshold = Annotated[
     float | None,
     typer.Option(

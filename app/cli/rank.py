@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from app.cli import options
-from app.cli.options import DATA, MODEL, OUTPUT, PROMPTS
+from app.cli.options import DATA, OUTPUT
 
 log = logging.getLogger("app")
 cli = typer.Typer(add_completion=False)
@@ -25,14 +25,7 @@ def rank(
             rich_help_panel=DATA,
         ),
     ],
-    checkpoint: Annotated[
-        Path,
-        typer.Option(
-            help="weights file or folder; last: of the newest run",
-            callback=options.last_weights,
-            rich_help_panel=MODEL,
-        ),
-    ],
+    checkpoint: options.Checkpoint,
     top: Annotated[int, typer.Option(min=1, help="images to choose", rich_help_panel=DATA)] = 50,
     labelled: Annotated[
         Path | None,
@@ -43,13 +36,7 @@ def rank(
             rich_help_panel=DATA,
         ),
     ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="a class; several; without any, the classes of the weights",
-            rich_help_panel=PROMPTS,
-        ),
-    ] = None,
+    prompt: options.Classes = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(

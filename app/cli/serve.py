@@ -164,7 +164,7 @@ def serve(
     import os
 
     from app.errors import UserError
-    from app.inference.concepts import read as read_concepts
+    from app.inference.concepts import read_all
     from app.serving.listening import check_address
     from app.serving.loading import Source, name_all, parse, split_share
     from app.serving.settings import Limits, Settings
@@ -202,8 +202,7 @@ def serve(
     check_address(host, settings, open=open)
     # Registered weights are loaded as a source says that has no path yet.
     files = [(Path(), "")] if wanted else name_all(paths, name or ())
-    for file in concept or ():
-        read_concepts(Path(file))
+    read_all(concept or ())
     concepts = tuple(concept or ())
     sources = [
         Source(path, called, device=device, precision=precision, concepts=concepts)

@@ -77,9 +77,14 @@ def with_examples(stage: FindStage, sources: Sequence[int]) -> FindStage:
 
 def _boxes_of(datapoint: Datapoint, query: FindQueryLoaded) -> list[Box]:
     """Return the boxes of the query's class in an image."""
+    return [_corners(datapoint, index) for index in _objects_of(datapoint, query)]
+
+
+def _objects_of(datapoint: Datapoint, query: FindQueryLoaded) -> list[int]:
+    """Return the objects of the query's class that an image is asked for."""
     category = query.inference_metadata.original_category_id
     return [
-        _corners(datapoint, index)
+        index
         for other in datapoint.find_queries
         if other.inference_metadata.original_category_id == category
         for index in other.object_ids_output
@@ -103,13 +108,7 @@ def _give(
 
 def _others(datapoint: Datapoint, query: FindQueryLoaded) -> list[Box]:
     """Return the boxes of other classes' objects that an image is asked for."""
-    category = query.inference_metadata.original_category_id
-    meant = {
-        index
-        for other in datapoint.find_queries
-        if other.inference_metadata.original_category_id == category
-        for index in other.object_ids_output
-    }
+    meant = set(_objects_of(datapoint, query))
     asked = {index for other in datapoint.find_queries for index in other.object_ids_output}
     own = {_corners(datapoint, index) for index in meant}  # an object may have several classes
     return [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,11 @@ def read(file: Path) -> list[Concept]:
     if not found or not all(map(_is_sound, found)):
         raise UserError(f"--concept {file}: is no file that python -m app concept has written")
     return found
+
+
+def read_all(files: Iterable[Path | str]) -> list[Concept]:
+    """Read the concepts of several files, in their order; raise UserError as `read`."""
+    return [concept for file in files for concept in read(Path(file))]
 
 
 def _is_sound(concept: Concept) -> bool:

@@ -96,13 +96,12 @@ def look_at(predictor: Predictor, path: Path, image: Image.Image, prompts: Seque
     threshold = predictor.threshold
     margin = 1 - np.abs(best - threshold) / max(threshold, 1 - threshold)
     half = 1 - (2 * presence.sigmoid() - 1).abs().double().cpu().numpy()
-    feature = features["vision_features"][0].float().mean(dim=(1, 2)).double().cpu().numpy()
     return Seen(
         path,
         margin=margin,
         presence=half,
         mirror=_disagreement(outputs, mirrored),
-        feature=feature / max(float(np.linalg.norm(feature)), 1e-12),
+        feature=_feature(features["vision_features"]),
     )
 
 
@@ -206,6 +205,11 @@ def features_of(predictor: Predictor, dataset: Dataset) -> list[Array]:
             continue
         with torch.inference_mode():
             (encoded,) = predictor.encode([predictor.prepare(opened)])
-            mean = encoded.features[-1][0].float().mean(dim=(1, 2)).double().cpu().numpy()
-        found.append(mean / max(float(np.linalg.norm(mean)), 1e-12))
+            found.append(_feature(encoded.features[-1]))
     return found
+
+
+def _feature(level: Tensor) -> Array:
+    """Return the mean of a map (1, D, h, w) over its places, of length 1: (D,)."""
+    mean = level[0].float().mean(dim=(1, 2)).double().cpu().numpy()
+    return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.errors import UserError, nearest
-from app.inference.concepts import read as read_concepts
+from app.inference.concepts import read_all
 from app.inference.inputs import BOX_IN_TILE, Box, check_prompts, parse_box, read_prompts
 from app.inference.journal import file_state
 from app.inference.outputs import PER_IMAGE
@@ -87,7 +87,7 @@ class Settings:
         Raises:
             UserError: a file or folder of them cannot be read, or two have one name.
         """
-        named = [concept.name for file in self.concepts for concept in read_concepts(Path(file))]
+        named = [concept.name for concept in read_all(self.concepts)]
         if self.examples is not None:
             from app.inference.encoding import class_names
 

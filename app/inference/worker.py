@@ -21,7 +21,7 @@ import torch
 from app.config.compose import load_model_config
 from app.errors import UserError
 from app.inference.batch import Job, Outcome, Work, predict_batches
-from app.inference.concepts import read as read_concepts
+from app.inference.concepts import read_all
 from app.inference.encoding import encode, read_examples
 from app.inference.predictor import Predictor
 from app.inference.settings import RANDOM, Settings
@@ -95,7 +95,7 @@ def load_predictor(settings: Settings) -> Predictor:
 
 def learn_concepts(predictor: Predictor, settings: Settings) -> None:
     """Let the predictor find what files of concepts and example boxes show."""
-    concepts = [concept for file in settings.concepts for concept in read_concepts(Path(file))]
+    concepts = read_all(settings.concepts)
     if settings.examples is not None:
         concepts += encode(predictor, read_examples(Path(settings.examples)))
     if concepts:

@@ -40,7 +40,6 @@ STATE, ROUND = "ring.json", "round.json"
 DATA, RUN, BEFORE, PROPOSALS, NEXT = "data", "run", "champion", "proposals", "next"
 SECOND_LOOK = 10  # labels that person and model disagree on most
 Train = Callable[[Request], None]
-Evaluate = Callable[[Request], None]
 Register = Callable[[Path], None]
 
 
@@ -72,7 +71,7 @@ class Round:
     second_look: tuple[tuple[str, str], ...]
 
 
-def step(config: RingConfig, train: Train, evaluate: Evaluate, register: Register | None) -> bool:
+def step(config: RingConfig, train: Train, evaluate: Train, register: Register | None) -> bool:
     """Do the round that is due, or what is left of it; return whether there was one.
 
     Args:
@@ -116,7 +115,7 @@ def step(config: RingConfig, train: Train, evaluate: Evaluate, register: Registe
     winner = folder / RUN / "weights" / "best" if done.is_better else champion
     if not (folder / PROPOSALS).is_dir():
         _propose(config, folder, winner, data["train"], classes)
-    write_json(folder / ROUND, _to_json(done))
+    write_json(folder / ROUND, asdict(done))
     write_json(
         config.folder / STATE, {"champion": str(winner), "images": done.images, "round": number}
     )
@@ -171,10 +170,6 @@ def _read_state(config: RingConfig) -> dict[str, Any]:
         found: dict[str, Any] = read_json(file)
         return found
     return {"champion": str(config.champion), "images": 0, "round": 0}
-
-
-def _to_json(done: Round) -> dict[str, Any]:
-    return asdict(done)
 
 
 def _request(config: RingConfig, folder: Path, champion: Path) -> Request:

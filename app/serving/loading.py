@@ -13,7 +13,7 @@ from app.console import counted
 from app.deploy.runtime.manifest import FILE as MANIFEST
 from app.deploy.runtime.manifest import read_manifest
 from app.errors import UserError
-from app.inference.concepts import read as read_concepts
+from app.inference.concepts import read_all
 from app.inference.finder import StagedFinder
 from app.model.weight_files import find_file
 from app.serving.model_thread import About
@@ -54,7 +54,7 @@ class Source:
         load = self._load_exported if is_exported(self.path) else self._load_weights
         finder, about = load()
         if self.concepts:
-            finder.learn([each for file in self.concepts for each in read_concepts(Path(file))])
+            finder.learn(read_all(self.concepts))
             about = about.with_prompts(tuple(finder.concepts))
         # Its first answer takes seconds, for what is made ready at the first call.
         side = about.resolution

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from app.datasets.coco import Dataset
 from app.datasets.synthetic.shapes import make_shapes
 from app.ring.review import Review, review
 from app.ring.rounds import rounds
-from app.training.step import Step
 from tests.helpers import REPOSITORY, Command
 
 NANO = REPOSITORY / "app" / "assets" / "nano"
@@ -89,22 +86,11 @@ def _proposed(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_two_rounds(command: Command, person: Person, tmp_path: Path, monkeypatch: Any) -> None:
-    """The first is killed in its training, and goes on by the same command."""
+def test_two_rounds(command: Command, person: Person, tmp_path: Path, stop_after: Any) -> None:
+    """The first is stopped in its training, and goes on by the same command."""
     ring, words = tmp_path / "ring", ("ring", tmp_path / "ring.yaml")
-    original, left = Step.__call__, 3
-
-    def stopping(*args: Any, **kwargs: Any) -> Any:
-        nonlocal left
-        result = original(*args, **kwargs)
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Step, "__call__", stopping)
-        stopped = command(*words)
+    stop_after(3)
+    stopped = command(*words)
     assert stopped.code == 143, stopped.err
     assert not rounds(ring)
     done = command(*words)

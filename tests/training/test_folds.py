@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import statistics
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from app.errors import UserError
 from app.evaluation.metrics import evaluate
 from app.model import weights
 from app.training import folds
-from app.training.step import Step
 from tests.helpers import (
     MICRO,
     Command,
@@ -106,20 +103,10 @@ def test_what_is_kept(whole: Path, images: Path) -> None:
 
 @pytest.mark.parametrize("updates", [1, 4, 5])
 def test_stopped_in_a_fold_or_at_the_end_it_goes_on(
-    command: Command, images: Path, whole: Path, tmp_path: Path, monkeypatch: Any, updates: int
+    command: Command, images: Path, whole: Path, tmp_path: Path, stop_after: Any, updates: int
 ) -> None:
     """Three updates of each fold of two images, then six of all: what is done is not done again."""
-    original, left = Step.__call__, updates
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal left
-        result = original(*args, **kwargs)
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(Step, "__call__", call)
+    stop_after(updates)
     words = ("train", "--dataset-dir", images, "--folds", 2, *WORDS, "--output-dir", tmp_path / "a")
     stopped = command(*words)
     assert stopped.code == 143

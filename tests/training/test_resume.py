@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ from safetensors.torch import load_file
 
 from app.config.compose import load_config
 from app.training.prepare import decide_precision
-from app.training.step import Step
 from app.training.trainer import Trainer
 from tests.helpers import (
     PATIENCE,
@@ -59,27 +55,6 @@ def whole(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "never-stopped",
         lambda folder: finish(*train_words(shapes, folder), *RANDOM, *STEPS, AVERAGED),
     )
-
-
-@pytest.fixture
-def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A real signal to this process, after so many calls of a method."""
-
-    def arm(calls: int, owner: type = Step, method: str = "__call__") -> None:
-        original = getattr(owner, method)
-        left = calls
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            result = original(*args, **kwargs)
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return result
-
-        monkeypatch.setattr(owner, method, call)
-
-    return arm
 
 
 def _figures(folder: Path) -> list[dict[str, str]]:

@@ -22,8 +22,9 @@ from app.deploy.runtime.runtime import BACKENDS, Runtime
 from app.errors import UserError
 from app.files import hash_file
 from app.inference.batch import Work, predict_batches
-from app.inference.concepts import read
+from app.inference.concepts import read_all
 from app.inference.folder import list_jobs, predict_folder
+from app.inference.journal import file_state
 from app.inference.postprocess import THRESHOLD
 from app.inference.settings import SAVES, Defaults, Settings, make_settings, with_defaults
 
@@ -37,7 +38,12 @@ class RuntimeSettings(Settings):
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that must be equal for results to share an output folder."""
-        return {**asdict(self), "manifest": hash_file(Path(self.checkpoint) / FILE)}
+        concepts = [file_state(Path(file)) for file in self.concepts]
+        return {
+            **asdict(self),
+            "concepts": concepts,
+            "manifest": hash_file(Path(self.checkpoint) / FILE),
+        }
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -69,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     settings = _settings(options, runtime)
     if options.concept:
-        runtime.learn([concept for file in options.concept for concept in read(Path(file))])
+        runtime.learn(read_all(options.concept))
     if options.loop:
         from app.deploy.runtime.camera import serve
 
