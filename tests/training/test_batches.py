@@ -39,6 +39,7 @@ def test_an_epoch_takes_every_image_once(shapes: Path) -> None:
 def test_an_error_leaves_no_loading_process(shapes: Path, monkeypatch) -> None:
     """Whoever holds the error holds its frames: the exit would wait for the processes for ever."""
     updates, data = tiny_updates(shapes, "training.num_workers=2")
+    others = set(multiprocessing.active_children())  # that another test's garbage holds
 
     def bad(*_: object) -> None:
         raise UserError("bad image")
@@ -47,7 +48,7 @@ def test_an_error_leaves_no_loading_process(shapes: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match="bad image") as caught:
         list(updates.epoch(0))
     assert caught.value.__traceback__ is not None
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
