@@ -37,6 +37,7 @@ from app.errors import UserError
 from app.files import read_json, write_json
 
 PROPOSAL = "proposal"  # the `source` of annotations that nobody has looked at
+UNFINISHED = "unfinished"  # key of images that a person is not done with
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Dataset:
         """Return strict COCO: absolute file names; `segmentation` is RLE, or [] for boxes only."""
         return {
             "images": [_image_to_json(image) for image in self.images],
-            "annotations": [_annotation_to_json(a) for a in self.annotations],
+            "annotations": [annotation_to_json(a) for a in self.annotations],
             "categories": [{"id": c.id, "name": c.name} for c in self.categories],
         }
 
@@ -143,7 +144,8 @@ def _image_to_json(image: Image) -> dict[str, Any]:
     return entry if image.levels is None else {**entry, "levels": list(image.levels)}
 
 
-def _annotation_to_json(annotation: Annotation) -> dict[str, Any]:
+def annotation_to_json(annotation: Annotation) -> dict[str, Any]:
+    """Return an entry of strict COCO; of proposals with their source and score."""
     proposed = {} if annotation.score is None else {"source": PROPOSAL, "score": annotation.score}
     return proposed | {
         "id": annotation.id,
@@ -225,13 +227,21 @@ def examine(
 
 
 def examine_document(
-    document: object, findings: Findings, names: Names | Path, reading: ReadingConfig
+    document: object,
+    findings: Findings,
+    names: Names | Path,
+    reading: ReadingConfig,
+    *,
+    unfinished: bool = False,
 ) -> Reading:
     """Check a parsed COCO JSON, find its images, and return what is sound beside every fault.
 
     Args:
         names: finds the images, or the folder from which their paths are as the JSON names them.
+        unfinished: take the images as well that a person is not done with.
     """
+    if not unfinished:
+        _leave_out_unfinished(document, findings)
     _convert_boxes(document, reading.boxes)
     sound = check(document, findings)
     if isinstance(names, Names):
@@ -273,6 +283,24 @@ def _borrow_categories(
                 findings.add("no categories", "'categories'", document.get("categories"), remedy)
                 document["categories"] = categories
                 return
+
+
+def _leave_out_unfinished(document: object, findings: Findings) -> None:
+    """Take images out of a document, with their annotations, that a person is not done with."""
+    images = [entry for entry in listed(document, "images") if isinstance(entry, dict)]
+    begun = [entry for entry in images if entry.get(UNFINISHED) is True]
+    if not begun or not isinstance(document, dict):
+        return
+    ids = {entry["id"] for entry in begun if is_id(entry.get("id"))}
+    for key, name in (("images", "id"), ("annotations", "image_id")):
+        document[key] = [
+            entry
+            for entry in listed(document, key)
+            if not (isinstance(entry, dict) and is_id(entry.get(name)) and entry[name] in ids)
+        ]
+    first = str(begun[0].get("file_name"))
+    remedy = "is left out: finish it in the page of ./serve.sh --label"
+    findings.add("unfinished", f"images ({len(begun)} of them)", first, remedy)
 
 
 def _convert_boxes(document: object, convention: str) -> None:

@@ -136,6 +136,7 @@ KINDS = {
         ),
         *_kinds(
             Action.WARNED,
+            unfinished="a person is not done with it in the page of serve.sh: left out",
             proposals="weights have found them and nobody has looked: correct, or --accept-above",
             crowd="not asked for in training, passed over in figures: --crowd instances reads it",
             image_twice="the same pixels twice in one split",

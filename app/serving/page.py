@@ -1,4 +1,7 @@
-"""The page at `/`: one file, under a policy that admits its own style and script alone."""
+"""Pages: each is one file in the browser, under a policy that admits its own style and script alone.
+
+`pages/` has a file for each, and what they share.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,18 @@ from pathlib import Path
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
-FILE = Path(__file__).with_name("page.html")
+FOLDER = Path(__file__).with_name("pages")
+# The lines of a page that stand for a file beside it.
+SHARED = {
+    "/* shared.css */": "shared.css",
+    "// shared.js": "shared.js",
+    "<!-- key.html -->": "key.html",
+}
 
 
 def router() -> APIRouter:
-    """Return the route of the page, which is read once."""
-    html = FILE.read_text(encoding="utf-8")
+    """Return the route of the page at `/`, which is read once."""
+    html = read("find")
     headers = {"Content-Security-Policy": policy(html), "Cache-Control": "no-cache"}
     routes = APIRouter()
 
@@ -24,6 +33,14 @@ def router() -> APIRouter:
         return HTMLResponse(html, headers=headers)
 
     return routes
+
+
+def read(name: str) -> str:
+    """Return a page with what it shares with others."""
+    html = (FOLDER / f"{name}.html").read_text(encoding="utf-8")
+    for line, file in SHARED.items():
+        html = html.replace(f"{line}\n", (FOLDER / file).read_text(encoding="utf-8"))
+    return html
 
 
 def policy(html: str) -> str:

@@ -28,7 +28,7 @@ from pycocotools.coco import COCO
 
 from app.datasets.overlay import PALETTE
 from app.serving.loading import Source
-from app.serving.page import FILE, policy
+from app.serving.page import policy, read
 from app.serving.settings import Settings
 from tests.browser import driven, needs_chromium
 from tests.helpers import PATIENCE
@@ -37,7 +37,7 @@ from tests.serving.servers import NANO, SCENE, Loaded, serving
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
 
-HTML = FILE.read_text(encoding="utf-8")
+HTML = read("find")
 WORDS = ("circle", "hexagon", "cross")
 SMALL = {"width": 320, "height": 640}  # CSS pixels: the least that WCAG 1.4.10 asks for
 
@@ -708,6 +708,7 @@ def test_a_key_is_asked_for_once_and_kept_for_the_tab(open_page: Open, nano: Loa
         page.get_by_text("The server refused that key.").wait_for()
         entry.fill("s3cret")
         entry.press("Enter")
+        page.locator("#model option").wait_for(state="attached")  # the threshold is set with them
         find(page, SCENE, "circle")
         shown = rows(page)
         assert shown
@@ -725,6 +726,7 @@ def test_a_key_is_asked_for_once_and_kept_for_the_tab(open_page: Open, nano: Loa
             )
             assert "circle" in done.stdout, done.stderr
         page.reload()
+        page.locator("#model option").wait_for(state="attached")
         find(page, SCENE, "circle")
         assert rows(page) == shown
         assert not page.get_by_label("Key", exact=True).is_visible()
