@@ -282,7 +282,7 @@ docker_command() {
   add_gpus
   add_network "$@"
   bind_output "$cache"
-  bind_flags bind_output "--output-dir --keep" "$@"
+  bind_flags bind_output "--output-dir --keep --label" "$@"
   bind_flags bind_dataset "--dataset-dir" "$@"
   bind_flags bind_input "--hf-dataset --checkpoint --teacher --input --prompts" "$@"
   bind_flags bind_config "--config" "$@"

@@ -12,6 +12,7 @@ from app.cli.options import MODEL
 
 # Panels of its help.
 ADDRESS, LIMITS, WATCHING, VERSIONS = "Address", "Limits", "Watching", "Versions"
+LABELLING = "Labelling"
 cli = typer.Typer(add_completion=False)
 
 
@@ -159,19 +160,49 @@ def serve(
             rich_help_panel=WATCHING,
         ),
     ] = None,
+    label: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="label the images of this folder in the page at /label; their labels are a COCO "
+            "file beside them",
+            show_default="none",
+            rich_help_panel=LABELLING,
+        ),
+    ] = None,
+    ring: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="ring.yaml",
+            help="train on what is labelled, as python -m app ring does, at a button of that page, "
+            "or as Label Studio asks for it",
+            show_default="none",
+            rich_help_panel=LABELLING,
+        ),
+    ] = None,
 ) -> None:
     """Answer requests over HTTP: an API, and a page for people. Ctrl-C or SIGTERM ends it."""
     import os
 
+    from app.datasets.editing import LabelFile
     from app.errors import UserError
     from app.inference.concepts import read_all
     from app.serving.listening import check_address
     from app.serving.loading import Source, name_all, parse, split_share
+    from app.serving.rounds import Ring
     from app.serving.settings import Limits, Settings
     from app.tracking.state import mlflow_uri
 
+    if label is not None:
+        LabelFile(label)  # what is wrong with it is said before anything is loaded
     if model and (checkpoint or name):
         raise UserError("--model and --checkpoint, --name: give registered weights, or files")
+    known_ring = None
+    if ring is not None:
+        from app.ring.settings import read_ring
+
+        config = read_ring(ring)
+        known_ring = Ring(ring.resolve(), config.every, config.label_studio)
     share = split_share(canary) if canary else None
     others = [share[0]] if share else []
     others += [shadow] if shadow else []
@@ -190,6 +221,8 @@ def serve(
         poll_seconds=poll_seconds,
         label_studio=os.environ.get("LABEL_STUDIO_URL") or None,
         label_studio_key=os.environ.get("LABEL_STUDIO_API_KEY") or None,
+        label=label,
+        ring=known_ring,
         limits=Limits(
             body_bytes=max_mb << 20,
             seconds=timeout,

@@ -119,7 +119,8 @@ class LabelFile:
 
     def names(self) -> list[str]:
         """Return the images' paths within the folder, sorted."""
-        found = {path.relative_to(self.folder).as_posix() for path in walk_images(self.folder)}
+        images = [path for path in walk_images(self.folder) if not path.is_symlink()]
+        found = (path.relative_to(self.folder).as_posix() for path in images)
         return sorted(name for name in found if is_unicode(name))
 
     def counts(self) -> dict[str, tuple[bool, int, int]]:
@@ -141,15 +142,14 @@ class LabelFile:
         Raises:
             KeyError: there is no such image in the folder.
         """
-        path = self.folder / name
-        hidden = any(part.startswith(".") for part in path.parts[len(self.folder.parts) :])
+        path, parts = self.folder / name, name.split("/")
         if (
             not is_unicode(name)
             or "\0" in name
-            or hidden
+            or any(part.startswith(".") or not part for part in parts)
             or not name.lower().endswith(EXTENSIONS)
-            or not path.resolve().is_relative_to(self.folder)
             or not path.is_file()
+            or path.resolve() != path
         ):
             raise KeyError(name)
         return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -24,10 +25,12 @@ class RingConfig(BaseModel):
         every: images newly labelled that begin a round.
         top: images that are proposed after a round.
         classes: what is proposed; none: the classes of the labels.
-        to: form of the proposals.
+        to: form of the proposals; page: beside the labels, for the page of ./serve.sh --label.
         train: `KEY=VALUE`s of configs/train.yaml, of each round's run.
         register_as: name in MLflow's registry that better weights get; None: none.
         mlflow: address of MLflow.
+        label_studio: number of the project whose labels are exported to `labels` before a round;
+            the address and the token are LABEL_STUDIO_URL and LABEL_STUDIO_API_KEY. None: none.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,10 +43,11 @@ class RingConfig(BaseModel):
     every: int = Field(default=20, ge=1)
     top: int = Field(default=50, ge=1)
     classes: list[str] = []
-    to: ProposalForm = "coco"
+    to: ProposalForm | Literal["page"] = "coco"
     train: list[str] = []
     register_as: str | None = None
     mlflow: str = "auto"
+    label_studio: int | None = Field(default=None, ge=1)
 
 
 def read_ring(file: Path) -> RingConfig:

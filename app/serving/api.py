@@ -14,8 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
 from app import __version__
+from app.datasets.editing import LabelFile
 from app.errors import UserError
-from app.serving import answers, describing, messages, page
+from app.serving import answers, describing, labelling, messages, page
 from app.serving.asking import find, in_time
 from app.serving.engine import Engine
 from app.serving.guard import Guard, Held, to_response
@@ -24,6 +25,7 @@ from app.serving.metrics import CONTENT_TYPE, Requests
 from app.serving.observer import Observer
 from app.serving.protocols import label_studio, open_inference, x_anylabeling
 from app.serving.refusals import Problem, Refused, unusable
+from app.serving.rounds import Rounds
 from app.serving.sessions import Sessions
 from app.serving.settings import Settings
 from app.serving.versions import Models
@@ -39,6 +41,7 @@ def create_app(models: Models, settings: Settings, observer: Observer | None = N
         observer: is told what happens.
     """
     observer = observer or Observer()
+    rounds = Rounds(settings.ring)
     for engine in models.all():
         engine.observer = observer
         observer.waiting(engine, 0)
@@ -49,6 +52,7 @@ def create_app(models: Models, settings: Settings, observer: Observer | None = N
         asyncio.get_running_loop().set_default_executor(threads)
         yield
         app.state.closing = True
+        await asyncio.to_thread(rounds.close)
         await asyncio.to_thread(models.close)
         threads.shutdown(wait=False, cancel_futures=True)
 
@@ -65,7 +69,10 @@ def create_app(models: Models, settings: Settings, observer: Observer | None = N
     app.include_router(router(models, settings))
     app.include_router(open_inference.router(models, settings))
     app.include_router(x_anylabeling.router(models, settings))
-    app.include_router(label_studio.router(models, settings))
+    app.include_router(label_studio.router(models, settings, rounds))
+    if settings.label is not None:
+        labels = LabelFile(settings.label)
+        app.include_router(labelling.router(models, settings, labels, rounds))
     app.include_router(state_router(models, observer))
     app.include_router(describing.router(app))
     app.include_router(page.router())

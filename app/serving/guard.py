@@ -26,7 +26,16 @@ from app.serving.settings import Settings
 
 log = logging.getLogger("app")
 # What says nothing of images, and what probes and browsers ask without a key.
-OPEN = ("/", "/health", "/ready", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready")
+OPEN = (
+    "/",
+    "/label",
+    "/health",
+    "/ready",
+    "/docs",
+    "/openapi.json",
+    "/v2/health/live",
+    "/v2/health/ready",
+)
 DISCARD_SECONDS = 2.0  # that a refused client may go on to send
 HEADERS = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",

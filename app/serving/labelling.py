@@ -10,7 +10,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
 from pycocotools import mask as coco_mask
-from pydantic import Field, FiniteFloat
+from pydantic import Field
 
 from app.datasets.coco import Annotation
 from app.datasets.editing import LabelFile, Labels, Shape, StaleError
@@ -45,7 +45,7 @@ class ObjectIn(Message):
     id: int | None = None
     name: Annotated[str, Field(max_length=500)]
     box: Box
-    mask: RleMask | RunLengths | list[list[FiniteFloat]] | None = None
+    mask: RleMask | RunLengths | None = None
     score: Share | None = None
 
 
@@ -102,7 +102,7 @@ def router(models: Models, settings: Settings, labels: LabelFile, rounds: Rounds
                 each.id,
                 each.name,
                 each.box,
-                None if each.mask is None else _plain(each.mask),
+                None if each.mask is None else each.mask.model_dump(),
                 each.score,
             )
             for each in sent.objects
@@ -184,10 +184,6 @@ async def _known(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
 
 def _answer(content: dict[str, Any], status: int = 200) -> Response:
     return Response(answers.to_json(content), status, media_type=JSON)
-
-
-def _plain(mask: RleMask | RunLengths | list[list[float]]) -> Any:
-    return mask if isinstance(mask, list) else mask.model_dump()
 
 
 def _labels(labels: Labels) -> dict[str, Any]:

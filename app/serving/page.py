@@ -1,4 +1,4 @@
-"""Pages: each is one file in the browser, under a policy that admits its own style and script alone.
+"""Pages: each is one file, under a policy that admits its own style and script alone.
 
 `pages/` has a file for each, and what they share.
 """

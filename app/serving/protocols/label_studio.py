@@ -33,6 +33,7 @@ from app.serving.engine import Asked, Engine
 from app.serving.messages import MOST_BOXES, MOST_PROMPTS, read_json
 from app.serving.protocols.errors import answering, in_words
 from app.serving.refusals import Problem, Refused
+from app.serving.rounds import Rounds
 from app.serving.settings import Limits, Settings
 from app.serving.uploads import Uploaded
 from app.serving.versions import Models
@@ -101,6 +102,19 @@ class Prediction(_Message):
     params: Params = Params()
 
 
+class Project(_Message):
+    """The project of an event."""
+
+    id: int | None = None
+
+
+class Event(_Message):
+    """What a webhook tells; the exports of the project say what was labelled."""
+
+    action: str
+    project: Project = Project()
+
+
 @dataclass(frozen=True)
 class Control:
     """Hold a control of a labelling interface.
@@ -128,8 +142,12 @@ class Interface:
     control: Control
 
 
-def router(models: Models, settings: Settings) -> APIRouter:
-    """Return the protocol's routes."""
+def router(models: Models, settings: Settings, rounds: Rounds) -> APIRouter:
+    """Return the protocol's routes.
+
+    Args:
+        rounds: begun where Label Studio asks for training.
+    """
     routes = APIRouter(prefix=PREFIX, route_class=answering(_respond), include_in_schema=False)
 
     @routes.get("/")
@@ -176,9 +194,11 @@ def router(models: Models, settings: Settings) -> APIRouter:
         return Response(answers.to_json({"results": results}), media_type=JSON)
 
     @routes.post("/webhook", status_code=201)
-    async def webhook() -> dict[str, Any]:
-        """Take note of an event: whatever it says, the exports of the project say more."""
-        return {"status": "noted"}
+    async def webhook(request: Request) -> dict[str, Any]:
+        """Begin a round of the ring where enough is labelled anew, or training is asked for."""
+        event = await asyncio.to_thread(read_json, Event, await request.body())
+        begun = await asyncio.to_thread(rounds.hear, event.action, event.project.id)
+        return {"status": "a round runs" if begun else "noted"}
 
     return routes
 
