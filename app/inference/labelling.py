@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pycocotools import mask as coco_mask
 
@@ -23,8 +24,15 @@ from app.inference.proposals import OPENED, rewrite
 from app.inference.settings import tell_mistyped
 from app.model.weight_files import find_file
 
+if TYPE_CHECKING:
+    from app.inference.predictor import Predictor
+
 log = logging.getLogger("app")
 LABELLER = "labelled by python -m app label"
+
+
+class NothingFoundError(UserError):
+    """No weights, words or threshold gave a single proposal."""
 
 
 def label(
@@ -63,52 +71,85 @@ def label(
     predictor = Predictor.load(checkpoint, device=device)
     names = check_prompts(prompts or predictor.prompts)
     tell_mistyped(names, predictor.prompts)
-    images: list[Image] = []
-    annotations: list[Annotation] = []
-    bad: list[str] = []
-    best = 0.0  # score
+    dataset, bad = propose(
+        predictor, paths, names, threshold=threshold, max_detections=max_detections
+    )
     with atomic_folder(folder, replace=False) as temporary:
-        with progress("labelling: image", len(paths)) as advance:
-            for done, path in enumerate(paths, start=1):
-                try:
-                    pixels = open_image(path, predictor.levels)
-                except ImageError as error:
-                    bad += error.problems
-                    continue
-                image = Image(len(images) + 1, path.resolve(), pixels.width, pixels.height)
-                images.append(image)
-                detections = predictor.predict(
-                    pixels, names, threshold=threshold, max_detections=max_detections
-                )
-                annotations += to_annotations(detections, image.id, len(annotations) + 1)
-                best = max(best, detections.best_score or 0.0)
-                advance(done, counted(len(annotations), "object"))
-        if not annotations:
-            lower = f", of which the highest is {best:.3g}: --threshold {threshold_below(best)}"
-            raise UserError(
-                f"Nothing was found in {counted(len(images), 'image')}: lower --threshold below "
-                f"the scores{lower if best else ''}, or ask for other words than {', '.join(names)}"
-            )
-        categories = tuple(Category(id, name) for id, name in enumerate(names, start=1))
-        dataset = Dataset(tuple(images), tuple(annotations), categories)
-        with progress("writing: image", len(images)) as advance:
-            info = {"description": LABELLER, "weights": str(checkpoint)}
-            target = temporary / "train" if form == "coco" else temporary
-            write_split(dataset, target, info, lambda done: advance(done, ""))
-            if form != "coco":
-                rewrite(target, form, str(checkpoint))
-    counts = Counter(annotation.category_id for annotation in annotations)
+        write_proposals(dataset, temporary, form, str(checkpoint))
+    counts = Counter(annotation.category_id for annotation in dataset.annotations)
     log.info(
         "%s in %s (%s): %s",
-        *(counted(len(annotations), "object"), counted(len(images), "image")),
-        ", ".join(f"{category.name} {counts[category.id]}" for category in categories),
+        counted(len(dataset.annotations), "object"),
+        counted(len(dataset.images), "image"),
+        ", ".join(f"{category.name} {counts[category.id]}" for category in dataset.categories),
         folder,
     )
     if form == "coco":
         log.info("train on it: %s", command("./train.sh", "--dataset-dir", folder))
+        log.info("correct it: %s", command("./serve.sh", "--label", folder / "train"))
     else:
         log.info("open it: %s", OPENED[form].format(folder=folder.resolve()))
     return bad
+
+
+def propose(
+    predictor: Predictor,
+    paths: Sequence[Path],
+    names: Sequence[str],
+    *,
+    threshold: float | None = None,
+    max_detections: int = 100,
+) -> tuple[Dataset, list[str]]:
+    """Return what weights find in images as proposals, and the problems of images left out.
+
+    Args:
+        names: the classes.
+        threshold: 0..1, least score; None takes the weights' own.
+
+    Raises:
+        NothingFoundError: in no image at all.
+    """
+    images: list[Image] = []
+    annotations: list[Annotation] = []
+    bad: list[str] = []
+    best = 0.0  # score
+    with progress("labelling: image", len(paths)) as advance:
+        for done, path in enumerate(paths, start=1):
+            try:
+                pixels = open_image(path, predictor.levels)
+            except ImageError as error:
+                bad += error.problems
+                continue
+            image = Image(len(images) + 1, path.resolve(), pixels.width, pixels.height)
+            images.append(image)
+            detections = predictor.predict(
+                pixels, names, threshold=threshold, max_detections=max_detections
+            )
+            annotations += to_annotations(detections, image.id, len(annotations) + 1)
+            best = max(best, detections.best_score or 0.0)
+            advance(done, counted(len(annotations), "object"))
+    if not annotations:
+        lower = f", of which the highest is {best:.3g}: --threshold {threshold_below(best)}"
+        raise NothingFoundError(
+            f"Nothing was found in {counted(len(images), 'image')}: lower --threshold below "
+            f"the scores{lower if best else ''}, or ask for other words than {', '.join(names)}"
+        )
+    categories = tuple(Category(id, name) for id, name in enumerate(names, start=1))
+    return Dataset(tuple(images), tuple(annotations), categories), bad
+
+
+def write_proposals(dataset: Dataset, folder: Path, form: ProposalForm, weights: str) -> None:
+    """Write proposals and copies of their images into a folder, in a form that a tool opens.
+
+    Args:
+        weights: that made them, for whoever looks at them.
+    """
+    info = {"description": LABELLER, "weights": weights}
+    with progress("writing: image", len(dataset.images)) as advance:
+        target = folder / "train" if form == "coco" else folder
+        write_split(dataset, target, info, lambda done: advance(done, ""))
+        if form != "coco":
+            rewrite(target, form, weights)
 
 
 def to_annotations(detections: Detections, image_id: int, first: int) -> list[Annotation]:

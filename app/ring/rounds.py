@@ -6,6 +6,7 @@ wherever it was killed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
@@ -18,6 +19,7 @@ from app.console import counted
 from app.datasets.build import survey
 from app.datasets.coco import Dataset
 from app.datasets.duplicates import same_files
+from app.datasets.editing import LabelFile, Shape, StaleError
 from app.datasets.writing import write_split
 from app.errors import UserError
 from app.evaluation.compare import Line, compare
@@ -25,12 +27,12 @@ from app.evaluation.diagnosis import extremes
 from app.evaluation.matching import overlaps
 from app.evaluation.run_files import read_figures
 from app.evaluation.validate import validate
-from app.files import atomic_folder, hash_file, read_json, write_json
+from app.files import atomic_folder, hash_file, read_json, write_json, write_text
 from app.inference import ranking
 from app.inference.inputs import find_images
-from app.inference.labelling import label
+from app.inference.labelling import NothingFoundError, propose, write_proposals
 from app.inference.predictor import Predictor
-from app.inference.proposals import rewrite
+from app.ring import label_studio
 from app.ring.review import Review, review
 from app.ring.settings import RingConfig
 from app.training.prepare import Request
@@ -38,6 +40,7 @@ from app.training.prepare import Request
 log = logging.getLogger("app")
 STATE, ROUND = "ring.json", "round.json"
 DATA, RUN, BEFORE, PROPOSALS, NEXT = "data", "run", "champion", "proposals", "next"
+CHOSEN = "chosen.txt"  # the images that are proposed
 SECOND_LOOK = 10  # labels that person and model disagree on most
 Train = Callable[[Request], None]
 Register = Callable[[Path], None]
@@ -123,11 +126,15 @@ def step(config: RingConfig, train: Train, evaluate: Train, register: Register |
 
 
 def read_labels(config: RingConfig) -> Dataset:
-    """Return the labelled images: those of the labels' folder, less what lists no object.
+    """Return the labelled images, as Label Studio has them now where it is the one that labels.
 
     Raises:
         UserError: faults that must be mended, or images of the validation set.
     """
+    if config.label_studio is not None:
+        label_studio.export(config.label_studio, config.labels)
+    if not _has_labels(config):
+        return Dataset((), (), ())
     surveyed = survey(config.labels)
     surveyed.require_sound(0.0)
     labels = surveyed.splits["train"]
@@ -147,6 +154,13 @@ def read_labels(config: RingConfig) -> Dataset:
             f"{shared[0].name}: take them out, or the verdict means nothing"
         )
     return labels
+
+
+def _has_labels(config: RingConfig) -> bool:
+    """Return whether anything is labelled yet; a folder of photos alone would be refused."""
+    if config.to == "page":
+        return any(finished for finished, _, _ in LabelFile(config.labels).counts().values())
+    return config.label_studio is None or (config.labels / label_studio.FILE).is_file()
 
 
 def rounds(folder: Path) -> list[Round]:
@@ -265,20 +279,40 @@ def _propose(
         weights=ranking.weights_of(prompts, labelled if labelled.images else None),
         labelled=ranking.features_of(predictor, labelled),
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    listed = folder / "chosen.txt"
-    listed.write_text("".join(f"{each.image.resolve()}\n" for each in chosen), encoding="utf-8")
-    shutil.rmtree(folder / NEXT, ignore_errors=True)
     try:
-        label(str(listed), weights, folder / PROPOSALS, prompts)
-    except UserError as error:
-        if "Nothing was found" not in str(error):
-            raise
+        proposals, _ = propose(predictor, [each.image for each in chosen], prompts)
+    except NothingFoundError as error:
         log.info("nothing is proposed: %s", error)
         return
-    if config.to != "coco":
-        with atomic_folder(folder / NEXT, replace=True) as temporary:
-            shutil.copytree(folder / PROPOSALS / "train", temporary, dirs_exist_ok=True)
-            rewrite(temporary, config.to, str(weights))
-    shown = folder / (NEXT if config.to != "coco" else PROPOSALS)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CHOSEN, "".join(f"{image.path}\n" for image in proposals.images))
+    shown = folder / PROPOSALS
+    if config.to == "page":
+        _show_in_page(config, proposals)
+        shown = config.labels
+    elif config.to != "coco":
+        shown = folder / NEXT
+        shutil.rmtree(shown, ignore_errors=True)
+        with atomic_folder(shown, replace=False) as temporary:
+            write_proposals(proposals, temporary, config.to, str(weights))
+    with atomic_folder(folder / PROPOSALS, replace=False) as temporary:
+        write_proposals(proposals, temporary, "coco", str(weights))
     log.info("proposals to correct: %s (%s)", shown, counted(len(chosen), "image"))
+
+
+def _show_in_page(config: RingConfig, proposals: Dataset) -> None:
+    """Write proposals beside the labels, for the page; what a person has begun is left alone."""
+    file = LabelFile(config.labels)
+    names = {category.id: category.name for category in proposals.categories}
+    begun = file.counts()
+    for image in proposals.images:
+        name = image.path.relative_to(file.folder).as_posix()
+        objects = proposals.annotations_by_image[image.id]
+        if name in begun or not objects:
+            continue
+        shapes = [
+            Shape(None, names[each.category_id], each.bbox_xywh, each.segmentation, each.score)
+            for each in objects
+        ]
+        with contextlib.suppress(StaleError):  # a person has begun it this very moment
+            file.write(name, file.read(name).version, shapes, finished=False)

@@ -77,6 +77,14 @@ def read_ring(file: Path) -> RingConfig:
         find_file(paths["champion"])
     except UserError as error:
         problems += [f"{file}: champion: {problem}" for problem in error.problems]
+    inside = paths["images"].resolve().is_relative_to(paths["labels"].resolve())
+    if (config.to == "page" or config.label_studio is not None) and not inside:
+        why = "to: page" if config.to == "page" else "label_studio"
+        problems.append(f"{file}: images: {why} needs them in the folder of labels, or in it below")
+    if paths["folder"].resolve().is_relative_to(paths["labels"].resolve()):
+        problems.append(
+            f"{file}: folder: must not lie in the folder of labels, which it would join"
+        )
     problems += [
         f"{file}: train: '{text}' is no KEY=VALUE" for text in config.train if "=" not in text
     ]

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from app.datasets import coco
 from app.datasets.build import load_splits, survey
 from app.datasets.coco import Dataset
+from app.datasets.editing import LabelFile, Shape
 from app.datasets.synthetic.shapes import make_shapes
 from app.ring.review import Review, review
 from app.ring.rounds import rounds
@@ -27,29 +27,29 @@ TRAINING += ["evaluation.every=10", "evaluation.pictures=0", "training.save_ever
 
 @dataclass
 class Person:
-    """Somebody who knows what is in the images, and labels what is proposed.
+    """Somebody who knows what is in the images, and labels in the page's file what is proposed.
 
     Attributes:
         truth: of all images.
-        folder: of the labels.
+        folder: of the images and their labels.
     """
 
     truth: Dataset
     folder: Path
 
     def label(self, names: set[str]) -> None:
-        """Label these images, besides those that are labelled already."""
-        known = set()
-        if self.folder.is_dir():
-            known = {image.path.name for image in survey(self.folder).splits["train"].images}
-        chosen = [i.id for i in self.truth.images if i.path.name in names | known]
-        self.folder.mkdir(exist_ok=True)
-        part = self.truth.subset(chosen)
-        copied = []
-        for image in part.images:
-            shutil.copy(image.path, self.folder / image.path.name)
-            copied.append(replace(image, path=self.folder / image.path.name))
-        coco.write(replace(part, images=tuple(copied)), self.folder / "_annotations.coco.json")
+        """Correct what is proposed in these images, and finish them."""
+        file = LabelFile(self.folder)
+        classes = {category.id: category.name for category in self.truth.categories}
+        for image in self.truth.images:
+            if image.path.name not in names:
+                continue
+            shapes = [
+                Shape(None, classes[each.category_id], each.bbox_xywh, each.segmentation, None)
+                for each in self.truth.annotations_by_image[image.id]
+            ]
+            now = file.read(image.path.name)
+            file.write(image.path.name, now.version, shapes, finished=True)
 
 
 @pytest.fixture
@@ -62,10 +62,10 @@ def person(tmp_path: Path) -> Person:
     for image in splits.train.images:
         shutil.copy(image.path, tmp_path / "photos")
     shutil.copytree(tmp_path / "drawn" / "valid", tmp_path / "validation")
-    person = Person(splits.train, tmp_path / "labels")
+    person = Person(splits.train, tmp_path / "photos")
     person.label({image.path.name for image in splits.train.images[:FIRST]})
     settings = {
-        "labels": "labels",
+        "labels": "photos",
         "images": "photos",
         "validation": "validation",
         "folder": "ring",
@@ -73,6 +73,7 @@ def person(tmp_path: Path) -> Person:
         "every": EVERY,
         "top": EVERY,
         "classes": ["star", "ring"],
+        "to": "page",
         "train": TRAINING,
     }
     (tmp_path / "ring.yaml").write_text(yaml.safe_dump(settings))
@@ -106,6 +107,11 @@ def test_two_rounds(command: Command, person: Person, tmp_path: Path, stop_after
     assert len(proposed) == EVERY
     known = {image.path.name for image in person.truth.images[:FIRST]}
     assert not proposed & known
+    counts = LabelFile(person.folder).counts()
+    shown = {name for name, (finished, _, proposals) in counts.items() if proposals}
+    assert shown  # in the page, where they wait for a person
+    assert shown <= proposed
+    assert not any(counts[name][0] for name in shown)
     waiting = command(*words)
     assert waiting.code == 0
     assert f"0 images labelled since the last round; {EVERY} begin the next" in waiting.out
@@ -137,17 +143,43 @@ def test_what_would_spoil_the_verdict_is_refused(
 ) -> None:
     shutil.copy(
         next((tmp_path / "validation" / "images").iterdir()),
-        tmp_path / "labels" / person.truth.images[0].path.name,
+        tmp_path / "photos" / person.truth.images[0].path.name,
     )
     done = command("ring", tmp_path / "ring.yaml")
     assert done.code == 2
     assert "1 image of the validation set" in done.err
-    document = json.loads((tmp_path / "labels" / "_annotations.coco.json").read_text())
+    document = json.loads((tmp_path / "photos" / "_annotations.coco.json").read_text())
     document["annotations"][0] |= {"source": "proposal", "score": 0.4}
-    (tmp_path / "labels" / "_annotations.coco.json").write_text(json.dumps(document))
+    (tmp_path / "photos" / "_annotations.coco.json").write_text(json.dumps(document))
     done = command("ring", tmp_path / "ring.yaml")
     assert done.code == 2
     assert "1 objects are proposals that nobody has looked at" in done.err
+
+
+def test_a_folder_without_labels_gets_its_first_proposals(
+    command: Command, tmp_path: Path, shapes: Path
+) -> None:
+    """What a person has begun is not written over."""
+    for name in ("photos", "validation"):
+        (tmp_path / name).mkdir()
+    images = sorted(shapes.glob("train/images/*"))
+    for image in images:
+        shutil.copy(image, tmp_path / "photos")
+    shutil.copytree(shapes / "valid", tmp_path / "validation", dirs_exist_ok=True)
+    settings = {"labels": "photos", "images": "photos", "validation": "validation", "to": "page"}
+    settings |= {"folder": "ring", "champion": str(NANO), "classes": ["circle", "square"]}
+    (tmp_path / "ring.yaml").write_text(yaml.safe_dump(settings))
+    file = LabelFile(tmp_path / "photos")
+    first = file.names()[0]
+    begun = Shape(None, "moon", (1, 1, 9, 9), None, None)
+    kept = file.write(first, file.read(first).version, [begun], finished=False)
+    done = command("ring", tmp_path / "ring.yaml")
+    assert done.code == 0, done.err
+    assert file.read(first) == kept
+    counts = file.counts()
+    assert sum(proposals for _, _, proposals in counts.values()) > 0
+    assert not any(finished for finished, _, _ in counts.values())
+    assert sorted(file.classes)[0] == "circle"
 
 
 def test_settings_are_checked_whole(command: Command, tmp_path: Path) -> None:
@@ -155,7 +187,11 @@ def test_settings_are_checked_whole(command: Command, tmp_path: Path) -> None:
     file.write_text("labels: a\nimages: b\nvalidation: c\nchampion: d\ntrain: [epochs]\n")
     done = command("ring", file)
     assert done.code == 2
-    for name in ("labels", "images", "validation", "champion", "'epochs' is no KEY=VALUE"):
+    file.write_text(file.read_text() + "to: page\nfolder: a/ring\nlabel_studio: 3\n")
+    done = command("ring", file)
+    assert done.code == 2
+    named = ("labels", "images", "validation", "champion", "'epochs' is no KEY=VALUE")
+    for name in (*named, "images: to: page needs them", "folder: must not lie"):
         assert name in done.err
     file.write_text("labels: a\never: 3\n")
     done = command("ring", file)

@@ -6,10 +6,7 @@ import base64
 import contextlib
 import io
 import json
-import os
 import shutil
-import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,8 +21,11 @@ from PIL import Image
 from app.datasets.build import load_splits
 from app.datasets.formats.embedded import brush_mask
 from app.datasets.rle import decode
+from app.serving.rounds import Ring
 from app.serving.settings import Limits, Settings
 from tests.helpers import until
+from tests.label_studio import TOKEN
+from tests.label_studio import label_studio as real_label_studio
 from tests.serving.servers import SCENE, Loaded, opened, scene, serving
 
 ROOT = "/label-studio"
@@ -71,7 +71,43 @@ def test_it_is_up(client: httpx.Client) -> None:
     assert client.get(f"{ROOT}/versions").json() == {"versions": ["nano-1"]}
     event = {"action": "ANNOTATION_CREATED", "project": {"id": 3}}
     for _ in range(2):  # webhooks come twice at times
-        assert client.post(f"{ROOT}/webhook", json=event).status_code == 201
+        answer = client.post(f"{ROOT}/webhook", json=event)
+        assert (answer.status_code, answer.json()) == (201, {"status": "noted"})
+
+
+def test_webhooks_begin_a_round(nano: Loaded, tmp_path: Path) -> None:
+    """A process of its own, which ends at its settings here; foreign events begin none."""
+    (tmp_path / "ring.yaml").write_text("every: many\n")
+    settings = Settings(label=tmp_path, ring=Ring(tmp_path / "ring.yaml", every=3, project=3))
+    with serving(nano.engine(), settings=settings) as client:
+
+        def hear(action: str, project: object = 3, **more: object) -> str:
+            event = {"action": action, "project": {"id": project, "title": "shapes"}, **more}
+            answer = client.post(f"{ROOT}/webhook", json=event)
+            assert answer.status_code == 201, answer.text
+            return answer.json()["status"]
+
+        def ended() -> bool:
+            return not client.get("/label/round").json()["running"]
+
+        for _ in range(4):
+            assert hear("ANNOTATION_CREATED", project=4) == "noted"
+            assert hear("ANNOTATION_UPDATED") == "noted"
+            assert hear("ANNOTATIONS_DELETED", annotations=[{"id": 1}]) == "noted"
+        for broken in (b"", b"{", b"[]", b'{"action": 3}', b'{"project": {"id": "x"}}'):
+            assert client.post(f"{ROOT}/webhook", content=broken).status_code == 422
+        told = [hear("ANNOTATION_CREATED") for _ in range(3)]
+        assert told == ["noted", "noted", "a round runs"]
+        assert client.get("/label/round").json()["running"]
+        assert hear("START_TRAINING") == "a round runs"  # the same one
+        until(ended, "the round has ended")
+        state = client.get("/label/round").json()
+        assert state["code"] == 2
+        assert "every: " in " ".join(state["lines"])
+        assert hear("ANNOTATION_CREATED") == "noted"  # counted anew
+        assert client.post("/label/round").status_code == 202
+        assert client.get("/label/round").json()["running"]
+    # The server has ended, and its round with it.
 
 
 def test_labels_are_asked_for_and_regions_are_what_is_found(
@@ -278,51 +314,13 @@ def test_the_key_is_the_password(nano: Loaded) -> None:
         assert client.get(f"{ROOT}/health", headers=broken).status_code == 401
 
 
-# --- the program itself, where it is installed: SAM3_LABEL_STUDIO=/path/of/bin/label-studio
-
-TOKEN = "abcdef0123456789abcdef0123456789abcdef01"
+# --- the program itself --------------------------------------------------------------------------
 
 
 @pytest.fixture
 def program(tmp_path: Path) -> Iterator[httpx.Client]:
-    """A client of a real Label Studio with an empty database."""
-    found = os.environ.get("SAM3_LABEL_STUDIO") or shutil.which("label-studio")
-    if found is None:
-        pytest.skip("no Label Studio: pip install label-studio in an environment of its own")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["start", "--no-browser", "--port", str(port), "--username", "a@example.com"]
-    words += ["--password", "secret-123", "--user-token", TOKEN]
-    environment = {
-        "LABEL_STUDIO_BASE_DATA_DIR": str(tmp_path / "label-studio"),
-        "LABEL_STUDIO_ENABLE_LEGACY_API_TOKEN": "true",
-        "COLLECT_ANALYTICS": "false",
-        "ML_BLOCK_LOCAL_IP": "false",
-        "SSRF_PROTECTION_ENABLED": "false",
-        "HOME": str(tmp_path),
-    }
-    (tmp_path / "label-studio").mkdir()
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [found, *words], env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT
-        )
-    address = f"http://127.0.0.1:{port}"
-    headers = {"Authorization": f"Token {TOKEN}"}
-    try:
-        with httpx.Client(base_url=address, headers=headers, timeout=120) as client:
-
-            def is_up() -> bool:
-                assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
-                with contextlib.suppress(httpx.HTTPError):
-                    return client.get("/health").status_code == 200
-                return False
-
-            until(is_up, "Label Studio is up")
-            yield client
-    finally:
-        process.kill()
-        process.wait()
+    with real_label_studio(tmp_path) as client:
+        yield client
 
 
 @pytest.mark.system

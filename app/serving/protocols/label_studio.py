@@ -335,7 +335,7 @@ async def fetch(name: str, settings: Settings) -> Uploaded:
         raise _refused("tasks.data", f"names an image at {urlsplit(address).netloc:.100}", remedy)
     try:
         async with httpx.AsyncClient(timeout=limits.body_seconds) as client:
-            headers = await _authorised(client, home, settings.label_studio_key)
+            headers = await authorised(client, home, settings.label_studio_key)
             data = await _read(client, address, headers, limits)
     except httpx.HTTPError as error:
         problem = f"cannot be fetched from {home} ({type(error).__name__})"
@@ -343,8 +343,12 @@ async def fetch(name: str, settings: Settings) -> Uploaded:
     return await asyncio.to_thread(uploads.check, data, limits)
 
 
-async def _authorised(client: httpx.AsyncClient, home: str, key: str | None) -> dict[str, str]:
-    """Return the header that a token goes in: a personal one is refreshed, an old one is not."""
+async def authorised(client: httpx.AsyncClient, home: str, key: str | None) -> dict[str, str]:
+    """Return the header that a token goes in: a personal one is refreshed, an old one is not.
+
+    Raises:
+        Refused: Label Studio refuses the token.
+    """
     if not key:
         return {}
     if key.count(".") != 2:
