@@ -14,7 +14,8 @@ import pytest
 
 from app.datasets.rle import decode
 from tests.helpers import REPOSITORY
-from tests.serving.servers import SCENE, Loaded, opened, scene
+from tests.serving.cvat_server import TASK, cvat
+from tests.serving.servers import SCENE, Loaded, drawn, opened, scene
 
 FILE = REPOSITORY / "app" / "serving" / "cvat.py"
 DRIVER = Path(__file__).with_name("cvat_driver.py")
@@ -51,6 +52,42 @@ def test_shapes_are_what_is_found(client: httpx.Client, nano: Loaded, kind: str)
             assert rows.min() <= points[1::2].min() <= points[1::2].max() <= rows.max() + 1
         else:
             assert points == pytest.approx(box, abs=1e-3)
+
+
+@pytest.mark.system
+def test_cvats_command_annotates_a_task(client: httpx.Client, nano: Loaded, tmp_path: Path) -> None:
+    """cvat-cli itself, against a server that answers as CVAT does."""
+    python = os.environ.get("SAM3_CVAT_PYTHON")
+    command = Path(python or "").with_name("cvat-cli")
+    if python is None or not command.exists():
+        pytest.skip('no cvat-cli: pip install "cvat-sdk[masks]" cvat-cli; SAM3_CVAT_PYTHON')
+    images = {"a.png": (scene(), 480, 320), "b.png": (drawn(1), 90, 70)}
+    with cvat(images, {40: "cross", 41: "circle", 42: "hexagon"}) as server:
+        words = ["--server-host", "http://127.0.0.1", "--server-port", server.address.split(":")[2]]
+        words += ["task", "auto-annotate", str(TASK), "--function-file", str(FILE)]
+        words += ["-p", f"server=str:{str(client.base_url).rstrip('/')}"]
+        words += ["-p", "prompts=str:cross,circle", "--conf-threshold", "0.3"]
+        done = subprocess.run(
+            [command, *words],
+            capture_output=True,
+            text=True,
+            env={"CVAT_ACCESS_TOKEN": "secret", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        )
+        assert done.returncode == 0, done.stderr
+    assert server.tokens == {"Bearer secret"}
+    (uploaded,) = server.annotations
+    found = nano.finder.predict(opened(scene()), ["cross", "circle"], threshold=0.3)
+    shapes = [shape for shape in uploaded["shapes"] if shape["frame"] == 0]
+    ids = {"cross": 40, "circle": 41}
+    assert [s["label_id"] for s in shapes] == [ids[found.prompts[p]] for p in found.prompt_ids]
+    for shape, mask in zip(shapes, found.masks, strict=True):
+        assert shape["type"] == "mask"
+        *runs, left, top, right, bottom = map(int, shape["points"])
+        pixels = np.repeat(np.arange(len(runs)) % 2, runs).astype(bool)
+        whole = np.zeros((320, 480), bool)
+        rows, columns = slice(top, bottom + 1), slice(left, right + 1)
+        whole[rows, columns] = pixels.reshape(bottom + 1 - top, right + 1 - left)
+        assert np.array_equal(whole, decode(mask))
 
 
 def test_it_needs_nothing_of_this_project() -> None:
