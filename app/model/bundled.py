@@ -12,6 +12,7 @@ from app.errors import UserError
 from app.files import atomic_path, claim, hash_file, remove_unfinished, write_text
 from app.model.weights import FILE, find_file, read_header
 
+State = dict[str, torch.Tensor]
 NANO = Path(__file__).resolve().parents[1] / "assets" / "nano"
 
 
@@ -32,20 +33,29 @@ def bundled_nano() -> Path | None:
     return NANO
 
 
-def pack(source: Path, folder: Path) -> Path:
+def pack(source: Path, folder: Path, base: Path | None = None, share: float = 0.75) -> Path:
     """Write weights of ours as float16, half as large, to `folder`, with their SHA-256 beside.
 
+    Args:
+        base: the weights that `source` was tuned from; the mean of both is written, which often
+            keeps what the base knows and most of what was learnt (WiSE-FT, arXiv 2109.01903).
+        share: of `source` in that mean, 0..1.
+
     Raises:
-        UserError: `source` is no weights file of ours, or `folder` holds weights.
+        UserError: `source` is no weights file of ours, `base` has other tensors, or `folder` holds
+            weights.
     """
     file = find_file(source)
     if read_header(file) is None:
         raise UserError(f"{file}: has no header of ours; give weights that a run has left")
     with safe_open(file, framework="pt") as content:
         metadata = content.metadata()
+    state = load_file(file)
+    if base is not None:
+        state = _mean(state, load_file(find_file(base)), share, base)
     state = {
         key: value.to(torch.float16) if value.is_floating_point() else value
-        for key, value in load_file(file).items()
+        for key, value in state.items()
     }
     packed = folder / FILE
     claim(folder)
@@ -56,6 +66,22 @@ def pack(source: Path, folder: Path) -> Path:
         save_file(state, temporary, metadata=metadata)
     write_text(_hash_file(packed), hash_file(packed) + "\n")
     return packed
+
+
+def _mean(tuned: State, base: State, share: float, place: Path) -> State:
+    """Return the mean of two weights' floats, in float32; whole numbers are the tuned ones."""
+    forms = [{key: value.shape for key, value in state.items()} for state in (tuned, base)]
+    if forms[0] != forms[1]:
+        keys = sorted({key for key, _ in set(forms[0].items()) ^ set(forms[1].items())})
+        raise UserError(
+            f"--base {place}: has other tensors, such as {keys[0]}; give what was tuned"
+        )
+    return {
+        key: torch.lerp(base[key].float(), value.float(), share)
+        if value.is_floating_point()
+        else value
+        for key, value in tuned.items()
+    }
 
 
 def _hash_file(file: Path) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from app.errors import UserError
 from app.inference.predictor import Predictor
@@ -36,6 +36,27 @@ def test_packed_weights_are_half_as_large_and_answer_alike(tiny_run: Path, packe
     )
     assert ours.scores == pytest.approx(theirs.scores, abs=0.01)
     assert Predictor.load(after).model.dot_prod_scoring.hs_proj.weight.dtype == torch.float32
+
+
+def test_the_mean_with_what_was_tuned(tiny_run: Path, tmp_path: Path, command: Command) -> None:
+    tuned = tiny_run / "weights" / "best"
+    header = read_header(tuned / FILE)
+    state = {key: value * 0.5 for key, value in load_file(tuned / FILE).items()}
+    (tmp_path / "base").mkdir()
+    save_file(state, tmp_path / "base" / FILE)
+    words = ("pack", tuned, "--base", tmp_path / "base", "--output-dir", tmp_path / "mean")
+    assert command(*words, "--share", "0.4").code == 0
+    whole, mean = load_file(tuned / FILE), load_file(tmp_path / "mean" / FILE)
+    for key, value in whole.items():
+        if value.is_floating_point():
+            value = (0.4 * value.double() + 0.6 * 0.5 * value.double()).half()
+            torch.testing.assert_close(mean[key], value, rtol=2e-3, atol=1e-7)
+    assert read_header(tmp_path / "mean" / FILE) == header
+    state.popitem()
+    save_file(state, tmp_path / "base" / FILE)
+    with pytest.raises(UserError, match="has other tensors, such as"):
+        pack(tuned, tmp_path / "none", tmp_path / "base")
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_is_carried_is_proved(packed: Path) -> None:
