@@ -108,6 +108,10 @@ class LabelFile:
         self._lock = threading.RLock()
         self._state: tuple[int, ...] | None = ()
         self._sizes: dict[str, tuple[int, int]] = {}
+        self._document: dict[str, Any] = EMPTY
+        self._images: dict[str, dict[str, Any]] = {}  # by name
+        self._objects: dict[int, list[Object]] = defaultdict(list)  # by image id
+        self._names: dict[int, str] = {}  # of the classes
         self._refresh()
 
     @property

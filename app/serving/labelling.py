@@ -29,7 +29,8 @@ THUMBNAIL = 96  # pixels of its longer side
 QUALITY = 90  # of JPEG
 SAME = 0.5  # IoU from which a proposal is what is labelled already
 MOST_OBJECTS = 10_000  # of an image
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class RunLengths(Message):
