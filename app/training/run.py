@@ -92,6 +92,8 @@ def train(
         torch.OutOfMemoryError: the GPU's memory is used up; says what is saved.
         UserError: the disk is full; the last checkpoint is whole.
     """
+    if pretrained_path is not None:
+        pretrained_path = weights.find_file(pretrained_path)
     started = begin(
         config,
         splits,

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from app.config.compose import load_config
 from app.datasets.build import load_splits
 from app.evaluation.metrics import evaluate
+from app.files import hash_file
 from app.model import weights
+from app.tracking.files import Tracker
 from app.training import run
 from app.training.checkpoints import RunState
 from app.training.metric import gain
@@ -182,6 +184,16 @@ def test_training_goes_on_from_a_checkpoint(train, tiny_run: Path, tmp_path: Pat
     before = json.loads((tiny_run / "metrics.json").read_text())
     assert figures["baseline/bbox/AP"] == before["bbox/AP"]
     assert "lr_scale 0.1" in (tmp_path / "out" / "train.log").read_text()
+
+
+def test_a_program_may_give_a_folder_of_weights(
+    tiny_run: Path, shapes: Path, tmp_path: Path
+) -> None:
+    config = load_config([*MICRO, f"output_dir={tmp_path}", "training.epochs=1"])
+    start = tiny_run / "weights" / "best"
+    run.train(config, load_splits(shapes), start, recorder=Tracker(tmp_path))
+    card = (tmp_path / "weights" / "best" / "README.md").read_text()
+    assert hash_file(tiny_run / "weights" / "best" / "model.safetensors") in card
 
 
 def test_what_was_trained_makes_room_for_the_best_weights(train, monkeypatch) -> None:
