@@ -26,6 +26,7 @@ from app.datasets.coco import Dataset
 from app.datasets.images import open_image
 from app.datasets.prompts import nouns_beside
 from app.datasets.synthetic.shapes import make_shapes
+from app.evaluation.by_examples import score_by_examples
 from app.evaluation.validate import validate
 from app.files import read_json
 from app.inference.predictor import Predictor
@@ -113,6 +114,20 @@ def absent(start: Path, folder: Path) -> list[Figure]:
     return [Figure("detections of what is not there, an image", mean, 0.02, 0.10, True)]
 
 
+def examples(start: Path, folder: Path) -> list[Figure]:
+    """Score boxes as prompts: one in the image, with the word too, and those of other images."""
+    given = draw(folder, train=20, valid=100, kinds=KNOWN_KINDS, label_by="kind")
+    kinds = ["box", "both", "other"]
+    figures = score_by_examples(
+        Predictor.load(start), given.train, given.valid, kinds, max_detections=100, seed=0
+    )
+    return [
+        Figure(f"known shapes by {WORDS[name[:-8]]}, box AP", value)
+        for name, value in figures.items()
+        if name.endswith("/bbox/AP")
+    ]
+
+
 def new(start: Path, folder: Path) -> list[Figure]:
     """Two shapes that were kept out, learnt from 20 images; and the same from random weights."""
     splits = draw(folder / "set", train=20, valid=100, kinds=NEW_KINDS, exclude=[], label_by="kind")
@@ -193,9 +208,16 @@ def join(first: Dataset, second: Dataset) -> Dataset:
     return Dataset(tuple(images), tuple(annotations), first.categories)
 
 
+WORDS = {
+    "box": "a box in the image",
+    "both": "a box and the word",
+    "other1": "a box of another image",
+    "other3": "3 boxes of others",
+    "other5": "5 boxes of others",
+}
 Part = Callable[[Path, Path], list[Figure]]  # of the weights to start from, and a new folder
 PARTS: dict[str, Part] = {
-    part.__name__: part for part in (known, pairs, absent, new, potholes, speed)
+    part.__name__: part for part in (known, pairs, absent, examples, new, potholes, speed)
 }
 
 
