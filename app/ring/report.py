@@ -11,15 +11,17 @@ from app.ring.rounds import Round
 
 REPORT = "ring.html"
 HEADING = (
-    *("round", "images", "objects", "champion before", "this round", "difference, 95 %"),
-    *("verdict", "minutes", "proposals left as they were", "moved", "removed", "added"),
+    *("round", "images", "objects", "AP before", "AP after", "difference, 95 %"),
+    *("verdict", "minutes", "proposals kept", "moved, removed, added"),
 )
 
 
 def write_report(folder: Path, rounds: Sequence[Round]) -> Path:
     """Write `ring.html`; return its file."""
     rows = [_row(each) for each in rounds]
-    parts = ["<h2>Rounds</h2>", table(HEADING, rows)]
+    kind = "box" if rounds and rounds[-1].figure.startswith("bbox") else "mask"
+    words = f"The {kind} AP on the validation set. Better is a whole interval above 0."
+    parts = ["<h2>Rounds</h2>", f"<p>{words}</p>", table(HEADING, rows)]
     if rounds and rounds[-1].second_look:
         looked = [[text(name), text(why)] for name, why in rounds[-1].second_look]
         parts += [
@@ -45,5 +47,5 @@ def _row(each: Round) -> list[str]:
         "new champion" if each.is_better else "champion stays",
         f"{each.minutes:.1f}",
         "–" if share is None else f"{share:.0%}",
-        *map(str, (each.review.moved, each.review.removed, each.review.added)),
+        f"{each.review.moved}, {each.review.removed}, {each.review.added}",
     ]
