@@ -219,7 +219,7 @@ def system(test: Any) -> Any:
 def test_it_shows_what_the_server_finds(open_page: Open, address: str) -> None:
     page, answer = open_page(), asked(address, SCENE)
     find(page, SCENE, *WORDS)
-    assert len(answer["detections"]) > 2
+    assert len(answer["detections"]) >= 2
     assert rows(page) == listed(answer)
     assert page.locator("#chips bdi").all_inner_texts() == list(WORDS)
     assert_drawn(painted(page), [mask_of(one) for one in answer["detections"]])
