@@ -122,9 +122,9 @@ def draw_image(
         low, high = frame.radius
         frame = frame._replace(radius=(SHRINK * low, SHRINK * high))
     stamps, top = placed
-    colors = _shape_colors(things, random)
+    colors = shape_colors(things, random)
     others = [*colors, *(np.array(COLORS[name]) for name in shun)]
-    pixels = _background(background, width, height, others, random)
+    pixels = paint_background(background, width, height, others, random)
     for (rows, columns, mask), color in zip(stamps, colors, strict=True):
         pixels[rows, columns][mask] = color
     if fog:
@@ -243,7 +243,7 @@ INSIDE: dict[str, Callable[[Floats, Floats, float, float], Mask]] = {
 }
 
 
-def _shape_colors(things: Sequence[Thing], random: np.random.Generator) -> list[Color]:
+def shape_colors(things: Sequence[Thing], random: np.random.Generator) -> list[Color]:
     """Choose a color each, no two the same: near the named one, or with CONTRAST to the others."""
     colors: list[Color] = []
     for thing in things:
@@ -263,7 +263,7 @@ def _distance(color: Color, others: Sequence[Color]) -> int:
     return min((int(abs(color - other).max()) for other in others), default=256)
 
 
-def _background(
+def paint_background(
     style: str, width: int, height: int, others: Sequence[Color], random: np.random.Generator
 ) -> Pixels:
     """Paint around a color with CONTRAST to `others`, or with the most that a few tries reach."""
