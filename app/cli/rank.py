@@ -50,7 +50,7 @@ def rank(
     """Say which images to label next: of most doubt, and each unlike the others."""
     from app.errors import UserError
     from app.files import check_writable, free_folder
-    from app.inference.inputs import check_prompts, find_images
+    from app.inference.inputs import check_prompts, find_images, root_of
     from app.model.weight_files import find_file
 
     folder = output_dir or free_folder(Path("outputs/rank"))
@@ -81,7 +81,8 @@ def rank(
         weights=ranking.weights_of(names, known),
         labelled=[] if known is None else ranking.features_of(predictor, known),
     )
-    page = write(folder, chosen, predictor, names)
+    root = root_of(images).resolve()
+    page = write(folder, chosen, predictor, names, root, str(checkpoint))
     for number, each in enumerate(chosen[:10], start=1):
         log.info("%3d  %.3f  %s (%s)", number, each.doubt, each.image.name, each.reason)
     log.info("%d of %d images: %s, and %s for --input", len(chosen), len(paths), page, "rank.txt")

@@ -1,16 +1,18 @@
-"""A ranking as files: a list for other commands, a table, and a page of pictures."""
+"""A ranking as files: a list for other commands, a table, Label Studio's tasks, and a page."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from app.datasets.images import open_image
-from app.files import csv_text, write_csv, write_text
+from app.files import csv_text, write_csv, write_json, write_text
 from app.inference.outputs import draw_detections
 from app.inference.predictor import Predictor
+from app.inference.proposals import LOCAL
 from app.inference.ranking import Ranked
 from app.page import page, picture, text
 
@@ -19,9 +21,19 @@ SIDE = 480  # pixels
 
 
 def write(
-    folder: Path, ranked: Sequence[Ranked], predictor: Predictor, prompts: Sequence[str]
+    folder: Path,
+    ranked: Sequence[Ranked],
+    predictor: Predictor,
+    prompts: Sequence[str],
+    root: Path,
+    weights: str,
 ) -> Path:
-    """Write `rank.txt` (a path a line), `rank.csv` and `rank.html`; return the page."""
+    """Write `rank.txt` (a path a line), `rank.csv`, `tasks.json` and `rank.html`; return the page.
+
+    Args:
+        root: folder of the images, which Label Studio serves.
+        weights: that asked for the images.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "rank.txt", "".join(f"{each.image.resolve()}\n" for each in ranked))
     rows = [
@@ -35,6 +47,10 @@ def write(
         for number, each in enumerate(ranked, start=1)
     ]
     write_csv(folder / "rank.csv", ["rank", "image", "doubt", "distance", "reason"], rows)
+    write_json(
+        folder / "tasks.json",
+        [_task(number, each, root, weights) for number, each in enumerate(ranked, start=1)],
+    )
     figures = [
         picture(
             _drawn(each.image, predictor, prompts),
@@ -49,6 +65,19 @@ def write(
     file = folder / "rank.html"
     write_text(file, page("Which images to label next", body))
     return file
+
+
+def _task(number: int, ranked: Ranked, root: Path, weights: str) -> dict[str, Any]:
+    """Return Label Studio's task of an image: the lowest score is asked for first.
+
+    Its prediction has no regions: what is proposed comes from the server, or from `label`.
+    """
+    image = ranked.image.resolve()
+    place = image.relative_to(root) if image.is_relative_to(root) else Path(image.name)
+    return {
+        "data": {"image": f"{LOCAL}{place.as_posix()}", "rank": number, "reason": ranked.reason},
+        "predictions": [{"model_version": weights, "score": 1 - ranked.doubt, "result": []}],
+    }
 
 
 def _drawn(image: Path, predictor: Predictor, prompts: Sequence[str]) -> Image.Image:

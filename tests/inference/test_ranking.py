@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -129,6 +130,13 @@ def test_the_command(command: Command, folder: Path, tmp_path: Path) -> None:
     assert [row["rank"] for row in rows] == ["1", "2", "3"]
     chosen = (out / "rank.txt").read_text().splitlines()
     assert chosen == [str(Path(row["image"]).resolve()) for row in rows]
+    tasks = json.loads((out / "tasks.json").read_text())
+    assert [task["data"]["rank"] for task in tasks] == list(range(1, len(rows) + 1))
+    for task, row in zip(tasks, rows, strict=True):
+        assert task["data"]["image"] == f"/data/local-files/?d={Path(row['image']).name}"
+        (prediction,) = task["predictions"]
+        assert prediction["score"] == pytest.approx(1 - float(row["doubt"]), abs=1e-4)
+        assert prediction["result"] == []
     page = (out / "rank.html").read_text()
     assert page.count("<img") == 3
     assert Path(chosen[0]).name in page

@@ -333,6 +333,18 @@ def test_the_program_pre_labels_and_its_export_is_read(
         interface = config().replace("$picture", "$image")
         made = program.post("/api/projects", json={"title": "shapes", "label_config": interface})
         project = made.json()["id"]
+        ranked = [  # as rank writes them
+            {
+                "data": {"image": "/data/local-files/?d=a.png", "rank": 1, "reason": "margin"},
+                "predictions": [{"model_version": "nano", "score": score, "result": []}],
+            }
+            for score in (0.7, 0.2)
+        ]
+        program.post(f"/api/projects/{project}/import", json=ranked).raise_for_status()
+        listed = program.get(f"/api/tasks?project={project}&fields=all").json()["tasks"]
+        assert sorted(task["predictions_score"] for task in listed) == [0.2, 0.7]
+        for task in listed:
+            program.delete(f"/api/tasks/{task['id']}").raise_for_status()
         with SCENE.open("rb") as image:
             upload = {"file": ("scene.png", image, "image/png")}
             program.post(f"/api/projects/{project}/import", files=upload).raise_for_status()
