@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from app.errors import UserError
 from app.files import atomic_path, claim, hash_file, remove_unfinished, write_text
-from app.model.weights import FILE, find_file, read_header
+from app.model.weights import FILE, Header, find_file, read_header, to_metadata
 
 State = dict[str, torch.Tensor]
 NANO = Path(__file__).resolve().parents[1] / "assets" / "nano"
@@ -46,13 +45,14 @@ def pack(source: Path, folder: Path, base: Path | None = None, share: float = 0.
             weights.
     """
     file = find_file(source)
-    if read_header(file) is None:
+    header = read_header(file)
+    if header is None:
         raise UserError(f"{file}: has no header of ours; give weights that a run has left")
-    with safe_open(file, framework="pt") as content:
-        metadata = content.metadata()
     state = load_file(file)
     if base is not None:
-        state = _mean(state, load_file(find_file(base)), share, base)
+        other = find_file(base)
+        state = _mean(state, load_file(other), share, base)
+        header = _header_of_mean(header, read_header(other), share)
     state = {
         key: value.to(torch.float16) if value.is_floating_point() else value
         for key, value in state.items()
@@ -63,7 +63,7 @@ def pack(source: Path, folder: Path, base: Path | None = None, share: float = 0.
     if packed.exists():
         raise UserError(f"--output-dir {folder}: holds {FILE} already; name another folder")
     with atomic_path(packed) as temporary:
-        save_file(state, temporary, metadata=metadata)
+        save_file(state, temporary, metadata=to_metadata(header))
     write_text(_hash_file(packed), hash_file(packed) + "\n")
     return packed
 
@@ -82,6 +82,14 @@ def _mean(tuned: State, base: State, share: float, place: Path) -> State:
         else value
         for key, value in tuned.items()
     }
+
+
+def _header_of_mean(tuned: Header, base: Header | None, share: float) -> Header:
+    """Return what is known of a mean: no validation has seen it, its threshold is a mean too."""
+    threshold = tuned.threshold
+    if threshold is not None and base is not None and base.threshold is not None:
+        threshold = share * threshold + (1 - share) * base.threshold
+    return tuned.model_copy(update={"threshold": threshold, "scores": None, "golden": None})
 
 
 def _hash_file(file: Path) -> Path:

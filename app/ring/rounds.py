@@ -40,7 +40,7 @@ from app.training.prepare import Request
 log = logging.getLogger("app")
 STATE, ROUND = "ring.json", "round.json"
 DATA, RUN, BEFORE, PROPOSALS, NEXT = "data", "run", "champion", "proposals", "next"
-CHOSEN = "chosen.txt"  # the images that are proposed
+CHOSEN = "chosen.txt"  # the images to label next, whether anything is proposed in them or not
 SECOND_LOOK = 10  # labels that person and model disagree on most
 Train = Callable[[Request], None]
 Register = Callable[[Path], None]
@@ -279,13 +279,13 @@ def _propose(
         weights=ranking.weights_of(prompts, labelled if labelled.images else None),
         labelled=ranking.features_of(predictor, labelled),
     )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / CHOSEN, "".join(f"{each.image.resolve()}\n" for each in chosen))
     try:
         proposals, _ = propose(predictor, [each.image for each in chosen], prompts)
     except NothingFoundError as error:
         log.info("nothing is proposed: %s", error)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / CHOSEN, "".join(f"{image.path}\n" for image in proposals.images))
     shown = folder / PROPOSALS
     if config.to == "page":
         _show_in_page(config, proposals)

@@ -13,7 +13,7 @@ from app.errors import UserError
 from app.inference.predictor import Predictor
 from app.model import bundled
 from app.model.bundled import bundled_nano, pack
-from app.model.weights import FILE, read_header
+from app.model.weights import FILE, read_header, to_metadata
 from tests.helpers import Command
 
 
@@ -43,7 +43,8 @@ def test_the_mean_with_what_was_tuned(tiny_run: Path, tmp_path: Path, command: C
     header = read_header(tuned / FILE)
     state = {key: value * 0.5 for key, value in load_file(tuned / FILE).items()}
     (tmp_path / "base").mkdir()
-    save_file(state, tmp_path / "base" / FILE)
+    other = header.model_copy(update={"threshold": 0.2})
+    save_file(state, tmp_path / "base" / FILE, metadata=to_metadata(other))
     words = ("pack", tuned, "--base", tmp_path / "base", "--output-dir", tmp_path / "mean")
     assert command(*words, "--share", "0.4").code == 0
     whole, mean = load_file(tuned / FILE), load_file(tmp_path / "mean" / FILE)
@@ -51,7 +52,11 @@ def test_the_mean_with_what_was_tuned(tiny_run: Path, tmp_path: Path, command: C
         if value.is_floating_point():
             value = (0.4 * value.double() + 0.6 * 0.5 * value.double()).half()
             torch.testing.assert_close(mean[key], value, rtol=2e-3, atol=1e-7)
-    assert read_header(tmp_path / "mean" / FILE) == header
+    threshold = None if header.threshold is None else 0.4 * header.threshold + 0.6 * 0.2
+    expected = header.model_copy(update={"scores": None, "golden": None})
+    found = read_header(tmp_path / "mean" / FILE)
+    assert found.threshold == pytest.approx(threshold)
+    assert found.model_copy(update={"threshold": header.threshold}) == expected
     state.popitem()
     save_file(state, tmp_path / "base" / FILE)
     with pytest.raises(UserError, match="has other tensors, such as"):

@@ -21,6 +21,7 @@ from tests.helpers import REPOSITORY, Command
 
 NANO = REPOSITORY / "app" / "assets" / "nano"
 FIRST, EVERY = 6, 4  # labelled images at the beginning; more that begin a round
+TOP = 8  # images that are asked for after a round
 TRAINING = ["training.epochs=10", "loss=boxes", "training.precision=bf16", "optim.lr_scale=1"]
 TRAINING += ["evaluation.every=10", "evaluation.pictures=0", "training.save_every=5"]
 
@@ -71,7 +72,7 @@ def person(tmp_path: Path) -> Person:
         "folder": "ring",
         "champion": str(NANO),
         "every": EVERY,
-        "top": EVERY,
+        "top": TOP,
         "classes": ["star", "ring"],
         "to": "page",
         "train": TRAINING,
@@ -104,7 +105,7 @@ def test_two_rounds(command: Command, person: Person, tmp_path: Path, stop_after
     champion = ring / "rounds/001/run/weights/best" if first.is_better else NANO
     assert state["champion"] == str(champion)
     proposed = _proposed(ring / "rounds" / "001")
-    assert len(proposed) == EVERY
+    assert len(proposed) == TOP
     known = {image.path.name for image in person.truth.images[:FIRST]}
     assert not proposed & known
     counts = LabelFile(person.folder).counts()
@@ -121,18 +122,18 @@ def test_two_rounds(command: Command, person: Person, tmp_path: Path, stop_after
     done = command(*words)
     assert done.code == 0, done.err
     _, second = rounds(ring)
-    assert second.images == FIRST + EVERY
+    assert second.images == FIRST + TOP
     # bfloat16 rounds otherwise where weights are held in it, as the champion's are when scored.
     assert second.before == pytest.approx(
         first.after if first.is_better else first.before, abs=0.005
     )
-    assert second.review.images == EVERY
+    assert second.review.images == TOP
     looked = second.review
     proposals = survey(ring / "rounds/001/proposals").splits["train"]
     count = looked.unchanged + looked.moved + looked.removed
     assert count == len(proposals.annotations)
     environment = json.loads((ring / "rounds/002/run/environment.json").read_text())
-    assert environment["data"]["train"]["images"] == FIRST + EVERY
+    assert environment["data"]["train"]["images"] == FIRST + TOP
     page = (ring / "ring.html").read_text()
     assert f"{second.low:+.3f} to {second.high:+.3f}" in page
     assert "Labels worth a second look" in page
