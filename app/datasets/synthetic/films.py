@@ -123,8 +123,8 @@ def draw_film(
                 Shape(thing.kind, 0, 0, radius, turn, ratio),
                 (width * random.uniform(0.35, 0.65), height * random.uniform(0.35, 0.65)),
                 (width * random.uniform(*REACH), height * random.uniform(*REACH) / 2),
-                tuple(random.uniform(*SECONDS, 3)),  # type: ignore[arg-type]
-                tuple(random.uniform(0, 2 * math.pi, 3)),  # type: ignore[arg-type]
+                tuple(random.uniform(*SECONDS, 3)),
+                tuple(random.uniform(0, 2 * math.pi, 3)),
                 random.uniform(0, GROWTH),
                 random.uniform(-SPIN, SPIN) / 4,
             )
@@ -169,7 +169,9 @@ def make_films(
         raise UserError(f"{output}: holds something other than drawn films; name a new folder")
     names = list(KINDS) if label_by == "kind" else [f"{c} {k}" for c in COLORS for k in KINDS]
     ids = {name: id for id, name in enumerate(names, start=1)}
-    videos, images, annotations = [], [], []
+    videos: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     with atomic_folder(output) as folder:
         for number in range(1, films + 1):
             film, name = draw_film((seed, number), width=width, height=height), f"{number:04d}"
