@@ -35,8 +35,8 @@ TIERS = (
 )
 
 
-# Example boxes (`dataset.examples`) are left out: after 3 images of new shapes they bring 0.01 of box
-# AP where another image's box is given, and cost as much of words (benchmarks.few shots).
+# Example boxes (`dataset.examples`) are left out: after 3 images of new shapes they bring 0.01 of
+# box AP where another image's box is given, and cost as much of words (benchmarks.few shots).
 #
 # nano from its own weights, measured on shapes and on photographs of potholes: all of it moves, and
 # fast. Its trunk knows drawn shapes alone, so that it has as much to learn as DETR has.
