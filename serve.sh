@@ -11,7 +11,7 @@
 #   SAM3_IMAGE            the image (sam3-finetuning)
 #   GPUS                  for docker: auto, none, all, or a list such as 0,1 (auto)
 #   SAM3_BASE             file of the weights that a LoRA belongs to, where they were moved
-#   HF_TOKEN, MLFLOW_TRACKING_URI, _USERNAME, _PASSWORD, _TOKEN    passed on
+#   HF_TOKEN, MLFLOW_TRACKING_URI, _USERNAME, _PASSWORD, _TOKEN, LABEL_STUDIO_URL, _API_KEY: passed on
 #
 # In docker only the current folder and the paths given to flags are visible. The container has this
 # machine's network, so that --host and --port mean the same inside.

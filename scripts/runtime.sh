@@ -279,12 +279,13 @@ docker_command() {
   command+=(-e "HF_HOME=$(absolute "$cache")")
   command+=(-e SAM3_BASE -e SAM3_API_KEY -e HF_TOKEN -e ROBOFLOW_API_KEY -e MLFLOW_TRACKING_URI)
   command+=(-e MLFLOW_TRACKING_USERNAME -e MLFLOW_TRACKING_PASSWORD -e MLFLOW_TRACKING_TOKEN)
+  command+=(-e LABEL_STUDIO_URL -e LABEL_STUDIO_API_KEY)
   add_gpus
   add_network "$@"
   bind_output "$cache"
   bind_flags bind_output "--output-dir --keep --label" "$@"
   bind_flags bind_dataset "--dataset-dir" "$@"
-  bind_flags bind_input "--hf-dataset --checkpoint --teacher --input --prompts" "$@"
+  bind_flags bind_input "--hf-dataset --checkpoint --teacher --input --prompts --ring" "$@"
   bind_flags bind_config "--config" "$@"
   if [ -n "${SAM3_BASE:-}" ]; then bind_input "$SAM3_BASE"; fi
   command+=("$image" "$@")

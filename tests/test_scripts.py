@@ -24,7 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = ["train.sh", "infer.sh", "serve.sh", "test.sh", "build.sh", ".ci/run"]
 SERVER = [f"MLFLOW_TRACKING_{what}" for what in ("URI", "USERNAME", "PASSWORD", "TOKEN")]
 JETSON = str(REPOSITORY / "Dockerfile.jetson")
-PASSED_ON = ["HF_TOKEN", "ROBOFLOW_API_KEY", "SAM3_BASE", "SAM3_API_KEY", *SERVER]
+LABEL_STUDIO = ["LABEL_STUDIO_URL", "LABEL_STUDIO_API_KEY"]
+PASSED_ON = ["HF_TOKEN", "ROBOFLOW_API_KEY", "SAM3_BASE", "SAM3_API_KEY", *LABEL_STUDIO, *SERVER]
 
 
 def make_executable(path: Path, text: str) -> None:
