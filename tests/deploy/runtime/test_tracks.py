@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import linear_sum_assignment
@@ -31,6 +31,7 @@ def follow(tracker: Tracker, seen: Seen, labels: list[int], score: float = 0.9) 
     return tracker.update(corners, np.full(len(seen), score), labels).tolist()
 
 
+@settings(deadline=None)
 @given(
     arrays(np.float64, st.tuples(st.integers(0, 7), st.integers(0, 7)), elements=st.floats(0, 1))
 )
