@@ -83,7 +83,10 @@ def run(
         app = create_app(_load(sources, wanted, settings, processes), settings, observer)
         server = Server(app, settings)
         shown = f"[{host}]" if ":" in host else host
-        log.info("serving: http://%s:%d", shown, listener.getsockname()[1])
+        address = f"http://{shown}:{listener.getsockname()[1]}"
+        log.info("serving: %s", address)
+        if settings.label is not None:
+            log.info("label the images of %s: %s/label", settings.label, address)
         server.run(sockets=[listener])
 
 
