@@ -193,8 +193,8 @@ def serve(
     from app.serving.settings import Limits, Settings
     from app.tracking.state import mlflow_uri
 
-    if label is not None:
-        LabelFile(label)  # what is wrong with it is said before anything is loaded
+    # What is wrong with them is said before anything is loaded.
+    labels = None if label is None else LabelFile(label)
     if model and (checkpoint or name):
         raise UserError("--model and --checkpoint, --name: give registered weights, or files")
     known_ring = None
@@ -221,7 +221,7 @@ def serve(
         poll_seconds=poll_seconds,
         label_studio=os.environ.get("LABEL_STUDIO_URL") or None,
         label_studio_key=os.environ.get("LABEL_STUDIO_API_KEY") or None,
-        label=label,
+        label=labels,
         ring=known_ring,
         limits=Limits(
             body_bytes=max_mb << 20,

@@ -78,6 +78,14 @@ class Annotation:
     score: float | None = None
 
 
+def overlap(one: Annotation, other: Annotation) -> float:
+    """Return the IoU of two objects: of masks where both have one, else of boxes."""
+    shapes: list[Any] = [one.segmentation, other.segmentation]
+    if None in shapes:
+        shapes = [list(one.bbox_xywh), list(other.bbox_xywh)]
+    return float(coco_mask.iou([shapes[0]], [shapes[1]], [False])[0][0])
+
+
 @dataclass(frozen=True)
 class Category:
     """A class: what the model is asked for, and other words for it, drawn in training."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pycocotools import mask as coco_mask
-
-from app.datasets.coco import Annotation, Dataset
+from app.datasets.coco import Dataset, overlap
 from app.files import hash_file
 
 SAME = 0.99  # IoU from which a label is the proposal, as another tool's pixels may round
@@ -45,7 +42,7 @@ def review(proposals: Dataset, labels: Dataset) -> Review:
         for proposal in proposals.annotations_by_image[image.id]:
             name = names[0][proposal.category_id]
             overlaps = [
-                _overlap(proposal, label) if called == name else 0.0 for called, label in left
+                overlap(proposal, label) if called == name else 0.0 for called, label in left
             ]
             best = max(overlaps, default=0.0)
             unchanged += best >= SAME
@@ -55,11 +52,3 @@ def review(proposals: Dataset, labels: Dataset) -> Review:
                 del left[overlaps.index(best)]
         added += len(left)
     return Review(images, unchanged, moved, removed, added)
-
-
-def _overlap(one: Annotation, other: Annotation) -> float:
-    """Return the IoU of masks where both have one, else of boxes."""
-    shapes: Sequence[object] = [one.segmentation, other.segmentation]
-    if None in shapes:
-        shapes = [list(one.bbox_xywh), list(other.bbox_xywh)]
-    return float(coco_mask.iou([shapes[0]], [shapes[1]], [False])[0][0])

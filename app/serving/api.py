@@ -14,7 +14,6 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
 from app import __version__
-from app.datasets.editing import LabelFile
 from app.errors import UserError
 from app.serving import answers, describing, labelling, messages, page
 from app.serving.asking import find, in_time
@@ -71,8 +70,7 @@ def create_app(models: Models, settings: Settings, observer: Observer | None = N
     app.include_router(x_anylabeling.router(models, settings))
     app.include_router(label_studio.router(models, settings, rounds))
     if settings.label is not None:
-        labels = LabelFile(settings.label)
-        app.include_router(labelling.router(models, settings, labels, rounds))
+        app.include_router(labelling.router(models, settings, settings.label, rounds))
     app.include_router(state_router(models, observer))
     app.include_router(describing.router(app))
     app.include_router(page.router())

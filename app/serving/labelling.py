@@ -9,10 +9,9 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import HTMLResponse
-from pycocotools import mask as coco_mask
 from pydantic import Field
 
-from app.datasets.coco import Annotation
+from app.datasets.coco import Annotation, overlap
 from app.datasets.editing import LabelFile, Labels, Shape, StaleError
 from app.datasets.images import ImageError, open_image, open_small
 from app.inference.labelling import to_annotations
@@ -60,13 +59,12 @@ class LabelsIn(Message):
 def router(models: Models, settings: Settings, labels: LabelFile, rounds: Rounds) -> APIRouter:
     """Return the routes of a folder that is labelled."""
     routes = APIRouter(prefix="/label", include_in_schema=False)
-    html = page.read("label")
-    headers = {"Content-Security-Policy": page.policy(html), "Cache-Control": "no-cache"}
+    answer_page = page.answering("label")
     limits = settings.limits
 
     @routes.get("")
     async def label_page() -> HTMLResponse:
-        return HTMLResponse(html, headers=headers)
+        return answer_page()
 
     @routes.get("/images")
     async def images() -> Response:
@@ -210,10 +208,4 @@ def _object(name: str, each: Annotation) -> dict[str, Any]:
 
 def _is_among(one: Annotation, name: str, others: list[tuple[str, Annotation]]) -> bool:
     """Return whether an object of this class covers the same place."""
-    for other_name, other in others:
-        masks: list[Any] = [one.segmentation, other.segmentation]
-        if None in masks:
-            masks = [list(one.bbox_xywh), list(other.bbox_xywh)]
-        if name == other_name and coco_mask.iou([masks[0]], [masks[1]], [False])[0][0] >= SAME:
-            return True
-    return False
+    return any(name == other_name and overlap(one, other) >= SAME for other_name, other in others)

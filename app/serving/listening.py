@@ -86,7 +86,7 @@ def run(
         address = f"http://{shown}:{listener.getsockname()[1]}"
         log.info("serving: %s", address)
         if settings.label is not None:
-            log.info("label the images of %s: %s/label", settings.label, address)
+            log.info("label the images of %s: %s/label", settings.label.folder, address)
         server.run(sockets=[listener])
 
 

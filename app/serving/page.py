@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from fastapi import APIRouter
@@ -24,15 +25,21 @@ SHARED = {
 
 def router() -> APIRouter:
     """Return the route of the page at `/`, which is read once."""
-    html = read("find")
-    headers = {"Content-Security-Policy": policy(html), "Cache-Control": "no-cache"}
+    answer = answering("find")
     routes = APIRouter()
 
     @routes.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
-        return HTMLResponse(html, headers=headers)
+        return answer()
 
     return routes
+
+
+def answering(name: str) -> Callable[[], HTMLResponse]:
+    """Return what answers with a page, which is read once."""
+    html = read(name)
+    headers = {"Content-Security-Policy": policy(html), "Cache-Control": "no-cache"}
+    return lambda: HTMLResponse(html, headers=headers)
 
 
 def read(name: str) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from app.datasets.editing import LabelFile
 from app.serving.rounds import Ring
 
 
@@ -54,7 +54,7 @@ class Settings:
         poll_seconds: after which it is asked again what its aliases stand for.
         label_studio, label_studio_key: address of the Label Studio whose images are fetched, and
             its token.
-        label: folder of images that the page at /label labels; None: none.
+        label: of the folder whose images the page at /label labels; None: none.
         ring: whose rounds are begun from there, or by Label Studio; None: none.
     """
 
@@ -68,6 +68,6 @@ class Settings:
     poll_seconds: float = 30.0
     label_studio: str | None = None
     label_studio_key: str | None = field(default=None, repr=False)
-    label: Path | None = None
+    label: LabelFile | None = None
     ring: Ring | None = None
     limits: Limits = Limits()

@@ -14,6 +14,7 @@ import yaml
 
 from app.datasets.build import load_splits
 from app.datasets.coco import Dataset
+from app.datasets.editing import LabelFile
 from app.datasets.synthetic.shapes import make_shapes
 from app.errors import UserError
 from app.inference.proposals import label_config, region
@@ -123,7 +124,9 @@ def test_two_rounds_with_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("LABEL_STUDIO_URL", home)
         monkeypatch.setenv("LABEL_STUDIO_API_KEY", TOKEN)
         ring = Ring(tmp_path / "ring.yaml", every=EVERY, project=number)
-        options = Settings(ring=ring, label=photos, label_studio=home, label_studio_key=TOKEN)
+        options = Settings(
+            ring=ring, label=LabelFile(photos), label_studio=home, label_studio_key=TOKEN
+        )
         with serving(load_nano().engine(options), settings=options) as server:
             hook = {
                 "url": f"{str(server.base_url).rstrip('/')}/label-studio/webhook",

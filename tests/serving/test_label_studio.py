@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from app.datasets.build import load_splits
+from app.datasets.editing import LabelFile
 from app.datasets.formats.embedded import brush_mask
 from app.datasets.rle import decode
 from app.serving.rounds import Ring
@@ -78,7 +79,9 @@ def test_it_is_up(client: httpx.Client) -> None:
 def test_webhooks_begin_a_round(nano: Loaded, tmp_path: Path) -> None:
     """A process of its own, which ends at its settings here; foreign events begin none."""
     (tmp_path / "ring.yaml").write_text("every: many\n")
-    settings = Settings(label=tmp_path, ring=Ring(tmp_path / "ring.yaml", every=3, project=3))
+    settings = Settings(
+        label=LabelFile(tmp_path), ring=Ring(tmp_path / "ring.yaml", every=3, project=3)
+    )
     with serving(nano.engine(), settings=settings) as client:
 
         def hear(action: str, project: object = 3, **more: object) -> str:

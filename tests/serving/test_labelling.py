@@ -24,6 +24,7 @@ from pycocotools import mask as coco_mask
 
 from app.datasets.build import load_splits, survey
 from app.datasets.coco import Dataset
+from app.datasets.editing import LabelFile
 from app.datasets.rle import decode
 from app.serving.page import policy, read
 from app.serving.settings import Settings
@@ -52,7 +53,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def client(nano: Loaded, photos: Path) -> Iterator[httpx.Client]:
-    with serving(nano.engine(), settings=Settings(label=photos)) as client:
+    with serving(nano.engine(), settings=Settings(label=LabelFile(photos))) as client:
         yield client
 
 
@@ -95,7 +96,7 @@ def test_without_a_folder_there_is_no_page(nano: Loaded) -> None:
 
 
 def test_the_key_is_asked_for(nano: Loaded, photos: Path) -> None:
-    settings = Settings(label=photos, key="secret")
+    settings = Settings(label=LabelFile(photos), key="secret")
     with serving(nano.engine(settings), settings=settings) as client:
         assert client.get("/label").status_code == 200  # the page asks for the key
         for path in ("images", "image?name=a.png", "picture?name=a.png", "round"):
@@ -572,7 +573,7 @@ def test_thirty_images_from_nothing(
         shutil.copy(image, folder)
     truth = survey(REPOSITORY / "examples" / "potholes").splits["train"]
     drawing = {image.path.name: image for image in truth.images}
-    with serving(nano.engine(), settings=Settings(label=folder)) as client:
+    with serving(nano.engine(), settings=Settings(label=LabelFile(folder))) as client:
         page = open_page(str(client.base_url))
         for number, name in enumerate(sorted(path.name for path in folder.glob("*.jpg"))):
             shown(page, name)
@@ -586,7 +587,7 @@ def test_thirty_images_from_nothing(
             page.keyboard.press("f")
         page.get_by_text("All images are finished.").wait_for()
         saved(page)
-        page.screenshot(path=tmp_path / "page.png")
+        page.context.close()  # which would ask a server that has ended
     checked = command("data", "check", folder)
     assert checked.code == 0, checked.err
     assert "30 images" in checked.out

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from app.config.shapes import BACKGROUNDS, Thing
 from app.datasets.synthetic import drawing
 from app.datasets.synthetic.drawing import Mask, Pixels, Shape
-from app.datasets.synthetic.shapes import COMPRESSION
+from app.datasets.synthetic.shapes import COMPRESSION, describe
 from app.errors import UserError
 from app.files import atomic_folder, write_json
 
@@ -195,7 +194,6 @@ def make_films(
                             "video_id": number,
                             "category_id": ids[label],
                             "track_id": 100 * number + thing,
-                            "iscrowd": 0,
                             **entry,
                         }
                     )
@@ -221,15 +219,7 @@ def _visible(film: Film, masks: list[Mask]) -> Iterator[tuple[int, dict[str, Any
     for number in range(len(film.things)):
         if masks[number].sum() < LEAST_VISIBLE:
             continue
-        rle = coco_mask.encode(np.asfortranarray(masks[number]).view(np.uint8))
-        yield (
-            number,
-            {
-                "bbox": coco_mask.toBbox(rle).tolist(),
-                "area": int(coco_mask.area(rle)),
-                "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode()},
-            },
-        )
+        yield number, describe(masks[number])
 
 
 def _cover(shape: Shape, width: int, height: int) -> Mask:

@@ -141,10 +141,11 @@ def _write_image(
         fog=config.fog,
     )
     PILImage.fromarray(pixels).save(path, compress_level=COMPRESSION)
-    return [_describe(mask) for mask in masks]
+    return [describe(mask) for mask in masks]
 
 
-def _describe(mask: Mask) -> dict[str, Any]:
+def describe(mask: Mask) -> dict[str, Any]:
+    """Return what COCO says of a mask."""
     rle = coco_mask.encode(np.asfortranarray(mask).view(np.uint8))
     return {
         "bbox": coco_mask.toBbox(rle).tolist(),

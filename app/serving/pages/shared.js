@@ -252,6 +252,27 @@ async function attempt(task) {
   }
 }
 
+/** Return a point of an image, in its pixels, from an event's over its canvas. */
+function pointIn(canvas, { width, height }, event) {
+  const area = canvas.getBoundingClientRect();
+  const clamp = (value, most) => Math.max(0, Math.min(most, value));
+  return {
+    x: clamp(((event.clientX - area.left) / area.width) * width, width),
+    y: clamp(((event.clientY - area.top) / area.height) * height, height),
+  };
+}
+
+/** Draw a path so that it is seen on any ground; `line` is a CSS pixel, as are the lengths. */
+function strokeOn(context, line, path, color, thick, dash = []) {
+  context.setLineDash(dash.map((part) => part * line));
+  for (const [style, extra] of [[edgeOf(color), 2], [css(color), 0]]) {
+    context.strokeStyle = style;
+    context.lineWidth = (thick + extra) * line;
+    context.stroke(path);
+  }
+  context.setLineDash([]);
+}
+
 /** Draw + or − at a box's corner: the color alone does not tell. */
 function badge(context, [x, y], like, color, line) {
   const side = 16 * line;
