@@ -10,7 +10,6 @@ labelled, and scored on the same images.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import random
 import statistics
@@ -27,9 +26,8 @@ from app.datasets.build import Splits, load_splits
 from app.datasets.coco import Dataset
 from app.inference import ranking
 from app.inference.predictor import Predictor
-from app.model.bundled import bundled_nano
 from benchmarks.first_hour import Goal
-from benchmarks.nano import NEW_SETTINGS, draw, fine_tune, join
+from benchmarks.nano import NEW_SETTINGS, arguments, draw, fine_tune, join
 
 FIRST, STEP, ROUNDS = 6, 6, 3  # labelled images at first, more of them each round, and rounds
 POOL, RARE = 60, 6  # images without labels, and those of them that show the rare class
@@ -69,23 +67,30 @@ def potholes(_seed: int, _folder: Path) -> Task:
     return Task(given.train, valid, "bbox/AP50", ["optim.lr_scale=0.5"])
 
 
-def curve(task: Task, start: Path, seed: int, folder: Path, *, chooses: bool) -> Curve:
-    """Return the AP after each round, of images that are chosen, or of any."""
-    chance, found = random.Random(seed), []
+def curves(task: Task, start: Path, seed: int, folder: Path) -> tuple[Curve, Curve]:
+    """Return the AP after each round, of images that are chosen, and of any; the first is shared."""
     ids = [image.id for image in task.pool.images]
-    labelled = set(chance.sample(ids, FIRST))
-    for number in range(ROUNDS):
-        run = folder / str(number)
-        splits = Splits(task.pool.subset(labelled), task.valid, None, ())
-        found.append(fine_tune(splits, run, start, EPOCHS, task.settings)[task.figure])
-        left = [id for id in ids if id not in labelled]
-        if number == ROUNDS - 1:
-            break
-        if chooses:
-            labelled |= _asked_for(task.pool, labelled, left, run / "weights" / "best")
-        else:
-            labelled |= set(chance.sample(left, STEP))
-    return found
+    first = set(random.Random(seed).sample(ids, FIRST))
+
+    def labelled(images: set[int], run: Path) -> float:
+        splits = Splits(task.pool.subset(images), task.valid, None, ())
+        return fine_tune(splits, run, start, EPOCHS, task.settings)[task.figure]
+
+    shared = labelled(first, folder / "first")
+    found = []
+    for words in ("chosen", "by chance"):
+        curve, images, chance, run = [shared], set(first), random.Random(seed), folder / "first"
+        for number in range(1, ROUNDS):
+            left = [id for id in ids if id not in images]
+            if words == "chosen":
+                images |= _asked_for(task.pool, images, left, run / "weights" / "best")
+            else:
+                images |= set(chance.sample(left, STEP))
+            run = folder / f"{words} {number}"
+            curve.append(labelled(images, run))
+        print(f"  seed {seed}, {words}: {[round(value, 3) for value in curve]}", flush=True)
+        found.append(curve)
+    return found[0], found[1]
 
 
 def _asked_for(pool: Dataset, labelled: set[int], left: Sequence[int], weights: Path) -> set[int]:
@@ -129,28 +134,16 @@ PARTS: dict[str, Callable[[int, Path], Task]] = {"shapes": shapes, "potholes": p
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="|".join(PARTS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--weights", type=Path, help="others than the project's own")
-    options = parser.parse_args()
+    options = arguments(__doc__, PARTS, seeds=5)
     logging.getLogger("app").setLevel(logging.ERROR)
-    start = options.weights or bundled_nano()
-    assert start is not None
     goals = []
     for name in options.parts or PARTS:
-        curves: dict[bool, list[Curve]] = {True: [], False: []}
+        found = []
         for seed in range(options.seeds):
-            for chooses in (True, False):
-                with tempfile.TemporaryDirectory() as folder:
-                    task = PARTS[name](seed, Path(folder))
-                    found = curve(task, start, seed, Path(folder), chooses=chooses)
-                curves[chooses].append(found)
-                words = "chosen" if chooses else "by chance"
-                print(f"  seed {seed}, {words}: {[round(value, 3) for value in found]}", flush=True)
-        goals.append(report(name, curves[True], curves[False]))
+            with tempfile.TemporaryDirectory() as folder:
+                task = PARTS[name](seed, Path(folder))
+                found.append(curves(task, options.weights, seed, Path(folder)))
+        goals.append(report(name, *zip(*found, strict=True)))
         print(goals[-1], flush=True)
     return 0 if all(goal.reached for goal in goals) else 1
 

@@ -10,7 +10,6 @@ Shapes that the carried nano has never seen (star and ring) and examples/pothole
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -31,9 +30,8 @@ from app.evaluation.metrics import evaluate
 from app.evaluation.validate import validate
 from app.files import read_json
 from app.inference.predictor import Predictor
-from app.model.bundled import bundled_nano
 from benchmarks.first_hour import Goal
-from benchmarks.nano import KNOWN_KINDS, NEW_KINDS, draw, join
+from benchmarks.nano import KNOWN_KINDS, NEW_KINDS, arguments, draw, join
 
 ROOT = Path(__file__).resolve().parents[1]
 POTHOLES = ROOT / "examples" / "potholes"
@@ -186,21 +184,13 @@ ONCE = ("coverage", "duration")  # parts that have no seed to choose
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="|".join(PARTS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--weights", type=Path, help="others than the project's own")
-    options = parser.parse_args()
-    start = options.weights or bundled_nano()
-    assert start is not None
+    options = arguments(__doc__, PARTS, seeds=5)
     reached = True
     for name in options.parts or PARTS:
         found: dict[str, list[Goal]] = {}
         for seed in range(1 if name in ONCE else options.seeds):
             with tempfile.TemporaryDirectory() as folder:
-                for goal in PARTS[name](start, seed, Path(folder) / "work"):
+                for goal in PARTS[name](options.weights, seed, Path(folder) / "work"):
                     print(f"  seed {seed}: {goal.name}: {goal.value:.3f}", flush=True)
                     found.setdefault(goal.name, []).append(goal)
         for goals in found.values():

@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -222,30 +222,33 @@ PARTS: dict[str, Part] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="|".join(PARTS))
-    parser.add_argument("--weights", type=Path, help="others than the project's own")
-    arguments = parser.parse_args()
-    start = arguments.weights or bundled_nano()
-    if start is None:
-        parser.error("the project carries no nano yet: give --weights")
-    return run_parts([PARTS[name] for name in arguments.parts or PARTS], start)
+    options = arguments(__doc__, PARTS)
+    return run_parts([PARTS[name] for name in options.parts or PARTS], options.weights)
 
 
-def main_of(doc: str | None, parts: dict[str, Part], default: Sequence[str]) -> int:
-    """Run the command line of a benchmark whose parts start from the carried weights."""
+def arguments(doc: str | None, parts: Collection[str], seeds: int = 0) -> argparse.Namespace:
+    """Read the command line of a benchmark whose parts start from the carried weights or others."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", choices=[[], *parts], metavar="|".join(parts))
-    arguments = parser.parse_args()
+    if seeds:
+        parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument(
+        "--weights", type=Path, default=bundled_nano(), help="others than the project's own"
+    )
+    options = parser.parse_args()
+    if options.weights is None:
+        parser.error("the project carries no nano: give --weights")
+    return options
+
+
+def main_of(doc: str | None, parts: dict[str, Part], default: Sequence[str]) -> int:
+    """Run the command line of a benchmark that says what its training says."""
+    options = arguments(doc, parts)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("app").setLevel(logging.INFO)
-    start = bundled_nano()
-    assert start is not None
-    return run_parts([parts[name] for name in arguments.parts or default], start)
+    return run_parts([parts[name] for name in options.parts or default], options.weights)
 
 
 def run_parts(parts: Sequence[Part], start: Path) -> int:
