@@ -68,7 +68,7 @@ def potholes(_seed: int, _folder: Path) -> Task:
 
 
 def curves(task: Task, start: Path, seed: int, folder: Path) -> tuple[Curve, Curve]:
-    """Return the AP after each round, of images that are chosen, and of any; the first is shared."""
+    """Return the AP after each round, of chosen images and of any; the first round is shared."""
     ids = [image.id for image in task.pool.images]
     first = set(random.Random(seed).sample(ids, FIRST))
 
