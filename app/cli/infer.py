@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from app.cli import options
-from app.cli.options import DETECTION, MODEL, OUTPUT, PROMPTS
+from app.cli.options import DETECTION, FILMS, MODEL, OUTPUT, PROMPTS
+from app.errors import UserError
 
 cli = typer.Typer(add_completion=False)
 
@@ -16,7 +18,14 @@ cli = typer.Typer(add_completion=False)
 @cli.command()
 def infer(
     *,
-    input: options.Input,
+    input: Annotated[
+        str,
+        typer.Option(
+            help="an image or a film, a folder, a quoted glob, or a .txt with a path a line; "
+            "camera:0 or the address of an RTSP stream",
+            rich_help_panel=options.DATA,
+        ),
+    ],
     checkpoint: Annotated[
         str,
         typer.Option(
@@ -104,8 +113,8 @@ def infer(
         typer.Option(
             help="overlay, coco, yolo, instances, semantic, cutouts, geojson, csv; several, or "
             "parted by commas; instances and semantic hold one value a pixel, the higher score on "
-            "top",
-            show_default="overlay,coco",
+            "top; of films video, gif, youtube-vis and mot as well",
+            show_default="overlay,coco; of films video,coco,mot,csv",
             rich_help_panel=OUTPUT,
         ),
     ] = None,
@@ -123,11 +132,44 @@ def infer(
         int,
         typer.Option(min=1, help="processes that share the images", rich_help_panel=DETECTION),
     ] = 1,
+    track: Annotated[
+        bool,
+        typer.Option("--track", help="the images are the frames of a film", rich_help_panel=FILMS),
+    ] = False,
+    every: Annotated[
+        int, typer.Option(min=1, help="take each second frame, third, …", rich_help_panel=FILMS)
+    ] = 1,
+    begin: Annotated[
+        str | None,
+        typer.Option("--from", metavar="TIME", help="as 10 or 1:30", rich_help_panel=FILMS),
+    ] = None,
+    end: Annotated[
+        str | None,
+        typer.Option("--to", metavar="TIME", help="as 20 or 1:40", rich_help_panel=FILMS),
+    ] = None,
+    fill_gaps: Annotated[
+        bool,
+        typer.Option(
+            "--fill-gaps",
+            help="put a track where it was between two places, at most a second apart",
+            rich_help_panel=FILMS,
+        ),
+    ] = False,
+    fps: Annotated[
+        float,
+        typer.Option(min=0.01, max=1000, help="frames a second of --track", rich_help_panel=FILMS),
+    ] = 25,
 ) -> None:
-    """Find what the prompts name in images; again with the same --output-dir: what a stop left."""
+    """Find what the prompts name in images, and follow it in films.
+
+    Again with the same --output-dir: what a stop left.
+    """
     from app.files import free_folder
+    from app.inference.films import is_film
     from app.inference.folder import list_jobs, predict_folder
-    from app.inference.settings import RANDOM, Settings, make_settings, with_defaults
+    from app.inference.following import follow_films, list_films, read_following
+    from app.inference.settings import RANDOM, SAVES, Settings, make_settings, with_defaults
+    from app.inference.track_files import TRACK_DEFAULTS, TRACK_SAVES
     from app.model.weight_files import find_file
 
     settings = Settings(
@@ -145,14 +187,38 @@ def infer(
         device=device,
         precision=precision,
     )
+    follows = track or is_film(input)
+    if follows:
+        settings = replace(settings, save=TRACK_DEFAULTS)
+    following = read_following(
+        *(follows, every, begin, end),
+        fill=fill_gaps,
+        overwrite=overwrite,
+        batch_size=batch_size,
+    )
     settings = make_settings(
         settings,
         prompts_file=prompts,
         boxes=box or (),
         negative_boxes=negative_box or (),
         save=save or (),
+        kinds=TRACK_SAVES if follows else SAVES,
     )
     output = output_dir or free_folder(Path("outputs/infer"))
+    if follows:
+        if num_gpus > 1:
+            raise UserError("--num-gpus: is for images; a film is followed by one process")
+        films = list_films(input, output, settings.save, fps=fps, overwrite=overwrite)
+        if checkpoint != RANDOM:
+            find_file(Path(checkpoint))
+        settings = with_defaults(settings)
+        from app.inference.worker import load_predictor  # torch: where there is something to do
+
+        predictor = load_predictor(settings)
+        predictor.check_length(settings.prompts)
+        if follow_films(films, output, settings, following, predictor):
+            raise typer.Exit(3)
+        return
     jobs = list_jobs(input, output, settings.save, overwrite=overwrite)
     if checkpoint != RANDOM:
         find_file(Path(checkpoint))

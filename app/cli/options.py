@@ -21,6 +21,7 @@ log = logging.getLogger("app")
 # Panels of a command's help.
 DATA, LABELS, MODEL, METHOD, SCHEDULE = "Data", "Labels", "Model", "Method", "Schedule"
 OUTPUT, CLUSTER, PROMPTS, DETECTION = "Output", "Cluster", "Prompts", "Detection"
+FILMS = "Films"
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="any key of configs/train.yaml")

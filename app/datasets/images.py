@@ -163,10 +163,10 @@ def _is_copy(image: Image.Image, page: int) -> bool:
 
 
 def film_problem(path: Path) -> str:
-    """Return that a film is not read, and how to make images of it."""
+    """Return that a film is no image, what reads it, and how to make images of it."""
     return (
-        f"{path}: films are not read yet; make images of it: mkdir frames && "
-        f"ffmpeg -i '{path}' frames/%06d.png"
+        f"{path}: is a film, which ./infer.sh --input '{path}' follows; here make images of it: "
+        f"mkdir frames && ffmpeg -i '{path}' frames/%06d.png"
     )
 
 

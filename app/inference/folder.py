@@ -17,7 +17,7 @@ from app.errors import UserError
 from app.files import check_no_links, check_writable, exists_problem
 from app.inference.batch import Job, OpenWork, Work
 from app.inference.inputs import find_images, output_names, relative_names
-from app.inference.journal import Contents, Entry, Journal, read_contents
+from app.inference.journal import Contents, Entry, Journal, file_state, read_contents
 from app.inference.outputs import PER_IMAGE, foreign_cutouts
 from app.inference.postprocess import threshold_below
 from app.inference.settings import Settings
@@ -170,7 +170,10 @@ def _do_what_is_left(
 
 def _read(journal: Journal, job: Job) -> Entry | None:
     """Return the entry of an image; None where it is not done, or its files had other names."""
-    entry = journal.read(job.image)
+    try:
+        entry = journal.read(str(job.image), file_state(job.image))
+    except FileNotFoundError:  # removed since it was listed
+        return None
     names = job.file_name, job.name
     return entry if entry and (entry.get("file_name"), entry.get("name")) == names else None
 

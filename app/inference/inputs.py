@@ -67,8 +67,8 @@ def find_images(source: str, flag: str = "--input") -> list[Path]:
     else:
         if "://" in source:
             raise UserError(f"{flag} {source}: addresses are not fetched; download the image first")
-        matches = (Path(name) for name in _matches(source))
-        entries = [match for match in matches if not match.is_dir()]
+        found = (Path(name) for name in matches(source))
+        entries = [each for each in found if not each.is_dir()]
     images, passed_over = _part(root_of(source), entries, hidden=not path.is_dir())
     there = _in_words(passed_over)
     if not images:
@@ -162,7 +162,7 @@ def _in_words(passed_over: Mapping[str, Sequence[Path]]) -> str:
     return "; ".join([", ".join(parts), *hints])
 
 
-def _matches(pattern: str) -> Iterator[str]:
+def matches(pattern: str) -> Iterator[str]:
     """Yield what a glob stands for. `**` enters each folder once, so that circles of links end."""
     parts = pattern.split("/")
     if "**" not in parts:
@@ -179,27 +179,43 @@ def _matches(pattern: str) -> Iterator[str]:
             continue
         seen.add((state.st_dev, state.st_ino))
         inner[:] = sorted(name for name in inner if not name.startswith("."))
-        yield from _matches("/".join([glob.escape(folder), *tail]))
+        yield from matches("/".join([glob.escape(folder), *tail]))
+
+
+def list_entries(file: Path, flag: str = "--input") -> list[str]:
+    """Return what the lines of a list name, each once: a path of what is there, else as it is.
+
+    A path is relative to the current folder, or to that of the list. Empty lines, and those of what
+    is not there that begin with #, are left out.
+
+    Raises:
+        UserError: the list cannot be read, or is empty.
+    """
+    names = [line.strip() for line in _read_text(f"{flag} {file}", file).splitlines()]
+    found = {
+        name: next((str(p) for p in (Path(name), file.parent / name) if p.exists()), name)
+        for name in names
+        if name
+    }
+    entries = [each for each in found.values() if Path(each).exists() or not each.startswith("#")]
+    if not entries:
+        raise UserError(f"{flag} {file}: an empty list; give the path of an image a line")
+    return list(dict.fromkeys(entries))
 
 
 def _listed(file: Path, flag: str) -> list[Path]:
     """Return the images of a list, each once; raise UserError that names those that are absent."""
-    names = [line.strip() for line in _read_text(f"{flag} {file}", file).splitlines()]
-    places = {name: (Path(name), file.parent / name) for name in names if name}
-    files = {name: next((p for p in paths if p.is_file()), None) for name, paths in places.items()}
-    files = {name: path for name, path in files.items() if path or not name.startswith("#")}
-    films = [path for path in files.values() if path and path.suffix.lower() in FILMS]
+    paths = [Path(entry) for entry in list_entries(file, flag)]
+    films = [path for path in paths if path.suffix.lower() in FILMS and path.is_file()]
     if films:
         raise UserError([f"{flag} {file}: {film_problem(path)}" for path in films[:SHOWN]])
-    missing = [name for name, path in files.items() if path is None]
+    missing = [path for path in paths if not path.is_file()]
     if missing:
         problems = [f"{flag} {file}: {name}: no such file" for name in missing[:SHOWN]]
         if len(missing) > SHOWN:
             problems.append(f"and {len(missing) - SHOWN} more that are not there")
         raise UserError(problems)
-    if not files:
-        raise UserError(f"{flag} {file}: an empty list; give the path of an image a line")
-    return list(dict.fromkeys(path for path in files.values() if path is not None))
+    return paths
 
 
 def parse_box(text: str, flag: str = "--box") -> Box:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -155,10 +155,14 @@ class Journal:
         return len(self._contents.lines)
 
     def begin(self, files: Iterable[str]) -> None:
-        """Note files before they are written, so that a later run may overwrite them."""
+        """Begin to write: drop what a kill cut short, and note files."""
         self._file.truncate(self._contents.end)
         if not self._contents.lines:
             self._write(self._settings)
+        self.note(files)
+
+    def note(self, files: Iterable[str]) -> None:
+        """Note files before they are written, so that a later run may overwrite them."""
         new = [file for file in files if file not in self._contents.files]
         if new:
             self._write({"files": new})
@@ -168,18 +172,20 @@ class Journal:
         """Note that an image is done: its files are written."""
         self._contents.lines[entry["image"]] = self._write(entry)
 
-    def read(self, image: Path) -> Entry | None:
-        """Return the entry of an image; None where it is not done, or has changed since."""
-        start = self._contents.lines.get(str(image))
+    def read(self, image: str, state: Sequence[int]) -> Entry | None:
+        """Return the entry of an image; None where it is not done, or has changed since.
+
+        Args:
+            image: its path, or a frame's number.
+            state: of its file, or of the film's.
+        """
+        start = self._contents.lines.get(image)
         if start is None:
             return None
         self._file.seek(start)
         entry: Entry = parse_json(self._file.readline().decode())
         prompts = max(1, len(self._settings["prompts"]))  # a box alone is a prompt of its own
-        try:
-            whole = _is_entry(entry, prompts) and entry.get("state") == file_state(image)
-        except FileNotFoundError:  # removed since it was listed
-            return None
+        whole = _is_entry(entry, prompts) and entry.get("state") == list(state)
         return entry if whole else None
 
     def _lock(self, folder: Path) -> None:

@@ -131,12 +131,14 @@ def make_settings(
     boxes: Sequence[str],
     negative_boxes: Sequence[str],
     save: Sequence[str],
+    kinds: Sequence[str] = SAVES,
     vocabulary: Collection[str] | None = None,
 ) -> Settings:
     """Complete the settings by flags that are text; no weights are read for it.
 
     Args:
         save: kinds of output, several in one where commas part them.
+        kinds: those that there are.
         vocabulary: the only prompts that there are, where that is known already.
 
     Raises:
@@ -156,11 +158,11 @@ def make_settings(
                 parsed[flag].append(parse_box(text, flag))
             except UserError as error:
                 problems += error.problems
-    kinds = [kind.strip() for text in save for kind in text.split(",")] or list(settings.save)
+    chosen = [kind.strip() for text in save for kind in text.split(",")] or list(settings.save)
     problems += [
-        f"--save {kind}: there is {', '.join(SAVES)}.{nearest(kind, SAVES)}"
-        for kind in kinds
-        if kind not in SAVES
+        f"--save {kind}: there is {', '.join(kinds)}.{nearest(kind, kinds)}"
+        for kind in chosen
+        if kind not in kinds
     ]
     if settings.tile is not None and (boxes or negative_boxes):
         problems.append(BOX_IN_TILE)
@@ -183,7 +185,7 @@ def make_settings(
         prompts=tuple(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts)),
         boxes=tuple(parsed["--box"]),
         negative_boxes=tuple(parsed["--negative-box"]),
-        save=tuple(kind for kind in SAVES if kind in kinds),
+        save=tuple(kind for kind in kinds if kind in chosen),
     )
 
 

@@ -30,7 +30,7 @@ LEAST_VISIBLE = 16  # pixels of a shape that count as seen
 SECONDS = (6.0, 12.0)  # of a way there and back
 REACH = (0.2, 0.75)  # of the film's side: beyond a half a shape leaves the picture
 GROWTH = 0.25  # most, of the radius, either way
-SPIN = math.radians(30)  # most, a second
+TURN = math.radians(15)  # most, either way: what the carried nano knows
 KINDS = ("circle", "rectangle", "triangle", "cross", "hexagon")
 COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
 
@@ -41,22 +41,22 @@ class Way:
 
     Attributes:
         center, reach: x and y in pixels.
-        seconds, phase: of each axis, and of its size; phases in radians.
+        seconds, phase: of each axis, of its size and of its turn; phases in radians.
         growth: of the radius, either way, 0..1.
-        spin: radians a second.
+        turn: either way, radians.
     """
 
     shape: Shape
     center: tuple[float, float]
     reach: tuple[float, float]
-    seconds: tuple[float, float, float]
-    phase: tuple[float, float, float]
+    seconds: tuple[float, float, float, float]
+    phase: tuple[float, float, float, float]
     growth: float
-    spin: float
+    turn: float
 
     def at(self, time: float) -> Shape:
         """Return the shape at a time in seconds."""
-        x, y, size = (
+        x, y, size, turn = (
             math.sin(2 * math.pi * time / seconds + phase)
             for seconds, phase in zip(self.seconds, self.phase, strict=True)
         )
@@ -65,7 +65,7 @@ class Way:
             x=self.center[0] + self.reach[0] * x,
             y=self.center[1] + self.reach[1] * y,
             radius=self.shape.radius * (1 + self.growth * size),
-            turn=self.shape.turn + self.spin * time,
+            turn=self.turn * turn,
         )
 
 
@@ -115,17 +115,16 @@ def draw_film(
     ways = []
     for thing in chosen:
         ratio = random.uniform(*drawing.RATIOS.get(thing.kind, (1, 1)))
-        turn = math.radians(random.uniform(-15, 15))
-        radius = side * random.uniform(0.1, 0.2)
+        radius = side * random.uniform(0.12, 0.24)
         ways.append(
             Way(
-                Shape(thing.kind, 0, 0, radius, turn, ratio),
+                Shape(thing.kind, 0, 0, radius, 0, ratio),
                 (width * random.uniform(0.35, 0.65), height * random.uniform(0.35, 0.65)),
                 (width * random.uniform(*REACH), height * random.uniform(*REACH) / 2),
-                tuple(random.uniform(*SECONDS, 3)),
-                tuple(random.uniform(0, 2 * math.pi, 3)),
+                tuple(random.uniform(*SECONDS, 4)),
+                tuple(random.uniform(0, 2 * math.pi, 4)),
                 random.uniform(0, GROWTH),
-                random.uniform(-SPIN, SPIN) / 4,
+                random.uniform(0, TURN),
             )
         )
     return Film(tuple(chosen), tuple(ways), tuple(colors), background)
