@@ -38,10 +38,10 @@ class TrackSettings:
         likely: score from which a detection is matched first, and may begin a track.
         unsure: score from which one is matched at all.
         overlap, unsure_overlap: least IoU with where a track is expected, of boxes and masks.
-        other_class: what the IoU with a track of another class counts.
+        other_class, other_color: what the IoU with a track of another class or color counts.
         patience: frames that a track is looked for where it is expected, after it was last seen.
         memory: frames that it is known again after it was last seen.
-        color: most that its color, 0..1, may then differ in any channel.
+        color: most that colors of one thing, 0..1, differ in any channel.
         reach: most that it may then have moved, in sizes of its box.
         least: frames that a track must be seen in, out of its first `trial`; else it is dropped.
         fill: whether a track's gaps are filled, by its places before and after.
@@ -53,6 +53,7 @@ class TrackSettings:
     overlap: float = 0.1
     unsure_overlap: float = 0.4
     other_class: float = 0.6
+    other_color: float = 0.5
     patience: int = 30
     memory: int = 300
     color: float = 0.1
@@ -181,7 +182,7 @@ class Tracker(Generic[Item]):
         """
         settings = self.settings
         self._frame += 1
-        owners = self._match(found)
+        owners = self._match(found, colors)
         self._waiting.append((item, owners, (found.height, found.width)))
         for number, track in enumerate(owners):
             if track is None:
@@ -202,7 +203,7 @@ class Tracker(Generic[Item]):
         while self._waiting:
             yield self._tell()
 
-    def _match(self, found: Detections) -> list[_Track | None]:
+    def _match(self, found: Detections, colors: Floats | None) -> list[_Track | None]:
         """Return the track of each detection; begin one for those that are new."""
         settings = self.settings
         for track in self._live:
@@ -216,7 +217,7 @@ class Tracker(Generic[Item]):
         for chosen, least in ((likely, settings.overlap), (unsure, settings.unsure_overlap)):
             if chosen is unsure:  # what was lost before is not found again by an unsure glimpse
                 left = [track for track in left if track.last == self._frame - 1]
-            for row, column in assign(self._overlaps(left, found, chosen, bounds), least):
+            for row, column in assign(self._overlaps(left, found, chosen, bounds, colors), least):
                 owners[int(chosen[column])] = left[row]
             left = [track for track in left if not any(track is owner for owner in owners)]
         for number in likely:
@@ -232,8 +233,9 @@ class Tracker(Generic[Item]):
         found: Detections,
         chosen: Ints,
         bounds: Sequence[rle.Indices] | None,
+        colors: Floats | None,
     ) -> Floats:
-        """Return what each track has in common with each detection, less where classes differ."""
+        """Return what tracks have in common with detections, less where class or color differ."""
         if not tracks or not len(chosen):
             return np.zeros((len(tracks), len(chosen)))
         common = iou(
@@ -245,6 +247,9 @@ class Tracker(Generic[Item]):
             if bounds is not None and expected is not None and len(near):
                 masks = rle.iou(expected, [bounds[chosen[column]] for column in near])
                 common[row, near] = (common[row, near] + masks) / 2
+            if colors is not None and track.color is not None:
+                apart = np.abs(colors[chosen] - track.color).max(axis=1)
+                common[row, apart > self.settings.color] *= self.settings.other_color
         same = np.array([track.label for track in tracks])[:, None] == found.prompt_ids[chosen]
         return np.where(same, common, common * self.settings.other_class)
 
