@@ -1,4 +1,4 @@
-"""`python -m app data check` and `data build`."""
+"""`python -m app data`: check, fix, build; films."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("app")
 cli = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
-    help="Check a dataset, or build a checked copy of it.",
+    help="Check a dataset, build a checked copy of it, or draw films.",
 )
 
 
@@ -116,6 +116,25 @@ def build(
     folder = sources.fetch(config.dataset, config.seed)
     checked_copy.require_apart(output_dir, folder)
     checked_copy.build(folder, output_dir, config)
+
+
+@cli.command()
+def films(
+    output_dir: Annotated[Path, typer.Option(help="folder that the films are written to")],
+    count: Annotated[int, typer.Option("--films", help="how many")] = 20,
+    frames: Annotated[int, typer.Option(help="of each film")] = 100,
+    fps: Annotated[float, typer.Option(min=0.01, max=1000, help="frames a second")] = 20,
+    width: Annotated[int, typer.Option(help="pixels")] = 320,
+    height: Annotated[int, typer.Option(help="pixels")] = 240,
+    seed: Annotated[int, typer.Option(help="the same films for the same seed")] = 0,
+) -> None:
+    """Draw films of shapes that move and cross, with exact masks and ids, as COCO-VID."""
+    from app.datasets.synthetic.films import make_films
+
+    make_films(
+        output_dir, films=count, frames=frames, fps=fps, width=width, height=height, seed=seed
+    )
+    log.info("%s: %d films of %d frames", output_dir, count, frames)
 
 
 def show(faults: Sequence[Fault]) -> None:

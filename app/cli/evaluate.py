@@ -9,7 +9,7 @@ import typer
 
 from app import signals
 from app.cli import options
-from app.cli.options import DATA, DETECTION, OUTPUT
+from app.cli.options import DATA, DETECTION, FILMS, OUTPUT
 from app.errors import UserError
 
 cli = typer.Typer(add_completion=False)
@@ -31,17 +31,36 @@ def evaluate(
     ] = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(help="COCO results JSON, from anywhere", rich_help_panel=DATA),
+        typer.Option(
+            help="COCO results JSON, from anywhere; of --video COCO-VID", rich_help_panel=DATA
+        ),
+    ] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TRUTH",
+            help="films to follow: a COCO-VID JSON, its folder, or MOTChallenge's sequences",
+            rich_help_panel=FILMS,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            help="what MOTChallenge's things are called",
+            show_default="pedestrian",
+            rich_help_panel=FILMS,
+        ),
     ] = None,
     threshold: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0,
             max=1,
-            help="score above which off-prompt firing is counted",
+            help="score above which off-prompt firing is counted; of --video as infer's",
+            show_default="0.5; of --video the weights' own",
             rich_help_panel=DETECTION,
         ),
-    ] = 0.5,
+    ] = None,
     output_dir: Annotated[
         Path | None,
         typer.Option(
@@ -52,7 +71,34 @@ def evaluate(
     ] = None,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Score weights on a dataset, or COCO results from elsewhere; write figures and a report."""
+    """Score weights on a dataset or films, or results from elsewhere; write a report."""
+    from app.files import free_folder
+
+    if video is None and prompt is not None:
+        raise UserError("--prompt: is for --video")
+    if video is not None:
+        unread = {"truth": truth, **source.by_key()}
+        if idle := options.to_overrides(overrides, unread):
+            raise UserError(f"{', '.join(idle)}: nothing reads it beside --video")
+        if (weights.checkpoint is None) == (predictions is None):
+            raise UserError("--video: give either --checkpoint or --predictions beside it")
+        from app.evaluation.video import score_video
+        from app.inference.settings import Settings
+
+        settings = Settings(
+            checkpoint=str(weights.checkpoint),
+            threshold=threshold,
+            size=None if weights.model == "auto" else weights.model,
+        )
+        score_video(
+            video,
+            output_dir or free_folder(Path("outputs/eval")),
+            settings=settings,
+            tracks=predictions,
+            prompt=prompt,
+            overwrite=overwrite,
+        )
+        return
     if (truth is None) != (predictions is None):
         raise UserError("--truth and --predictions: give both of them, or --checkpoint")
     if truth is not None and predictions is not None:
@@ -60,10 +106,9 @@ def evaluate(
         if idle := options.to_overrides(overrides, unread):
             raise UserError(f"{', '.join(idle)}: nothing reads it beside --truth and --predictions")
         from app.evaluation.score_files import score_files
-        from app.files import free_folder
 
         folder = output_dir or free_folder(Path("outputs/eval"))
-        score_files(truth, predictions, folder, threshold=threshold, overwrite=overwrite)
+        score_files(truth, predictions, folder, threshold=threshold or 0.5, overwrite=overwrite)
         return
     flags = {
         "checkpoint": weights.checkpoint,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +44,18 @@ Film = list[list[Seen]]  # of each frame
 
 @dataclass(frozen=True)
 class Films:
-    """Films by id, and the names of their classes by id."""
+    """Hold films by id, and the names of their classes by id.
+
+    Attributes:
+        names, fps: of each film; frames a second.
+        images: of the frames of each: id and file, which is relative to the JSON's folder.
+    """
 
     films: Mapping[int, Film]
     classes: Mapping[int, str]
+    names: Mapping[int, str] = field(default_factory=dict)
+    fps: Mapping[int, float] = field(default_factory=dict)
+    images: Mapping[int, Sequence[tuple[int, str]]] = field(default_factory=dict)
 
 
 def read_films(file: Path) -> Films:
@@ -60,7 +68,8 @@ def read_films(file: Path) -> Films:
     if not isinstance(document, dict) or not isinstance(document.get("videos"), list):
         raise UserError(f"{file}: is no COCO-VID: it has no list of 'videos'")
     problems: list[str] = []
-    lengths = {video["id"]: video["length"] for video in document["videos"] if _has(video)}
+    videos = {video["id"]: video for video in document["videos"] if _has(video)}
+    lengths = {id: video["length"] for id, video in videos.items()}
     images: dict[Any, dict[str, Any]] = {}
     for number, image in enumerate(document.get("images", [])):
         frame = image.get("frame_id")
@@ -90,7 +99,12 @@ def read_films(file: Path) -> Films:
         films[image["video_id"]][image["frame_id"]].append(seen)
     if problems:
         raise UserError(problems)
-    return Films(films, classes)
+    names = {id: str(video.get("name", id)) for id, video in videos.items()}
+    fps = {id: _fps(video) for id, video in videos.items()}
+    frames = {id: [(0, "")] * length for id, length in lengths.items()}
+    for id, image in images.items():
+        frames[image["video_id"]][image["frame_id"]] = id, str(image.get("file_name", ""))
+    return Films(films, classes, names, fps, frames)
 
 
 def score_tracks(truth: Films, found: Films) -> Figures:
@@ -189,6 +203,11 @@ def _box(shape: Any) -> list[float]:
 
 def _labels(frame: Sequence[Seen]) -> set[int]:
     return {each.label for each in frame}
+
+
+def _fps(video: Mapping[str, Any]) -> float:
+    fps = video.get("fps")
+    return float(fps) if isinstance(fps, int | float) and 0 < fps <= 1000 else 25.0
 
 
 def _has(video: Any) -> bool:

@@ -218,8 +218,8 @@ class _Run:
                 log.info("%s were done before", counted(before, "frame"))
                 before = 0
             for n, found in zip(missing, self._find([frames[n] for n in missing]), strict=True):
-                entry = entries[n] = self._entry(frames[n], found)
-                journal.add(entry)
+                entries[n] = made = self._entry(frames[n], found)
+                journal.add(made)
             for frame, entry in zip(frames, entries, strict=True):
                 assert entry is not None
                 self.best = max(self.best, entry["best_score"] or 0.0)

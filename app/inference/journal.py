@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -62,6 +62,14 @@ def read_contents(folder: Path) -> Contents:
                 break
             contents.end += len(line)
     return contents
+
+
+def read_entries(folder: Path) -> Iterator[Entry]:
+    """Yield the entries of an output folder's journal, as they were written."""
+    with open_file(folder / FILE) as file:
+        for start in read_contents(folder).lines.values():
+            file.seek(start)
+            yield parse_json(file.readline().decode())
 
 
 def _read_line(value: Any, contents: Contents) -> None:

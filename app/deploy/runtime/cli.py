@@ -1,6 +1,7 @@
 """`python -m app.deploy.runtime DIR --input IMAGES --output DIR`: `infer.sh` without torch.
 
-`--loop` runs on each frame of a camera, or on each image that arrives in a folder.
+Films are followed. `--loop` runs on each frame of a camera, or on each image that arrives in a
+folder, each by itself.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from app.errors import UserError
 from app.files import hash_file
 from app.inference.batch import Work, predict_batches
 from app.inference.concepts import read_all
+from app.inference.films import is_film
 from app.inference.folder import list_jobs, predict_folder
+from app.inference.following import follow_films, list_films, read_following
 from app.inference.journal import file_state
 from app.inference.postprocess import THRESHOLD
 from app.inference.settings import SAVES, Defaults, Settings, make_settings, with_defaults
+from app.inference.track_files import FILMS, TRACK_DEFAULTS, TRACK_SAVES
 
 log = logging.getLogger("app")
 FAILED = 3  # exit code: some inputs failed, all others are done
@@ -73,9 +77,23 @@ def run(options: argparse.Namespace) -> int:
     if options.check:
         _check(runtime)
         return 0
-    settings = _settings(options, runtime)
+    follows = not options.loop and (options.track or is_film(options.input))
+    following = read_following(
+        *(follows, options.every, options.begin, options.end),
+        fill=options.fill_gaps,
+        overwrite=options.overwrite,
+    )
+    settings = _settings(options, runtime, follows)
     if options.concept:
         runtime.learn(read_all(options.concept))
+    if follows:
+        films = list_films(
+            *(options.input, options.output_dir, settings.save),
+            fps=options.fps,
+            overwrite=options.overwrite,
+        )
+        problems = follow_films(films, options.output_dir, settings, following, runtime)
+        return FAILED if problems else 0
     if options.loop:
         from app.deploy.runtime.camera import serve
 
@@ -104,11 +122,9 @@ def _check_flags(options: argparse.Namespace) -> None:
     """Raise UserError with all flags that are missing or contradict each other."""
     problems = []
     if not options.check and options.input is None:
-        problems.append("--input: say which images, or camera:0 with --loop")
+        problems.append("--input: say which images, or which film")
     if not (options.check or options.loop) and options.output_dir is None:
         problems.append("--output: say which folder takes what is found")
-    if not options.loop and str(options.input).startswith("camera:"):
-        problems.append(f"--input {options.input}: a camera is answered with --loop")
     if not options.loop and options.frames is not None:
         problems.append("--frames: is for --loop")
     if problems:
@@ -126,9 +142,10 @@ def _check(runtime: Runtime) -> None:
     log.info("%s: this device's outputs are those of the exporter", runtime.folder)
 
 
-def _settings(options: argparse.Namespace, runtime: Runtime) -> Settings:
+def _settings(options: argparse.Namespace, runtime: Runtime, follows: bool) -> Settings:
     """Return the settings of the flags, checked against what the folder can be asked."""
     manifest = runtime.manifest
+    save = TRACK_DEFAULTS if follows else ("coco",) if options.loop else ("overlay", "coco")
     settings: Settings = RuntimeSettings(
         checkpoint=str(options.folder),
         prompts=tuple(options.prompt),
@@ -138,7 +155,7 @@ def _settings(options: argparse.Namespace, runtime: Runtime) -> Settings:
         nms=options.nms,
         tile=options.tile,
         overlap=options.overlap,
-        save=("coco",) if options.loop else ("overlay", "coco"),
+        save=save,
         device=runtime.backend.name,
         precision=runtime.backend.precision,
     )
@@ -153,6 +170,7 @@ def _settings(options: argparse.Namespace, runtime: Runtime) -> Settings:
         boxes=(),
         negative_boxes=(),
         save=options.save,
+        kinds=TRACK_SAVES if follows else SAVES,
         vocabulary=manifest.prompts,
     )
     return with_defaults(settings, defaults)
@@ -169,8 +187,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("folder", type=Path, metavar="DIR", help="exported folder, with its manifest.json")
     add(
         "--input",
-        help="image, folder, glob or list of paths (.txt); with --loop a folder, or camera:0 and "
-        "whatever else OpenCV opens behind camera:",
+        help="image or film, folder, glob, list of paths (.txt), camera:0 or RTSP stream; with "
+        "--loop a folder, or camera:0 and whatever else OpenCV opens behind camera:",
     )
     add("--output-dir", "--output", type=Path, metavar="DIR", help="folder for what is found")
     add(
@@ -202,13 +220,21 @@ def make_parser() -> argparse.ArgumentParser:
         "--save",
         action="append",
         default=[],
-        help=f"{', '.join(SAVES)}; several, or parted by commas [overlay,coco; with --loop coco]",
+        help=f"{', '.join(SAVES)}, of films {', '.join([*FILMS, 'youtube-vis', 'mot'])} as well; "
+        "several, or parted by commas [overlay,coco; with --loop coco; of films "
+        f"{','.join(TRACK_DEFAULTS)}]",
     )
     add("--overwrite", action="store_true", help="replace what is there")
     add("--backend", choices=["auto", *BACKENDS], default="auto", help="runs the graphs")
     add("--precision", choices=PRECISIONS, help="[the fastest that suits the backend]")
     add("--check", action="store_true", help="compare this device's outputs with the exporter's")
     add("--loop", action="store_true", help="go on with each frame or new image, until Ctrl-C")
+    add("--track", action="store_true", help="the images are the frames of a film")
+    add("--every", type=_number(int, 1), default=1, help="take each second frame, third, … [1]")
+    add("--from", dest="begin", metavar="TIME", help="of a film, as 10 or 1:30")
+    add("--to", dest="end", metavar="TIME", help="of a film, as 20 or 1:40")
+    add("--fill-gaps", action="store_true", help="put a track where it was between two places")
+    add("--fps", type=_number(float, 0.01, 1000), default=25, help="of --track [25]")
     add("--frames", type=_number(int, 1), help="end --loop after so many")
     return parser
 
