@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.console import counted
 from app.datasets.image_files import name_fault
 from app.datasets.images import EXTENSIONS, ImageError, read_header
 from app.datasets.synthetic.films import ANNOTATIONS

@@ -230,8 +230,9 @@ class Reader:
             frames = self._decoded(container, stream)
             if self.film.live:
                 frames = _newest(frames, self._stopped)
-            begun = stream.start_time and float(stream.start_time * stream.time_base)
-            yield from self._wanted(frames, rate, None if self.film.live else begun, end)
+            begun = None if self.film.live else stream.start_time
+            start = None if begun is None else float(begun * stream.time_base)
+            yield from self._wanted(frames, rate, start, end)
 
     def _images(self) -> Iterator[Frame]:
         """Yield images as frames; one that cannot be read keeps its number."""
@@ -303,7 +304,8 @@ class Reader:
             if seen % section.every == 0:
                 yield Frame(seen // section.every, time, self._upright(frame))
             seen += 1
-        if end is not None and time < end - 1 and not self.ended:
+        # Some containers count their length from zero, whenever they begin.
+        if end is not None and time + (begun or 0) < end - 1 and not self.ended:
             self.ended = f"{duration(max(time, 0))} of {duration(end)} are there"
 
     def _upright(self, frame: Any) -> Image.Image:

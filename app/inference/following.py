@@ -35,8 +35,8 @@ from app.model.vocabulary import VISUAL_PROMPT
 
 log = logging.getLogger("app")
 NMS = 0.3  # IoU of masks above which two detections are one thing, whatever their prompts
-LIKELY, UNSURE = 1 / 2, 1 / 6  # shares of the threshold
-PATIENCE, MEMORY = 1.0, 10.0  # seconds
+LIKELY, UNSURE = 1 / 2, 1 / 12  # shares of the threshold
+TRIAL, PATIENCE, MEMORY = 0.75, 1.0, 10.0  # seconds
 DONE = "film"  # of a journal: the entry that says that all is written
 EVERY = 10.0  # seconds between two lines on a live film
 T = TypeVar("T")
@@ -260,6 +260,7 @@ class _Run:
             sure=self.threshold,
             likely=self.threshold * LIKELY,
             unsure=self.threshold * UNSURE,
+            trial=max(round(TRIAL * fps), TrackSettings.least + 1),
             patience=max(round(PATIENCE * fps), 2),
             memory=max(round(MEMORY * fps), 2),
             fill=self.following.fill,

@@ -9,7 +9,7 @@ place any more, is known again by its class, color and place. It needs NumPy alo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -172,8 +172,8 @@ class Tracker(Generic[Item]):
 
     def update(
         self, item: Item, found: Detections, colors: Floats | None = None
-    ) -> Iterator[tuple[Item, list[Sighting]]]:
-        """Take the next frame's detections; yield frames that are known by now.
+    ) -> list[tuple[Item, list[Sighting]]]:
+        """Take the next frame's detections; return the frame that is known by now, if one is.
 
         Args:
             item: what the caller calls the frame; it comes back with its sightings.
@@ -182,34 +182,38 @@ class Tracker(Generic[Item]):
         """
         settings = self.settings
         self._frame += 1
-        owners = self._match(found, colors)
+        bounds = None if found.masks is None else [rle.to_bounds(mask) for mask in found.masks]
+        owners = self._match(found, bounds, colors)
         self._waiting.append((item, owners, (found.height, found.width)))
         for number, track in enumerate(owners):
             if track is None:
                 continue
             was_one = self._is_one(track)
-            self._see(track, found, number, None if colors is None else colors[number])
+            self._see(track, found, number)
+            track.bounds = None if bounds is None else bounds[number]
+            if colors is not None:
+                before = colors[number] if track.color is None else track.color
+                track.color = before + FRESH * (colors[number] - before)
             if not was_one and self._is_one(track) and (known := self._known_again(track)):
                 self._join(known, track)
         lost = [track for track in self._live if not self._goes_on(track)]
         self._live = [track for track in self._live if track not in lost]
         self._lost += [track for track in lost if self._is_one(track)]
         self._lost = [t for t in self._lost if self._frame - t.last < settings.memory]
-        if len(self._waiting) > settings.delay:
-            yield self._tell()
+        return [self._tell()] if len(self._waiting) > settings.delay else []
 
-    def finish(self) -> Iterator[tuple[Item, list[Sighting]]]:
-        """Yield the frames that are left: there are no more."""
-        while self._waiting:
-            yield self._tell()
+    def finish(self) -> list[tuple[Item, list[Sighting]]]:
+        """Return the frames that are left: there are no more."""
+        return [self._tell() for _ in range(len(self._waiting))]
 
-    def _match(self, found: Detections, colors: Floats | None) -> list[_Track | None]:
+    def _match(
+        self, found: Detections, bounds: Sequence[rle.Indices] | None, colors: Floats | None
+    ) -> list[_Track | None]:
         """Return the track of each detection; begin one for those that are new."""
         settings = self.settings
         for track in self._live:
             _predict(track)
         owners: list[_Track | None] = [None] * len(found)
-        bounds = None if found.masks is None else [rle.to_bounds(mask) for mask in found.masks]
         scores = found.scores
         likely = np.flatnonzero(scores >= settings.likely)
         unsure = np.flatnonzero((scores >= settings.unsure) & (scores < settings.likely))
@@ -253,7 +257,7 @@ class Tracker(Generic[Item]):
         same = np.array([track.label for track in tracks])[:, None] == found.prompt_ids[chosen]
         return np.where(same, common, common * self.settings.other_class)
 
-    def _see(self, track: _Track, found: Detections, number: int, color: Floats | None) -> None:
+    def _see(self, track: _Track, found: Detections, number: int) -> None:
         """Let a track take in its detection of this frame."""
         box = found.boxes_xyxy[number].astype(np.float64)
         if track.count:
@@ -264,13 +268,9 @@ class Tracker(Generic[Item]):
         track.votes[label] = track.votes.get(label, 0.0) + score
         track.best = max(track.best, score)
         mask = None if found.masks is None else found.masks[number]
-        track.bounds = None if mask is None else rle.to_bounds(mask)
         track.center, track.size = (box[:2] + box[2:]) / 2, float((box[2:] - box[:2]).max())
         if track.count == 1:
             track.start = track.center
-        if color is not None:
-            before = color if track.color is None else track.color
-            track.color = before + FRESH * (color - before)
         left, top, right, bottom = box.tolist()
         track.places.append(_Place(self._frame, (left, top, right, bottom), score, mask))
 
@@ -288,7 +288,9 @@ class Tracker(Generic[Item]):
             if apart < settings.color and moved_by < settings.reach * max(other.size, track.size):
                 alike.append((apart, len(alike), other))
         alike.sort()
-        if not alike or (len(alike) > 1 and alike[1][0] < 2 * alike[0][0]):
+        if not alike:
+            return None
+        if len(alike) > 1 and alike[1][0] < max(2 * alike[0][0], settings.color / 2):
             return None
         return alike[0][2]
 
@@ -363,6 +365,8 @@ def moved(mask: Rle, x: int, y: int, size: tuple[int, int]) -> Rle:
     left, top = left + x, top + y
     rows = slice(max(top, 0), max(min(top + crop.shape[0], height), 0))
     columns = slice(max(left, 0), max(min(left + crop.shape[1], width), 0))
+    if rows.start >= rows.stop or columns.start >= columns.stop:
+        return place(np.zeros((0, 0), dtype=bool), 0, 0, height, width)
     kept = crop[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
     return place(kept, columns.start, rows.start, height, width)
 

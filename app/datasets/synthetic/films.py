@@ -26,7 +26,7 @@ from app.files import atomic_folder, write_json
 GENERATOR = "sam3-finetuning films"
 VERSION = 1  # count up when the same settings give other films
 ANNOTATIONS = "_annotations.coco.json"
-LEAST_VISIBLE = 16  # pixels of a shape that count as seen
+LEAST_PIXELS, LEAST_SHARE = 16, 0.25  # of a shape that is labelled: no one labels slivers
 SECONDS = (6.0, 12.0)  # of a way there and back
 REACH = (0.2, 0.75)  # of the film's side: beyond a half a shape leaves the picture
 GROWTH = 0.25  # most, of the radius, either way
@@ -183,7 +183,7 @@ def make_films(
                 image = len(images) + 1
                 keys = {"video_id": number, "frame_id": frame}
                 images.append({"id": image, "file_name": file, **size, **keys})
-                for thing, entry in _visible(film, masks):
+                for thing, entry in _labels(film, masks, frame / fps):
                     called = film.things[thing]
                     label = called.kind if label_by == "kind" else f"{called.color} {called.kind}"
                     annotations.append(
@@ -213,12 +213,12 @@ def is_films(folder: Path) -> bool:
     return path.is_file() and GENERATOR in path.read_text("utf-8", "replace")[:200]
 
 
-def _visible(film: Film, masks: list[Mask]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield what COCO says of each thing that is seen."""
-    for number in range(len(film.things)):
-        if masks[number].sum() < LEAST_VISIBLE:
-            continue
-        yield number, describe(masks[number])
+def _labels(film: Film, masks: list[Mask], time: float) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield what COCO says of each thing that is seen well enough."""
+    for number, (way, mask) in enumerate(zip(film.ways, masks, strict=True)):
+        visible = int(mask.sum())
+        if visible >= LEAST_PIXELS and visible >= LEAST_SHARE * way.at(time).stamp()[2].sum():
+            yield number, describe(mask)
 
 
 def _cover(shape: Shape, width: int, height: int) -> Mask:

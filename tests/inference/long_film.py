@@ -1,0 +1,49 @@
+"""Follow 10,000 frames; print the megabytes of this process after 2,000 and after all of them."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+from PIL import Image, ImageDraw
+
+from app.inference.detections import Detections
+from app.inference.film_writer import FilmWriter
+from app.inference.following import Following, follow_films, list_films
+from app.inference.settings import RANDOM, Settings
+from tests.inference.colors import ByColor
+
+FRAMES = 10_000
+found: list[float] = []
+
+
+class Measured(ByColor):
+    def _one(self, *arguments: object) -> Detections:
+        if self.seen in (2000, FRAMES):
+            gc.collect()
+            found.append(psutil.Process().memory_info().rss / 1e6)
+        return super()._one(*arguments)  # type: ignore[arg-type]
+
+
+def main(folder: Path) -> None:
+    writer = FilmWriter(folder / "long.mp4", 25)
+    for number in range(FRAMES):
+        image = Image.new("RGB", (64, 48))
+        for row in range(2):
+            left = (number * (row + 1) + 40 * row) % 104 - 20
+            box = (left, 4 + 22 * row, left + 11, 15 + 22 * row)
+            ImageDraw.Draw(image).rectangle(box, fill=(255, 0, 0))
+        writer.add(image, number / 25)
+    writer.close()
+    save = ("video", "coco", "mot", "csv")
+    films = list_films(str(folder / "long.mp4"), folder / "out", save, fps=25, overwrite=False)
+    settings = Settings(RANDOM, prompts=("red",), threshold=0.5)
+    follow_films(films, folder / "out", replace(settings, save=save), Following(), Measured())
+    print(*found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
