@@ -19,7 +19,7 @@ from app.model.upstream.pin import prove_pin
 # A command X is in app/cli/X.py, which is imported only where X is called.
 COMMANDS = {
     "train": "Fine-tune SAM 3 on labelled images, or score weights on them (--eval-only).",
-    "infer": "Find what the prompts name in images; again with the same --output-dir: what a stop "
+    "infer": "Find what the prompts name in images, and follow it in films; again: what a stop "
     "left.",
     "serve": "Answer requests over HTTP: an API, and a page for people. Ctrl-C or SIGTERM ends it.",
     "label": "Make a dataset of images without labels: what weights find in them are its "
@@ -28,8 +28,7 @@ COMMANDS = {
     "ring": "Propose, take what was corrected, train on from the champion, keep what is better.",
     "concept": "Encode example boxes, so that a class is found in other images by them, without "
     "training.",
-    "evaluate": "Score weights on a dataset, or COCO results from elsewhere; write figures and a "
-    "report.",
+    "evaluate": "Score weights on a dataset or films, or results from elsewhere; write a report.",
     "report": "Write a run's report.html anew, from what its folder holds.",
     "curve": "Train on few and on more of the images, to see what further labels would bring.",
     "compare": "Print two runs' figures side by side, and what of their difference chance could "
@@ -42,7 +41,7 @@ COMMANDS = {
     "inspect": "Tell what a checkpoint is, what loads it, and what is missing or unexpected.",
     "pack": "Write weights as float16: half as large, with their SHA-256 beside.",
     "merge": "Join a LoRA with its base into plain weights.",
-    "data": "Check a dataset, or build a checked copy of it.",
+    "data": "Check a dataset, build a checked copy of it, or draw films.",
 }
 AGAIN = "Mend that, as by freeing space on the disk, and run the same command again"
 LESS = "Free it (nvidia-smi names who holds it), or take less of it, as by --device cpu"

@@ -160,10 +160,7 @@ def infer(
         typer.Option(min=0.01, max=1000, help="frames a second of --track", rich_help_panel=FILMS),
     ] = 25,
 ) -> None:
-    """Find what the prompts name in images, and follow it in films.
-
-    Again with the same --output-dir: what a stop left.
-    """
+    """Find what the prompts name in images, and follow it in films; again: what a stop left."""
     from app.files import free_folder
     from app.inference.films import is_film
     from app.inference.folder import list_jobs, predict_folder

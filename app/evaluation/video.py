@@ -88,13 +88,12 @@ def _follow_and_score(
     ids = {name: id for id, name in truth.classes.items()}
     settings = replace(settings, prompts=tuple(truth.classes.values()), save=("coco",))
     settings = with_defaults(settings)
-    problems = [
-        f"{file}: {name or 'a frame without file_name'}: {fault}"
+    if problems := [
+        f"{file}: {name or 'a frame'}: file_name must be a path below the JSON's folder"
         for images in truth.images.values()
         for _, name in images
-        if (fault := name_fault(name))
-    ]
-    if problems:
+        if name_fault(name) or Path(name).is_absolute() or ".." in Path(name).parts
+    ]:
         raise UserError(problems)
     names = output_names([re.sub(r"[^\w.-]+", "_", name) for name in truth.names.values()])
     films = [

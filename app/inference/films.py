@@ -318,6 +318,17 @@ class Reader:
         return Image.fromarray(np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90))))
 
 
+def problems_of(film: Film) -> list[str]:
+    """Return why a film's file cannot be opened; nothing where it can, or is no file."""
+    if film.path is None:
+        return []
+    try:
+        with _opened(film):
+            return []
+    except UserError as error:
+        return error.problems
+
+
 @contextlib.contextmanager
 def _opened(film: Film) -> Iterator[Any]:
     """Open a film; raise UserError where that cannot be, or it has no picture."""

@@ -21,7 +21,7 @@ from app.datasets.rle import decode_crop
 from app.errors import UserError
 from app.files import check_no_links, check_writable, exists_problem
 from app.inference.detections import Detections
-from app.inference.films import Film, Frame, Reader, Section, find_films, parse_time
+from app.inference.films import Film, Frame, Reader, Section, find_films, parse_time, problems_of
 from app.inference.finder import Finder
 from app.inference.folder import ended_by_sigterm, unwritable_is_user_error
 from app.inference.journal import Entry, Journal, file_state, read_contents
@@ -105,7 +105,7 @@ def list_films(
     No weights are needed for it, so that a user need not wait for these to hear of a mistake.
 
     Raises:
-        UserError: no films, an output folder that is taken or cannot be written.
+        UserError: no films that can be opened, an output folder that is taken or cannot be written.
     """
     check_writable(output)
     films = find_films(source, fps)
@@ -115,6 +115,9 @@ def list_films(
         earlier = read_contents(folder)
         if not overwrite:
             _check_clear(film, folder, save, earlier.files, held=bool(earlier.lines))
+    problems = [problems_of(film) for film in films]
+    if all(problems):  # else the others are followed
+        raise UserError([problem for each in problems for problem in each])
     return films
 
 

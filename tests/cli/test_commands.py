@@ -47,7 +47,7 @@ def test_each_file_of_a_command_is_in_the_table() -> None:
     assert files == {*COMMANDS}
     data = _command("data")
     assert isinstance(data, TyperGroup)
-    assert [*data.commands] == ["check", "fix", "build"]
+    assert [*data.commands] == ["check", "fix", "build", "films"]
 
 
 def test_help_lists_all_commands(command: Command) -> None:

@@ -9,6 +9,10 @@ from typing import Any
 
 import av
 import numpy as np
+from PIL import Image, ImageDraw
+
+from app.inference.film_writer import FilmWriter
+from tests.inference.colors import COLORS
 
 SHADE = 5  # of red, a frame: what a codec loses is less than half
 
@@ -75,3 +79,20 @@ def turn_clockwise(path: Path, width: int, height: int) -> None:
     matrix = (0, 1 << 16, 0, -(1 << 16), 0, 0, height << 16, 0, 1 << 30)
     data[place : place + 36] = b"".join(value.to_bytes(4, "big", signed=True) for value in matrix)
     path.write_bytes(data)
+
+
+Square = tuple[str, int, int]  # color, left, top
+
+
+def squares(path: Path, frames: Sequence[Sequence[Square]], fps: float = 10.0) -> Path:
+    """Write a film of squares of 20 pixels on black; a dark one is hidden in part."""
+    writer = FilmWriter(path, fps)
+    for number, shown in enumerate(frames):
+        image = Image.new("RGB", (160, 120))
+        for name, left, top in shown:
+            color = COLORS[name.removeprefix("dark ")]
+            fill = tuple(side // 2 for side in color) if "dark" in name else color
+            ImageDraw.Draw(image).rectangle((left, top, left + 19, top + 19), fill=fill)
+        writer.add(image, number / fps)
+    writer.close()
+    return path

@@ -93,7 +93,7 @@ def test_what_a_folder_holds_beside_images_is_passed_over_and_said(images, caplo
         "2 no file or a broken link (lost.png, …)",
         "1 folder (cam1)",
         f"; --input '{images}/**/*' takes what folders hold as well",
-        f"{images}/film.MP4: films are not read yet; make images of it",
+        f"{images}/film.MP4: is a film, which ./infer.sh --input '{images}/film.MP4' follows",
     ):
         assert part in said
 
@@ -106,14 +106,14 @@ def test_nothing_is_said_of_a_folder_of_images_alone(images, caplog) -> None:
 
 
 @pytest.mark.parametrize("source", ["film.mp4", "*.mov", ".", "list.txt"])
-def test_films_are_not_read_yet(tmp_path: Path, monkeypatch, source: str) -> None:
+def test_films_are_no_images(tmp_path: Path, monkeypatch, source: str) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("film.mp4", "film.mov"):
         (tmp_path / name).touch()
     (tmp_path / "list.txt").write_text("film.mp4\n")
     with pytest.raises(UserError) as error:
         find_images(source)
-    assert "films are not read yet" in str(error.value)
+    assert "is a film, which ./infer.sh" in str(error.value)
     assert "ffmpeg -i 'film.mo" in str(error.value) or "ffmpeg -i 'film.mp4'" in str(error.value)
 
 

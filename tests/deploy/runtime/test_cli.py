@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from PIL import Image
 from app.deploy.runtime.camera import LINES, Speed
 from app.deploy.runtime.cli import main
 from app.deploy.runtime.manifest import read_manifest
+from app.evaluation.tracks import read_films
 from app.inference.settings import SAVES
 from tests.deploy.tiny import expected_score, write_folder, write_manifest
 from tests.helpers import PATIENCE, REPOSITORY, Result, until
+from tests.inference.film_files import squares
 
 COLORS = {"a": (255, 0, 0), "b": (0, 255, 0), "c": (0, 0, 255)}
 
@@ -103,7 +106,8 @@ def test_problems_are_said_at_once(run, folder: Path, images: Path, tmp_path: Pa
     assert done.code == 2
     for flag in ("--input", "--output", "--frames"):
         assert f"error: {flag}: " in done.err
-    assert "a camera is answered with --loop" in run(folder, "--input", "camera:0").err
+    done = run(folder, "--input", "camera:front", "--output", tmp_path / "out", "--prompt", "red")
+    assert "a camera is camera:0" in done.err
     assert run(tmp_path, "--input", images, "--output", tmp_path / "out").code == 2
 
 
@@ -227,3 +231,19 @@ def test_figures_of_frames() -> None:
         speed.add(0.05, {"pre": 0.004, "model": model, "post": 0.002})
     said = "3 frames, 20.0 a second; ms, mean (median): pre 4.0 (4.0), model 30.0 (10.0), post 2.0"
     assert str(speed).startswith(said)
+
+
+def test_films_are_followed(run, folder: Path, tmp_path: Path) -> None:
+    """As infer.sh follows them, without torch."""
+    frames = [[("red", 8 + 2 * n, 20), ("green", 120 - 2 * n, 60)] for n in range(8)]
+    film = squares(tmp_path / "film.mp4", frames)
+    words = (folder, "--input", film, "--prompt", "red", "--prompt", "green", "--threshold", 0.2)
+    done = run(*words, "--output", tmp_path / "out", "--save", "coco,mot,video", "--every", 2)
+    assert done.code == 0, done.err
+    read = read_films(tmp_path / "out" / "tracks.json")
+    assert len(read.films[1]) == 4
+    with av.open(str(tmp_path / "out" / "tracks.mp4")) as file:
+        assert len(list(file.decode(video=0))) == 4
+    done = run(*words, "--output", tmp_path / "x", "--from", "soon")
+    assert done.code == 2
+    assert "--from soon: give seconds" in done.err
