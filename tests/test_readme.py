@@ -44,10 +44,11 @@ SCORING = [
 ]
 FEW = [c for c in COMMANDS if re.match(r"\.venv/bin/python -m app (curve|concept)", c)]
 LABELLING = [c for c in COMMANDS if re.match(r"\.venv/bin/python -m app (rank|label) ", c)]
+DRAWING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app data films")]
 DEPLOYED = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app.deploy.runtime")]
 OURS = [
     *(*TRAINING, *PREDICTING, *SERVING, *SCORING, *FEW, *LABELLING),
-    *(*TRACKING, *CUTTING, *EXPORTING, *TABLED),
+    *(*TRACKING, *CUTTING, *EXPORTING, *TABLED, *DRAWING),
 ]
 IN_AN_ENGINE = {"docker compose up -d mlflow", "docker compose up -d serve"}  # tests/container
 SETTING = ("export SAM3_API_KEY=", "export LABEL_STUDIO_URL=")
@@ -83,7 +84,8 @@ def test_they_have_commands() -> None:
     assert len(TRACKING) == 1
     assert len(CUTTING) == len(EXPORTING) == 2
     assert len(DEPLOYED) == 1
-    assert len(SCORING) == 4
+    assert len(SCORING) == 5
+    assert len(DRAWING) == 1
     assert len(FEW) == len(LABELLING) == 2
     assert len(SERVING) >= 4
     rest = set(COMMANDS) - {*OURS, *DEPLOYED, *ASKING}
@@ -165,7 +167,21 @@ def test_upstreams_trainer(tmp_path: Path, line: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", PREDICTING)
+@pytest.mark.parametrize("line", [c for c in (*PREDICTING, *SCORING) if "outputs/films" in c])
+def test_films(command: Command, tmp_path: Path, monkeypatch, line: str) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    films = [*shlex.split(DRAWING[0])[3:], "--films", 2, "--frames", 65, "--width", 96]
+    assert command(*films, "--height", 72, "--output-dir", tmp_path / "films").code == 0
+    line = line.replace("outputs/films", str(tmp_path / "films")).replace(
+        "./infer.sh", "- - - infer"
+    )
+    done = command(*shlex.split(line)[3:], "--output-dir", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / ("metrics.json" if " evaluate " in line else "tracks.mp4")).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [c for c in PREDICTING if "outputs/films" not in c])
 def test_prediction(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, line) -> None:
     monkeypatch.chdir(REPOSITORY)
     best = ("--checkpoint", tiny_run / "weights" / "best")
@@ -182,7 +198,7 @@ def test_prediction(command: Command, tiny_run: Path, tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", SCORING)
+@pytest.mark.parametrize("line", [c for c in SCORING if "--video" not in c])
 def test_scoring(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch, line: str) -> None:
     """Each on a run of its own, with a LoRA where it is merged."""
     monkeypatch.chdir(REPOSITORY)

@@ -97,14 +97,16 @@ class GifWriter:
 
     def _begin(self, pixels: np.ndarray) -> None:
         height, width = pixels.shape[:2]
-        self._stream = self._file.add_stream("gif", rate=GIF_TICKS)
+        # The encoder compares a frame's indices with the last one's, whatever their colors are.
+        options = {"gifflags": "-offsetting-transdiff"}
+        self._stream = self._file.add_stream("gif", rate=GIF_TICKS, options=options)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "pal8"
         graph = self._graph = self._av.filter.Graph()
         base = Fraction(1, GIF_TICKS)
         source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=base)
         split = graph.add("split")
         colors = graph.add("palettegen", "stats_mode=single:max_colors=96")
-        use = graph.add("paletteuse", "new=1:dither=none:diff_mode=rectangle")
+        use = graph.add("paletteuse", "new=1:dither=none")
         sink = graph.add("buffersink")
         source.link_to(split)
         split.link_to(use, 0, 0)

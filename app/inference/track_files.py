@@ -171,7 +171,7 @@ def draw_tracks(
     from app.datasets.overlay import color_of, draw_objects
 
     labels = [
-        f"{prompts[each.label]} #{each.track}" + ("" if each.filled else f" {each.score:.2f}")
+        f"#{each.track} {prompts[each.label]}" + ("" if each.filled else f" {each.score:.2f}")
         for each in sightings
     ]
     boxes = np.array([each.box_xyxy for each in sightings]).reshape(-1, 4)

@@ -109,6 +109,10 @@ def test_every_output(film: Path, tmp_path: Path) -> None:
     assert shown[15][1].shape == (120, 160, 3)
     with Image.open(tmp_path / "tracks.gif") as gif:
         assert (gif.n_frames, gif.size) == (30, (160, 120))
+        for number in (0, 17, 29):
+            gif.seek(number)
+            drawn = np.asarray(Image.open(tmp_path / f"{number:06d}.png")).astype(int)
+            assert np.abs(np.asarray(gif.convert("RGB")) - drawn).mean() < 6
     for kind, name in (
         *(("overlay", "000029.png"), ("yolo", "labels/000029.txt"), ("csv", "data.yaml")),
         *(("instances", "instances/000000.png"), ("cutouts", "cutouts/000007")),
