@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import math
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Film:
         source: as a user named it, without a password.
         name: of its outputs, relative to the output folder; "" where it is the only one.
         path: of a file; None of others.
+        data: the file's content, where it is in memory.
         frames: images that are its frames, in order.
         address: of a camera or a stream, as PyAV takes it.
         device: FFmpeg's format of a camera; None of a stream.
@@ -55,6 +57,7 @@ class Film:
     source: str
     name: str = ""
     path: Path | None = None
+    data: bytes | None = field(default=None, repr=False)
     frames: tuple[Path, ...] = ()
     address: str = ""
     device: str | None = None
@@ -188,6 +191,7 @@ class Reader:
 
     Args:
         levels: of images of more than 8 bits, as `open_image` takes them.
+        pixels: of a frame, at most.
 
     Attributes:
         fps: frames a second of those that are wanted, on average.
@@ -197,8 +201,15 @@ class Reader:
         ended: why it ended before its end; "" where it did not.
     """
 
-    def __init__(self, film: Film, section: Section, levels: Levels | None = None) -> None:
-        self.film, self.section, self.levels = film, section, levels
+    def __init__(
+        self,
+        film: Film,
+        section: Section,
+        levels: Levels | None = None,
+        *,
+        pixels: int = MAX_PIXELS,
+    ) -> None:
+        self.film, self.section, self.levels, self._pixels = film, section, levels, pixels
         self.fps, self.count = film.fps / section.every, None if film.live else 0
         self.broken, self.problems, self.ended = 0, list[str](), ""
         self._stopped = threading.Event()
@@ -221,6 +232,7 @@ class Reader:
             return
         with _opened(self.film) as container:
             stream = container.streams.video[0]
+            self._check_size(stream)
             stream.thread_type = "AUTO"
             rate = float(stream.average_rate or stream.guessed_rate or 25)
             self.fps = rate / self.section.every
@@ -308,11 +320,15 @@ class Reader:
         if end is not None and time + (begun or 0) < end - 1 and not self.ended:
             self.ended = f"{duration(max(time, 0))} of {duration(end)} are there"
 
-    def _upright(self, frame: Any) -> Image.Image:
-        if frame.width * frame.height > MAX_PIXELS:
+    def _check_size(self, shown: Any) -> None:
+        if shown.width * shown.height > self._pixels:
             raise UserError(
-                f"{self.film.source}: {frame.width} x {frame.height} pixels are too many"
+                f"{self.film.source}: has {shown.width} x {shown.height} pixels; make it smaller: "
+                f"at most {self._pixels:,}"
             )
+
+    def _upright(self, frame: Any) -> Image.Image:
+        self._check_size(frame)
         pixels = frame.to_ndarray(format="rgb24")
         # The file says how far a player is to turn it; numpy turns as that is counted.
         return Image.fromarray(np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90))))
@@ -339,10 +355,12 @@ def _opened(film: Film) -> Iterator[Any]:
             wait = (WAIT, WAIT)
             container = av.open(film.address, format=film.device, options=options, timeout=wait)
         else:
-            assert film.path is not None
-            check_regular(film.path)
             limits = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
-            container = av.open(str(film.path), container_options=limits, metadata_errors="replace")
+            file: Any = io.BytesIO(film.data or b"")
+            if film.path is not None:
+                check_regular(film.path)
+                file = str(film.path)
+            container = av.open(file, container_options=limits, metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as error:
         raise UserError(_why_closed(film, error)) from None
     with container:
@@ -356,9 +374,8 @@ def _why_closed(film: Film, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or str(error)
     if film.live:
         return f"{film.source}: gives no picture ({reason}); is it on, and at this address?"
-    assert film.path is not None
     with contextlib.suppress(OSError):
-        if film.path.stat().st_size == 0:
+        if not (film.data if film.path is None else film.path.stat().st_size):
             reason = "it has 0 bytes"
     return (
         f"{film.source}: cannot be read as a film ({reason}). Replace it, or where a player shows "

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from app.console import counted, duration, progress
 from app.datasets.rle import decode_crop
@@ -195,7 +196,8 @@ class _Run:
         with _progress(self.reader) as advance:
             for frame, entry in self._found(journal):
                 if tracker is None:
-                    tracker = Tracker(self._track_settings())
+                    fill = self.following.fill
+                    tracker = Tracker(track_settings(self.threshold, self.reader.fps, fill=fill))
                     writer.begin(self.reader.fps)
                 if per_frame:
                     journal.note([path.format(frame_name(frame.number)) for path in per_frame])
@@ -245,8 +247,8 @@ class _Run:
 
     def _entry(self, frame: Frame, found: Detections) -> Entry:
         results = coco_results(found, 0, range(1, len(found.prompts) + 1))
-        for result, color in zip(results, mean_colors(frame, found), strict=True):
-            result["color"] = color
+        for result, color in zip(results, mean_colors(frame.image, found), strict=True):
+            result["color"] = np.rint(color * 255).astype(int).tolist()
         best = found.best_score
         return {
             "image": str(frame.number),
@@ -256,18 +258,6 @@ class _Run:
             "found": results,
             "best_score": best if best is not None and math.isfinite(best) else None,
         }
-
-    def _track_settings(self) -> TrackSettings:
-        fps = self.reader.fps
-        return TrackSettings(
-            sure=self.threshold,
-            likely=self.threshold * LIKELY,
-            unsure=self.threshold * UNSURE,
-            trial=max(round(TRIAL * fps), TrackSettings.least + 1),
-            patience=max(round(PATIENCE * fps), 2),
-            memory=max(round(MEMORY * fps), 2),
-            fill=self.following.fill,
-        )
 
     def _identity(self) -> dict[str, Any]:
         film, section = self.film, self.following.section
@@ -318,6 +308,25 @@ class _Run:
             )
 
 
+def track_settings(threshold: float, fps: float, *, fill: bool = False) -> TrackSettings:
+    """Return when detections belong together.
+
+    Args:
+        threshold: 0..1, which a track must reach.
+        fps: frames a second.
+        fill: whether gaps are filled.
+    """
+    return TrackSettings(
+        sure=threshold,
+        likely=threshold * LIKELY,
+        unsure=threshold * UNSURE,
+        trial=max(round(TRIAL * fps), TrackSettings.least + 1),
+        patience=max(round(PATIENCE * fps), 2),
+        memory=max(round(MEMORY * fps), 2),
+        fill=fill,
+    )
+
+
 def read_entry(
     entry: Entry, prompts: Sequence[str]
 ) -> tuple[Detections, NDArray[np.float64] | None]:
@@ -338,9 +347,9 @@ def read_entry(
     return detections, np.array([each["color"] for each in found]).reshape(-1, 3) / 255
 
 
-def mean_colors(frame: Frame, found: Detections) -> list[list[int]]:
-    """Return the mean RGB, 0..255, within each mask, or box where there is no mask."""
-    pixels = np.asarray(frame.image)
+def mean_colors(image: Image.Image, found: Detections) -> NDArray[np.float64]:
+    """Return the mean RGB (N, 3), 0..1, within each mask, or box where there is no mask."""
+    pixels = np.asarray(image)
     colors = []
     for index, box in enumerate(found.boxes_xyxy):
         if found.masks is not None:
@@ -350,8 +359,8 @@ def mean_colors(frame: Frame, found: Detections) -> list[list[int]]:
             left, top, right, bottom = (math.floor(side) for side in box.tolist())
             window = pixels[top : bottom + 1, left : right + 1].reshape(-1, 3)
         mean = window.mean(axis=0) if len(window) else np.zeros(3)
-        colors.append([round(value) for value in mean.tolist()])
-    return colors
+        colors.append(np.rint(mean) / 255)  # as a journal holds it
+    return np.array(colors).reshape(-1, 3)
 
 
 def _files(save: Sequence[str]) -> list[str]:

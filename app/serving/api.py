@@ -15,8 +15,8 @@ from starlette.responses import PlainTextResponse
 
 from app import __version__
 from app.errors import UserError
-from app.serving import answers, describing, labelling, messages, page
-from app.serving.asking import find, in_time
+from app.serving import answers, describing, following, labelling, messages, page
+from app.serving.asking import find, in_time, used
 from app.serving.engine import Engine
 from app.serving.guard import Guard, Held, to_response
 from app.serving.messages import ModelList, PredictAnswer, SessionAnswer, SessionMade
@@ -66,6 +66,7 @@ def create_app(models: Models, settings: Settings, observer: Observer | None = N
     )
     app.state.closing, app.state.models = False, models
     app.include_router(router(models, settings))
+    app.include_router(following.router(models, settings.limits))
     app.include_router(open_inference.router(models, settings))
     app.include_router(x_anylabeling.router(models, settings))
     app.include_router(label_studio.router(models, settings, rounds))
@@ -181,12 +182,6 @@ def router(models: Models, settings: Settings) -> APIRouter:
         }
 
     return routes
-
-
-def used(engine: Engine, asked: str | None) -> dict[str, Any]:
-    """Return which model has answered, and the alias that it was asked for by."""
-    alias = (asked or "").partition("@")[2] or None
-    return {"name": engine.name, "version": engine.version, "alias": alias}
 
 
 def state_router(models: Models, observer: Observer) -> APIRouter:

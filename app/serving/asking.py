@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from app.inference.detections import Detections
 from app.serving.engine import Asked, Engine
@@ -42,6 +43,12 @@ async def find(
                 task.cancel()
     compare(models, engine, images, asked, most, found)
     return found
+
+
+def used(engine: Engine, asked: str | None) -> dict[str, Any]:
+    """Return which model has answered, and the alias that it was asked for by."""
+    alias = (asked or "").partition("@")[2] or None
+    return {"name": engine.name, "version": engine.version, "alias": alias}
 
 
 @contextlib.asynccontextmanager

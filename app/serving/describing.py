@@ -17,7 +17,8 @@ from app.serving import messages
 
 TEXT = (
     "Finds in images what words, or boxes of examples, name. The answers are those of `infer.sh`. "
-    "Images come as multipart/form-data or as base64 in JSON; no address is fetched."
+    "Films are followed. Images come as multipart/form-data or as base64 in JSON; no address is "
+    "fetched."
 )
 REF = "#/components/schemas/{model}"
 WORDS = {
@@ -39,10 +40,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 READ = (
     *(messages.PredictRequest, messages.FormQuestion, messages.Question),
-    *(messages.SessionRequest, messages.FormSession),
+    *(messages.SessionRequest, messages.FormSession, messages.FilmQuestion),
 )
 EXAMPLES = {
     "/v1/predict": "curl -F image=@a.jpg -F prompt=pothole {address}/v1/predict",
+    "/v1/follow": "curl -N -F film=@a.mp4 -F prompt=pothole {address}/v1/follow",
     "/v1/sessions": "curl -F image=@a.jpg {address}/v1/sessions",
     "/v1/sessions/{id}/prompts": 'curl --json \'{{"prompts": [{{"text": "pothole"}}]}}\' '
     "{address}/v1/sessions/ID/prompts",
@@ -76,6 +78,27 @@ def body(in_json: type[BaseModel], in_form: type[BaseModel] | None = None) -> di
             "schema": schema,
             "encoding": {"request": {"contentType": "application/json"}},
         }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def film() -> dict[str, Any]:
+    """Return what OpenAPI says of a body that is a form with `film` and `request`."""
+    properties = {
+        "film": {"type": "string", "contentMediaType": "application/octet-stream"},
+        "request": _ref(messages.FilmQuestion),
+        "prompt": {"type": "array", "items": {"type": "string"}},
+        "threshold": {"type": "number", "minimum": 0, "maximum": 1},
+        "every": {"type": "integer", "minimum": 1, "maximum": 1000},
+        "model": {"type": "string"},
+    }
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": ["film"],
+        "description": "`request` says all but the film; or the short form, without it",
+    }
+    encoding = {"request": {"contentType": "application/json"}}
+    content = {"multipart/form-data": {"schema": schema, "encoding": encoding}}
     return {"requestBody": {"required": True, "content": content}}
 
 

@@ -10,6 +10,7 @@ seen alone; a GPU sees those together that wait together, and rounds by how many
 from __future__ import annotations
 
 import asyncio
+import uuid
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from app.datasets.images import ImageError, open_image
 from app.errors import UserError
@@ -148,6 +150,26 @@ class Engine:
         """Encode an image, to be asked about soon; raise Refused as `find` does."""
         with self._place():
             return (await self._ask(image, ())).image
+
+    async def look(self, image: Image.Image, queries: Sequence[Query]) -> Detections:
+        """Return what the queries find in a frame of a film, which is not kept.
+
+        Args:
+            image: upright RGB.
+
+        Raises:
+            Refused, UserError: as of `find`.
+        """
+        with self._place():
+            prepared = await asyncio.to_thread(self.finder.prepare, image)
+            job = Job(uuid.uuid4().hex, tuple(queries), prepared=prepared, keep=False)
+            model = self._choose(job.digest)
+            model.waiting += 1
+            try:
+                seen = await asyncio.wrap_future(model.do(job))
+            finally:
+                model.waiting -= 1
+            return await asyncio.to_thread(self._finish, seen, queries)
 
     async def _ask(self, image: Uploaded, queries: tuple[Query, ...]) -> Seen:
         """Return what the model's thread has made of an image."""

@@ -28,6 +28,7 @@ MOST_PROMPTS = 200
 MOST_BOXES = 100  # of a prompt
 MOST_DETECTIONS = 1000
 MOST_FIELDS = 1000  # of a form
+NUMBERS = ("threshold", "max_detections", "every")  # fields of a form
 LONGEST_FIELD = 1 << 20  # bytes of a field of a form that is no file
 RED_SQUARE = (  # of 8 x 8 pixels
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mO8oyHHgA0wMeAAg1MCAOgSATLoWkZgAAAA"
@@ -52,6 +53,12 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+def _has_words(text: str | None) -> str | None:
+    if text is not None and not any(c.isalnum() for c in text):
+        raise ValueError("has no letter or digit; name what to find")
+    return text
+
+
 class PromptRequest(Message):
     """One thing to find: words, examples of it, or both."""
 
@@ -60,12 +67,7 @@ class PromptRequest(Message):
     boxes: list[Box] = Field([], max_length=MOST_BOXES, description="examples of it")
     negative_boxes: list[Box] = Field([], max_length=MOST_BOXES, description="what is not meant")
 
-    @field_validator("text")
-    @classmethod
-    def _has_words(cls, text: str | None) -> str | None:
-        if text is not None and not any(c.isalnum() for c in text):
-            raise ValueError("has no letter or digit; name what to find")
-        return text
+    has_words = field_validator("text")(_has_words)
 
     @field_validator("boxes", "negative_boxes")
     @classmethod
@@ -139,6 +141,26 @@ class SessionRequest(Message):
 class FormSession(Message):
     """What a form's part `request` may say where a session begins."""
 
+    model: ModelName | None = None
+
+
+class FilmPrompt(Message):
+    """Words to follow."""
+
+    text: str = Field(max_length=500, examples=["pothole"])
+
+    has_words = field_validator("text")(_has_words)
+
+
+class FilmQuestion(Message):
+    """What a form's part `request` may say; the film is a part of its own."""
+
+    prompts: list[FilmPrompt] | None = Field(
+        None, min_length=1, max_length=MOST_PROMPTS, description="without: the weights' classes"
+    )
+    threshold: Share | None = Field(None, description="the weights' own unless given")
+    every: int = Field(1, ge=1, le=1000, description="2 takes each second frame, …")
+    fill_gaps: bool = Field(False, description="put a track where it was between two places")
     model: ModelName | None = None
 
 
@@ -282,6 +304,18 @@ def read_session(kind: str, body: bytes, limits: Limits) -> tuple[str | None, Up
     return form.request(FormSession).model, uploads.check(data, limits, name)
 
 
+def read_film(kind: str, body: bytes) -> tuple[FilmQuestion, str, bytes]:
+    """Return the question, name and content of a film; otherwise as `read_predict`."""
+    if parse_options_header(kind)[0] != b"multipart/form-data":
+        raise _other_kind(kind, "multipart/form-data")
+    form = Form(kind, body, "film")
+    if len(form.files) != 1:
+        problem = Problem("film", f"has {len(form.files)} of them", "give one file")
+        raise Refused(422, "One film is followed at a time.", [problem])
+    ((name, data),) = form.files
+    return form.request(FilmQuestion), name[: uploads.SHOWN], data
+
+
 def read_question(kind: str, body: bytes) -> Question:
     """Return what is asked about a session's image."""
     if not _is_json(kind):
@@ -300,15 +334,19 @@ def read_json(form: type[Read], body: bytes) -> Read:
 class Form:
     """A body of multipart/form-data, whole in memory.
 
+    Args:
+        file: name of the parts that are files.
+
     Attributes:
-        files: name and content of each part `image`.
+        files: name and content of each of these.
         fields: the other parts, in their order.
 
     Raises:
         Refused: it is none, or damaged.
     """
 
-    def __init__(self, kind: str, body: bytes) -> None:
+    def __init__(self, kind: str, body: bytes, file: str = "image") -> None:
+        self._file = file
         media, options = parse_options_header(kind)
         if media != b"multipart/form-data":
             raise _other_kind(kind, "application/json or multipart/form-data")
@@ -361,9 +399,9 @@ class Form:
     def _end(self) -> None:
         _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
         name = options.get(b"name", b"").decode("utf-8", "replace")
-        if name == "image":
+        if name == self._file:
             file = options.get(b"filename", b"").decode("utf-8", "replace")
-            self.files.append((file or "image", bytes(self._data)))
+            self.files.append((file or name, bytes(self._data)))
         elif len(self._data) > LONGEST_FIELD or len(self.fields) >= MOST_FIELDS:
             raise _damaged(f"more than {MOST_FIELDS} fields, or {LONGEST_FIELD} bytes in one")
         else:
@@ -385,7 +423,7 @@ class Form:
                 problem = Problem(name, "is given twice", "give it once")
                 raise Refused(422, "The form says things twice.", [problem])
             else:
-                values[name] = _number(text) if name in ("threshold", "max_detections") else text
+                values[name] = _number(text) if name in NUMBERS else text
         return read_json(form, json.dumps(values).encode())
 
 

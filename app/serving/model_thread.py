@@ -76,6 +76,7 @@ class Job:
         digest: of the image's file.
         queries: what to find.
         prepared, encoded: the image; one of them is there.
+        keep: whether its features stay in the cache, since it may be asked about again.
         outcome: what the model has made of it, once it has.
         since: when it began to wait for the model, monotonic seconds.
     """
@@ -84,6 +85,7 @@ class Job:
     queries: tuple[Query, ...]
     prepared: Prepared | None = None
     encoded: Encoded | None = None
+    keep: bool = True
     outcome: Future[Seen] = field(default_factory=Future)
     since: float = field(default_factory=time.monotonic)
 
@@ -220,8 +222,10 @@ class ModelThread:
         if unseen:
             with self.observer.stage("encode"):
                 encoded = self.finder.encode(list(unseen.values()))
+            kept = {job.digest for job in jobs if job.keep}
             for digest, features in zip(unseen, encoded, strict=True):
-                self.cache.put(digest, features)
+                if digest in kept:
+                    self.cache.put(digest, features)
                 for job in jobs:
                     if job.digest == digest:
                         job.encoded = features

@@ -19,6 +19,7 @@ FOLDER = Path(__file__).with_name("pages")
 SHARED = {
     "/* shared.css */": "shared.css",
     "// shared.js": "shared.js",
+    "// film.js": "film.js",
     "<!-- key.html -->": "key.html",
 }
 
@@ -54,7 +55,7 @@ def policy(html: str) -> str:
     """Return the policy under which a page runs what is in it, and nothing else.
 
     Style and script are named by their hashes: what a name or an answer might smuggle into the page
-    has another one. Requests go to this server; images come from the page's own memory.
+    has another one. Requests go to this server; images and films come from the page's own memory.
     """
     style, script = (_hash_of(html, tag) for tag in ("style", "script"))
     return "; ".join(
@@ -63,6 +64,7 @@ def policy(html: str) -> str:
             f"style-src {style}",
             f"script-src {script}",
             "img-src blob: data:",
+            "media-src blob:",
             "connect-src 'self'",
             "base-uri 'none'",
             "form-action 'none'",

@@ -19,6 +19,7 @@ class Limits:
         seconds: that an answer may take.
         pixels: of an image; looked at before it is decoded.
         images: of a request.
+        frames: of a film.
         queue: images that are decoded, wait or are looked at; further ones are refused.
         sessions: open ones; the one that was longest not asked ends for a new one.
         session_bytes: of the files of all sessions.
@@ -32,6 +33,7 @@ class Limits:
     seconds: float = 60.0
     pixels: int = 1 << 26
     images: int = 16
+    frames: int = 3000
     queue: int = 64
     sessions: int = 200
     session_bytes: int = 1 << 30

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.helpers import REPOSITORY
+from tests.inference.film_files import write
 from tests.serving.servers import drawn
 
 PAGE = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -23,6 +24,7 @@ PYTHON = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "a.jpg").write_bytes(drawn(1, 300, 200, "JPEG"))
+    write(tmp_path / "a.mp4", 3)
     return tmp_path
 
 
@@ -40,6 +42,10 @@ def test_its_curls(client: httpx.Client, folder: Path) -> None:
             text=True,
         )
         assert done.returncode == 0, (line, done.stdout, done.stderr)
+        if "/follow" in line:
+            assert done.stdout.count("event: frame") == 2
+            assert "event: end" in done.stdout
+            continue
         answers.append(json.loads(done.stdout or "{}"))
         session = answers[-1].get("id", session)
     assert session

@@ -74,6 +74,7 @@ def test_the_policy_admits_what_the_page_holds_and_nothing_else() -> None:
         assert rules.pop(f"{tag}-src") == f"'sha256-{digest}'"
     assert rules.pop("connect-src") == "'self'"
     assert rules.pop("img-src") == "blob: data:"
+    assert rules.pop("media-src") == "blob:"
     assert set(rules.values()) == {"'none'"}
 
 

@@ -172,8 +172,8 @@ class Failure extends Error {
 
 const access = { key: load("sam3-key") };
 
-/** Return what the server answers, as JSON or as a blob; ask for a key where it wants one. */
-async function call(path, { blob = false, ...options } = {}) {
+/** Return what the server answers, as JSON, a blob or a stream; ask for a key if it wants one. */
+async function call(path, { blob = false, stream = false, ...options } = {}) {
   const headers = { ...options.headers };
   if (access.key) headers.Authorization = `Bearer ${access.key}`;
   let response;
@@ -187,9 +187,10 @@ async function call(path, { blob = false, ...options } = {}) {
   }
   if (response.status === 401) {
     await askKey(access.key !== "");
-    return call(path, { blob, ...options });
+    return call(path, { blob, stream, ...options });
   }
   if (response.ok && blob) return response.blob();
+  if (response.ok && stream) return response.body;
   const answer = await response.json().catch((error) => {
     if (error.name === "AbortError") throw error;
     return null;
