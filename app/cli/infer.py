@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -155,6 +155,14 @@ def infer(
             rich_help_panel=FILMS,
         ),
     ] = False,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="own: detections joined to tracks; hf: the tracker of SAM 3, of a folder that "
+            "export --format hf --video made",
+            rich_help_panel=FILMS,
+        ),
+    ] = "own",
     fps: Annotated[
         float,
         typer.Option(min=0.01, max=1000, help="frames a second of --track", rich_help_panel=FILMS),
@@ -185,6 +193,16 @@ def infer(
         precision=precision,
     )
     follows = track or is_film(input)
+    if engine not in ("own", "hf"):
+        raise UserError(f"--engine {engine}: there is own, hf")
+    if engine != "own" and not follows:
+        raise UserError("--engine: is for films; with --track images are frames of one")
+    if engine != "own":
+        given: dict[str, object] = {"--box": box, "--negative-box": negative_box}
+        given |= {"--examples": examples, "--concept": concept, "--tile": tile, "--nms": nms}
+        given["--fill-gaps"] = fill_gaps
+        if unread := [flag for flag, value in given.items() if value]:
+            raise UserError([f"{flag}: --engine {engine} does not read it" for flag in unread])
     if follows:
         settings = replace(settings, save=TRACK_DEFAULTS)
     following = read_following(
@@ -209,11 +227,16 @@ def infer(
         if checkpoint != RANDOM:
             find_file(Path(checkpoint))
         settings = with_defaults(settings)
-        from app.inference.worker import load_predictor  # torch: where there is something to do
+        if engine == "own":
+            from app.inference.worker import load_predictor  # torch: where there is work to do
 
-        predictor = load_predictor(settings)
-        predictor.check_length(settings.prompts)
-        if follow_films(films, output, settings, following, predictor):
+            finder: Any = load_predictor(settings)
+            finder.check_length(settings.prompts)
+        else:
+            from app.inference.propagation import propagating
+
+            finder = propagating(settings)
+        if follow_films(films, output, settings, following, finder):
             raise typer.Exit(3)
         return
     jobs = list_jobs(input, output, settings.save, overwrite=overwrite)

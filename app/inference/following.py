@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ from app.inference.postprocess import THRESHOLD, threshold_below
 from app.inference.settings import Settings
 from app.inference.tables import TABLES
 from app.inference.track_files import FILMS, TRACK_TABLES, Told, TrackWriter, frame_name
-from app.inference.tracks import Tracker, TrackSettings
+from app.inference.tracks import Sighting, Tracker, TrackSettings
 from app.model.vocabulary import VISUAL_PROMPT
 
 log = logging.getLogger("app")
@@ -122,12 +122,29 @@ def list_films(
     return films
 
 
+class Propagates(Protocol):
+    """Carries objects from frame to frame by itself, as `propagation.Propagator` does."""
+
+    labels: dict[int, int]
+
+    def update(self, item: Told, image: Image.Image) -> list[tuple[Told, list[Sighting]]]: ...
+    def finish(self) -> list[tuple[Told, list[Sighting]]]: ...
+
+
 def follow_films(
-    films: Sequence[Film], output: Path, settings: Settings, following: Following, finder: Finder
+    films: Sequence[Film],
+    output: Path,
+    settings: Settings,
+    following: Following,
+    finder: Finder | Callable[[], Propagates],
 ) -> list[str]:
     """Find and follow objects in films, as `list_films` returns them; see `infer --help`.
 
     Each frame that is done is noted in a journal, so the same call after a stop does the rest.
+
+    Args:
+        finder: whose detections are joined to tracks; or makes what carries objects by itself for
+            one film, whose memory no journal holds: a stopped film then begins anew.
 
     Returns:
         Problems: of films that could not be read, and of frames.
@@ -156,12 +173,18 @@ class _Run:
     """Follows one film."""
 
     def __init__(
-        self, film: Film, folder: Path, settings: Settings, following: Following, finder: Finder
+        self,
+        film: Film,
+        folder: Path,
+        settings: Settings,
+        following: Following,
+        finder: Finder | Callable[[], Propagates],
     ) -> None:
         self.film, self.folder, self.settings = film, folder, settings
         self.following, self.finder = following, finder
         self.prompts = settings.prompts or (VISUAL_PROMPT,)
-        self.reader = Reader(film, following.section, finder.levels)
+        levels = finder.levels if isinstance(finder, Finder) else None
+        self.reader = Reader(film, following.section, levels)
         self.state = _state(film)
         self.threshold = THRESHOLD if settings.threshold is None else settings.threshold
         self.best = 0.0
@@ -182,7 +205,8 @@ class _Run:
                 log.info("%s: was done before: %s", self.film.source, self.folder)
                 return []
             with TrackWriter(self.folder, save, self.prompts) as writer:
-                tracker = self._track(journal, writer)
+                follow = self._track if isinstance(self.finder, Finder) else self._propagate
+                tracker = follow(journal, writer)
                 writer.finish(Path(self.film.source).name, self.reader.fps, tracker.labels)
             journal.add({"image": DONE, "state": self.state, "found": []})
         seconds = time.monotonic() - begun
@@ -192,15 +216,13 @@ class _Run:
     def _track(self, journal: Journal, writer: TrackWriter) -> Tracker[Told]:
         """Take the frames through finder, tracker and writer."""
         tracker: Tracker[Told] | None = None
-        per_frame = [PER_IMAGE[kind].path for kind in self.settings.save if kind in PER_IMAGE]
         with _progress(self.reader) as advance:
             for frame, entry in self._found(journal):
                 if tracker is None:
                     fill = self.following.fill
                     tracker = Tracker(track_settings(self.threshold, self.reader.fps, fill=fill))
                     writer.begin(self.reader.fps)
-                if per_frame:
-                    journal.note([path.format(frame_name(frame.number)) for path in per_frame])
+                self._note_files(journal, frame)
                 detections, colors = read_entry(entry, self.prompts)
                 told = Told(frame.number, frame.time, frame.image)
                 for each, sightings in tracker.update(told, detections, colors):
@@ -211,6 +233,33 @@ class _Run:
         for each, sightings in tracker.finish():
             writer.add(each, sightings)
         return tracker
+
+    def _propagate(self, journal: Journal, writer: TrackWriter) -> Propagates:
+        """Let what carries objects by itself take the frames."""
+        assert not isinstance(self.finder, Finder)
+        propagator, begun = self.finder(), False
+        with _progress(self.reader) as advance:
+            for frames in _ahead(_batches(self.reader, 1)):
+                for frame in frames:
+                    if not begun:
+                        writer.begin(self.reader.fps)
+                        begun = True
+                    self._note_files(journal, frame)
+                    told = Told(frame.number, frame.time, frame.image)
+                    for each, sightings in propagator.update(told, frame.image):
+                        writer.add(each, sightings)
+                    advance(frame.number + 1)
+        if not begun:
+            raise UserError([*self.reader.problems, self._nothing()])
+        for each, sightings in propagator.finish():
+            writer.add(each, sightings)
+        return propagator
+
+    def _note_files(self, journal: Journal, frame: Frame) -> None:
+        kinds = [kind for kind in self.settings.save if kind in PER_IMAGE]
+        if kinds:
+            name = frame_name(frame.number)
+            journal.note([PER_IMAGE[kind].path.format(name) for kind in kinds])
 
     def _found(self, journal: Journal) -> Iterator[tuple[Frame, Entry]]:
         """Yield each frame with what is found in it, now or before; frames are read beside."""
@@ -234,6 +283,7 @@ class _Run:
         if not frames:
             return ()
         settings = self.settings
+        assert isinstance(self.finder, Finder)
         limits = settings.limits()
         limits["threshold"] = self.threshold * UNSURE
         limits["nms"] = NMS if settings.nms is None else settings.nms
@@ -270,6 +320,7 @@ class _Run:
             "to": section.end,
             "fps": film.fps if film.frames else None,
             "fill_gaps": self.following.fill,
+            "engine": "own" if isinstance(self.finder, Finder) else "hf",
         }
 
     def _is_done(self, journal: Journal) -> bool:
