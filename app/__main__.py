@@ -37,6 +37,7 @@ COMMANDS = {
     "time.",
     "compact": "Cut weights down to smaller ones, and say what each step removes, leaves and "
     "costs.",
+    "retrack": "Teach the tracker of films to see through a tuned trunk, on images without labels.",
     "export": "Write weights for other runtimes, each file compared with the model it came from.",
     "inspect": "Tell what a checkpoint is, what loads it, and what is missing or unexpected.",
     "pack": "Write weights as float16: half as large, with their SHA-256 beside.",

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from safetensors import safe_open
 from torch import Tensor
 
 from app.errors import UserError
+from app.files import hash_file
 from app.model import adapters, published, weights
 from app.model.transformers.state import TRACKER, from_transformers, is_layout
 from app.model.transformers.tracker import to_transformers
 
 log = logging.getLogger("app")
 SHOWN = 6  # problems
+NECK = "tracker_neck.safetensors"  # beside weights: what `app retrack` made for their trunk
 _HEAD = "segmentation_head."
 
 
@@ -28,12 +31,19 @@ class Base:
         origin: how a header names it.
         tensors: its own keys → tensors, mapped.
         is_proved: whether the weights say that they began as this very file.
+        neck: of the tracker, as it was taught to see through the weights' trunk; empty: it was not.
     """
 
     file: Path
     origin: weights.Origin
     tensors: Mapping[str, Tensor]
     is_proved: bool
+    neck: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def written(self) -> Mapping[str, Tensor]:
+        """Return the file's tensors with the neck that was taught in the place of its own."""
+        return {**self.tensors, **self.neck}
 
     @property
     def release(self) -> published.Release:
@@ -41,16 +51,36 @@ class Base:
         return "3.1" if self.origin.layout == "3.1" else "3.0"
 
 
-def find_base(source: Path, named: Path | None) -> Base | None:
+def find_base(source: Path, named: Path | None, *, own_neck: bool = True) -> Base | None:
     """Return the published file that weights began as; None where they name none and none is given.
 
     Args:
         source: file of the weights.
         named: by --base.
+        own_neck: take the tracker's neck that lies beside the weights, where one does.
 
     Raises:
-        UserError: it cannot be found, is another than that of the weights, or holds no tracker.
+        UserError: it cannot be found, is another than that of the weights, or holds no tracker; or
+            the neck beside the weights is of others.
     """
+    base = _find(source, named)
+    file = source.parent / NECK
+    if base is None or not own_neck or not file.exists():
+        return base
+    with safe_open(file, framework="pt") as content:
+        notes = content.metadata() or {}
+    again = f"make it anew: python -m app retrack {source.parent} --images DIR --overwrite"
+    if notes.get("weights") != hash_file(source):
+        raise UserError(f"{file}: was taught for other weights than {source.name}; {again}")
+    neck = weights.read_tensors(file)
+    unknown = {key for key in neck if key not in base.tensors}
+    if unknown or notes.get("base") != base.origin.sha256:
+        raise UserError(f"{file}: is of another base than {base.file}; {again}")
+    log.info("the tracker's neck: %s", file)
+    return replace(base, neck=neck)
+
+
+def _find(source: Path, named: Path | None) -> Base | None:
     origin = weights.origin(source)
     folder = source.parent
     if origin is not None and named is None:

@@ -132,7 +132,7 @@ def _tracker(base: Base) -> dict[str, Tensor]:
     if base.origin.layout == "transformers":
         found = {key: value for key, value in base.tensors.items() if key.startswith(TRACKER)}
     else:
-        found = tracker_to_transformers(base.tensors)
+        found = tracker_to_transformers(base.written)
     return {key: value.contiguous() for key, value in found.items()}
 
 

@@ -123,7 +123,7 @@ def export(
             proof.load_video_model(temporary / PT)
         seen = None
         if base is not None:
-            seen = proof.tracker_sees(model, base.tensors, base.release, resolution, images)
+            seen = proof.tracker_sees(model, base, resolution, images)
         del model
         record = {
             "format": UPSTREAM,
@@ -221,7 +221,7 @@ def _content(
     else:
         merged = {
             key: state.get(published.image_name(key) or "", value)
-            for key, value in base.tensors.items()
+            for key, value in base.written.items()
         }
     return {key: _alone(value, dtype) for key, value in merged.items()}
 

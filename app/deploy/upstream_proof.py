@@ -13,10 +13,11 @@ from sam3 import model_builder
 from sam3.model.data_misc import interpolate
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.sam3_image_processor import Sam3Processor
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from app.datasets.square import to_square
+from app.deploy.base_file import Base
 from app.errors import UserError
 from app.inference.predictor import Predictor, normalise, query_scores
 from app.model import published, weights
@@ -161,11 +162,7 @@ def check_answers(measured: Mapping[str, float]) -> None:
 
 @torch.inference_mode()
 def tracker_sees(
-    model: Sam3Image,
-    base: Mapping[str, Tensor],
-    release: published.Release,
-    resolution: int,
-    images: Sequence[Image.Image],
+    model: Sam3Image, base: Base, resolution: int, images: Sequence[Image.Image]
 ) -> float | None:
     """Return how like the features that the tracker gets are to those that it was trained with.
 
@@ -174,7 +171,7 @@ def tracker_sees(
 
     Args:
         model: of the exported image part; left with the base's trunk.
-        base: the published file's tensors.
+        base: the published file, and the neck that was taught for this trunk, if one was.
 
     Returns:
         The least cosine of a level's features on an image; None where the trunk is the base's.
@@ -184,7 +181,7 @@ def tracker_sees(
     own = vision.trunk.state_dict()
     old = {
         key.removeprefix(start): value.to(own[key.removeprefix(start)].dtype)
-        for key, value in base.items()
+        for key, value in base.tensors.items()
         if key.startswith(start) and not key.endswith(published.COMPUTED)
     }
     if all(_same(own[key], value) for key, value in old.items()):
@@ -194,18 +191,26 @@ def tracker_sees(
     vision.trunk.load_state_dict(old, strict=False, assign=True)
     before = [vision.trunk(each)[-1] for each in pixels]
     cosines = []
-    for neck in published.tracker_neck(release):
+    for neck in published.tracker_neck(base.release):
         for level in range(len(vision.convs) - 1):  # the last is dropped
-            convs = copy.deepcopy(vision.convs[level])
-            first = f"{neck}{level}."
-            convs.load_state_dict(
-                {key.removeprefix(first): v for key, v in base.items() if key.startswith(first)}
+            ours, theirs = (
+                _level(vision.convs[level], tensors, f"{neck}{level}.")
+                for tensors in (base.written, base.tensors)
             )
             cosines += [
-                float(F.cosine_similarity(convs(a).flatten(), convs(b).flatten(), dim=0))
+                float(F.cosine_similarity(ours(a).flatten(), theirs(b).flatten(), dim=0))
                 for a, b in zip(tuned, before, strict=True)
             ]
     return min(cosines)
+
+
+def _level(like: nn.Module, tensors: Mapping[str, Tensor], first: str) -> nn.Module:
+    """Return a level of a neck, by the tensors whose keys begin so."""
+    convs = copy.deepcopy(like)
+    convs.load_state_dict(
+        {key.removeprefix(first): value for key, value in tensors.items() if key.startswith(first)}
+    )
+    return convs
 
 
 def _is_left_out(key: str, content: Mapping[str, Tensor]) -> bool:
