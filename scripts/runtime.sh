@@ -282,6 +282,8 @@ docker_command() {
   command+=(-e LABEL_STUDIO_URL -e LABEL_STUDIO_API_KEY)
   add_gpus
   add_network "$@"
+  case " $* " in *camera:*) add_groups video ;; esac
+  add_cameras "$@"
   bind_output "$cache"
   bind_flags bind_output "--output-dir --keep --label" "$@"
   bind_flags bind_dataset "--dataset-dir" "$@"
@@ -291,24 +293,35 @@ docker_command() {
   command+=("$image" "$@")
 }
 
-# A Jetson's GPU is not --gpus': its runtime brings it, and the group video owns its devices.
-add_jetson() {
-  local group id word
-  if [ "${GPUS:-auto}" = none ]; then return; fi
-  case "$engine" in
-    *'"nvidia"'*) command+=(--runtime nvidia) ;;
-    *) say "GPUs: none (Docker has no nvidia runtime: docs/jetson.md)" ;;
-  esac
-  for group in video render; do
+# add_groups NAMES…: puts the caller into groups of this machine, which own its devices.
+add_groups() {
+  local group id
+  for group in "$@"; do
     id="$(getent group "$group" 2>/dev/null | cut -d: -f3 || true)"
     if [ -n "$id" ]; then command+=(--group-add "$id"); fi
   done
+}
+
+# add_cameras ARGS…: lets a container see the cameras that arguments name.
+add_cameras() {
+  local word
   for word in "$@"; do
     case "${word#--input=}" in
       camera:/dev/*) command+=(--device "${word#*camera:}") ;;
       camera:[0-9]*) command+=(--device "/dev/video${word#*camera:}") ;;
     esac
   done
+}
+
+# A Jetson's GPU is not --gpus': its runtime brings it, and the group video owns its devices.
+add_jetson() {
+  if [ "${GPUS:-auto}" = none ]; then return; fi
+  case "$engine" in
+    *'"nvidia"'*) command+=(--runtime nvidia) ;;
+    *) say "GPUs: none (Docker has no nvidia runtime: docs/jetson.md)" ;;
+  esac
+  add_groups video render
+  add_cameras "$@"
 }
 
 # jetson_command ARGS…: sets $command to what runs an exported folder, or prints it under --dry-run.

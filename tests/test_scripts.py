@@ -404,11 +404,12 @@ def test_jetson_command(machine: Machine, tmp_path: Path) -> None:
         (["--input", "images"], None),
     ],
 )
-def test_jetson_takes_the_camera_along(
-    machine: Machine, given: list[str], device: str | None
+@pytest.mark.parametrize("words", [("--jetson", "DIR", "--loop"), ("--prompt", "a")])
+def test_a_camera_is_taken_along(
+    machine: Machine, words: tuple[str, ...], given: list[str], device: str | None
 ) -> None:
     machine.docker(runtimes=("runc", "nvidia"))
-    command = machine.docker_run("--jetson", "DIR", "--loop", *given, script="infer.sh")
+    command = machine.docker_run(*words, *given, script="infer.sh")
     assert command[-len(given) :] == given
     assert (command[command.index("--device") + 1] if "--device" in command else None) == device
 
