@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKET = 7 * 188  # bytes of MPEG-TS in one of RTP
-RATE = 25  # packets a second, at least
+SECONDS = 10.0  # that the film is sent for
 
 
 @contextlib.contextmanager
 def serving(film: Path) -> Iterator[str]:
-    """Yield the address at which the film is sent, again and again, until the client leaves."""
+    """Yield the address at which a film of ten seconds is sent to the first client."""
     listening = socket.create_server(("127.0.0.1", 0))
     address = f"rtsp://127.0.0.1:{listening.getsockname()[1]}/live"
     ended = threading.Event()
@@ -65,13 +65,12 @@ def _answer(connection: socket.socket, film: Path, ended: threading.Event) -> No
 
 def _send(connection: socket.socket, data: bytes, ended: threading.Event) -> None:
     begun, number = time.monotonic(), 0
-    seconds = 60 / RATE  # of the film
     parts = [data[at : at + PACKET] for at in range(0, len(data), PACKET)]
     for index, part in enumerate(parts):
-        if ended.wait(max(begun + seconds * index / len(parts) - time.monotonic(), 0)):
+        if ended.wait(max(begun + SECONDS * index / len(parts) - time.monotonic(), 0)):
             return
         header = struct.pack(
-            ">BBHII", 0x80, 33, number, int(90_000 * seconds * index / len(parts)), 1
+            ">BBHII", 0x80, 33, number, int(90_000 * SECONDS * index / len(parts)), 1
         )
         connection.sendall(struct.pack(">cBH", b"$", 0, len(header) + len(part)) + header + part)
         number = (number + 1) % 65536

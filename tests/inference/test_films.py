@@ -230,7 +230,7 @@ def test_what_is_no_time(text: str) -> None:
 
 def test_a_stream_is_read_until_it_is_stopped(tmp_path: Path) -> None:
     """RTSP on loopback; frames that come while the last one is at work are passed over."""
-    film = write(tmp_path / "film.ts", 60, codec="libx264", pix_fmt="yuv420p", fps=25)
+    film = write(tmp_path / "film.ts", 250, pix_fmt="yuv420p", fps=25)
     with serving(film) as address:
         (live,) = find_films(address)
         reader = Reader(live, Section())

@@ -34,6 +34,7 @@ from tests.helpers import PATIENCE, REPOSITORY, log_lines, run_module, until
 from tests.inference.colors import ByColor
 from tests.inference.film_files import squares, write_sound
 
+LENGTH = 70  # frames, of which enough are left when a run is stopped
 SETTINGS = Settings(RANDOM, prompts=("red", "green", "blue"), threshold=0.5)
 
 
@@ -201,7 +202,7 @@ def test_nothing_of_others_is_overwritten(film: Path, tmp_path: Path) -> None:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("shapes") / "shapes.mp4"
     film, writer = draw_film((0, 5), width=96, height=72), FilmWriter(path, 20)
-    for number in range(40):
+    for number in range(LENGTH):
         writer.add(Image.fromarray(film.frame(number / 20)[0]), number / 20)
     writer.close()
     return path
@@ -234,7 +235,7 @@ def test_a_stopped_run_goes_on_and_is_the_same(shapes: Path, tmp_path: Path) -> 
     subprocess.run(infer(shapes, tmp_path / "out"), cwd=REPOSITORY, check=True)
     whole, again = _files(tmp_path / "whole"), _files(tmp_path / "out")
     assert {name: again[name] for name in whole} == whole
-    assert len(read_films(tmp_path / "out" / "tracks.json").films[1]) == 40
+    assert len(read_films(tmp_path / "out" / "tracks.json").films[1]) == LENGTH
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from app.datasets.build import survey
 from app.datasets.synthetic.films import COLORS, KINDS, draw_film, make_films
 from app.errors import UserError
 
@@ -55,9 +56,9 @@ def test_masks_are_what_is_seen(films: Path, document: dict[str, Any]) -> None:
         image = images[each["image_id"]]
         mask = coco_mask.decode(each["segmentation"]).astype(bool)
         assert mask.sum() == each["area"] >= 16
-        pixels = np.asarray(Image.open(films / image["file_name"]))[mask]
-        assert (pixels == pixels[0]).all()
-        assert (seen.setdefault(each["track_id"], pixels[0]) == pixels[0]).all()
+        pixels = np.asarray(Image.open(films / image["file_name"]))
+        color = seen.setdefault(each["track_id"], pixels[mask][0])
+        assert np.array_equal((pixels == color).all(axis=2), mask)
         assert not (taken.setdefault(image["id"], np.zeros_like(mask)) & mask).any()
         taken[image["id"]] |= mask
         classes.setdefault(each["track_id"], set()).add(names[each["category_id"]])
@@ -65,6 +66,12 @@ def test_masks_are_what_is_seen(films: Path, document: dict[str, Any]) -> None:
     assert all(len(found) == 1 for found in classes.values())
     assert [video["length"] for video in document["videos"]] == [12, 12, 12]
     assert len(images) == 36
+
+
+def test_it_is_a_dataset_of_images_as_well(films: Path, document: dict[str, Any]) -> None:
+    train = survey(films).splits["train"]
+    assert len(train.images) == 36
+    assert len(train.annotations) == len(document["annotations"])
 
 
 def test_things_move_turn_grow_cross_leave_and_come_back() -> None:
