@@ -1,6 +1,6 @@
 """Measure films: tracks of drawn ones, speed beside the predictor alone, memory; 1 below a goal.
 
-.venv/bin/python -m benchmarks.video                 # all of it: some 15 minutes on 2 cores
+.venv/bin/python -m benchmarks.video                 # all of it: some 10 minutes on 2 cores
 .venv/bin/python -m benchmarks.video tracks speed    # parts, by name
 """
 
@@ -116,7 +116,7 @@ def memory(weights: Path, folder: Path) -> Iterator[Goal]:
     film = draw_film((0, 2), width=96, height=72)
     path = folder / "long.mp4"
     _write(path, (Image.fromarray(film.frame(n / FPS)[0]) for n in range(LONG)))
-    settings = with_defaults(Settings(str(weights), prompts=KINDS, save=TRACK_DEFAULTS))
+    settings = with_defaults(Settings(str(weights), prompts=KINDS[:1], save=TRACK_DEFAULTS))
     films = list_films(str(path), folder / "out", settings.save, fps=FPS, overwrite=False)
     measured: list[float] = []
     predictor = Predictor.load(weights)
