@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from app.errors import UserError
 
@@ -82,7 +82,13 @@ def _shown(value: object) -> object:
     return value if isinstance(value, numbers.Number) else plain(value)
 
 
-class _Lines(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _Handler = logging.StreamHandler[TextIO]
+else:
+    _Handler = logging.StreamHandler  # which takes no types below Python 3.11, as on a Jetson
+
+
+class _Lines(_Handler):
     """Writes lines for as long as they are read: `./train.sh | head` trains on."""
 
     def handleError(self, record: logging.LogRecord) -> None:

@@ -69,6 +69,23 @@ def test_ruff_holds_all_of_it_to_python_3_10(imported: dict[str, Path]) -> None:
     assert [str(file) for file in imported.values() if not refused(file)] == []
 
 
+def test_a_python_3_10_takes_all_of_it(imported: dict[str, Path]) -> None:
+    """What no linter sees: that a module's top level runs there."""
+    versions = Path.home() / ".pyenv" / "versions"
+    # pyenv's own python3.10 is a script that may lead nowhere.
+    known = [*versions.glob("3.10.*/bin/python"), "/usr/bin/python3.10"]
+    python = next((path for path in known if Path(path).exists()), None)
+    if python is None:
+        pytest.skip("no Python 3.10 on this machine")
+    program = Path(__file__).with_name("device_python.py")
+    words = [python, program, f"{PACKAGES} filelock onnxruntime tensorrt cuda", *imported]
+    done = subprocess.run(
+        words, cwd=REPOSITORY, env={"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["3.10", str(len(imported))]
+
+
 def test_mypy_follows_all_of_it(imported: dict[str, Path]) -> None:
     config = configparser.ConfigParser()
     config.read(REPOSITORY / ".ci" / "mypy-py310.ini")
