@@ -23,8 +23,7 @@ from app.datasets.synthetic.films import ANNOTATIONS, KINDS, draw_film, make_fil
 from app.evaluation.tracks import Film, Films, Seen, read_films, score_tracks
 from app.evaluation.video import score_video
 from app.inference.film_writer import FilmWriter
-from app.inference.following import DONE, NMS, Following, follow_films, list_films
-from app.inference.journal import read_entries
+from app.inference.following import NMS, Following, follow_films, list_films, read_frames
 from app.inference.predictor import Predictor
 from app.inference.settings import Settings, with_defaults
 from app.inference.track_files import TRACK_DEFAULTS
@@ -63,9 +62,7 @@ def _joined(folder: Path, weights: Path) -> Film:
     threshold = with_defaults(Settings(str(weights), prompts=KINDS)).threshold
     film: Film = []
     before, count = list[Seen](), 0
-    for entry in read_entries(folder):
-        if entry["image"] == DONE:
-            continue
+    for entry in read_frames(folder):
         sure = [each for each in entry["found"] if each["score"] >= threshold]
         now, left = list[Seen](), list(before)
         for each in sure:

@@ -108,7 +108,8 @@ def evaluate(
         from app.evaluation.score_files import score_files
 
         folder = output_dir or free_folder(Path("outputs/eval"))
-        score_files(truth, predictions, folder, threshold=threshold or 0.5, overwrite=overwrite)
+        least = 0.5 if threshold is None else threshold
+        score_files(truth, predictions, folder, threshold=least, overwrite=overwrite)
         return
     flags = {
         "checkpoint": weights.checkpoint,

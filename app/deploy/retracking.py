@@ -26,6 +26,7 @@ from app.console import progress
 from app.datasets.images import ImageError, open_image
 from app.datasets.square import to_square
 from app.deploy.base_file import NECK, Base, find_base
+from app.deploy.upstream_proof import neck_level, trunk_state
 from app.errors import UserError
 from app.files import atomic_path, exists_problem, hash_file
 from app.inference.predictor import normalise
@@ -85,11 +86,16 @@ def retrack(
             f"{path}: nothing says which of Meta's files these weights began as, and the tracker's "
             "neck is in that alone. Name it: --base sam3.pt"
         )
-    opened = _open(images)
-    pairs = _features(path, base, opened, choose_device(device))
+    opened, target = _open(images), choose_device(device)
+    resolution = load_model_config(weights.describe(path).model.name).resolution  # the tracker's
+    model, config = weights.load(path, resolution=resolution, merge=True)
+    choose_threads(target, config.model)
+    vision: Any = model.backbone.vision_backbone.to(target).eval()
+    pixels = [normalise(to_square(image, resolution).to(target)) for image in opened]
+    pairs = _features(vision.trunk, base, pixels)
     if all(torch.equal(tuned, before) for tuned, before in pairs):
         raise UserError(f"{path}: the trunk is the base's: the tracker sees what it was trained on")
-    necks = _necks(path, base, pairs[0][0].device)
+    necks = _necks(vision.convs, base)
     frozen = copy.deepcopy(necks).requires_grad_(False)
     held_out, learned = pairs[::HELD_OUT], [p for n, p in enumerate(pairs) if n % HELD_OUT]
     before = _least_cosine(necks, frozen, held_out)
@@ -128,43 +134,36 @@ def _open(images: Sequence[Path]) -> list[Any]:
 
 @torch.inference_mode()
 def _features(
-    path: Path, base: Base, images: Sequence[Any], device: torch.device
+    trunk: nn.Module, base: Base, pixels: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return what the tuned and the base's trunk make of each image, (1, d, h, w) each."""
-    header = weights.describe(path)
-    resolution = load_model_config(header.model.name).resolution  # the tracker knows no other
-    model, config = weights.load(path, resolution=resolution, merge=True)
-    choose_threads(device, config.model)
-    trunk: Any = model.backbone.vision_backbone.trunk
-    trunk = trunk.to(device).eval()
-    pixels = [normalise(to_square(image, resolution).to(device)) for image in images]
+    """Return what a tuned trunk, and then the base's in its place, make of each image.
+
+    Args:
+        pixels: (1, 3, R, R) each.
+
+    Returns:
+        Two maps (1, d, h, w) of each image.
+    """
     tuned = [trunk(each)[-1].clone() for each in pixels]
-    start = f"{published.PREFIX}backbone.vision_backbone.trunk."
-    old = {
-        key.removeprefix(start): value
-        for key, value in base.tensors.items()
-        if key.startswith(start) and not key.endswith(published.COMPUTED)
-    }
-    trunk.load_state_dict(old, strict=False)
+    trunk.load_state_dict(trunk_state(base), strict=False)
     return [(one, trunk(each)[-1].clone()) for one, each in zip(tuned, pixels, strict=True)]
 
 
-def _necks(path: Path, base: Base, device: torch.device) -> nn.ModuleDict:
-    """Return the base's convolutions by how their keys begin, a level each, to be trained."""
-    model, _ = weights.load(path, merge=True)
-    vision: Any = model.backbone.vision_backbone
-    levels: dict[str, nn.Module] = {}
-    for neck in published.tracker_neck(base.release):
-        for level in range(len(vision.convs)):
-            first = f"{neck}{level}."
-            state = {
-                k.removeprefix(first): v for k, v in base.tensors.items() if k.startswith(first)
-            }
-            if state:
-                convs = copy.deepcopy(vision.convs[level])
-                convs.load_state_dict({key: value.float() for key, value in state.items()})
-                levels[first.removesuffix(".").replace(".", "|")] = convs
-    return nn.ModuleDict(levels).to(device).requires_grad_(True)
+def _necks(convs: nn.ModuleList, base: Base) -> nn.ModuleDict:
+    """Return the base's convolutions by how their keys begin, a level each, to be trained.
+
+    Args:
+        convs: of the detector's neck, which has the same levels.
+    """
+    starts = [
+        f"{n}{level}." for n in published.tracker_neck(base.release) for level in range(len(convs))
+    ]
+    necks = {
+        start.removesuffix(".").replace(".", "|"): neck_level(like, base.tensors, start)
+        for start, like in zip(starts, [*convs] * len(starts), strict=False)
+        if any(key.startswith(start) for key in base.tensors)
+    }
+    return nn.ModuleDict(necks).requires_grad_(True)
 
 
 def _learn(

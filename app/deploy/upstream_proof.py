@@ -177,13 +177,8 @@ def tracker_sees(
         The least cosine of a level's features on an image; None where the trunk is the base's.
     """
     vision: Any = model.backbone.vision_backbone
-    start = f"{published.PREFIX}backbone.vision_backbone.trunk."
     own = vision.trunk.state_dict()
-    old = {
-        key.removeprefix(start): value.to(own[key.removeprefix(start)].dtype)
-        for key, value in base.tensors.items()
-        if key.startswith(start) and not key.endswith(published.COMPUTED)
-    }
+    old = {key: value.to(own[key].dtype) for key, value in trunk_state(base).items()}
     if all(_same(own[key], value) for key, value in old.items()):
         return None
     pixels = [normalise(to_square(image, resolution)) for image in images]
@@ -194,7 +189,7 @@ def tracker_sees(
     for neck in published.tracker_neck(base.release):
         for level in range(len(vision.convs) - 1):  # the last is dropped
             ours, theirs = (
-                _level(vision.convs[level], tensors, f"{neck}{level}.")
+                neck_level(vision.convs[level], tensors, f"{neck}{level}.")
                 for tensors in (base.written, base.tensors)
             )
             cosines += [
@@ -204,7 +199,17 @@ def tracker_sees(
     return min(cosines)
 
 
-def _level(like: nn.Module, tensors: Mapping[str, Tensor], first: str) -> nn.Module:
+def trunk_state(base: Base) -> dict[str, Tensor]:
+    """Return the trunk of a published file, by the names of `vision_backbone.trunk`."""
+    start = f"{published.PREFIX}backbone.vision_backbone.trunk."
+    return {
+        key.removeprefix(start): value
+        for key, value in base.tensors.items()
+        if key.startswith(start) and not key.endswith(published.COMPUTED)
+    }
+
+
+def neck_level(like: nn.Module, tensors: Mapping[str, Tensor], first: str) -> nn.Module:
     """Return a level of a neck, by the tensors whose keys begin so."""
     convs = copy.deepcopy(like)
     convs.load_state_dict(

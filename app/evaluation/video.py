@@ -19,9 +19,8 @@ from app.evaluation.results import read_truth
 from app.evaluation.tracks import Films, read_films, score_tracks
 from app.files import exists_problem, read_text, write_json
 from app.inference.films import Film
-from app.inference.following import DONE, Following, follow_films
+from app.inference.following import Following, follow_films, read_frames
 from app.inference.inputs import output_names
-from app.inference.journal import read_entries
 from app.inference.settings import Settings, with_defaults
 from app.inference.track_files import TRACK_TABLES
 
@@ -121,8 +120,7 @@ def _follow_and_score(
             "category_id": ids[classes[result["category_id"]]],
         }
         for id, film in zip(truth.films, films, strict=True)
-        for entry in read_entries(output / film.name)
-        if entry["image"] != DONE
+        for entry in read_frames(output / film.name)
         for result in entry["found"]
     ]
     return figures | evaluate(read_truth(file), results)

@@ -20,15 +20,16 @@ import numpy as np
 from PIL import Image
 
 from app.console import duration
-from app.datasets.images import FILMS, MAX_PIXELS, ImageError, count_pages, open_image
+from app.datasets.images import EXTENSIONS, FILMS, MAX_PIXELS, ImageError, count_pages, open_image
 from app.datasets.levels import Levels
 from app.errors import UserError
 from app.files import check_regular
-from app.inference.inputs import LIST, find_images, list_entries, matches, output_names
+from app.inference.inputs import LIST, find_images, list_entries, list_lines, matches, output_names
 
 CAMERA = "camera:"
 STREAMS = ("rtsp://", "rtsps://")
 GIF = ".gif"
+STILL = {ending for ending in EXTENSIONS if ending != GIF}
 # What FFmpeg may open: a list of other files, as HLS has it, could name any file or address.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,gif,avi,mpeg,mpegts,mpegvideo,asf"
 CAMERAS = (  # formats of FFmpeg, and how they call the first camera
@@ -106,10 +107,23 @@ def is_film(source: str) -> bool:
     if path.is_dir():
         return False
     if not path.is_file():
-        return any(Path(name).suffix.lower() in FILMS for name in matches(source))
+        return _is_of_films(source)
     if path.suffix.lower() == LIST:
+        if all(Path(line).suffix.lower() in STILL for line in list_lines(path)):
+            return False  # told by their names alone: a list may name millions of images
         return any(is_film(name) or Path(name).is_dir() for name in list_entries(path))
     return path.suffix.lower() in FILMS or _is_moving(path)
+
+
+def _is_of_films(pattern: str) -> bool:
+    """Return whether a glob stands for films alone; the first image among them says no."""
+    there = False
+    for name in matches(pattern):
+        if Path(name).is_file():
+            if Path(name).suffix.lower() not in FILMS:
+                return False
+            there = True
+    return there
 
 
 def _is_moving(path: Path) -> bool:
@@ -131,10 +145,12 @@ def find_films(source: str, fps: float = 25.0, flag: str = "--input") -> list[Fi
         UserError: nothing of the kind; each line of a list that is none.
     """
     path = Path(source)
-    if is_film(source) and path.suffix.lower() == LIST and path.is_file():
-        named = list_entries(path)
-    elif is_film(source) and not source.startswith((CAMERA, *STREAMS)) and not path.is_file():
+    if source.startswith((CAMERA, *STREAMS)) or not is_film(source):
+        return [_find(source, fps, flag)]
+    if not path.is_file():
         named = sorted(name for name in matches(source) if Path(name).is_file())
+    elif path.suffix.lower() == LIST:
+        named = list_entries(path)
     else:
         return [_find(source, fps, flag)]
     films, problems = [], []

@@ -25,7 +25,7 @@ from app.inference.detections import Detections
 from app.inference.films import Film, Frame, Reader, Section, find_films, parse_time, problems_of
 from app.inference.finder import Finder
 from app.inference.folder import ended_by_sigterm, unwritable_is_user_error
-from app.inference.journal import Entry, Journal, file_state, read_contents
+from app.inference.journal import Entry, Journal, file_state, read_contents, read_entries
 from app.inference.outputs import PER_IMAGE, coco_results
 from app.inference.postprocess import THRESHOLD, threshold_below
 from app.inference.settings import Settings
@@ -412,6 +412,11 @@ def mean_colors(image: Image.Image, found: Detections) -> NDArray[np.float64]:
         mean = window.mean(axis=0) if len(window) else np.zeros(3)
         colors.append(np.rint(mean) / 255)  # as a journal holds it
     return np.array(colors).reshape(-1, 3)
+
+
+def read_frames(folder: Path) -> Iterator[Entry]:
+    """Yield what was found in each frame of a film, as its journal in an output folder has it."""
+    return (entry for entry in read_entries(folder) if entry["image"] != DONE)
 
 
 def _files(save: Sequence[str]) -> list[str]:

@@ -182,6 +182,12 @@ def matches(pattern: str) -> Iterator[str]:
         yield from matches("/".join([glob.escape(folder), *tail]))
 
 
+def list_lines(file: Path, flag: str = "--input") -> list[str]:
+    """Return the lines of a list that are not empty; raise UserError where it cannot be read."""
+    lines = (line.strip() for line in _read_text(f"{flag} {file}", file).splitlines())
+    return [line for line in lines if line]
+
+
 def list_entries(file: Path, flag: str = "--input") -> list[str]:
     """Return what the lines of a list name, each once: a path of what is there, else as it is.
 
@@ -191,11 +197,9 @@ def list_entries(file: Path, flag: str = "--input") -> list[str]:
     Raises:
         UserError: the list cannot be read, or is empty.
     """
-    names = [line.strip() for line in _read_text(f"{flag} {file}", file).splitlines()]
     found = {
         name: next((str(p) for p in (Path(name), file.parent / name) if p.exists()), name)
-        for name in names
-        if name
+        for name in list_lines(file, flag)
     }
     entries = [each for each in found.values() if Path(each).exists() or not each.startswith("#")]
     if not entries:

@@ -196,11 +196,10 @@ def detections_of(
 
 
 def _entry(sighting: Sighting) -> dict[str, Any]:
-    left, top, right, bottom = sighting.box_xyxy
     entry: dict[str, Any] = {
         "track": sighting.track,
         "score": sighting.score,
-        "bbox": [left, top, right - left, bottom - top],
+        "bbox": sighting.box_xywh,
     }
     if sighting.mask is not None:
         entry["segmentation"] = sighting.mask

@@ -88,6 +88,12 @@ class Sighting:
     mask: Rle | None = None
     filled: bool = False
 
+    @property
+    def box_xywh(self) -> list[float]:
+        """Return the box in pixels, as COCO has it."""
+        left, top, right, bottom = self.box_xyxy
+        return [left, top, right - left, bottom - top]
+
 
 class _Place(NamedTuple):
     """Hold a detection of a track: its frame, and what a sighting takes from it."""

@@ -170,7 +170,7 @@ class _Run:
                 "track": each.track,
                 "prompt": self._prompts[each.label],
                 "score": each.score,
-                "box": _xywh(each),
+                "box": each.box_xywh,
                 "mask": each.mask,
                 "interpolated": each.filled,
             }
@@ -184,11 +184,6 @@ def _update(
 ) -> list[tuple[Told, list[Sighting]]]:
     found = suppress(found, NMS)
     return tracker.update((frame.number, frame.time), found, mean_colors(frame.image, found))
-
-
-def _xywh(sighting: Sighting) -> list[float]:
-    left, top, right, bottom = sighting.box_xyxy
-    return [left, top, right - left, bottom - top]
 
 
 def _event(name: str, value: dict[str, Any]) -> bytes:
