@@ -158,8 +158,8 @@ def infer(
     engine: Annotated[
         str,
         typer.Option(
-            help="own: detections joined to tracks; hf: the tracker of SAM 3, of a folder that "
-            "export --format hf --video made",
+            help="own: detections joined to tracks; hf, sam3: the tracker of SAM 3, of a folder "
+            "that export --format hf --video or --format sam3 made",
             rich_help_panel=FILMS,
         ),
     ] = "own",
@@ -172,7 +172,7 @@ def infer(
     from app.files import free_folder
     from app.inference.films import is_film
     from app.inference.folder import list_jobs, predict_folder
-    from app.inference.following import follow_films, list_films, read_following
+    from app.inference.following import ENGINES, follow_films, list_films, read_following
     from app.inference.settings import RANDOM, SAVES, Settings, make_settings, with_defaults
     from app.inference.track_files import TRACK_DEFAULTS, TRACK_SAVES
     from app.model.weight_files import find_file
@@ -193,8 +193,8 @@ def infer(
         precision=precision,
     )
     follows = track or is_film(input)
-    if engine not in ("own", "hf"):
-        raise UserError(f"--engine {engine}: there is own, hf")
+    if engine not in ENGINES:
+        raise UserError(f"--engine {engine}: there is {', '.join(ENGINES)}")
     if engine != "own" and not follows:
         raise UserError("--engine: is for films; with --track images are frames of one")
     if engine != "own":
@@ -210,6 +210,7 @@ def infer(
         fill=fill_gaps,
         overwrite=overwrite,
         batch_size=batch_size,
+        engine=engine,
     )
     settings = make_settings(
         settings,
@@ -232,10 +233,14 @@ def infer(
 
             finder: Any = load_predictor(settings)
             finder.check_length(settings.prompts)
-        else:
-            from app.inference.propagation import propagating
+        elif engine == "hf":
+            from app.inference import propagation
 
-            finder = propagating(settings)
+            finder = propagation.propagating(settings)
+        else:
+            from app.inference import upstream_propagation
+
+            finder = upstream_propagation.propagating(settings)
         if follow_films(films, output, settings, following, finder):
             raise typer.Exit(3)
         return

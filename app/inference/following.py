@@ -38,6 +38,7 @@ log = logging.getLogger("app")
 NMS = 0.3  # IoU of masks above which two detections are one thing, whatever their prompts
 LIKELY, UNSURE = 1 / 2, 1 / 12  # shares of the threshold
 TRIAL, PATIENCE, MEMORY = 0.75, 1.0, 10.0  # seconds
+ENGINES = ("own", "hf", "sam3")
 DONE = "film"  # of a journal: the entry that says that all is written
 EVERY = 10.0  # seconds between two lines on a live film
 T = TypeVar("T")
@@ -52,12 +53,14 @@ class Following:
         fill: whether gaps of tracks are filled.
         batch_size: frames that are seen together.
         overwrite: drop earlier results.
+        engine: what follows, one of ENGINES.
     """
 
     section: Section = field(default_factory=Section)
     fill: bool = False
     batch_size: int = 1
     overwrite: bool = False
+    engine: str = ENGINES[0]
 
 
 def read_following(
@@ -69,6 +72,7 @@ def read_following(
     fill: bool,
     overwrite: bool,
     batch_size: int = 1,
+    engine: str = ENGINES[0],
 ) -> Following:
     """Return how films are followed, from flags that are text.
 
@@ -95,7 +99,8 @@ def read_following(
         problems.append(f"--to {end}: must be after --from {begin or 0}")
     if problems:
         raise UserError(problems)
-    return Following(Section(every, times[0] or 0.0, times[1]), fill, batch_size, overwrite)
+    section = Section(every, times[0] or 0.0, times[1])
+    return Following(section, fill, batch_size, overwrite, engine)
 
 
 def list_films(
@@ -320,7 +325,7 @@ class _Run:
             "to": section.end,
             "fps": film.fps if film.frames else None,
             "fill_gaps": self.following.fill,
-            "engine": "own" if isinstance(self.finder, Finder) else "hf",
+            "engine": self.following.engine,
         }
 
     def _is_done(self, journal: Journal) -> bool:

@@ -138,6 +138,15 @@ def bool_masks(masks: Sequence[Rle], height: int, width: int) -> NDArray[np.bool
     return columns.transpose(0, 2, 1)
 
 
+def to_rle(mask: NDArray[np.bool_]) -> Rle:
+    """Return a mask (height, width) as RLE, by what of it is within its bounds."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return place(mask[:0, :0], 0, 0, *mask.shape)
+    top, left = int(rows[0]), int(columns[0])
+    return place(mask[top : rows[-1] + 1, left : columns[-1] + 1], left, top, *mask.shape)
+
+
 def place(crop: NDArray[np.bool_], left: int, top: int, height: int, width: int) -> Rle:
     """Encode a mask (h, w) that lies at (left, top) in an image that is empty elsewhere."""
     return from_bounds(bounds_of(crop, left, top, height), height, width)

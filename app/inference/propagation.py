@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -20,16 +19,15 @@ from transformers.models.sam3_video.modeling_sam3_video import Sam3VideoInferenc
 
 from app.errors import UserError
 from app.files import read_json
-from app.inference.masks import place
+from app.inference.masks import to_rle
 from app.inference.postprocess import THRESHOLD
 from app.inference.settings import Settings
-from app.inference.tracks import Sighting
+from app.inference.tracks import NEW, Sighting
 from app.model.device import choose_device
 
 Item = TypeVar("Item")
 CONFIG = "config.json"
 PADDING = -10  # label of a box that is only padding
-NEW = 0.7 / 0.5  # upstream's score of a new object, beside that of one that goes on
 NMS = 0.1  # IoU of masks above which the lower score goes, as upstream has it
 NEVER = -100.0  # logit of what is found before
 HEAVY = ("maskmem_features", "maskmem_pos_enc", "pred_masks")  # of a frame that was remembered
@@ -189,7 +187,7 @@ class Propagator(Generic[Item]):
         ):
             label = self._session.obj_id_to_prompt_id[id]
             self.labels[id + 1] = label
-            sightings.append(Sighting(id + 1, label, tuple(box), score, _to_rle(mask)))
+            sightings.append(Sighting(id + 1, label, tuple(box), score, to_rle(mask.cpu().numpy())))
         return item, sightings
 
 
@@ -212,13 +210,3 @@ def _found_before(logits: Tensor, masks: Tensor) -> Tensor:
     result = torch.zeros_like(again)
     result[order] = again
     return result
-
-
-def _to_rle(mask: Tensor) -> Any:
-    pixels: np.ndarray = mask.cpu().numpy()
-    rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
-    if not len(rows):
-        return place(np.zeros((0, 0), dtype=bool), 0, 0, *pixels.shape)
-    top, left = int(rows[0]), int(columns[0])
-    crop = pixels[top : rows[-1] + 1, left : columns[-1] + 1]
-    return place(crop, left, top, *pixels.shape)

@@ -27,6 +27,7 @@ Ints = NDArray[np.int64]
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
 PLACE, SPEED = 1 / 20, 1 / 160  # standard deviations, as shares of a box's height (DeepSORT)
 FRESH = 0.2  # share of the newest color in that of a track
+NEW = 0.7 / 0.5  # SAM 3's own tracker: score of a new object, beside that of one that goes on
 
 
 @dataclass(frozen=True)

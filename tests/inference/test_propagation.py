@@ -13,8 +13,10 @@ from transformers import Sam3VideoModel, Sam3VideoProcessor
 from app.datasets.synthetic.films import draw_film
 from app.deploy import transformers_folder
 from app.evaluation.tracks import read_films
-from app.inference.propagation import NEW, Propagator, _AsTrained, _found_before, _to_rle, load
+from app.inference.masks import to_rle
+from app.inference.propagation import Propagator, _AsTrained, _found_before, load
 from app.inference.settings import Settings
+from app.inference.tracks import NEW
 from app.model import weights
 from app.model.build import build_model
 from tests.model.published import SMALL, build_small, write_sam3
@@ -80,7 +82,7 @@ def test_it_forgets_and_answers_as_transformers_does(
     for (_, sightings), output in zip(told, outputs, strict=True):
         expected = theirs.postprocess_outputs(session, output, [[72, 96]])
         pairs = zip(expected["object_ids"].tolist(), expected["masks"], strict=True)
-        assert {s.track - 1: s.mask for s in sightings} == {n: _to_rle(m) for n, m in pairs}
+        assert {s.track - 1: s.mask for s in sightings} == {n: to_rle(m.numpy()) for n, m in pairs}
         assert [s.score for s in sightings] == pytest.approx(expected["scores"].tolist())
         seen += len(sightings)
     assert seen >= FRAMES

@@ -110,3 +110,16 @@ def write_sam3(file: Path) -> dict[str, Tensor]:
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, file)
     return state
+
+
+def fit_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make upstream's builders build the tracker for the feature maps of SMALL."""
+    side = SMALL.resolution // SMALL.vision.patch_size
+    for name, changed in (
+        (
+            "Sam3TrackerPredictor",
+            {"image_size": SMALL.resolution, "backbone_stride": SMALL.vision.patch_size},
+        ),
+        ("SimpleMaskDownSampler", {"interpol_size": [16 * side] * 2}),
+    ):
+        monkeypatch.setattr(model_builder, name, _with(getattr(model_builder, name), changed))

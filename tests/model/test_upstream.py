@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import sklearn.metrics
 import torch
@@ -20,6 +21,7 @@ from sam3.model.model_misc import MultiheadAttentionWrapper
 from sam3.model.position_encoding import PositionEmbeddingSine
 from sam3.model.text_encoder_ve import ResidualAttentionBlock
 from sam3.train.loss import loss_fns
+from scipy import ndimage
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from app.config.compose import load_model_config
@@ -420,3 +422,27 @@ def test_the_mask_heads_maps_are_upstreams(images: int) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     found = head._embed_pixels(maps, ids, tokens)
     assert torch.autograd.grad(found.sum(), maps[2], allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("shape", [(3, 20, 30), (2, 1, 21, 33)])
+def test_areas_of_connected_pixels_are_scipys(shape: tuple[int, ...]) -> None:
+    from sam3.perflib.connected_components import connected_components
+
+    masks = torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.6
+    labels, areas = connected_components(masks)
+    assert areas.numel() == masks.numel()
+    for mask, label, area in zip(
+        *(each.reshape(-1, *shape[-2:]).numpy() for each in (masks, labels, areas)), strict=True
+    ):
+        parts, count = ndimage.label(mask, structure=np.ones((3, 3)))
+        sizes = np.bincount(parts.ravel())
+        sizes[0] = 0
+        assert np.array_equal(area, sizes[parts])
+        assert len(set(zip(label.ravel(), parts.ravel(), strict=True))) == count + 1
+
+
+def test_no_mask_has_no_area() -> None:
+    from sam3.perflib.connected_components import connected_components
+
+    labels, areas = connected_components(torch.zeros(0, 1, 8, 8, dtype=torch.bool))
+    assert labels.shape == areas.shape == (0, 1, 8, 8)

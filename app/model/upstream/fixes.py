@@ -165,6 +165,7 @@ def apply_fixes() -> None:
         _rotary_angles_on_meta,
         _rotary_embedding_at_once,
         _trunk_in_fewer_operations,
+        _areas_on_a_cpu,
     ):
         fix()
     from app.model.upstream import examples, prediction
@@ -1064,3 +1065,32 @@ def _trunk_in_fewer_operations() -> None:
         return of_tokens(self, x) if factors is None else trunk.run_block(self, x, factors)
 
     ViT.forward, Block.forward = encode, run_block
+
+
+def _areas_on_a_cpu() -> None:
+    """Find the areas of connected pixels at once, also of no mask at all.
+
+    perflib/connected_components.py:31 goes through a mask once for each of them, and stacks no
+    masks, which raises: a film's predictor asks for those of new objects in every frame.
+
+    Goes when upstream returns what is empty as it came.
+    """
+    import cv2
+    import numpy as np
+    import torch
+    from sam3.perflib import connected_components
+
+    def find(masks: Any) -> tuple[Any, Any]:
+        """Return labels and areas, int32, of masks (B, H, W) or (B, 1, H, W); 0: background."""
+        labels = np.zeros((masks[..., 0, 0].numel(), *masks.shape[-2:]), dtype=np.int32)
+        areas = np.zeros_like(labels)
+        for index, mask in enumerate(masks.reshape(labels.shape).cpu().numpy().astype(np.uint8)):
+            _, labels[index], stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+            sizes = stats[:, cv2.CC_STAT_AREA]
+            sizes[0] = 0
+            areas[index] = sizes[labels[index]]
+        found = (torch.from_numpy(each).view(masks.shape) for each in (labels, areas))
+        first, second = (each.to(masks.device) for each in found)
+        return first, second
+
+    connected_components.connected_components_cpu = find
