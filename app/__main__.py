@@ -31,6 +31,7 @@ COMMANDS = {
     "evaluate": "Score weights on a dataset or films, or results from elsewhere; write a report.",
     "report": "Write a run's report.html anew, from what its folder holds.",
     "curve": "Train on few and on more of the images, to see what further labels would bring.",
+    "sweep": "Train over settings, datasets and seeds; again: what is left.",
     "compare": "Print two runs' figures side by side, and what of their difference chance could "
     "explain.",
     "track": "Send to MLflow what it has not of a run: after a server was down, or for the first "

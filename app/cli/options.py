@@ -227,6 +227,29 @@ class ModelFlags:
     ] = None
 
 
+@dataclass(frozen=True)
+class SweepFlags:
+    """Hold the flags of how a sweep is made."""
+
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="cells at a time",
+            show_default="one a GPU, else one",
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = None
+    retry: Annotated[
+        bool,
+        typer.Option("--retry", help="try cells that failed once more", rich_help_panel=SCHEDULE),
+    ] = False
+    at_once: Annotated[
+        int | None,
+        typer.Option(min=1, help="jobs of a cluster that run together", rich_help_panel=CLUSTER),
+    ] = None
+
+
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Return a command whose parameters of a dataclass's type are that class's fields instead.
 

@@ -12,6 +12,8 @@ from app import signals
 from app.cli import options
 from app.cli.options import CLUSTER, DATA, METHOD, MODEL, OUTPUT, SCHEDULE
 from app.config.schema import PlanKind, Resume
+from app.errors import UserError
+from app.sweeps.words import Words
 
 cli = typer.Typer(add_completion=False)
 
@@ -168,6 +170,14 @@ def train(
         ),
     ] = None,
     overwrite: options.Overwrite = False,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="a run for each of its settings, datasets and seeds (docs/sweeps.md)",
+            rich_help_panel=SCHEDULE,
+        ),
+    ] = None,
     mlflow: Annotated[
         str | None,
         typer.Option(
@@ -193,7 +203,8 @@ def train(
     cluster: Annotated[
         str | None,
         typer.Option(
-            help="slurm: hand the run to it (keys: cluster.* in train.yaml)",
+            help="slurm: hand the run to it (keys: cluster.* in train.yaml); or a --sweep, also "
+            "kubernetes",
             rich_help_panel=CLUSTER,
         ),
     ] = None,
@@ -212,7 +223,7 @@ def train(
         "training.batch_size": batch_size,
         "training.grad_accum": grad_accum,
         "training.num_gpus": num_gpus,
-        "cluster.name": cluster,
+        "cluster.name": None if sweep else cluster,
         "cluster.nodes": nodes,
         "tracking.mlflow": mlflow,
         "tracking.register_as": register,
@@ -224,6 +235,16 @@ def train(
         "seed": seed,
     }
     overrides = options.to_overrides(overrides, flags)
+    if sweep is not None:
+        base = Words(tuple(overrides), weights.model, recipe, lr)
+        own: dict[str, object] = {
+            "--config": config,
+            "--use-base-config": use_base_config,
+            "--eval-only": eval_only,
+        }
+        own |= {"--plan": plan, "--resume": resume, "--overwrite": overwrite}
+        _sweep(sweep, output_dir, base, [flag for flag, value in own.items() if value], cluster)
+        return
     with signals.watch() as stop:
         from app.training.output_folder import check_folder
 
@@ -247,3 +268,17 @@ def train(
             download=plan is None,
         )
         training.start(request, stop, base_config=use_base_config, plan=plan)
+
+
+def _sweep(
+    file: Path, output_dir: str | None, base: Words, unread: list[str], cluster: str | None
+) -> None:
+    """Make the runs of a sweep, with these words in each."""
+    if unread:
+        raise UserError([f"{flag}: --sweep does not read it" for flag in unread])
+    with signals.watch() as stop:
+        options.check_paths(base.overrides)
+        from app.cli import sweeping
+
+        folder = None if output_dir is None else Path(output_dir)
+        sweeping.start(file, folder, options.SweepFlags(), stop, base=base, cluster=cluster)

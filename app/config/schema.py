@@ -348,6 +348,9 @@ class ClusterConfig(_Strict):
     cpus: int = Field(ge=1)
     memory_gb: int | None = Field(ge=1)
     save_seconds: int = Field(ge=1)
+    image: str = Field(min_length=1, max_length=500)
+    claim: str = Field(pattern="^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")
+    queue: str | None = Field(max_length=63)
 
     @model_validator(mode="after")
     def _check(self) -> ClusterConfig:

@@ -23,7 +23,7 @@ SHOWN_CLASSES = 10  # lines that can be told apart
 def curves(rows: Sequence[Mapping[str, float]], series: Mapping[str, str], label: str) -> str:
     """Draw lines over the epochs; `series`: column of metrics.csv → its name in the legend."""
 
-    return _svg(lambda axes: draw_curves(axes, rows, series, label))
+    return svg(lambda axes: draw_curves(axes, rows, series, label))
 
 
 def draw_curves(
@@ -52,7 +52,7 @@ def precision_recall(precision: Mapping[str, NDArray[np.float64]]) -> str:
         axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
         _legend(axes)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def learning_curve(
@@ -69,7 +69,7 @@ def learning_curve(
         axes.set(xlabel="training images", ylabel=label, xscale="log", ylim=(0, 1))
         _legend(axes)
 
-    return _svg(draw)
+    return svg(draw)
 
 
 def reliability(scores: NDArray[np.float64], hits: NDArray[np.bool_], threshold: float) -> str:
@@ -90,7 +90,7 @@ def reliability(scores: NDArray[np.float64], hits: NDArray[np.bool_], threshold:
         axes.axvline(threshold, color="#b00020", linewidth=1, linestyle="--")
         axes.set(xlabel="score", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1.08))
 
-    return _svg(draw)
+    return svg(draw)
 
 
 # Of the axes in a figure: left, bottom, width, height; above them stands a power of ten.
@@ -103,7 +103,8 @@ def _legend(axes: Axes) -> None:
         axes.legend(fontsize=8)
 
 
-def _svg(draw: Callable[[Axes], None]) -> str:
+def svg(draw: Callable[[Axes], None]) -> str:
+    """Return what `draw` draws on axes of their own."""
     import matplotlib
     from matplotlib.figure import Figure
 

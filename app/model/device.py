@@ -7,6 +7,7 @@ import ctypes
 import functools
 import logging
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -246,3 +247,10 @@ def _cpu_multiplies_float16() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process held: torch's on a GPU, else all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -6,7 +6,6 @@ import functools
 import itertools
 import logging
 import math
-import resource
 import shutil
 import statistics
 import tempfile
@@ -34,7 +33,7 @@ from app.evaluation.evaluate import score_dataset
 from app.files import nearest_existing
 from app.inference.predictor import Predictor
 from app.model.build import build_model, count_parameters
-from app.model.device import PRECISIONS, choose_device, choose_precision, free_memory
+from app.model.device import PRECISIONS, choose_device, choose_precision, free_memory, peak_memory
 from app.model.halves import hold_frozen
 from app.planning.memory import StepBytes
 from app.training import checkpoints, features, method
@@ -426,10 +425,7 @@ def measure(prepared: Prepared) -> Times:
         begun = time.monotonic()
         score_dataset(Predictor(model, config.model, precision), few, config, "validating")
         image = (time.monotonic() - begun) / len(few.images)
-    if device.type == "cuda":
-        peak = CUDA_CONTEXT + torch.cuda.max_memory_reserved()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory(device) + (CUDA_CONTEXT if device.type == "cuda" else 0)
     return Times(update, cached, image, peak)
 
 

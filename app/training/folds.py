@@ -167,7 +167,9 @@ def _train_fold(
     if recorder is not None:
         with checkpoints.disk_errors(folder):
             write_json(folder / _FINGERPRINT, marks)
-            recorder.finish(run.all_figures(state.rows[-1], state, state.elapsed))
+            recorder.finish(
+                run.all_figures(state.rows[-1], state, {"seconds": round(state.elapsed, 1)})
+            )
         for name in ("checkpoints", "weights"):  # nobody takes them, and they are large
             shutil.rmtree(folder / name, ignore_errors=True)
     accelerator.wait_for_everyone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from app.evaluation.validate import Ranks, Validation
 from app.inference.predictor import Predictor
 from app.model import weights
 from app.model.build import build_model, count_parameters, padding_note
-from app.model.device import choose_device, choose_precision, choose_threads, in_words
+from app.model.device import choose_device, choose_precision, choose_threads, in_words, peak_memory
 from app.signals import StopRequest
 from app.training import checkpoints, compiling, features, method
 from app.training.batches import Batches, query_dataset
@@ -130,11 +130,15 @@ def train(
             figures = with_intervals(scored.figures, splits.valid, scored.results, before)
             write_predictions(folder, evaluation, config)
             report.plot_curves(state.rows, folder / "plots")
-            seconds = time.monotonic() - begun
+            cost = {
+                "seconds": round(time.monotonic() - begun, 1),
+                "peak_memory_gb": round(peak_memory(device) / 1e9, 2),
+            }
             if was_finished:
-                seconds = read_figures(folder).get("seconds", seconds)
+                before_that = read_figures(folder)
+                cost |= {key: before_that[key] for key in cost if key in before_that}
             if recorder is not None:
-                recorder.finish(all_figures(figures, state, seconds))
+                recorder.finish(all_figures(figures, state, cost))
             write_page(folder, splits)
             page = write_report(folder, evaluation)
             write_card(
@@ -147,7 +151,7 @@ def train(
             )
         log.info(
             "done in %s; figures in %s, report in %s",
-            duration(seconds),
+            duration(cost["seconds"]),
             folder / "metrics.json",
             page,
         )
@@ -412,7 +416,9 @@ def check_reloaded(figures: Figures, state: RunState, config: Config, device: to
         log.warning("note: %s", problem)
 
 
-def all_figures(best: Figures, state: RunState, seconds: float) -> dict[str, float | str | int]:
+def all_figures(
+    best: Figures, state: RunState, cost: Mapping[str, float]
+) -> dict[str, float | str | int]:
     """Return metrics.json: the best weights' figures by plain names, the others with a prefix."""
     last = {k: v for k, v in state.rows[-1].items() if k != "epoch"}
     return {
@@ -420,5 +426,5 @@ def all_figures(best: Figures, state: RunState, seconds: float) -> dict[str, flo
         **{f"last/{name}": value for name, value in last.items()},
         **{f"baseline/{name}": value for name, value in state.baseline.items()},
         "epochs": state.epoch,
-        "seconds": round(seconds, 1),
+        **cost,
     }

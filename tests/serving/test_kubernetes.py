@@ -1,37 +1,24 @@
-"""The manifests are what the API of Kubernetes takes, and name what the server has.
-
-`kubernetes_schema.json` holds the schemas of the kinds, pinned: what it says of itself tells where
-they are from. A key that they do not name is an error, as for `kubectl apply`.
-"""
+"""The manifests are what the API of Kubernetes takes, and name what the server has."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import httpx
-import jsonschema_rs
 import pytest
 import yaml
 
 from app.serving.guard import OPEN
 from tests.helpers import REPOSITORY, Command
+from tests.kubernetes import faults
 
 FOLDER = REPOSITORY / "deploy" / "kubernetes"
-SCHEMAS = json.loads(Path(__file__).with_name("kubernetes_schema.json").read_text())
 MANIFESTS = {
     f"{file.relative_to(FOLDER)}: {document['kind']}": document
     for file in sorted(FOLDER.rglob("*.yaml"))
     for document in yaml.safe_load_all(file.read_text())
 }
-
-
-def _faults(manifest: dict[str, Any]) -> list[str]:
-    kind = SCHEMAS["kinds"][f"{manifest['apiVersion']}/{manifest['kind']}"]
-    schema = {"$ref": f"#/$defs/{kind}", "$defs": SCHEMAS["$defs"]}
-    errors = jsonschema_rs.validator_for(schema).iter_errors(manifest)
-    return [f"{'.'.join(map(str, error.instance_path))}: {error.message}" for error in errors]
 
 
 def _of(kind: str) -> dict[str, Any]:
@@ -55,7 +42,7 @@ def test_all_kinds_are_there() -> None:
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_manifest_is_of_its_schema(name: str) -> None:
-    assert _faults(MANIFESTS[name]) == []
+    assert faults(MANIFESTS[name]) == []
 
 
 def test_a_misspelt_key_is_seen() -> None:
@@ -64,7 +51,7 @@ def test_a_misspelt_key_is_seen() -> None:
         probe = _container(manifest)["readinessProbe"]
         probe["periodSecond"] = probe.pop("periodSeconds")
         probe["timeoutSeconds"] = "5s"
-        said = "\n".join(_faults(manifest))
+        said = "\n".join(faults(manifest))
         assert "periodSecond" in said
         assert '"5s" is not of type' in said
 
