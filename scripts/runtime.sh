@@ -287,7 +287,7 @@ docker_command() {
   bind_output "$cache"
   bind_flags bind_output "--output-dir --keep --label" "$@"
   bind_flags bind_dataset "--dataset-dir" "$@"
-  bind_flags bind_input "--hf-dataset --checkpoint --teacher --input --prompts --ring" "$@"
+  bind_flags bind_input "--hf-dataset --checkpoint --teacher --input --prompts --ring --sweep" "$@"
   bind_flags bind_config "--config" "$@"
   if [ -n "${SAM3_BASE:-}" ]; then bind_input "$SAM3_BASE"; fi
   command+=("$image" "$@")

@@ -22,6 +22,7 @@ ROOMS = (
     *(
         "compression",
         "planning",
+        "sweeps",
         "tracking",
         "upstream_trainer",
         "deploy",
