@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -17,6 +18,7 @@ from app.signals import StopRequest
 from app.sweeps import page, run, table
 from app.sweeps.plan import Cell, Plan, as_word, load_plan, read_plan, save_plan, to_request
 from app.sweeps.words import Words
+from app.tracking.state import mlflow_uri
 from app.training.prepare import configure
 
 log = logging.getLogger("app")
@@ -55,19 +57,45 @@ def start(
     if cluster in CLUSTERS:
         _hand_over(plan, flags, cluster, base)
         return
-    if cell is not None:
-        failed = _make_unit(plan, _number(cell, plan), stop, flags)
+    tracking = configure(to_request(plan.base), told=True)[0].tracking
+    is_tracked = mlflow_uri(tracking.mlflow) is not None
+    more: dict[str, str] = {}
+    if is_tracked:
+        from app.tracking import mlflow
+
+        if (parent := mlflow.open_parent(plan.folder, tracking)) is not None:
+            more[mlflow.PARENT] = parent
+    slots: Sequence[str | None] = (None,) if cell is not None else _slots(flags.jobs)
+    make = partial(
+        run.make,
+        plan,
+        stop=stop,
+        slots=slots,
+        again=flags.retry,
+        forwards=not slurm.is_inside(),  # whose signals reach the cells as well
+        environment=more,
+    )
+    if plan.is_drawn:
+        numbers = range(plan.units) if cell is None else [_number(cell, plan)]
+        failed = [each for number in numbers for each in _make_trial(plan, number, make)]
     else:
-        slots = run.gpus()[: flags.jobs] if flags.jobs else run.gpus()
-        if flags.jobs and slots == [None]:
-            slots = [None] * flags.jobs
-        failed = _make_all(plan, stop, slots, flags)
+        failed = make(plan.cells() if cell is None else [plan.cells()[_number(cell, plan)]])
     if cell is None:
         tell(plan.folder, whole=True)
+    if cell is None and is_tracked:
+        mlflow.end_parent(plan.folder, tracking, _summary(plan))
     if failed:
         for each in failed:
             log.error("failed: %s: %s", each.name, run.ended(plan, each))
         raise typer.Exit(3)
+
+
+def _summary(plan: Plan) -> dict[str, float]:
+    """Return the best figure of each dataset, by its name."""
+    found = table.outcomes(plan)
+    name = table.name_of(plan, found)
+    best = {dataset: each.figures[name] for dataset, each in table.best(plan, found).items()}
+    return {f"best/{dataset}/{name}": value for dataset, value in best.items()}
 
 
 def _number(cell: str, plan: Plan) -> int:
@@ -83,30 +111,16 @@ def _number(cell: str, plan: Plan) -> int:
     return number
 
 
-def _make_all(
-    plan: Plan, stop: StopRequest, slots: Sequence[str | None], flags: SweepFlags
-) -> list[Cell]:
-    if not plan.is_drawn:
-        forwards = not slurm.is_inside()
-        return run.make(plan, plan.cells(), stop, slots=slots, again=flags.retry, forwards=forwards)
-    failed: list[Cell] = []
-    for number in range(plan.units):
-        failed += _make_unit(plan, number, stop, flags, slots)
-    return failed
+def _slots(jobs: int | None) -> Sequence[str | None]:
+    """Return what cells that are made at a time have by themselves: a GPU each, or nothing."""
+    slots = run.gpus()
+    if jobs is None:
+        return slots
+    return [None] * jobs if slots == [None] else slots[:jobs]
 
 
-def _make_unit(
-    plan: Plan,
-    number: int,
-    stop: StopRequest,
-    flags: SweepFlags,
-    slots: Sequence[str | None] = (None,),
-) -> list[Cell]:
-    """Make a cell, or all cells of a trial of Optuna's."""
-    forwards = not slurm.is_inside()
-    if not plan.is_drawn:
-        cell = plan.cells()[number]
-        return run.make(plan, [cell], stop, again=flags.retry, forwards=forwards)
+def _make_trial(plan: Plan, number: int, make: Callable[..., list[Cell]]) -> list[Cell]:
+    """Make all cells of a trial that Optuna draws, or has drawn."""
     from app.sweeps.search import Study, Watched
 
     study = Study(plan)
@@ -114,14 +128,8 @@ def _make_unit(
         if cells is None:
             log.info("trial %d is at work elsewhere", number)
             return []
-        watch = Watched(study, number) if plan.file.pruner != "none" else None
-        return run.make(
-            *(plan, cells, stop),
-            slots=slots,
-            again=flags.retry,
-            watch=watch,
-            forwards=forwards,
-        )
+        pruned = plan.file.pruner != "none"
+        return make(cells, watch=Watched(study, number) if pruned else None)
 
 
 def _hand_over(plan: Plan, flags: SweepFlags, cluster: str, base: Words) -> None:

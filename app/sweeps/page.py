@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PAGE = "sweep.html"
 MOST_LINES = 200  # in a drawing
 MOST_AXES = 8
+LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
 
 
 def write(plan: Plan, found: Sequence[Outcome]) -> None:
@@ -95,9 +96,10 @@ def settings(plan: Plan, done: Sequence[Outcome], name: str) -> str:
             axes.plot(line, color=colormaps["viridis"](shares[n]), linewidth=1, alpha=0.8)
         for at, key in enumerate(keys):
             for place, label in places[key][1].items():
-                axes.annotate(label, (at, place), fontsize=7, ha="center")
+                axes.annotate(label, (at, place), fontsize=7, ha="center", bbox=LABEL)
         for share, value in ((0.0, low), (1.0, high)):
-            axes.annotate(f"{value:.3f}", (len(keys), share), fontsize=7, ha="center")
+            end = (len(keys), share)
+            axes.annotate(f"{value:.3f}", end, fontsize=7, ha="center", bbox=LABEL)
         axes.set_xticks(range(len(keys) + 1), labels=[*keys, name], fontsize=7)
         axes.set_yticks([])
 

@@ -23,6 +23,7 @@ from app.training.prepare import Request, configure
 
 PLAN = "sweep.json"  # in the sweep's folder
 RUNS, TRIALS = "runs", "trials"  # folders in it
+TEST = "test"  # the split, and the folder of a run with its figures
 TRAIN = ("train", "_annotations.coco.json")  # of a dataset of a collection
 COLLECTIONS = {"rf100vl": Path("data/rf100vl"), "odinw13": Path("data/odinw13")}
 FLAGS = {"model": "--model", "recipe": "--recipe", "lr": "--lr"}  # keys that are flags of train
@@ -66,6 +67,7 @@ class SweepFile(BaseModel):
         trials: settings to draw.
         pruner: of optuna; asha ends a trial early that is behind the others.
         draw_seed: of what random and optuna draw.
+        split: whose figures count; test: each run's best weights are scored on it as well.
         metric: figure that cells are judged by; auto: AP of masks, or of boxes where one has none.
         cluster: keys of `cluster.*`, of the jobs that a cluster makes of it.
         published: figure → what a paper gives for it, to stand in the table.
@@ -81,6 +83,7 @@ class SweepFile(BaseModel):
     trials: int | None = Field(default=None, ge=1, le=MOST)
     pruner: Literal["none", "asha"] = "none"
     draw_seed: int = 0
+    split: Literal["valid", "test"] = "valid"
     metric: str = "auto"
     cluster: dict[str, Value] = {}
     published: dict[str, float] = {}
@@ -203,6 +206,27 @@ class Plan:
     def run_folder(self, cell: Cell) -> Path:
         return self.folder / RUNS / cell.name
 
+    def figures_folder(self, cell: Cell) -> Path:
+        """Return the folder whose metrics.json has the figures that count."""
+        folder = self.run_folder(cell)
+        return folder / TEST if self.file.split == TEST else folder
+
+    def scoring_words(self, cell: Cell) -> list[str]:
+        """Return the words of `train` that score a cell's weights on the test split."""
+        *words, _ = self.words(cell)
+        for flag in ("--recipe", "--lr"):
+            if flag in words:
+                del words[(at := words.index(flag)) : at + 2]
+        best = self.run_folder(cell) / "weights" / "best"
+        own = [f"evaluation.split={TEST}", f"checkpoint={best}"]
+        return [
+            *words,
+            *own,
+            f"output_dir={self.figures_folder(cell)}",
+            "--eval-only",
+            "--overwrite",
+        ]
+
     def words(self, cell: Cell) -> list[str]:
         """Return the words of `train` that make a cell."""
         words = list(self.base)
@@ -212,8 +236,8 @@ class Plan:
         return [*words, *source, f"seed={cell.seed}", f"output_dir={self.run_folder(cell)}"]
 
     def command(self, cell: Cell) -> str:
-        """Return the command that makes a cell by itself."""
-        return command("./train.sh", *self.words(cell))
+        """Return the command that makes a cell again, in a folder of its own."""
+        return command("./train.sh", *self.words(cell)[:-1])
 
 
 def trial_name(number: int) -> str:

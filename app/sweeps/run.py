@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -47,12 +47,13 @@ class _Running:
     slot: str | None
     begun: float
     from_byte: int  # of its log
+    scores: bool  # it is trained, and scored now
     pruned: bool = False
 
 
 def is_done(plan: Plan, cell: Cell) -> bool:
-    """Return whether a cell's run came to its end."""
-    return bool(read_figures(plan.run_folder(cell)))
+    """Return whether a cell's run came to its end, and was scored."""
+    return bool(read_figures(plan.figures_folder(cell)))
 
 
 def ended(plan: Plan, cell: Cell) -> str | None:
@@ -82,12 +83,13 @@ def is_at_work(plan: Plan, cell: Cell) -> bool:
 def make(
     plan: Plan,
     cells: Sequence[Cell],
-    stop: StopRequest,
     *,
+    stop: StopRequest,
     slots: Sequence[str | None] = (None,),
     again: bool = False,
     watch: Watch | None = None,
     forwards: bool = True,
+    environment: Mapping[str, str] | None = None,
 ) -> list[Cell]:
     """Make what is left of cells; return those that ended before their end, or are refused.
 
@@ -97,6 +99,7 @@ def make(
         again: try those that ended before their end once more.
         watch: ends cells that are behind.
         forwards: signals reach this process alone, so that the cells must be told.
+        environment: further variables of the cells' processes.
 
     Raises:
         Stopped: all is saved.
@@ -114,7 +117,7 @@ def make(
             while (left or running) and not stop.asked:
                 while left and free:
                     cell = left.pop(0)
-                    if (begun := _begin(plan, cell, free[0])) is None:
+                    if (begun := _begin(plan, cell, free[0], environment or {})) is None:
                         elsewhere += 1
                     else:
                         running.append(begun)
@@ -124,6 +127,10 @@ def make(
                     running.remove(each)
                     free.append(each.slot)
                     durations.append(time.monotonic() - each.begun)
+                    if _is_to_be_scored(plan, each):
+                        each.output.close()
+                        left.insert(0, each.cell)
+                        continue
                     _note(plan, each, failed, durations, left=len(left) + len(running))
                 for each in running:
                     _prune(plan, each, watch)
@@ -134,7 +141,7 @@ def make(
     return failed
 
 
-def _begin(plan: Plan, cell: Cell, slot: str | None) -> _Running | None:
+def _begin(plan: Plan, cell: Cell, slot: str | None, more: Mapping[str, str]) -> _Running | None:
     """Start a cell; None where another process is at it."""
     file = log_file(plan, cell)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -146,19 +153,26 @@ def _begin(plan: Plan, cell: Cell, slot: str | None) -> _Running | None:
     from_byte = output.seek(0, os.SEEK_END)
     ended_file(plan, cell).unlink(missing_ok=True)
     remove_unfinished(ended_file(plan, cell))
-    environment = dict(os.environ)
+    environment = {**os.environ, **more}
     if slot is not None:
         environment["CUDA_VISIBLE_DEVICES"] = slot
-    words = [sys.executable, "-m", "app", "train", *plan.words(cell), "--resume=auto"]
+    is_trained = bool(read_figures(plan.run_folder(cell)))
+    words = plan.scoring_words(cell) if is_trained else [*plan.words(cell), "--resume=auto"]
     process = subprocess.Popen(
-        words,
+        [sys.executable, "-m", "app", "train", *words],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
         env=environment,
         start_new_session=True,  # Ctrl-C is for this process, which tells them
     )
-    return _Running(cell, process, output, slot, time.monotonic(), from_byte)
+    return _Running(cell, process, output, slot, time.monotonic(), from_byte, is_trained)
+
+
+def _is_to_be_scored(plan: Plan, one: _Running) -> bool:
+    """Return whether a run came to its end that another process must score."""
+    trained = one.process.returncode == 0 and not one.scores
+    return trained and not is_done(plan, one.cell) and bool(read_figures(plan.run_folder(one.cell)))
 
 
 def _note(

@@ -90,7 +90,7 @@ class Study:
         if known.get(id) not in (TrialState.RUNNING, TrialState.WAITING):
             return
         if all(run.is_done(self.plan, cell) for cell in cells):
-            figures = [read_figures(self.plan.run_folder(cell)) for cell in cells]
+            figures = [read_figures(self.plan.figures_folder(cell)) for cell in cells]
             name = figure_name(self.plan, figures)
             self._study.tell(trial, sum(found[name] for found in figures) / len(figures))
             return

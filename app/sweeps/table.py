@@ -68,7 +68,10 @@ def outcomes(plan: Plan) -> list[Outcome]:
 
 def _outcome(plan: Plan, cell: Cell) -> Outcome:
     try:
-        figures = read_figures(plan.run_folder(cell))
+        trained = read_figures(plan.run_folder(cell))
+        cost = {key: trained[key] for key in ("seconds", "peak_memory_gb") if key in trained}
+        figures = read_figures(plan.figures_folder(cell))
+        figures = {**figures, **cost} if figures else {}
     except UserError as error:
         return Outcome(cell, FAILED, {}, str(error))
     if figures:

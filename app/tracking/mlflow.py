@@ -33,7 +33,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.types.schema import Array, ColSpec, DataType, Schema, TensorSpec
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
+from app.config.schema import TrackingConfig
 from app.errors import UserError
 from app.evaluation.run_files import read_environment, read_figures, read_rows, read_settings
 from app.files import flatten, locked
@@ -41,11 +43,13 @@ from app.tracking.contents import BEST, FILES, FOLDERS, check_own
 from app.tracking.state import State, mlflow_uri, read_state, without_password, write_state
 from app.training.metric import gain, metric_name
 
+log = logging.getLogger("app")
 ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 2.0  # between two looks at the folder
 RETRY_SECONDS = 30.0  # after the tracker has failed
 MODEL_SCRIPT = Path(__file__).with_name("served_model.py")
 CHAMPION = "champion"
+PARENT = "SAM3_MLFLOW_PARENT"  # environment variable: the run that a sweep's runs are children of
 RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 # What one request may hold, and how long names and values may be (mlflow/utils/validation.py).
 METRICS_A_REQUEST, PARAMS_A_REQUEST = 1000, 100
@@ -114,6 +118,59 @@ def track(folder: Path, asked: str = "auto", register_as: str | None = None) -> 
                 f"MLflow at {without_password(uri)} took not all figures: {explain(error, uri)}"
             ) from None
     return without_password(uri), sender.state
+
+
+def open_parent(folder: Path, config: TrackingConfig) -> str | None:
+    """Return MLflow's id of a sweep's own run, made once, whose children those of its cells are.
+
+    Args:
+        folder: of the sweep, whose mlflow.json keeps it.
+
+    Returns:
+        None where nothing is sent to MLflow, or it does not answer: the sweep goes on without.
+    """
+    uri = mlflow_uri(config.mlflow)
+    if uri is None:
+        return None
+    os.environ.setdefault(RETRIES, "1")
+    try:
+        with locked(folder), _quiet():
+            state, client = read_state(folder), MlflowClient(uri)
+            if state.tracker == without_password(uri) and state.run_id is not None:
+                return state.run_id
+            experiment = _experiment_id(client, config.experiment, uri)
+            run = client.create_run(experiment, run_name=folder.resolve().name)
+            write_state(folder, State(tracker=without_password(uri), run_id=run.info.run_id))
+            return str(run.info.run_id)
+    except Exception as error:
+        log.warning("MLflow: no run of the sweep's own: %s", explain(error, uri))
+        return None
+
+
+def end_parent(folder: Path, config: TrackingConfig, figures: Mapping[str, float]) -> None:
+    """Give the run of a sweep its figures, and end it; where MLflow does not answer, leave it."""
+    uri, state = mlflow_uri(config.mlflow), read_state(folder)
+    if uri is None or state.run_id is None:
+        return
+    try:
+        with _quiet():
+            client = MlflowClient(uri)
+            for name, value in figures.items():
+                client.log_metric(state.run_id, _valid_name(name), value)
+            client.set_terminated(state.run_id, "FINISHED")
+    except Exception as error:
+        log.warning("MLflow: %s", explain(error, uri))
+
+
+def _experiment_id(client: MlflowClient, name: str, uri: str) -> str:
+    """Return the id of an experiment, which is made where there is none."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is not None:
+        return str(experiment.experiment_id)
+    kind, _, path = uri.partition(":///")
+    # A store of SQLite has its files beside it, a server has a place of its own.
+    beside = (Path(path).resolve().parent / "mlflow").as_uri() if kind == "sqlite" else None
+    return str(client.create_experiment(name, beside))
 
 
 class Sender:
@@ -194,13 +251,12 @@ class Sender:
 
     def _create_run(self) -> str:
         """Create the run, and its experiment where there is none; return MLflow's id of the run."""
-        experiment = self.client.get_experiment_by_name(self.experiment)
-        if experiment is not None:
-            experiment_id = experiment.experiment_id
-        else:
-            location = self._artifact_location()
-            experiment_id = self.client.create_experiment(self.experiment, location)
-        run = self.client.create_run(experiment_id, run_name=self.folder.resolve().name)
+        parent, folder = os.environ.get(PARENT), self.folder.resolve()
+        run = self.client.create_run(
+            _experiment_id(self.client, self.experiment, self.uri),
+            run_name=folder.name if parent is None else "/".join(folder.parts[-3:]),
+            tags={} if parent is None else {MLFLOW_PARENT_RUN_ID: parent},
+        )
         run_id: str = run.info.run_id
         self.save_state(
             run_id=run_id, epochs=0, figures=False, files=False, model=None, version=None
@@ -208,13 +264,6 @@ class Sender:
         self._log_settings(run_id, {})
         self._log_data(run_id)
         return run_id
-
-    def _artifact_location(self) -> str | None:
-        """Return a folder beside a store of SQLite; None for a server, which has its own."""
-        kind, _, path = self.uri.partition(":///")
-        if kind != "sqlite":
-            return None
-        return (Path(path).resolve().parent / "mlflow").as_uri()
 
     def _log_settings(self, run_id: str, logged: Mapping[str, str]) -> None:
         """Log settings as parameters, and changed ones as tags, because MLflow changes none.

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.helpers import REPOSITORY, TINY, Command, Result, until
+from tests.helpers import MICRO, REPOSITORY, TINY, Command, Result, until
 from tests.slurm import Slurm
 
 EPOCHS = 60
@@ -141,3 +142,45 @@ def test_without_slurm(shapes: Path, tmp_path: Path, command: Command, monkeypat
     nodes = command(*_words(shapes, tmp_path / "out"), "--nodes", 2)
     assert nodes.code == 2
     assert "--cluster slurm" in nodes.err
+
+
+@pytest.mark.system
+def test_an_array_of_a_sweep_outlives_requeues_and_a_node(
+    slurm: Slurm, command: Command, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight cells: one is requeued, a node goes away and comes back, and each is done once."""
+    monkeypatch.chdir(REPOSITORY)
+    for name, value in slurm.environment.items():
+        monkeypatch.setenv(name, value)
+    file, folder = tmp_path / "sweep.yaml", tmp_path / "out"
+    content = {
+        "keys": {"optim.lr_scale": [0.25, 0.5, 1, 2]},
+        "datasets": [str(shapes)],
+        "seeds": [0, 1],
+        "overrides": [*MICRO, "checkpoint=none", "training.device=cpu", "training.epochs=8"],
+        "cluster": {"cpus": 1, "minutes": 60},
+    }
+    file.write_text(yaml.safe_dump(content))
+    words = ("train", "--sweep", file, "--model", "nano", "--output-dir", folder)
+    done = command(*words, "--cluster", "slurm", "evaluation.pictures=0")
+    assert done.code == 0, done.err
+    array = re.search(r"submitted: array (\d+) of 8", done.out)[1]
+
+    def running(node: str) -> list[str]:
+        return slurm("squeue", "-h", "-r", "-t", "R", "-w", node, "-o", "%i").split()
+
+    until(lambda: running("127.0.0.1") and running("127.0.0.2"), "cells on both nodes")
+    until(lambda: any(folder.glob("runs/*/*/*/metrics.csv")), "a cell's first epoch")
+    (requeued, *_) = running("127.0.0.1")
+    slurm("scontrol", "requeue", requeued)
+    slurm("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=gone")
+    until(lambda: not running("127.0.0.2"), "an empty node")
+    slurm("scontrol", "update", "nodename=127.0.0.2", "state=resume")
+    until(lambda: not slurm("squeue", "-h", "-j", array).strip(), "the end of the array")
+
+    table = command("sweep", "table", folder)
+    assert "8 cells: 8 done, 0 failed, 0 at work, 0 left" in table.out
+    said = "".join(f.read_text() for f in sorted((folder / "slurm").glob("*_log.*")))
+    for run in folder.glob("runs/*/*/*"):
+        rows = list(csv.DictReader((run / "metrics.csv").open()))
+        assert [float(row["epoch"]) for row in rows] == list(range(1, 9)), said

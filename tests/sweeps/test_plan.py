@@ -22,6 +22,7 @@ from app.sweeps.plan import (
     to_request,
 )
 from app.sweeps.words import Words
+from tests.helpers import REPOSITORY
 
 BASE = Words(("training.epochs=1",), size="nano")
 
@@ -160,3 +161,17 @@ def test_what_is_kept_is_what_was_asked(tmp_path: Path) -> None:
     assert load_plan(tmp_path / "out") == plan
     assert json.loads((tmp_path / "out" / "sweep.json").read_text())["keys"]["a"]["from"] == 1
     assert plan.command(Cell("s", {"lr": 1}, "data", "", 5)).startswith("./train.sh a=1 --lr 1")
+
+
+@pytest.mark.parametrize("name", ["rf100vl", "odinw13"])
+def test_upstreams_benchmarks_are_sweeps_that_can_begin(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(100 if name == "rf100vl" else 13):
+        folder = tmp_path / "data" / name / f"set-{number}" / "train"
+        folder.mkdir(parents=True)
+        (folder / "_annotations.coco.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    plan = read_plan(REPOSITORY / "configs" / "sweep" / f"{name}.yaml", Words(), tmp_path / "out")
+    assert plan.units == {"rf100vl": 100, "odinw13": 13 * 3}[name]
+    assert (plan.file.split, plan.file.metric) == ("test", "bbox/AP")

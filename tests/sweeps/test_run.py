@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,3 +175,55 @@ def test_optuna_draws_goes_on_and_prunes(command: Command, shapes: Path, tmp_pat
         row = next(r for r in rows(folder) if r["setting"] == f"trial-{trial.number:03}")
         if row["state"] == "done":
             assert trial.value == pytest.approx(float(row["segm/AP"]))
+
+
+@pytest.mark.slow
+def test_mlflow_has_the_runs_below_the_sweeps_own(
+    command: Command, shapes: Path, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    file = write(tmp_path, asked(shapes))
+    words = ("train", "--sweep", file, "--output-dir", tmp_path / "out", f"--mlflow={uri}")
+    for _ in range(2):  # again: no second parent
+        done = command(*words)
+        assert done.code == 0, done.err
+    client = MlflowClient(uri)
+    (experiment,) = [e for e in client.search_experiments() if e.name == "sam3-finetuning"]
+
+    def runs() -> list[Any]:
+        return list(client.search_runs([experiment.experiment_id]))
+
+    until(lambda: len(runs()) == 3 and all(r.info.status == "FINISHED" for r in runs()), "all sent")
+    (parent,) = [run for run in runs() if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.info.run_name == "out"
+    names = {run.info.run_name for run in runs() if run is not parent}
+    children = [run for run in runs() if run.data.tags.get("mlflow.parentRunId")]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert f"lr_scale=0.5/{shapes.name}/seed-0" in names
+    best = max(run.data.metrics["segm/AP"] for run in children)
+    assert parent.data.metrics[f"best/{shapes.name}/segm/AP"] == pytest.approx(best)
+
+
+@pytest.mark.slow
+def test_runs_are_scored_on_the_test_split_where_it_counts(
+    command: Command, shapes: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    shutil.copytree(shapes / "train", data / "test")
+    file = write(tmp_path, asked(shapes, datasets=[str(data)], keys={"lr": [1e-4]}, split="test"))
+    done = command("sweep", file, "--output-dir", tmp_path / "out")
+    assert done.code == 0, done.err
+    (row,) = rows(tmp_path / "out")
+    run = tmp_path / "out" / "runs" / "lr=0.0001" / "data" / "seed-0"
+    of_test = json.loads((run / "test" / "metrics.json").read_text())
+    again = command(
+        *("train", "--eval-only", "--dataset-dir", data, "--checkpoint", run / "weights" / "best"),
+        *("evaluation.split=test", "--output-dir", tmp_path / "again", *QUICK),
+    )
+    assert again.code == 0, again.err
+    expected = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert of_test["bbox/AP"] == expected["bbox/AP"] == float(row["bbox/AP"])
+    assert float(row["seconds"]) == json.loads((run / "metrics.json").read_text())["seconds"]
