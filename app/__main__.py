@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "Fine-tune SAM 3 on labelled images, or score weights on them (--eval-only).",
     "infer": "Find what the prompts name in images, and follow it in films; again: what a stop "
     "left.",
+    "collect": "Merge what shards have found, if all are done and each image is there once.",
     "serve": "Answer requests over HTTP: an API, and a page for people. Ctrl-C or SIGTERM ends it.",
     "label": "Make a dataset of images without labels: what weights find in them are its "
     "proposals.",

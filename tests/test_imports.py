@@ -23,6 +23,7 @@ ROOMS = (
         "compression",
         "planning",
         "sweeps",
+        "scale",
         "tracking",
         "upstream_trainer",
         "deploy",

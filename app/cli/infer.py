@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from app import signals
 from app.cli import options
-from app.cli.options import DETECTION, FILMS, MODEL, OUTPUT, PROMPTS
+from app.cli.options import DETECTION, FILMS, MANY, MODEL, OUTPUT, PROMPTS
 from app.errors import UserError
 
 cli = typer.Typer(add_completion=False)
@@ -167,8 +168,47 @@ def infer(
         float,
         typer.Option(min=0.01, max=1000, help="frames a second of --track", rich_help_panel=FILMS),
     ] = 25,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1_000_000,
+            help="pieces that the images are done in, by their names",
+            rich_help_panel=MANY,
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="do this one alone; auto: by SLURM_ARRAY_TASK_ID or JOB_COMPLETION_INDEX",
+            rich_help_panel=MANY,
+        ),
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="slurm or kubernetes: a job a shard", rich_help_panel=MANY)
+    ] = None,
+    at_once: Annotated[
+        int | None, typer.Option(min=1, help="jobs that run together", rich_help_panel=MANY)
+    ] = None,
+    cluster_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="of cluster.* in train.yaml; several", rich_help_panel=MANY
+        ),
+    ] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="of an hour of this machine: tell what a million costs",
+            rich_help_panel=MANY,
+        ),
+    ] = None,
 ) -> None:
     """Find what the prompts name in images, and follow it in films; again: what a stop left."""
+    from app.cli import scaling
+    from app.cli.scaling import Scale
     from app.files import free_folder
     from app.inference.films import is_film
     from app.inference.folder import list_jobs, predict_folder
@@ -176,6 +216,7 @@ def infer(
     from app.inference.settings import RANDOM, SAVES, Settings, make_settings, with_defaults
     from app.inference.track_files import TRACK_DEFAULTS, TRACK_SAVES
     from app.model.weight_files import find_file
+    from app.scale.sources import KINDS, is_many
 
     settings = Settings(
         checkpoint=checkpoint,
@@ -192,13 +233,42 @@ def infer(
         device=device,
         precision=precision,
     )
+    split = Scale(shards, shard, cluster, at_once, cluster_option or (), price)
+    if split.is_asked or is_many(input) or {*KINDS} & {*_parted(save)}:
+        given: dict[str, object] = {"--track": track, "--box": box, "--negative-box": negative_box}
+        given |= {"--tile": tile, "--overwrite": overwrite, "--every": every > 1}
+        given |= {"--from": begin, "--to": end, "--fill-gaps": fill_gaps}
+        if unread := [flag for flag, value in given.items() if value]:
+            raise UserError([f"{flag}: is not for images by the million" for flag in unread])
+        settings = replace(settings, save=KINDS[:1])
+        settings = make_settings(
+            settings,
+            prompts_file=prompts,
+            boxes=(),
+            negative_boxes=(),
+            save=save or (),
+            kinds=KINDS,
+        )
+        if checkpoint != RANDOM:
+            find_file(Path(checkpoint))
+        with signals.watch() as stop:
+            scaling.start(
+                input,
+                output_dir or free_folder(Path("outputs/infer")),
+                with_defaults(settings),
+                split,
+                stop,
+                batch_size=batch_size,
+                processes=num_gpus,
+            )
+        return
     follows = track or is_film(input)
     if engine not in ENGINES:
         raise UserError(f"--engine {engine}: there is {', '.join(ENGINES)}")
     if engine != "own" and not follows:
         raise UserError("--engine: is for films; with --track images are frames of one")
     if engine != "own":
-        given: dict[str, object] = {"--box": box, "--negative-box": negative_box}
+        given = {"--box": box, "--negative-box": negative_box}
         given |= {"--examples": examples, "--concept": concept, "--tile": tile, "--nms": nms}
         given["--fill-gaps"] = fill_gaps
         if unread := [flag for flag, value in given.items() if value]:
@@ -260,3 +330,8 @@ def infer(
     )
     if failed:
         raise typer.Exit(3)
+
+
+def _parted(save: list[str] | None) -> list[str]:
+    """Return the kinds of --save, which may be parted by commas."""
+    return [kind for text in save or () for kind in text.split(",")]

@@ -22,6 +22,7 @@ log = logging.getLogger("app")
 DATA, LABELS, MODEL, METHOD, SCHEDULE = "Data", "Labels", "Model", "Method", "Schedule"
 OUTPUT, CLUSTER, PROMPTS, DETECTION = "Output", "Cluster", "Prompts", "Detection"
 FILMS = "Films"
+MANY = "Images by the million"
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="any key of configs/train.yaml")

@@ -14,6 +14,7 @@ from app.cli.options import SweepFlags
 from app.console import counted
 from app.errors import UserError
 from app.launch import kubernetes, shards, slurm
+from app.model.device import visible_gpus
 from app.signals import StopRequest
 from app.sweeps import page, run, table
 from app.sweeps.plan import Cell, Plan, as_word, load_plan, read_plan, save_plan, to_request
@@ -113,10 +114,8 @@ def _number(cell: str, plan: Plan) -> int:
 
 def _slots(jobs: int | None) -> Sequence[str | None]:
     """Return what cells that are made at a time have by themselves: a GPU each, or nothing."""
-    slots = run.gpus()
-    if jobs is None:
-        return slots
-    return [None] * jobs if slots == [None] else slots[:jobs]
+    gpus = visible_gpus()
+    return gpus[:jobs] or [None] * (jobs or 1)
 
 
 def _make_trial(plan: Plan, number: int, make: Callable[..., list[Cell]]) -> list[Cell]:

@@ -31,7 +31,6 @@ from app.model.score_counts import ScoreCounts
 log = logging.getLogger("app")
 LEAST_TILE = 32  # pixels
 MOST_OVERLAP = 0.9  # of a tile's side
-Picture = Image.Image | Path | str | NDArray[np.uint8]  # what `predict` takes; see there
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,10 @@ class Encoded:
     nbytes: int
 
 
+# What `predict` takes; see there.
+Picture = Image.Image | Path | str | NDArray[np.uint8] | Prepared
+
+
 class MemoryShort(UserError):
     """A GPU's memory does not hold what was asked for at once."""
 
@@ -124,7 +127,8 @@ class Finder(ABC):
         """Find what the prompts name in one image, as `infer.sh` does.
 
         Args:
-            image: RGB, upright; or the path of an image file, or an array (H, W, 3) uint8, RGB.
+            image: RGB, upright; or the path of an image file, an array (H, W, 3) uint8, RGB, or
+                what `StagedFinder.prepare` made of one, where it is not cut into tiles.
             prompts: noun phrases, or one as a text; the image is encoded once for all of them.
                 Without any, nor boxes, the classes of the weights.
             boxes_xywh: example boxes, pixels, that join every prompt; they need no words. An
@@ -315,12 +319,14 @@ def _check_ranges(
         raise UserError(problems)
 
 
-def _open(image: Picture, levels: Levels | None) -> Image.Image:
-    """Return what `predict` was given as an RGB image.
+def _open(image: Any, levels: Levels | None) -> Any:
+    """Return what `predict` was given as an RGB image; one that is prepared stays as it is.
 
     Raises:
         UserError: a file or an array that is no image.
     """
+    if isinstance(image, Prepared):
+        return image
     if isinstance(image, str | Path):
         return open_image(Path(image), levels)
     if isinstance(image, Image.Image):

@@ -195,7 +195,8 @@ class Predictor(StagedFinder):
     @torch.inference_mode()
     def _find_at_once(self, images: Sequence[Image.Image], query: Query) -> list[Detections]:
         """Return what is in each of B images, seen as a whole: a prediction from end to end."""
-        squares = torch.stack([self.prepare(image).pixels for image in images])  # (B, 3, R, R)
+        prepared = [each if isinstance(each, Prepared) else self.prepare(each) for each in images]
+        squares = torch.stack([each.pixels for each in prepared])  # (B, 3, R, R)
         with autocast(self.device, self.precision), self._no_gradients():
             features = self._encode(squares)  # "backbone_fpn": 3 levels (B, d, h, w), and others
             best = self._choose_all(features, query, images)

@@ -254,3 +254,10 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def visible_gpus() -> list[str]:
+    """Return the numbers of this machine's GPUs, as `CUDA_VISIBLE_DEVICES` has them."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [number for number in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if number]
+    return [str(number) for number in range(torch.cuda.device_count())]

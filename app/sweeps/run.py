@@ -231,12 +231,3 @@ def _stop(running: Sequence[_Running], *, forwards: bool) -> None:
     for each in running:
         each.process.wait()
         each.output.close()
-
-
-def gpus() -> list[str | None]:
-    """Return the numbers of this machine's GPUs, as `CUDA_VISIBLE_DEVICES` has them; or [None]."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [*filter(None, os.environ["CUDA_VISIBLE_DEVICES"].split(","))] or [None]
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())] or [None]

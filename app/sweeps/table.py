@@ -19,6 +19,7 @@ AUTO = ("segm/AP", "bbox/AP")  # figures that decide, the first that all cells h
 CALLED = {"segm/AP": "mask AP", "bbox/AP": "box AP"}
 DONE, FAILED, RUNNING, LEFT = "done", "failed", "at work", "left"
 TABLE = "sweep.csv"
+COST = ("seconds", "peak_memory_gb")  # figures of training, whatever split counts
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def outcomes(plan: Plan) -> list[Outcome]:
 def _outcome(plan: Plan, cell: Cell) -> Outcome:
     try:
         trained = read_figures(plan.run_folder(cell))
-        cost = {key: trained[key] for key in ("seconds", "peak_memory_gb") if key in trained}
+        cost = {key: value for key, value in trained.items() if key in COST}
         figures = read_figures(plan.figures_folder(cell))
         figures = {**figures, **cost} if figures else {}
     except UserError as error:

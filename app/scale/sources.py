@@ -1,0 +1,431 @@
+"""Where images by the million come from: manifests, folders, archives, stores of fsspec.
+
+An image has a name, by which it is assigned to a shard, told of and found again. Names are made as
+a source is read, a block at a time, so that no list of all of them is ever held.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+import posixpath
+import re
+import shutil
+import tarfile
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+import numpy as np
+
+from app.console import plain
+from app.datasets.images import EXTENSIONS
+from app.errors import UserError
+from app.launch.shards import Shard
+
+KINDS = ("parquet", "jsonl")  # of --save: what parts are written as
+MANIFESTS = (".txt", ".csv", ".parquet")
+ARCHIVES = (".tar", ".zip")
+COLUMNS = ("path", "file_name", "filename", "image", "url", "name")  # of a table's images
+BLOCK = 16 << 20  # bytes of a manifest that are read at once
+ROWS = 1 << 16  # of a table
+TRIES = 4  # at what a network answers
+WAIT_SECONDS = 0.5  # after the first failure; then twice as long, and so on
+MAX_MEMBER = 1 << 30  # bytes of an image in an archive
+FETCHED = "sam3-archive-"  # how the folders of archives begin that were fetched
+Answer = TypeVar("Answer")
+
+
+class Unreachable(Exception):
+    """Raise where an image could not be fetched, and may be another time."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """Hold where an image is.
+
+    Attributes:
+        name: of it; without a password or a query.
+        place: path or address of the file, or of the archive that holds it.
+        member: number of bytes from which it begins in a tar, or its name in a zip.
+        size: bytes of it in a tar.
+    """
+
+    name: str
+    place: str
+    member: int | str | None = None
+    size: int = 0
+
+
+def is_many(source: str) -> bool:
+    """Return whether a source is for many images alone: a table, an archive, or an address."""
+    return is_address(source) or Path(source).suffix.lower() in (*ARCHIVES, *MANIFESTS[1:])
+
+
+def is_address(text: str) -> bool:
+    """Return whether a text is an address of a store, such as s3://… or https://…."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]{1,20}://", text) is not None
+
+
+def shown(place: str) -> str:
+    """Return a place without what may be secret in it: user, password, and the query."""
+    if not is_address(place):
+        return place
+    parts = urlsplit(place)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def shard_of(name: str, count: int) -> int:
+    """Return the number of an image's shard: CRC-32 of its name in UTF-8, modulo their count."""
+    return zlib.crc32(name.encode("utf-8", "surrogateescape")) % count
+
+
+def items(source: str, shard: Shard) -> Iterator[Item]:
+    """Yield the images of a shard, in the source's order.
+
+    Archives of a store are pieces of their own, by their names, as each is fetched whole; of those
+    on disk each image is.
+
+    Raises:
+        UserError: a source that is not there, or holds no images.
+    """
+    for name, place in _files(source, shard):
+        suffix = posixpath.splitext(urlsplit(place).path if is_address(place) else place)[1].lower()
+        if suffix not in ARCHIVES:
+            yield Item(name, place)
+            continue
+        whole = is_address(place)
+        members = _tar(place, name) if suffix == ".tar" else _zip(place, name)
+        yield from (each for each in members if whole or _is_in(each.name, shard))
+
+
+def count(source: str, shard: Shard) -> int | None:
+    """Return how many images a shard has; None where archives would have to be fetched for it."""
+    number = 0
+    for name, place in _files(source, shard):
+        if not place.lower().endswith(ARCHIVES):
+            number += 1
+        elif is_address(place):
+            return None
+        else:
+            members = _tar(place, name) if place.lower().endswith(".tar") else _zip(place, name)
+            number += sum(_is_in(each.name, shard) for each in members)
+    return number
+
+
+def _is_in(name: str, shard: Shard) -> bool:
+    return shard_of(name, shard.count) == shard.number
+
+
+def _files(source: str, shard: Shard) -> Iterator[tuple[str, str]]:
+    """Yield name and place of the images and archives that may hold some of a shard's."""
+    path = Path(source)
+    suffix = posixpath.splitext(shown(source))[1].lower()
+    if suffix in MANIFESTS and (is_address(source) or path.is_file()):
+        yield from _manifest(source, suffix, shard)
+    elif suffix in (*ARCHIVES, *EXTENSIONS) and (is_address(source) or path.is_file()):
+        yield posixpath.basename(shown(source)), source
+    elif is_address(source):
+        yield from _select(_listing(source), shard)
+    elif path.is_dir():
+        yield from _select(_folder(path), shard)
+    else:
+        raise UserError(f"--input {source}: no such file or folder")
+
+
+def _select(files: Iterable[tuple[str, str]], shard: Shard) -> Iterator[tuple[str, str]]:
+    """Yield those of a shard, and archives on disk, whose images are selected one by one."""
+    for name, place in files:
+        opened = place.lower().endswith(ARCHIVES) and not is_address(place)
+        if opened or _is_in(name, shard):
+            yield name, place
+
+
+def _folder(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield the images and archives below a folder, in the order of their names."""
+    for folder, folders, files in os.walk(root):
+        folders.sort()
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in sorted(files):
+            if not file.startswith(".") and file.lower().endswith((*EXTENSIONS, *ARCHIVES)):
+                place = Path(folder, file)
+                yield place.relative_to(root).as_posix(), str(place)
+
+
+def _listing(address: str) -> Iterator[tuple[str, str]]:
+    """Yield the images and archives below an address, in the order of their names."""
+    system, root = _store(address)
+    found = _tried(lambda: sorted(system.find(root)), address)
+    if not found:
+        raise UserError(f"--input {shown(address)}: holds nothing")
+    scheme = urlsplit(address).scheme
+    for path in found:
+        if path.lower().endswith((*EXTENSIONS, *ARCHIVES)):
+            whole = path if is_address(path) else f"{scheme}://{path}"
+            name = shown(path).removeprefix(shown(root)).lstrip("/")
+            yield name, whole
+
+
+def _manifest(source: str, suffix: str, shard: Shard) -> Iterator[tuple[str, str]]:
+    """Yield name and place of a manifest's lines that are of a shard."""
+    base = "" if is_address(source) else str(Path(source).parent)
+    blocks = {".txt": _lines, ".csv": _cells, ".parquet": _rows}[suffix](source)
+    for block in blocks:
+        for line in _of_shard(block, shard):
+            text = line.decode("utf-8", "surrogateescape")
+            yield shown(text), _place(text, base)
+
+
+def _of_shard(block: Sequence[bytes], shard: Shard) -> Iterator[bytes]:
+    """Yield the names of a shard, and archives on disk; CRC-32 of all is computed in C.
+
+    A name with a query or a password is shown without: its shard is that of what is shown.
+    """
+    sums = np.fromiter(map(zlib.crc32, block), dtype=np.uint32, count=len(block))
+    mine = sums % np.uint32(shard.count) == shard.number
+    whole = b"\n".join(block).lower()
+    for number, line in enumerate(block) if b"://" in whole else ():
+        text = line.decode("utf-8", "surrogateescape")
+        mine[number] = _is_in(shown(text), shard)
+    if b".tar" in whole or b".zip" in whole:
+        for number, line in enumerate(block):
+            mine[number] |= line.lower().endswith((b".tar", b".zip")) and b"://" not in line
+    return itertools.compress(block, mine)
+
+
+def _place(text: str, base: str) -> str:
+    """Return the place of a line: an address, or a path relative to the manifest or from here."""
+    if is_address(text) or posixpath.isabs(text) or not base:
+        return text
+    beside = f"{base}/{text}"  # no Path: a million times
+    return beside if os.path.exists(beside) else text  # noqa: PTH110
+
+
+def _lines(source: str) -> Iterator[list[bytes]]:
+    with open_place(source) as file:
+        rest = b""
+        while block := file.read(BLOCK):
+            *lines, rest = (rest + block).split(b"\n")
+            yield _clean(lines)
+        yield _clean([rest])
+
+
+def _clean(lines: list[bytes]) -> list[bytes]:
+    """Return lines without ends, empty ones and comments, as of a list of images."""
+    if any(line[-1:] in b"\r \t" or line[:1] in b"# \t" for line in lines if line):
+        lines = [line.strip() for line in lines]
+        return [line for line in lines if line and not line.startswith(b"#")]
+    return [line for line in lines if line]
+
+
+def _cells(source: str) -> Iterator[list[bytes]]:
+    with open_place(source) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="", errors="surrogateescape")
+        try:
+            rows = csv.reader(text)
+            column = _column(next(rows, []), source)
+            while block := list(itertools.islice(rows, ROWS)):
+                values = (row[column] for row in block if len(row) > column and row[column])
+                yield [value.encode("utf-8", "surrogateescape") for value in values]
+        except csv.Error as error:
+            raise UserError(f"{shown(source)}: cannot be read as a table ({error})") from None
+
+
+def _rows(source: str) -> Iterator[list[bytes]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with open_place(source) as file:
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            names = table.schema_arrow.names
+            name = names[_column(names, source)]
+            for batch in table.iter_batches(ROWS, columns=[name]):
+                values = batch.column(0).cast(pyarrow.string()).to_pylist()
+                yield [value.encode() for value in values if value]
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{shown(source)}: cannot be read as Parquet ({error})") from None
+
+
+def _column(names: Sequence[str], source: str) -> int:
+    """Return the number of the column that names images."""
+    lower = [name.strip().lower() for name in names]
+    for wanted in COLUMNS:
+        if wanted in lower:
+            return lower.index(wanted)
+    raise UserError(
+        f"{shown(source)}: has no column of images ({plain(', '.join(names)) or 'it is empty'}); "
+        f"name one {', '.join(COLUMNS)}"
+    )
+
+
+def _tar(place: str, name: str) -> Iterator[Item]:
+    """Yield the images of a tar, by where each lies in it; links and others are passed over."""
+    file = _local(place)
+    with _opened(place, lambda: tarfile.open(file, "r:")) as archive:
+        try:
+            for member in archive:
+                if member.isreg() and member.name.lower().endswith(EXTENSIONS):
+                    inner = f"{name}/{member.name.lstrip('./')}"
+                    yield Item(inner, str(file), member.offset_data, member.size)
+                archive.members.clear()  # else each of a million is kept
+        except tarfile.TarError as error:
+            raise UserError(f"{shown(place)}: is a damaged tar ({error})") from None
+
+
+def _zip(place: str, name: str) -> Iterator[Item]:
+    """Yield the images of a zip, by their names."""
+    file = _local(place)
+    with _opened(place, lambda: zipfile.ZipFile(file)) as archive:
+        for member in archive.infolist():
+            if not member.is_dir() and member.filename.lower().endswith(EXTENSIONS):
+                inner = PurePosixPath(name, member.filename.lstrip("./"))
+                yield Item(str(inner), str(file), member.filename, member.file_size)
+
+
+@contextmanager
+def _opened(place: str, open_it: Callable[[], Any]) -> Iterator[Any]:
+    try:
+        archive = open_it()
+    except (tarfile.TarError, zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{shown(place)}: cannot be opened as an archive ({error})") from None
+    with closing(archive):
+        yield archive
+
+
+def read(item: Item) -> bytes:
+    """Return the bytes of an image's file.
+
+    Raises:
+        Unreachable: a store does not answer, or an answer is cut short.
+        OSError: a file that is not there, or cannot be read.
+    """
+    if item.member is None:
+        if not is_address(item.place):
+            return Path(item.place).read_bytes()
+        system, path = _store(item.place)
+        return bytes(_tried(lambda: _whole(system, path), item.place))
+    if item.size > MAX_MEMBER:
+        raise OSError(f"{item.size} bytes are no image")
+    if isinstance(item.member, int):
+        with Path(item.place).open("rb") as archive:
+            archive.seek(item.member)
+            data = archive.read(item.size)
+        if len(data) < item.size:
+            raise OSError("the tar ends within it")
+        return data
+    return _zip_member(Path(item.place), item.member)
+
+
+def _zip_member(file: Path, name: str) -> bytes:
+    try:
+        with zipfile.ZipFile(file) as archive, archive.open(name) as member:
+            data = member.read(MAX_MEMBER + 1)
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        raise OSError(str(error)) from None
+    if len(data) > MAX_MEMBER:
+        raise OSError("it unpacks to more than an image has")
+    return data
+
+
+def _whole(system: Any, path: str) -> bytes:
+    """Return a file of a store, which must be as long as the store says."""
+    data: bytes = system.cat_file(path)
+    told = system.info(path).get("size")
+    if told is not None and len(data) != told:
+        raise OSError(f"{len(data)} of {told} bytes came")
+    return data
+
+
+def _tried(ask: Callable[[], Answer], place: str) -> Answer:
+    """Return an answer of a store, which is asked again where it fails.
+
+    Raises:
+        Unreachable: it failed again and again.
+        FileNotFoundError: it says that there is no such file.
+    """
+    for attempt in range(TRIES):
+        try:
+            return ask()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{shown(place)}: no such file") from None
+        except Exception as error:  # stores raise errors of their clients
+            problem = type(error).__name__
+            if attempt < TRIES - 1:
+                time.sleep(WAIT_SECONDS * 2**attempt)
+    raise Unreachable(f"{shown(place)}: cannot be fetched ({problem})")
+
+
+@lru_cache(maxsize=8)
+def _system(scheme: str, host: str) -> Any:
+    """Return fsspec's file system of a scheme; of S3 and Google's store that of pyarrow."""
+    import fsspec
+    from fsspec.implementations.arrow import ArrowFSWrapper
+
+    if scheme in ("s3", "gs", "gcs"):
+        import pyarrow.fs
+
+        if scheme == "s3":
+            # AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and the others are read by the client itself.
+            return ArrowFSWrapper(pyarrow.fs.S3FileSystem())
+        return ArrowFSWrapper(pyarrow.fs.GcsFileSystem())
+    del host
+    return fsspec.filesystem(scheme)
+
+
+def _store(address: str) -> tuple[Any, str]:
+    """Return the file system of an address, and the path that it takes."""
+    parts = urlsplit(address)
+    scheme = parts.scheme.lower()
+    try:
+        system = _system(scheme, parts.netloc)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{shown(address)}: {scheme}:// is not read here ({error})") from None
+    return system, address if scheme in ("http", "https") else f"{parts.netloc}{parts.path}"
+
+
+@contextmanager
+def open_place(place: str) -> Iterator[Any]:
+    """Open a file of a disk or a store for reading bytes."""
+    if not is_address(place):
+        with Path(place).open("rb") as file:
+            yield file
+        return
+    system, path = _store(place)
+    with _tried(lambda: system.open(path, "rb"), place) as file:
+        yield file
+
+
+def _local(place: str) -> Path:
+    """Return an archive on disk; one of a store is fetched whole, until `release` removes it."""
+    if not is_address(place):
+        return Path(place)
+    system, path = _store(place)
+    folder = Path(tempfile.mkdtemp(prefix=FETCHED))
+    file = folder / posixpath.basename(shown(place))
+    _tried(lambda: _fetch(system, path, file), place)
+    return file
+
+
+def release(place: str) -> None:
+    """Remove an archive that was fetched, once all its images are read."""
+    folder = Path(place).parent
+    if folder.name.startswith(FETCHED) and folder.parent == Path(tempfile.gettempdir()):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fetch(system: Any, path: str, file: Path) -> None:
+    system.get_file(path, str(file))
+    told = system.info(path).get("size")
+    if told is not None and file.stat().st_size != told:
+        raise OSError(f"{file.stat().st_size} of {told} bytes came")
