@@ -165,7 +165,7 @@ def _folder(root: Path) -> Iterator[tuple[str, str]]:
 def _listing(address: str) -> Iterator[tuple[str, str]]:
     """Yield the images and archives below an address, in the order of their names."""
     system, root = _store(address)
-    found = _tried(lambda: sorted(system.find(root)), address)
+    found = _tried(lambda: sorted(system.find(root, on_error="raise")), address)
     if not found:
         raise UserError(f"--input {shown(address)}: holds nothing")
     scheme = urlsplit(address).scheme
@@ -376,8 +376,9 @@ def _system(scheme: str, host: str) -> Any:
         import pyarrow.fs
 
         if scheme == "s3":
-            # AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and the others are read by the client itself.
-            return ArrowFSWrapper(pyarrow.fs.S3FileSystem())
+            # The client itself reads AWS_ACCESS_KEY_ID and the others.
+            endpoint = os.environ.get("AWS_ENDPOINT_URL")
+            return ArrowFSWrapper(pyarrow.fs.S3FileSystem(endpoint_override=endpoint))
         return ArrowFSWrapper(pyarrow.fs.GcsFileSystem())
     del host
     return fsspec.filesystem(scheme)
