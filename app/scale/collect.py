@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,14 +15,17 @@ import pyarrow.parquet
 
 from app.console import counted
 from app.datasets import rle
+from app.datasets.coco import PROPOSAL
 from app.errors import UserError
-from app.files import atomic_path, exists_problem
+from app.files import atomic_folder, atomic_path, exists_problem, short_hash
 from app.launch.shards import Shard
 from app.scale.parts import SCHEMA, Row, find, read_mark, rows_of, shards
+from app.scale.sources import items, read
 
 log = logging.getLogger("app")
-FORMS = {"coco": "coco.json", "parquet": "all.parquet"}
+FORMS = {"coco": "coco.json", "parquet": "all.parquet", "dataset": "dataset"}
 BAD = "bad_images.txt"
+ANNOTATIONS = "_annotations.coco.json"
 ROWS = 10_000  # of a group in the merged Parquet
 SHOWN = 10  # problems
 
@@ -42,18 +46,28 @@ class Collected:
     labels: list[str] = field(default_factory=list)
 
 
-def collect(folder: Path, form: str, file: Path | None, *, overwrite: bool = False) -> Collected:
+def collect(
+    folder: Path,
+    form: str,
+    file: Path | None,
+    *,
+    images: str | None = None,
+    overwrite: bool = False,
+) -> Collected:
     """Merge a folder's shards, and list the images that could not be read.
 
     Args:
         folder: output of `./infer.sh --shards`.
         form: of FORMS.
         file: None for its own name in the folder.
+        images: the source that the shards were of; of a dataset, which holds them.
 
     Raises:
-        UserError: a shard lacks or is not done, a part is damaged, an image is there twice or in
-            another shard than its name says; names all of them.
+        UserError: a shard lacks or is not done, a part is damaged, an image is there twice or is
+            not in the source; names all of them.
     """
+    if (form == "dataset") != (images is not None):
+        raise UserError("--images: is of --to dataset, which needs it: what --input was")
     if form not in FORMS:
         raise UserError(f"--to {form}: there is {', '.join(FORMS)}")
     target = file or folder / FORMS[form]
@@ -63,12 +77,16 @@ def collect(folder: Path, form: str, file: Path | None, *, overwrite: bool = Fal
     _check_complete(found)
     collected = Collected(target)
     rows = _checked_rows(found, collected)
-    with atomic_path(target) as temporary:
-        if form == "coco":
-            with temporary.open("w", encoding="utf-8") as out:
-                _write_coco(out, rows, collected)
-        else:
-            _write_parquet(temporary, rows)
+    if images is not None:
+        with atomic_folder(target, replace=overwrite) as temporary:
+            _write_dataset(temporary / "train", rows, collected, images)
+    else:
+        with atomic_path(target) as temporary:
+            if form == "coco":
+                with temporary.open("w", encoding="utf-8") as out:
+                    _write_coco(out, rows, collected)
+            else:
+                _write_parquet(temporary, rows)
     with atomic_path(target.parent / BAD) as temporary:
         lines = [f"{name}\t{problem}\n" for name, problem in collected.bad]
         temporary.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
@@ -143,12 +161,50 @@ def _write_coco(out: TextIO, rows: Iterator[Row], collected: Collected) -> None:
     out.write('],\n"categories": ' + json.dumps(categories) + "}\n")
 
 
+def _write_dataset(folder: Path, rows: Iterator[Row], collected: Collected, source: str) -> None:
+    """Write the images with their COCO, as the dataset builder reads them: as proposals."""
+    folder.mkdir(parents=True)
+    places: dict[str, str] = {}
+    taken: set[str] = set()
+
+    def placed() -> Iterator[Row]:
+        for row in rows:
+            if row["problem"] is None:
+                path = places[row["name"]] = inner_path(row["name"], taken)
+                taken.add(path)
+                yield {**row, "name": path}
+
+    with (folder / ANNOTATIONS).open("w", encoding="utf-8") as out:
+        _write_coco(out, placed(), collected)
+    left = set(places)
+    for item in items(source, Shard(0, 1)):
+        if item.name in left:
+            left.remove(item.name)
+            target = folder / places[item.name]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(read(item))
+    if left:
+        first = ", ".join(sorted(left)[:SHOWN])
+        raise UserError(f"--images {source}: lacks {counted(len(left), 'image')}: {first}")
+
+
+def inner_path(name: str, taken: Collection[str]) -> str:
+    """Return a path within a folder for an image's name, which may be an address, or lead out."""
+    parts = re.split(r"[/\\]+", re.sub("[^A-Za-z0-9._/\\\\ +-]", "-", name))
+    path = "/".join(part for part in parts if part not in ("", ".", ".."))
+    if path in taken:
+        stem, dot, suffix = path.rpartition(".")
+        path = f"{stem}-{short_hash(name, 8)}{dot}{suffix}"
+    return path
+
+
 def _annotation(row: Row, index: int, id: int, image_id: int, category: int) -> dict[str, Any]:
     """Return an object as COCO has it, with its score."""
     box = [float(side) for side in row["bbox"][index]]
     annotation: dict[str, Any] = {
         **{"id": id, "image_id": image_id, "category_id": category},
         **{"bbox": box, "score": row["score"][index], "area": box[2] * box[3], "iscrowd": 0},
+        "source": PROPOSAL,
     }
     if row["rle"] is not None:
         mask: Any = {"size": [row["height"], row["width"]], "counts": row["rle"][index]}

@@ -37,7 +37,7 @@ KINDS = ("parquet", "jsonl")  # of --save: what parts are written as
 MANIFESTS = (".txt", ".csv", ".parquet")
 ARCHIVES = (".tar", ".zip")
 COLUMNS = ("path", "file_name", "filename", "image", "url", "name")  # of a table's images
-BLOCK = 16 << 20  # bytes of a manifest that are read at once
+BLOCK = 4 << 20  # bytes of a manifest that are read at once
 ROWS = 1 << 16  # of a table
 TRIES = 4  # at what a network answers
 WAIT_SECONDS = 0.5  # after the first failure; then twice as long, and so on
@@ -200,7 +200,7 @@ def _of_shard(block: Sequence[bytes], shard: Shard) -> Iterator[bytes]:
     if b".tar" in whole or b".zip" in whole:
         for number, line in enumerate(block):
             mine[number] |= line.lower().endswith((b".tar", b".zip")) and b"://" not in line
-    return itertools.compress(block, mine)
+    return (block[number] for number in np.flatnonzero(mine).tolist())
 
 
 def _place(text: str, base: str) -> str:
@@ -215,17 +215,19 @@ def _lines(source: str) -> Iterator[list[bytes]]:
     with open_place(source) as file:
         rest = b""
         while block := file.read(BLOCK):
-            *lines, rest = (rest + block).split(b"\n")
-            yield _clean(lines)
-        yield _clean([rest])
+            whole, _, rest = (rest + block).rpartition(b"\n")
+            yield _clean(whole)
+        yield _clean(rest)
 
 
-def _clean(lines: list[bytes]) -> list[bytes]:
-    """Return lines without ends, empty ones and comments, as of a list of images."""
-    if any(line[-1:] in b"\r \t" or line[:1] in b"# \t" for line in lines if line):
+def _clean(text: bytes) -> list[bytes]:
+    """Return lines without blanks at their ends, empty ones and comments, as a list has them."""
+    lines = text.split(b"\n")
+    framed = b"\n" + text + b"\n"
+    if any(sign in framed for sign in (b"\r", b"\t", b"\n#", b" \n", b"\n ", b"\n\n")):
         lines = [line.strip() for line in lines]
         return [line for line in lines if line and not line.startswith(b"#")]
-    return [line for line in lines if line]
+    return lines
 
 
 def _cells(source: str) -> Iterator[list[bytes]]:

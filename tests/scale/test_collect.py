@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
+from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from app.errors import UserError
 from app.launch.shards import Shard
+from app.scale.collect import inner_path
 from app.scale.parts import Parts, Row, failed_row, find, folder_of, rows_of
 from app.scale.sources import shard_of
 from tests.helpers import Command
@@ -126,3 +128,32 @@ def test_a_box_model_has_no_masks(tmp_path: Path) -> None:
     assert one["rle"] is None
     assert one["score"] == pytest.approx(expected["score"])
     assert json.dumps(one["bbox"]) == json.dumps(expected["bbox"])
+
+
+@pytest.mark.parametrize("fault", [False, True])
+def test_a_dataset_of_proposals_with_its_images(
+    command: Command, done: Path, tmp_path: Path, fault: bool
+) -> None:
+    for name in NAMES:
+        if not (fault and name == "5.jpg"):
+            (tmp_path / "images").mkdir(exist_ok=True)
+            Image.new("RGB", (30, 20)).save(tmp_path / "images" / name)
+    made = command("collect", done, "--to", "dataset", "--images", tmp_path / "images")
+    if fault:
+        assert made.code == 2
+        assert "lacks 1 image: 5.jpg" in made.err
+        assert not (done / "dataset").exists()
+        return
+    assert made.code == 3
+    checked = command("data", "check", done / "dataset")
+    assert "29 images" in checked.out, checked.err
+    assert "proposals" in checked.out
+    assert command("collect", done, "--to", "dataset").code == 2
+    assert command("collect", done, "--images", tmp_path / "images").code == 2
+
+
+def test_a_name_that_leads_out_stays_within() -> None:
+    assert inner_path("../../etc/x.png", ()) == "etc/x.png"
+    assert inner_path("https://host/a b.png", ()) == "https-/host/a b.png"
+    assert inner_path(r"C:\\..\\x.png", ()) == "C-/x.png"
+    assert inner_path("x.png", {"x.png"}) != "x.png"
