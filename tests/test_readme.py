@@ -33,8 +33,9 @@ WORDS = "\n".join(
 BLOCKS = "\n".join(re.findall(r"```bash\n(.*?)```", WORDS, flags=re.DOTALL))
 COMMANDS = [line.partition("  #")[0].strip() for line in BLOCKS.splitlines() if line.strip()]
 TABLED = re.findall(r"\| `((?:\./train\.sh|\.venv/bin/python -m app) [^`]*)`", WORDS)
-TRAINING = [c for c in COMMANDS if c.startswith("./train.sh")]
-PREDICTING = [c for c in COMMANDS if c.startswith("./infer.sh")]
+SPLIT = [c for c in COMMANDS if re.search(r" --sweep | --shards | -m app (sweep|collect) ", c)]
+TRAINING = [c for c in COMMANDS if c.startswith("./train.sh") and c not in SPLIT]
+PREDICTING = [c for c in COMMANDS if c.startswith("./infer.sh") and c not in SPLIT]
 SERVING = [c for c in COMMANDS if c.startswith("./serve.sh")]
 TRACKING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app track")]
 CUTTING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app compact")]
@@ -48,7 +49,7 @@ DRAWING = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app data fil
 DEPLOYED = [c for c in COMMANDS if c.startswith(".venv/bin/python -m app.deploy.runtime")]
 OURS = [
     *(*TRAINING, *PREDICTING, *SERVING, *SCORING, *FEW, *LABELLING),
-    *(*TRACKING, *CUTTING, *EXPORTING, *TABLED, *DRAWING),
+    *(*TRACKING, *CUTTING, *EXPORTING, *TABLED, *DRAWING, *SPLIT),
 ]
 IN_AN_ENGINE = {"docker compose up -d mlflow", "docker compose up -d serve"}  # tests/container
 SETTING = ("export SAM3_API_KEY=", "export LABEL_STUDIO_URL=")
@@ -88,6 +89,7 @@ def test_they_have_commands() -> None:
     assert len(DRAWING) == 1
     assert len(FEW) == len(LABELLING) == 2
     assert len(SERVING) >= 4
+    assert len(SPLIT) == 5
     rest = set(COMMANDS) - {*OURS, *DEPLOYED, *ASKING}
     assert rest == {"./build.sh", "./test.sh", *IN_AN_ENGINE}
 
@@ -225,6 +227,26 @@ def test_curve(command: Command, tmp_path: Path, monkeypatch, line: str) -> None
     monkeypatch.chdir(REPOSITORY)
     done = command(*shlex.split(line)[3:], *TINY, "--output-dir", tmp_path)
     assert done.code == 0, done.err
+
+
+@pytest.mark.slow
+def test_work_that_is_split(command: Command, tiny_run: Path, tmp_path: Path, monkeypatch) -> None:
+    """In the order of the pages: a sweep and its table, shards and what they have found."""
+    monkeypatch.chdir(REPOSITORY)
+    for line in sorted(SPLIT, key=lambda each: " collect " in each):
+        for name in ("sweep", "many"):
+            line = line.replace(f"outputs/{name}", str(tmp_path / name))
+        for script in ("train", "infer"):
+            line = line.replace(f"./{script}.sh", f".venv/bin/python -m app {script}")
+        words = shlex.split(line)[3:]
+        if "--sweep" in words:
+            words += [*LESS, *TINY, "evaluation.pictures=0", "--epochs", "1"]
+        if "--shards" in words:
+            words += ["--checkpoint", str(tiny_run / "weights" / "best")]
+        done = command(*words)
+        assert done.code == 0, done.err
+    assert (tmp_path / "sweep" / "sweep.html").is_file()
+    assert (tmp_path / "many" / "coco.json").is_file()
 
 
 @pytest.mark.slow
