@@ -237,11 +237,18 @@ def claim(folder: Path) -> None:
         ) from None
     except OSError:  # the file system has no locks
         pass
-    _CLAIMS.append(file)
+    _CLAIMS.append((folder.resolve(), file))
+
+
+def give_up(folder: Path) -> None:
+    """Let another process claim a folder that this one has claimed."""
+    for claimed in [each for each in _CLAIMS if each[0] == folder.resolve()]:
+        _CLAIMS.remove(claimed)
+        claimed[1].close()
 
 
 LOCK = ".lock"  # in an output folder that a process has claimed
-_CLAIMS: list[BinaryIO] = []  # open, as a lock ends with its file
+_CLAIMS: list[tuple[Path, BinaryIO]] = []  # open, as a lock ends with its file
 
 
 def open_file(path: Path) -> BinaryIO:

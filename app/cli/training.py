@@ -15,6 +15,7 @@ import torch
 
 from app.config.schema import PlanKind
 from app.errors import UserError
+from app.files import give_up
 from app.model.device import is_main, told
 from app.signals import StopRequest
 from app.training import features, folds, run
@@ -121,6 +122,7 @@ def train(request: Request, stop: StopRequest, *, plan: PlanKind | None = None) 
                 open_keys.append(PRECISION)
             check_resume(prepared, prepared.processes, open_keys)
         prepare_folder(prepared.folder, resume=request.resume, overwrite=request.overwrite)
+        give_up(prepared.folder)  # the job may begin before this process has ended
         slurm.submit(prepared.config, sys.argv[1:], request.resume)
         return
     if prepared.processes > 1 and not torchrun.is_launched():

@@ -113,7 +113,7 @@ def test_two_nodes_train_one_run(slurm: Slurm, submit, shapes: Path, tmp_path: P
         assert f"#SBATCH {line}\n" in script
     _await_end(slurm, job, folder)
     assert slurm.field(job, "NumNodes") == "2"
-    assert "2 process(es)" in (folder / "train.log").read_text()
+    assert "2 processes" in (folder / "train.log").read_text()
     run = json.loads((folder / "checkpoints" / "update-00000003" / "run.json").read_text())
     assert run["fingerprint"]["processes"] == 2
     assert run["state"]["updates"] == 3  # of four images, two in each of the processes
