@@ -121,7 +121,7 @@ def test_two_nodes_train_one_run(slurm: Slurm, submit, shapes: Path, tmp_path: P
     words = _words(shapes, folder, "--epochs", 1)
     refused = submit(*words, "--resume")
     assert refused.code == 2
-    assert "processes: 2 then, 1 now" in refused.err
+    assert "--num-gpus: 2 then, 1 now" in refused.err
     _await_end(slurm, _job(submit(*words, "--resume=weights")), folder)
     assert "the schedule starts anew" in (folder / "train.log").read_text()
 
