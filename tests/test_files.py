@@ -25,6 +25,7 @@ from app.files import (
     exists_problem,
     flatten,
     free_folder,
+    give_up,
     hash_file,
     last_folder,
     locked,
@@ -149,6 +150,18 @@ claim(Path(sys.argv[1]))
 print("claimed", flush=True)
 sys.stdin.read()
 """
+
+
+def test_a_folder_that_is_given_up_may_be_claimed(tmp_path: Path) -> None:
+    def other() -> str:
+        words = [sys.executable, "-c", CLAIMED, str(tmp_path)]
+        done = subprocess.run(words, input="", capture_output=True, text=True, cwd=REPOSITORY)
+        return done.stdout + done.stderr
+
+    claim(tmp_path)
+    assert "another process is at work here" in other()
+    give_up(tmp_path)
+    assert "claimed" in other()
 
 
 def test_a_claimed_folder_is_refused_until_its_process_ends(tmp_path: Path) -> None:
