@@ -234,7 +234,8 @@ def infer(
         precision=precision,
     )
     split = Scale(shards, shard, cluster, at_once, cluster_option or (), price)
-    if split.is_asked or is_many(input) or {*KINDS} & {*_parted(save)}:
+    many = is_many(input) and not is_film(input)
+    if split.is_asked or many or {*KINDS} & {*_parted(save)}:
         given: dict[str, object] = {"--track": track, "--box": box, "--negative-box": negative_box}
         given |= {"--tile": tile, "--overwrite": overwrite, "--every": every > 1}
         given |= {"--from": begin, "--to": end, "--fill-gaps": fill_gaps}

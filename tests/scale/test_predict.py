@@ -204,3 +204,13 @@ def test_a_cluster_gets_a_pod_a_shard(
     assert container["args"][-4:] == ["--shards", "40", "--shard", "auto"]
     assert "out" in container["args"]
     assert container["resources"]["requests"]["cpu"] == 3
+
+
+def test_a_stream_is_a_film(command: Command, tmp_path: Path) -> None:
+    checkpoint = REPOSITORY / "app" / "assets" / "nano"
+    asked = ("infer", "--checkpoint", checkpoint, "--prompt", "circle", "--output-dir", tmp_path)
+    done = command(*asked, "--input", "rtsp://127.0.0.1:9/none")
+    assert done.code == 2
+    assert "rtsp://127.0.0.1:9/none" in done.err
+    assert "fsspec" not in done.err
+    assert "is not read here" not in done.err
