@@ -175,6 +175,17 @@ def log_lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
+def at_work(words: str) -> list[int]:
+    """Return the processes that have these words in their command, but for this one."""
+    import psutil
+
+    return [
+        each.pid
+        for each in psutil.process_iter(["cmdline"])
+        if each.pid != os.getpid() and words in " ".join(each.info["cmdline"] or [])
+    ]
+
+
 def until(happened: Callable[[], bool], what: str) -> None:
     """Wait for an event; fail instead of hanging."""
     end = time.monotonic() + PATIENCE

@@ -17,7 +17,7 @@ from PIL import Image
 from app.datasets.synthetic.films import draw_film
 from app.scale import sources
 from app.scale.parts import find, rows_of
-from tests.helpers import REPOSITORY, Command, until
+from tests.helpers import REPOSITORY, Command, at_work, until
 from tests.scale.store import serving
 from tests.scale.test_sources import tar
 
@@ -71,7 +71,7 @@ def test_killed_again_and_again_each_image_is_there_once(
         time.sleep(4 + 3 * chance.random())
         process.send_signal(signal.SIGTERM if number == 1 else signal.SIGKILL)
         process.wait(60)
-        until(lambda: subprocess.run(["pgrep", "-f", str(cut)]).returncode == 1, "the readers' end")
+        until(lambda: not at_work(str(cut)), "the readers' end")
         now = {row["name"] for part in find(cut / "shard-00001-of-00002") for row in rows_of(part)}
         assert done <= now
         done = now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.helpers import MICRO, REPOSITORY, Command, same_weights, until
+from tests.helpers import MICRO, REPOSITORY, Command, at_work, same_weights, until
 
 QUICK = [*MICRO, "training.device=cpu", "evaluation.pictures=0", "evaluation.off_prompts=0"]
 
@@ -55,11 +56,10 @@ def kill_all(process: subprocess.Popen[bytes], folder: Path) -> None:
     """SIGKILL to the sweep and to the cells at work, whose sessions are their own."""
     process.kill()
     process.wait()
-    done = subprocess.run(["pgrep", "-f", f"output_dir={folder}/"], capture_output=True, text=True)
-    for number in done.stdout.split():
-        os.kill(int(number), signal.SIGKILL)
-    still = ["pgrep", "-f", f"output_dir={folder}/"]
-    until(lambda: subprocess.run(still, capture_output=True).returncode == 1, "their end")
+    for number in at_work(f"output_dir={folder}/"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    until(lambda: not at_work(f"output_dir={folder}/"), "their end")
 
 
 @pytest.mark.slow
