@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import subprocess
 import sys
 import time
@@ -18,13 +17,12 @@ from app.console import counted
 from app.errors import UserError
 from app.inference.folder import unwritable_is_user_error
 from app.inference.settings import Settings
-from app.launch import shards
+from app.launch import clusters, shards
 from app.launch.shards import Shard
 from app.scale.sources import KINDS
 from app.signals import StopRequest
 
 log = logging.getLogger("app")
-CLUSTERS = ("slurm", "kubernetes")
 OWN = ("--shard", "--cluster", "--at-once", "--cluster-option")  # not of a shard's words
 POLL_SECONDS = 0.2
 
@@ -97,8 +95,7 @@ def start(
 
 def _which(scale: Scale) -> Shard:
     """Return the shard that is meant; of none in particular the first."""
-    if scale.cluster is not None and scale.cluster not in CLUSTERS:
-        raise UserError(f"--cluster {scale.cluster}: there is {', '.join(CLUSTERS)}")
+    clusters.check(scale.cluster)
     if scale.cluster is not None and (scale.shards is None or scale.shard is not None):
         raise UserError("--cluster: say by --shards N in how many pieces the images are done")
     text = scale.shard
@@ -109,17 +106,9 @@ def _which(scale: Scale) -> Shard:
         if scale.shards not in (None, found.count):
             raise UserError(f"--shard {text} and --shards {scale.shards}: name other numbers")
         return found
-    number = shards.numbered() if text == "auto" else None
-    if re.fullmatch("[0-9]{1,9}", text):
-        number = int(text)
-    if number is None or scale.shards is None:
-        raise UserError(
-            f"--shard {text}: must be I/N, or with --shards N a number, or auto, which is that of "
-            f"{' or '.join(shards.NUMBERS)}"
-        )
-    if number >= scale.shards:
-        raise UserError(f"--shard {number}: must be below --shards {scale.shards}")
-    return Shard(number, scale.shards)
+    if scale.shards is None:
+        raise UserError(f"--shard {text}: must be I/N, or with --shards N a number, or auto")
+    return Shard(shards.choose(text, scale.shards, "--shard", below="--shards "), scale.shards)
 
 
 def _all(count: int, processes: int, stop: StopRequest) -> None:
@@ -175,20 +164,13 @@ def _words() -> list[str]:
 
 def _hand_over(output: Path, scale: Scale, count: int) -> None:
     """Let a cluster do the shards, a job each."""
-    overrides = [f"cluster.{text}" for text in scale.cluster_options]
     from app.config.compose import load_config
-    from app.launch import kubernetes, slurm
 
-    config = load_config(overrides)
-    name = output.resolve().name
+    config = load_config([f"cluster.{text}" for text in scale.cluster_options])
     output.mkdir(parents=True, exist_ok=True)
-    words = _words()
-    if scale.cluster == "slurm":
-        commands = [[*words, "--shard", f"{number}/{count}"] for number in range(count)]
-        slurm.submit_array(commands, config, output, name, at_once=scale.at_once)
-        return
-    kubernetes.submit(
-        *([*words, "--shard", "auto"], config, output, name),
-        completions=count,
+    assert scale.cluster is not None
+    clusters.hand_over(
+        *(scale.cluster, _words(), "--shard", config, output),
+        count=count,
         at_once=scale.at_once,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,8 +11,7 @@ import typer
 
 from app.cli.options import SweepFlags
 from app.console import counted
-from app.errors import UserError
-from app.launch import kubernetes, shards, slurm
+from app.launch import clusters, shards, slurm
 from app.model.device import visible_gpus
 from app.signals import StopRequest
 from app.sweeps import page, run, table
@@ -23,7 +21,6 @@ from app.tracking.state import mlflow_uri
 from app.training.prepare import configure
 
 log = logging.getLogger("app")
-CLUSTERS = ("slurm", "kubernetes")
 NOTHING = Words()
 
 
@@ -47,15 +44,15 @@ def start(
     Raises:
         UserError: whatever the user must mend; typer.Exit(3): some cells failed.
     """
-    if cluster not in (None, "none", *CLUSTERS):
-        raise UserError(f"--cluster {cluster}: there is {', '.join(CLUSTERS)}")
+    cluster = None if cluster == "none" else cluster
+    clusters.check(cluster)
     if what.is_dir():
         plan = load_plan(what)
     else:
         folder = output_dir or Path("outputs") / what.stem
         plan = read_plan(what, base, folder)
         save_plan(plan)
-    if cluster in CLUSTERS:
+    if cluster is not None:
         _hand_over(plan, flags, cluster, base)
         return
     tracking = configure(to_request(plan.base), told=True)[0].tracking
@@ -76,11 +73,14 @@ def start(
         forwards=not slurm.is_inside(),  # whose signals reach the cells as well
         environment=more,
     )
+    numbers: Sequence[int] = range(plan.units)
+    if cell is not None:
+        numbers = [shards.choose(cell, plan.units, "--cell")]
     if plan.is_drawn:
-        numbers = range(plan.units) if cell is None else [_number(cell, plan)]
         failed = [each for number in numbers for each in _make_trial(plan, number, make)]
     else:
-        failed = make(plan.cells() if cell is None else [plan.cells()[_number(cell, plan)]])
+        cells = plan.cells()
+        failed = make([cells[number] for number in numbers])
     if cell is None:
         tell(plan.folder, whole=True)
     if cell is None and is_tracked:
@@ -97,19 +97,6 @@ def _summary(plan: Plan) -> dict[str, float]:
     name = table.name_of(plan, found)
     best = {dataset: each.figures[name] for dataset, each in table.best(plan, found).items()}
     return {f"best/{dataset}/{name}": value for dataset, value in best.items()}
-
-
-def _number(cell: str, plan: Plan) -> int:
-    number = shards.numbered() if cell == "auto" else None
-    if cell != "auto" and re.fullmatch("[0-9]{1,9}", cell):
-        number = int(cell)
-    if number is None:
-        raise UserError(
-            f"--cell {cell}: must be a number; auto takes that of {' or '.join(shards.NUMBERS)}"
-        )
-    if number >= plan.units:
-        raise UserError(f"--cell {number}: there are {plan.units}, from 0")
-    return number
 
 
 def _slots(jobs: int | None) -> Sequence[str | None]:
@@ -137,22 +124,9 @@ def _hand_over(plan: Plan, flags: SweepFlags, cluster: str, base: Words) -> None
     given = [f"cluster.{key}={as_word(value)}" for key, value in plan.file.cluster.items()]
     given += [text for text in base.overrides if text.startswith("cluster.")]
     config = configure(to_request([*plan.base, *given]), told=True)[0]
-    name = plan.folder.resolve().name
-    if cluster == "slurm":
-        slurm.submit_array(
-            [[*words, "--cell", str(number)] for number in range(plan.units)],
-            config,
-            plan.folder,
-            name,
-            at_once=flags.at_once,
-        )
-        return
-    kubernetes.submit(
-        [*words, "--cell", "auto"],
-        config,
-        plan.folder,
-        name,
-        completions=plan.units,
+    clusters.hand_over(
+        *(cluster, words, "--cell", config, plan.folder),
+        count=plan.units,
         at_once=flags.at_once,
     )
 

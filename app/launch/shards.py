@@ -37,6 +37,26 @@ def parse_shard(text: str) -> Shard:
     return Shard(int(found[1]), int(found[2]))
 
 
+def choose(text: str, count: int, flag: str, *, below: str = "") -> int:
+    """Return the number that a flag gives, from 0 and below `count`; auto: that of an engine.
+
+    Args:
+        below: how a message names the flag of the count.
+
+    Raises:
+        UserError: another text, no engine that numbers, or a number that is too high.
+    """
+    number = numbered() if text == "auto" else None
+    if re.fullmatch("[0-9]{1,9}", text):
+        number = int(text)
+    if number is None:
+        names = " or ".join(NUMBERS)
+        raise UserError(f"{flag} {text}: must be a number; auto takes that of {names}")
+    if number >= count:
+        raise UserError(f"{flag} {number}: must be below {below}{count}")
+    return number
+
+
 def numbered(environment: Mapping[str, str] = os.environ) -> int | None:
     """Return the number, from 0, that an engine has given this process; None: it has given none.
 

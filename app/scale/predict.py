@@ -24,6 +24,7 @@ from app.datasets.images import ImageError, open_image
 from app.datasets.levels import Levels
 from app.datasets.square import to_square
 from app.errors import UserError
+from app.inference.detections import Detections
 from app.inference.finder import Prepared
 from app.inference.predictor import Predictor
 from app.inference.settings import Settings
@@ -146,14 +147,11 @@ def predict_shard(
             told.tell(tally)
             if stop.asked:
                 break
-        else:
-            written.append(writer.submit(parts.add, rows))
-            for each in written:
-                each.result()
-            if not tally.unreachable:
-                parts.finish()
+        written.append(writer.submit(parts.add, rows))
         for each in written:
             each.result()
+        if not (stop.asked or tally.unreachable):
+            parts.finish()
     return tally
 
 
@@ -221,37 +219,29 @@ def _found(
     known: set[str],
 ) -> list[Row]:
     """Return the rows of a batch's images; one whose name was there before is passed over."""
-    rows: list[Row] = []
-    fresh = [each for each in batch if each.item.name not in known]
+    fresh: dict[str, Read] = {}
     for each in batch:
-        if each not in fresh:
+        if each.item.name in known or each.item.name in fresh:
             log.warning("%s: is there twice; the first counts", plain(each.item.name))
-    fresh = list({each.item.name: each for each in reversed(fresh)}.values())[::-1]
-    good = [each for each in fresh if each.prepared is not None]
+        else:
+            fresh[each.item.name] = each
+    ready = {name: each.prepared for name, each in fresh.items() if each.prepared is not None}
     limits = settings.limits()
     del limits["tile"], limits["overlap"]
-    results = (
-        predictor.predict_batch(
-            [each.prepared for each in good if each.prepared is not None],
-            settings.prompts,
-            **limits,
-        )
-        if good
-        else []
-    )
-    for each, found in zip(good, results, strict=True):
-        rows.append(row_of(each.item.name, found))
-        tally.objects += len(found)
-    for each in fresh:
-        if each.prepared is not None:
+    results: Sequence[Detections] = ()
+    if ready:
+        results = predictor.predict_batch([*ready.values()], settings.prompts, **limits)
+    rows = [row_of(name, found) for name, found in zip(ready, results, strict=True)]
+    tally.objects += sum(map(len, results))
+    for name, each in fresh.items():
+        if name in ready:
             continue
-        name = plain(each.item.name)
         if each.is_lasting:
-            rows.append(failed_row(each.item.name, each.problem))
+            rows.append(failed_row(name, each.problem))
             tally.failed += 1
-            log.error("failed: %s: %s", name, each.problem)
+            log.error("failed: %s: %s", plain(name), each.problem)
         else:
-            tally.unreachable.append(each.item.name)
+            tally.unreachable.append(name)
             log.error("left: %s", each.problem)
     known.update(row["name"] for row in rows)
     tally.images += len(fresh)

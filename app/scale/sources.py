@@ -100,27 +100,33 @@ def items(source: str, shard: Shard) -> Iterator[Item]:
         UserError: a source that is not there, or holds no images.
     """
     for name, place in _files(source, shard):
-        suffix = posixpath.splitext(urlsplit(place).path if is_address(place) else place)[1].lower()
-        if suffix not in ARCHIVES:
+        if not _is_archive(place):
             yield Item(name, place)
             continue
         whole = is_address(place)
-        members = _tar(place, name) if suffix == ".tar" else _zip(place, name)
-        yield from (each for each in members if whole or _is_in(each.name, shard))
+        yield from (e for e in _members(place, name) if whole or _is_in(e.name, shard))
 
 
 def count(source: str, shard: Shard) -> int | None:
     """Return how many images a shard has; None where archives would have to be fetched for it."""
     number = 0
     for name, place in _files(source, shard):
-        if not place.lower().endswith(ARCHIVES):
+        if not _is_archive(place):
             number += 1
         elif is_address(place):
             return None
         else:
-            members = _tar(place, name) if place.lower().endswith(".tar") else _zip(place, name)
-            number += sum(_is_in(each.name, shard) for each in members)
+            number += sum(_is_in(each.name, shard) for each in _members(place, name))
     return number
+
+
+def _is_archive(place: str) -> bool:
+    return shown(place).lower().endswith(ARCHIVES)
+
+
+def _members(place: str, name: str) -> Iterator[Item]:
+    """Yield the images of an archive."""
+    return (_tar if shown(place).lower().endswith(".tar") else _zip)(place, name)
 
 
 def _is_in(name: str, shard: Shard) -> bool:
@@ -146,7 +152,7 @@ def _files(source: str, shard: Shard) -> Iterator[tuple[str, str]]:
 def _select(files: Iterable[tuple[str, str]], shard: Shard) -> Iterator[tuple[str, str]]:
     """Yield those of a shard, and archives on disk, whose images are selected one by one."""
     for name, place in files:
-        opened = place.lower().endswith(ARCHIVES) and not is_address(place)
+        opened = _is_archive(place) and not is_address(place)
         if opened or _is_in(name, shard):
             yield name, place
 
