@@ -21,7 +21,10 @@ from tests.serving.test_listening import started
 
 ROUNDS = 20  # of requests, each of two halves of the day
 SESSION_SECONDS = 6.0
-GROWTH = 1.03  # of the memory in the second half, where allocators have what they need
+GROWTH = 1.02  # of the memory in the second half, once caches are full
+# glibc raises these bounds as it goes, and then keeps what was freed: 60 MB came and went. Fixed,
+# it returns every large block, and what is seen is what the server holds.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}  # bytes
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def rest(client: httpx.Client, server: psutil.Process, session: str) -> Held:
 @pytest.mark.system
 def test_a_day_in_small() -> None:
     words = ("--cache-mb", 8, "--session-minutes", SESSION_SECONDS / 60)
-    with started("--checkpoint", NANO, *words) as (process, address, log):
+    with started("--checkpoint", NANO, *words, **ALLOCATOR) as (process, address, log):
         server = psutil.Process(process.pid)
         numbers = iter(range(2 * ROUNDS))
         with httpx.Client(base_url=address, timeout=60) as client:
