@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from app.deploy.runtime.cli import main as run_deployed
 from app.deploy.runtime.cli import make_parser
@@ -240,6 +241,10 @@ def test_work_that_is_split(command: Command, tiny_run: Path, tmp_path: Path, mo
             line = line.replace(f"./{script}.sh", f".venv/bin/python -m app {script}")
         words = shlex.split(line)[3:]
         if "--sweep" in words:
+            example = yaml.safe_load(Path(words[words.index("--sweep") + 1]).read_text())
+            example["keys"]["optim.lr_scale"], example["seeds"] = [0.8], [0]
+            (tmp_path / "less.yaml").write_text(yaml.safe_dump(example))
+            words[words.index("--sweep") + 1] = str(tmp_path / "less.yaml")
             words += [*LESS, *TINY, "evaluation.pictures=0", "--epochs", "1"]
         if "--shards" in words:
             words += ["--checkpoint", str(tiny_run / "weights" / "best")]

@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -40,6 +41,7 @@ COLUMNS = ("path", "file_name", "filename", "image", "url", "name")  # of a tabl
 BLOCK = 4 << 20  # bytes of a manifest that are read at once
 ROWS = 1 << 16  # of a table
 TRIES = 4  # at what a network answers
+GOOGLE_LIMIT = timedelta(seconds=10)  # of what its client tries by itself
 WAIT_SECONDS = 0.5  # after the first failure; then twice as long, and so on
 MAX_MEMBER = 1 << 30  # bytes of an image in an archive
 FETCHED = "sam3-archive-"  # how the folders of archives begin that were fetched
@@ -171,15 +173,30 @@ def _folder(root: Path) -> Iterator[tuple[str, str]]:
 def _listing(address: str) -> Iterator[tuple[str, str]]:
     """Yield the images and archives below an address, in the order of their names."""
     system, root = _store(address)
-    found = _tried(lambda: sorted(system.find(root, on_error="raise")), address)
+    found = sorted(_tried(lambda: _below(system, root), address))
     if not found:
         raise UserError(f"--input {shown(address)}: holds nothing")
-    scheme = urlsplit(address).scheme
+    parts = urlsplit(address)
+    user = "anonymous@" if parts.username == "anonymous" else ""
     for path in found:
         if path.lower().endswith((*EXTENSIONS, *ARCHIVES)):
-            whole = path if is_address(path) else f"{scheme}://{path}"
+            whole = path if is_address(path) else f"{parts.scheme}://{user}{path}"
             name = shown(path).removeprefix(shown(root)).lstrip("/")
             yield name, whole
+
+
+def _below(system: Any, root: str) -> list[str]:
+    """Return the files below a path of a store.
+
+    pyarrow sees folders of Google's store only where they are objects themselves, so that it is
+    asked for all that is below at once.
+    """
+    if not hasattr(system, "fs"):
+        return list(system.find(root, on_error="raise"))
+    from pyarrow.fs import FileSelector, FileType
+
+    below = system.fs.get_file_info(FileSelector(root, recursive=True))
+    return [each.path for each in below if each.type == FileType.File]
 
 
 def _manifest(source: str, suffix: str, shard: Shard) -> Iterator[tuple[str, str]]:
@@ -348,7 +365,11 @@ def _zip_member(file: Path, name: str) -> bytes:
 
 def _whole(system: Any, path: str) -> bytes:
     """Return a file of a store, which must be as long as the store says."""
-    data: bytes = system.cat_file(path)
+    if hasattr(system, "fs"):  # pyarrow's, which asks for each piece of what can be sought in
+        with system.open(path, "rb", seekable=False) as file:
+            data: bytes = file.read()
+    else:
+        data = system.cat_file(path)
     told = system.info(path).get("size")
     if told is not None and len(data) != told:
         raise OSError(f"{len(data)} of {told} bytes came")
@@ -375,32 +396,47 @@ def _tried(ask: Callable[[], Answer], place: str) -> Answer:
 
 
 @lru_cache(maxsize=8)
-def _system(scheme: str, host: str) -> Any:
-    """Return fsspec's file system of a scheme; of S3 and Google's store that of pyarrow."""
+def _system(scheme: str, anonymous: bool) -> Any:
+    """Return fsspec's file system of a scheme; of S3 and Google's store that of pyarrow.
+
+    Their clients find credentials where those of their makers do: AWS_ACCESS_KEY_ID and the others,
+    GOOGLE_APPLICATION_CREDENTIALS. AWS_ENDPOINT_URL and STORAGE_EMULATOR_HOST name other servers.
+    """
     import fsspec
     from fsspec.implementations.arrow import ArrowFSWrapper
 
-    if scheme in ("s3", "gs", "gcs"):
-        import pyarrow.fs
+    if scheme not in ("s3", "gs", "gcs"):
+        return fsspec.filesystem(scheme)
+    import pyarrow.fs
 
-        if scheme == "s3":
-            # The client itself reads AWS_ACCESS_KEY_ID and the others.
-            endpoint = os.environ.get("AWS_ENDPOINT_URL")
-            return ArrowFSWrapper(pyarrow.fs.S3FileSystem(endpoint_override=endpoint))
-        return ArrowFSWrapper(pyarrow.fs.GcsFileSystem())
-    del host
-    return fsspec.filesystem(scheme)
+    if scheme == "s3":
+        endpoint = os.environ.get("AWS_ENDPOINT_URL")
+        return ArrowFSWrapper(
+            pyarrow.fs.S3FileSystem(endpoint_override=endpoint, anonymous=anonymous)
+        )
+    emulator = urlsplit(os.environ.get("STORAGE_EMULATOR_HOST", ""))
+    google = pyarrow.fs.GcsFileSystem(
+        anonymous=anonymous,
+        endpoint_override=emulator.netloc or None,
+        scheme=emulator.scheme or None,
+        retry_time_limit=GOOGLE_LIMIT,  # 15 minutes, were it not said
+    )
+    return ArrowFSWrapper(google)
 
 
 def _store(address: str) -> tuple[Any, str]:
-    """Return the file system of an address, and the path that it takes."""
+    """Return the file system of an address, and the path that it takes.
+
+    ``anonymous@`` before a bucket, as pyarrow has it, asks without credentials.
+    """
     parts = urlsplit(address)
     scheme = parts.scheme.lower()
+    bucket = parts.netloc.rpartition("@")[2]
     try:
-        system = _system(scheme, parts.netloc)
+        system = _system(scheme, parts.username == "anonymous")
     except (ImportError, ValueError) as error:
         raise UserError(f"{shown(address)}: {scheme}:// is not read here ({error})") from None
-    return system, address if scheme in ("http", "https") else f"{parts.netloc}{parts.path}"
+    return system, address if scheme in ("http", "https") else f"{bucket}{parts.path}"
 
 
 @contextmanager

@@ -119,6 +119,9 @@ def test_two_rounds(command: Command, person: Person, tmp_path: Path, stop_after
     assert len(rounds(ring)) == 1
 
     person.label(proposed)
+    settings = yaml.safe_load((tmp_path / "ring.yaml").read_text())
+    settings["train"] = [*TRAINING, "training.epochs=2"]
+    (tmp_path / "ring.yaml").write_text(yaml.safe_dump(settings))
     done = command(*words)
     assert done.code == 0, done.err
     _, second = rounds(ring)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import socket
+import subprocess
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -19,7 +25,8 @@ from app.errors import UserError
 from app.launch.shards import Shard
 from app.scale import sources
 from app.scale.sources import Item, Unreachable, count, is_many, items, read, shard_of, shown
-from tests.scale.store import serving
+from tests.helpers import until
+from tests.scale.store import Faults, before, serving
 
 WHOLE = Shard(0, 1)
 NAMES = [f"{group}/{number:03}.png" for group in ("a", "b") for number in range(20)]
@@ -221,39 +228,131 @@ def test_archives_of_a_store_are_whole_pieces(folder: Path, tmp_path: Path) -> N
         assert len(gets) == len(set(gets)) == 6
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """A bucket "images" on loopback, which is reached through what goes wrong on the way."""
+
+    client: Any
+    faults: Faults
+
+
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    import boto3
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "me",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    sources._system.cache_clear()
-    yield f"http://{host}:{port}"
-    sources._system.cache_clear()
+    with before(f"http://{host}:{port}") as (address, faults):
+        for name, value in {
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "me",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }.items():
+            monkeypatch.setenv(name, value)
+        sources._system.cache_clear()
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+        client.create_bucket(Bucket="images")
+        yield Bucket(client, faults)
+        sources._system.cache_clear()
     server.stop()
 
 
-def test_a_bucket_is_listed_and_read(s3: str, folder: Path) -> None:
-    import boto3
-
-    client = boto3.client("s3", endpoint_url=s3)
-    client.create_bucket(Bucket="images")
+def test_a_bucket_is_listed_and_read(quick: None, bucket: Bucket) -> None:
     for number, name in enumerate(NAMES[:6]):
-        client.put_object(Bucket="images", Key=f"set/{name}", Body=png(number))
-    client.put_object(Bucket="images", Key="set/list.txt", Body="s3://images/set/a/001.png\n")
+        bucket.client.put_object(Bucket="images", Key=f"set/{name}", Body=png(number))
+    listed = "s3://images/set/a/001.png\n"
+    bucket.client.put_object(Bucket="images", Key="set/list.txt", Body=listed)
     found = {item.name: item for item in items("s3://images/set", WHOLE)}
     assert set(found) == set(NAMES[:6])
     assert [read(found[name]) for name in NAMES[:6]] == [png(number) for number in range(6)]
     (item,) = items("s3://images/set/list.txt", WHOLE)
     assert read(item) == png(1)
+    bucket.client.put_object_acl(Bucket="images", Key=f"set/{NAMES[2]}", ACL="public-read")
+    public = {item.name: item for item in items("s3://anonymous@images/set", WHOLE)}
+    assert read(public[NAMES[2]]) == png(2)
+    with pytest.raises(Unreachable, match=r"^s3://images/set/a/003\.png: cannot be fetched"):
+        read(public[NAMES[3]])
     with pytest.raises((UserError, Unreachable, FileNotFoundError)):
         list(items("s3://images/none", WHOLE))
+
+
+def test_a_bucket_that_fails_cuts_and_slows(
+    quick: None,
+    bucket: Bucket,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The client of S3 asks again by itself; what it gives up, we ask for again."""
+    archive = tar(tmp_path / "some.tar", NAMES[:9], folder)
+    bucket.client.put_object(Bucket="images", Key="some.tar", Body=archive.read_bytes())
+    for number, name in enumerate(NAMES[:6]):
+        bucket.client.put_object(Bucket="images", Key=name, Body=png(number))
+    faults = bucket.faults
+    faults.fail, faults.slow = 2, 1
+    found = {item.name: item for item in items("s3://images/a", WHOLE)}
+    assert len(found) == 6
+    for number, fault in enumerate(("fail", "cut", "slow")):
+        setattr(faults, fault, 3)
+        assert read(found[f"{number:03}.png"]) == png(number)
+        assert getattr(faults, fault) < 3
+    faults.cut = 2
+    members = list(items("s3://images/some.tar", WHOLE))
+    assert [read(member) for member in members] == [png(number) for number in range(9)]
+    sources.release(members[0].place)
+    faults.always.add("005.png")
+    monkeypatch.setattr(sources, "TRIES", 2)
+    with pytest.raises(Unreachable, match=r"images/a/005\.png: cannot be fetched"):
+        read(found["005.png"])
+
+
+@pytest.fixture
+def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of Google's store, of an emulator: SAM3_GCS_EMULATOR names its command."""
+    program = shutil.which(os.environ.get("SAM3_GCS_EMULATOR", "gcp-storage-emulator"))
+    if program is None:
+        pytest.skip("no gcp-storage-emulator: pip install it in an environment of its own")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [program, "start", "--host=127.0.0.1", f"--port={port}", "--in-memory"]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", address)
+        sources._system.cache_clear()
+        until(lambda: _answers(address), "the emulator")
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+        sources._system.cache_clear()
+
+
+def _answers(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/storage/v1/b", params={"project": "p"}).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.system
+def test_a_bucket_of_google(google: str) -> None:
+    made = httpx.post(f"{google}/storage/v1/b", params={"project": "p"}, json={"name": "images"})
+    assert made.status_code == 200
+    for number, name in enumerate(NAMES[:3]):
+        sent = httpx.post(
+            f"{google}/upload/storage/v1/b/images/o",
+            params={"uploadType": "media", "name": f"set/{name}"},
+            content=png(number),
+            headers={"Content-Type": "image/png"},  # without, it answers what no client expects
+        )
+        assert sent.status_code == 200
+    found = {item.name: item for item in items("gs://anonymous@images/set", WHOLE)}
+    assert set(found) == set(NAMES[:3])
+    assert [read(found[name]) for name in NAMES[:3]] == [png(number) for number in range(3)]
+    assert not any("anonymous" in item.name for item in found.values())
