@@ -69,7 +69,7 @@ def start(
         raise UserError(f"--save: of many images it is one of {', '.join(KINDS)}")
     which = _which(scale)
     if scale.cluster is not None:
-        _hand_over(output, scale, which.count)
+        _hand_over(output, scale, which.count, settings.device)
         return
     if scale.shard is None and which.count > 1:
         _all(which.count, processes, stop)
@@ -162,11 +162,12 @@ def _words() -> list[str]:
     return words
 
 
-def _hand_over(output: Path, scale: Scale, count: int) -> None:
-    """Let a cluster do the shards, a job each."""
+def _hand_over(output: Path, scale: Scale, count: int, device: str | None) -> None:
+    """Let a cluster do the shards, a job each, with a GPU unless a CPU is asked for."""
     from app.config.compose import load_config
 
-    config = load_config([f"cluster.{text}" for text in scale.cluster_options])
+    asked = [f"cluster.{text}" for text in scale.cluster_options]
+    config = load_config([*asked, *(["training.device=cpu"] if device == "cpu" else [])])
     output.mkdir(parents=True, exist_ok=True)
     assert scale.cluster is not None
     clusters.hand_over(

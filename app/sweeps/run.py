@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -131,7 +132,9 @@ def make(
                         each.output.close()
                         left.insert(0, each.cell)
                         continue
-                    _note(plan, each, failed, durations, left=len(left) + len(running))
+                    each_takes = statistics.mean(durations) / len(slots)
+                    rest = len(left) + len(running)
+                    _note(plan, each, failed, rest, rest * each_takes)
                 for each in running:
                     _prune(plan, each, watch)
         finally:
@@ -175,16 +178,12 @@ def _is_to_be_scored(plan: Plan, one: _Running) -> bool:
     return trained and not is_done(plan, one.cell) and bool(read_figures(plan.run_folder(one.cell)))
 
 
-def _note(
-    plan: Plan, one: _Running, failed: list[Cell], durations: Sequence[float], left: int
-) -> None:
+def _note(plan: Plan, one: _Running, failed: list[Cell], left: int, seconds_left: float) -> None:
     """Note how a cell ended, and tell it."""
     one.output.close()
     cell, code = one.cell, one.process.returncode
-    seconds = duration(durations[-1])
-    rest = ""
-    if left:
-        rest = f"; {left} left, {duration(left * sum(durations) / len(durations))}"
+    seconds = duration(time.monotonic() - one.begun)
+    rest = f"; {left} left, {duration(seconds_left)}" if left else ""
     if code == 0 and is_done(plan, cell):
         log.info("%s: done in %s%s", cell.name, seconds, rest)
         return

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
+from app.datasets.synthetic.films import draw_film
 from tests.helpers import MICRO, REPOSITORY, TINY, Command, Result, until
 from tests.slurm import Slurm
 
@@ -184,3 +186,34 @@ def test_an_array_of_a_sweep_outlives_requeues_and_a_node(
     for run in folder.glob("runs/*/*/*"):
         rows = list(csv.DictReader((run / "metrics.csv").open()))
         assert [float(row["epoch"]) for row in rows] == list(range(1, 9)), said
+
+
+@pytest.mark.system
+def test_an_array_of_shards_outlives_a_requeue(
+    slurm: Slurm, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four pieces of a tar: one is queued again at work, and each image is there once."""
+    monkeypatch.chdir(REPOSITORY)
+    for name, value in slurm.environment.items():
+        monkeypatch.setenv(name, value)
+    film = draw_film((0, 5), width=192, height=144)
+    names, folder = [f"{number:03}.jpg" for number in range(200)], tmp_path / "out"
+    (tmp_path / "images").mkdir()
+    for number, name in enumerate(names):
+        Image.fromarray(film.frame(number / 50)[0]).save(tmp_path / "images" / name)
+    words = ("infer", "--checkpoint", "app/assets/nano", "--input", tmp_path / "images")
+    asked = (*words, "--prompt", "circle", "--device", "cpu", "--output-dir", folder)
+    split = ("--shards", 4, "--cluster", "slurm")
+    settings = ("--cluster-option", "cpus=1", "--cluster-option", "minutes=30")
+    done = command(*asked, *split, *settings)
+    assert done.code == 0, done.err
+    array = re.search(r"submitted: array (\d+) of 4", done.out)[1]
+    until(lambda: any(folder.glob("shard-*/")), "a first piece")
+    (requeued, *_) = slurm("squeue", "-h", "-r", "-t", "R", "-o", "%i").split()
+    slurm("scontrol", "requeue", requeued)
+    until(lambda: not slurm("squeue", "-h", "-j", array).strip(), "the end of the array")
+    said = "".join(f.read_text() for f in sorted((folder / "slurm").glob("*_log.*")))
+    made = command("collect", folder)
+    assert made.code == 0, said + made.err
+    found = json.loads((folder / "coco.json").read_text())
+    assert sorted(image["file_name"] for image in found["images"]) == names

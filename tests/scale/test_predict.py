@@ -204,6 +204,10 @@ def test_a_cluster_gets_a_pod_a_shard(
     assert container["args"][-4:] == ["--shards", "40", "--shard", "auto"]
     assert "out" in container["args"]
     assert container["resources"]["requests"]["cpu"] == 3
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    done = command(*asked, "--output-dir", tmp_path / "cpu", *split, "--device", "cpu")
+    assert done.code == 0, done.err
+    assert "nvidia.com/gpu" not in (tmp_path / "cpu" / "job.yaml").read_text()
 
 
 def test_a_stream_is_a_film(command: Command, tmp_path: Path) -> None:
