@@ -8,9 +8,7 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -18,6 +16,7 @@ import pytest
 from datasets import ClassLabel
 
 from app.datasets.build import load_splits
+from tests.loopback import Quiet, serve
 
 from .test_huggingface import BOTH, PAIR, PETS, image_folder, labels, objects_set, outline
 
@@ -67,11 +66,8 @@ ROUTES = re.compile(
 )
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Quiet):
     hub: Hub
-
-    def log_message(self, *arguments: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
@@ -147,14 +143,8 @@ def entry(path: Path, folder: Path) -> dict:
 def hub() -> Iterator[Hub]:
     hub = Hub()
     handler = type("Bound", (Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield hub
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve(handler) as hub.address:
+        yield hub
 
 
 def fetch(address: str, home: Path, *requests: dict, **environment: str) -> tuple[list, str]:

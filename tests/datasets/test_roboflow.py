@@ -8,7 +8,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from app.datasets.roboflow import fetch
 from app.errors import UserError
 from tests.datasets.exports import coco_export
 from tests.helpers import TINY, Command
+from tests.loopback import Quiet, serve
 
 KEY = "rfSecretKey0123456789"
 VERSION = "my-team/potholes_x/3"
@@ -61,7 +61,7 @@ def link(url: str) -> Answer:
 
 @pytest.fixture
 def fake() -> Iterator[Fake]:
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             server.asked.append((self.path, self.headers["Authorization"]))
@@ -75,23 +75,15 @@ def fake() -> Iterator[Fake]:
             self.end_headers()
             self.wfile.write(answer.body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
     stop = threading.Event()
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server = Fake(f"http://127.0.0.1:{http.server_port}", {})
-    server.answer(f"/{VERSION}", about())
-    server.answer(f"/{VERSION}/coco-segmentation", link(f"{server.url}/ds/1?key={LINK_KEY}"))
-    server.answer("/ds/1", Answer(302, headers={"Location": f"/zip?signed={LINK_KEY}"}))
-    server.answer("/zip", Answer(body=coco_export(masks=True)))
-    thread = threading.Thread(target=http.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    stop.set()
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    with serve(Handler) as address:
+        server = Fake(address, {})
+        server.answer(f"/{VERSION}", about())
+        server.answer(f"/{VERSION}/coco-segmentation", link(f"{server.url}/ds/1?key={LINK_KEY}"))
+        server.answer("/ds/1", Answer(302, headers={"Location": f"/zip?signed={LINK_KEY}"}))
+        server.answer("/zip", Answer(body=coco_export(masks=True)))
+        yield server
+        stop.set()
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from tests.deploy.apart import run_apart
 from tests.deploy.page import lines_of, run_documented
 from tests.deploy.tiny import SHAPES, expected_score, write_folder
 from tests.helpers import Command
+from tests.loopback import Quiet, serve
 
 STRING, INT32, INT64, MESSAGE, ENUM = 9, 5, 3, 11, 14
 ONE, MANY = 1, 3
@@ -134,7 +133,7 @@ def server(repository: Path) -> Iterator[str]:
     """A stand-in for Triton: what its protocol sends to `sam3` is run, and answered in JSON."""
     kinds = {"FP32": np.float32, "BOOL": np.bool_}
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             start = int(self.headers["Inference-Header-Content-Length"])
@@ -154,13 +153,8 @@ def server(repository: Path) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(answer)
 
-        def log_message(self, format: str, *args: object) -> None:
-            del format, args
-
-    with HTTPServer(("localhost", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"localhost:{running.server_port}"
-        running.shutdown()
+    with serve(Handler) as address:
+        yield address.removeprefix("http://")
 
 
 @pytest.mark.system

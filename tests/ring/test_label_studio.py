@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -25,13 +23,14 @@ from app.serving.settings import Settings
 from tests.helpers import until
 from tests.label_studio import TOKEN
 from tests.label_studio import label_studio as real_label_studio
+from tests.loopback import Quiet, serve
 from tests.ring.test_ring import NANO, TRAINING
 from tests.serving.servers import load_nano, serving
 
 FIRST, EVERY = 6, 4  # images labelled at the beginning; more that begin a round
 
 
-class Project(BaseHTTPRequestHandler):
+class Project(Quiet):
     """Answers the export of project 3 with what is in `body`."""
 
     body = b"[]"
@@ -44,20 +43,14 @@ class Project(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(self.body)
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture
 def project(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Project]]:
     handler = type("Asked", (Project,), {"asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever).start()
-    monkeypatch.setenv("LABEL_STUDIO_URL", f"http://127.0.0.1:{server.server_port}/")
-    monkeypatch.setenv("LABEL_STUDIO_API_KEY", "old")
-    yield handler
-    server.shutdown()
-    server.server_close()
+    with serve(handler) as address:
+        monkeypatch.setenv("LABEL_STUDIO_URL", f"{address}/")
+        monkeypatch.setenv("LABEL_STUDIO_API_KEY", "old")
+        yield handler
 
 
 def test_an_export_is_written_whole(project: type[Project], tmp_path: Path) -> None:

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
+
+from tests.loopback import Quiet, serve
 
 SLOW_SECONDS = 0.5  # between the halves of a slow answer
 OF_ONE_CONNECTION = ("connection", "keep-alive", "transfer-encoding", "date", "server")
@@ -52,7 +53,7 @@ def _write(handler: BaseHTTPRequestHandler, data: bytes, faults: Faults) -> None
     handler.wfile.write(data[half:])
 
 
-class _Files(SimpleHTTPRequestHandler):
+class _Files(Quiet, SimpleHTTPRequestHandler):
     faults: Faults
 
     def do_GET(self) -> None:
@@ -72,11 +73,8 @@ class _Files(SimpleHTTPRequestHandler):
         else:
             super().do_GET()
 
-    def log_message(self, *_: object) -> None:
-        pass
 
-
-class _Proxy(BaseHTTPRequestHandler):
+class _Proxy(Quiet):
     """Hands each request on to another server, and its answer back."""
 
     protocol_version = "HTTP/1.1"
@@ -109,29 +107,13 @@ class _Proxy(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _hand_on
 
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def _running(handler: Any) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
 
 @contextmanager
 def serving(folder: Path) -> Iterator[tuple[str, Faults]]:
     """Yield the address of a folder, and what goes wrong there."""
     faults = Faults()
     handler = type("Handler", (_Files,), {"faults": faults})
-    with _running(partial(handler, directory=str(folder))) as address:
+    with serve(partial(handler, directory=str(folder))) as address:
         yield address, faults
 
 
@@ -140,5 +122,5 @@ def before(address: str) -> Iterator[tuple[str, Faults]]:
     """Yield an address that answers as another does, and what goes wrong on the way."""
     faults = Faults()
     target = urlsplit(address).netloc
-    with _running(type("Handler", (_Proxy,), {"faults": faults, "target": target})) as mine:
+    with serve(type("Handler", (_Proxy,), {"faults": faults, "target": target})) as mine:
         yield mine, faults

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.loopback import Quiet, serve
 
 TASK = 7
 WHEN = "2026-01-01T00:00:00Z"
@@ -67,7 +67,7 @@ def cvat(images: dict[str, tuple[bytes, int, int]], labels: dict[int, str]) -> I
         },
     }
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             told.tokens.add(self.headers["Authorization"])
@@ -89,19 +89,8 @@ def cvat(images: dict[str, tuple[bytes, int, int]], labels: dict[int, str]) -> I
 
         do_GET = do_PUT = do_PATCH = do_POST = answer
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    told.address = f"http://127.0.0.1:{server.server_port}"
-    try:
+    with serve(Handler) as told.address:
         yield told
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def chunk(images: dict[str, tuple[bytes, int, int]]) -> bytes:

@@ -7,9 +7,7 @@ import contextlib
 import io
 import json
 import shutil
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from app.serving.settings import Limits, Settings
 from tests.helpers import until
 from tests.label_studio import TOKEN
 from tests.label_studio import label_studio as real_label_studio
+from tests.loopback import Quiet, serve
 from tests.serving.servers import SCENE, Loaded, opened, scene, serving
 
 ROOT = "/label-studio"
@@ -209,7 +208,7 @@ def label_studio(token: str) -> Iterator[tuple[str, list[str]]]:
     """A server that answers as Label Studio does; yields its address and what was asked."""
     asked: list[str] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet):
         def do_POST(self) -> None:
             length = int(self.headers["Content-Length"])
             body = json.loads(self.rfile.read(length))
@@ -238,18 +237,8 @@ def label_studio(token: str) -> Iterator[tuple[str, list[str]]]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serve(Handler) as address:
+        yield address, asked
 
 
 @pytest.mark.parametrize(("key", "token"), [("old", "Token old"), ("a.b.c", "Bearer fresh")])
