@@ -42,6 +42,10 @@ BLOCK = 4 << 20  # bytes of a manifest that are read at once
 ROWS = 1 << 16  # of a table
 TRIES = 4  # at what a network answers
 GOOGLE_LIMIT = timedelta(seconds=10)  # of what its client tries by itself
+CREDENTIALS = {  # of a store: what its client reads
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+}
 WAIT_SECONDS = 0.5  # after the first failure; then twice as long, and so on
 MAX_MEMBER = 1 << 30  # bytes of an image in an archive
 FETCHED = "sam3-archive-"  # how the folders of archives begin that were fetched
@@ -392,7 +396,11 @@ def _tried(ask: Callable[[], Answer], place: str) -> Answer:
             problem = type(error).__name__
             if attempt < TRIES - 1:
                 time.sleep(WAIT_SECONDS * 2**attempt)
-    raise Unreachable(f"{shown(place)}: cannot be fetched ({problem})")
+    scheme, remedy = urlsplit(place).scheme.lower(), ""
+    if scheme in CREDENTIALS:
+        public = f"{scheme}://anonymous@BUCKET/…"
+        remedy = f": look at {CREDENTIALS[scheme]}, or for a public bucket say {public}"
+    raise Unreachable(f"{shown(place)}: cannot be fetched ({problem}){remedy}")
 
 
 @lru_cache(maxsize=8)
