@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from sam3.model.data_misc import BatchedDatapoint
 from sam3.model.sam3_image import Sam3Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.config.schema import Config
 from app.model.halves import convert_by_layer, hold_frozen
@@ -84,7 +84,9 @@ class Step:
         updates = batches.updates_per_epoch * config.training.epochs
         self.scheduler = build_scheduler(optimizer, config.optim.schedule, updates)
         self.module = model
-        self.model, self.optimizer = accelerator.prepare(losses.wrap(model), optimizer)
+        self.model, self.optimizer = accelerator.prepare(
+            losses.wrap(model), optimizer, device_placement=[True, True]
+        )
         in_float16 = losses.precision == torch.float16
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=in_float16)
         decay = config.training.ema
@@ -119,7 +121,7 @@ class Step:
                     loss = self.scaler.scale(losses["loss"] / len(batches))
                     self.accelerator.backward(loss)
             self.scaler.unscale_(self.optimizer.optimizer)
-            norm = self.accelerator.clip_grad_norm_(
+            norm = nn.utils.clip_grad_norm_(
                 self.model.parameters(), self.config.optim.max_grad_norm
             )
             *means, gradient_norm = torch.cat([*found, norm[None]]).tolist()
