@@ -39,7 +39,8 @@ TIERS = (
 # box AP where another image's box is given, and cost as much of words (benchmarks.few shots).
 #
 # nano from its own weights, measured on shapes and on photographs of potholes: all of it moves, and
-# fast. Its trunk knows drawn shapes alone, so that it has as much to learn as DETR has.
+# fast. Its trunk knows drawn shapes alone, so that it has as much to learn as DETR has. The rate
+# and the numbers below are what a sweep says: docs/recipes.md.
 NANO = {
     "training.batch_size": 4,
     "training.grad_accum": 1,
@@ -50,6 +51,7 @@ NANO = {
 }
 NANO_SEEN = 2400  # images that training sees in all, where it has enough: 600 updates
 NANO_EPOCHS = (10, 45)  # least and most
+NANO_FEW, NANO_FEW_EPOCHS = 10, 90  # images at most that are seen more often
 NANO_VALIDATIONS = 10  # about as many in a run
 
 
@@ -88,7 +90,10 @@ def auto(images: int, size: str, given: Sequence[str], *, pretrained: bool) -> l
 
 def _for_nano(images: int, chosen_by_user: Mapping[str, str]) -> dict[str, object]:
     """Return nano's settings: as many updates for any number of images, within limits."""
-    epochs = min(max(NANO_SEEN // images, NANO_EPOCHS[0]), NANO_EPOCHS[1])
+    least, most = NANO_EPOCHS
+    epochs = min(max(NANO_SEEN // images, least), most)
+    if images <= NANO_FEW:
+        epochs = NANO_FEW_EPOCHS
     settings: dict[str, object] = {"training.epochs": epochs, **NANO}
     if str(chosen_by_user.get("method")).startswith("lora"):
         del settings["optim.lr_scale"]  # adapters begin at zero: they take the whole rate

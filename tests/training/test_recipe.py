@@ -77,7 +77,7 @@ def test_random_weights_keep_the_full_rate() -> None:
 
 @pytest.mark.parametrize(
     ("images", "epochs", "every"),
-    [(1, 45, 5), (20, 45, 5), (43, 45, 5), (240, 10, 1), (9000, 10, 1)],
+    [(1, 90, 9), (10, 90, 9), (11, 45, 5), (20, 45, 5), (43, 45, 5), (240, 10, 1), (9000, 10, 1)],
 )
 def test_nano_sees_as_much_of_few_images_as_of_many(images: int, epochs: int, every: int) -> None:
     config = load_config(auto(images, "nano", [], pretrained=True))
