@@ -29,7 +29,7 @@ POTHOLES = Path(__file__).resolve().parents[1] / "examples" / "potholes"
 VALID = 60  # images of shapes to score on
 OVERRIDES = ("evaluation.every=1000", "training.save_every=1000")
 QUICK = ("evaluation.pictures=0", "evaluation.off_prompts=0", "training.device=cpu")
-# By number of images: settings, on both datasets where potholes has so many (33).
+# By number of images: settings, on both datasets where potholes has so many (43).
 PARTS: dict[int, dict[str, Any]] = {
     10: {"optim.lr_scale": [0.8], "training.epochs": [45, 90]},
     40: {"optim.lr_scale": [0.4, 0.8], "training.epochs": [20, 45]},
