@@ -1,6 +1,6 @@
 """Measure which rate and how many epochs suit how many images, for nano's `--recipe auto`.
 
-    .venv/bin/python -m benchmarks.recipes          # all parts: an hour on 2 cores
+    .venv/bin/python -m benchmarks.recipes          # all parts: 90 minutes on 2 cores
     .venv/bin/python -m benchmarks.recipes 10 40    # some, by their number of images
 
 Each part is a sweep in outputs/recipes, which the same command goes on with after any end. Shapes
@@ -86,6 +86,8 @@ def main() -> int:
     parser.add_argument("images", nargs="*", type=int, help=f"of {', '.join(map(str, PARTS))}")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     arguments = parser.parse_args()
+    if not {*arguments.images} <= {*PARTS}:
+        parser.error(f"images: of {', '.join(map(str, PARTS))}")
     ROOT.mkdir(parents=True, exist_ok=True)
     for limit in arguments.images or PARTS:
         run(limit, arguments.jobs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import httpx
 import pytest
 
 from tests.helpers import until
+from tests.loopback import free_port
 
 TOKEN = "abcdef0123456789abcdef0123456789abcdef01"
 
@@ -24,9 +24,7 @@ def label_studio(tmp_path: Path) -> Iterator[httpx.Client]:
     found = os.environ.get("SAM3_LABEL_STUDIO") or shutil.which("label-studio")
     if found is None:
         pytest.skip("no Label Studio: pip install label-studio in an environment of its own")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = ["start", "--no-browser", "--port", str(port), "--username", "a@example.com"]
     words += ["--password", "secret-123", "--user-token", TOKEN]
     environment = {

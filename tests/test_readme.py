@@ -241,10 +241,11 @@ def test_work_that_is_split(command: Command, tiny_run: Path, tmp_path: Path, mo
             line = line.replace(f"./{script}.sh", f".venv/bin/python -m app {script}")
         words = shlex.split(line)[3:]
         if "--sweep" in words:
-            example = yaml.safe_load(Path(words[words.index("--sweep") + 1]).read_text())
+            file = words.index("--sweep") + 1
+            example = yaml.safe_load(Path(words[file]).read_text())
             example["keys"]["optim.lr_scale"], example["seeds"] = [0.8], [0]
             (tmp_path / "less.yaml").write_text(yaml.safe_dump(example))
-            words[words.index("--sweep") + 1] = str(tmp_path / "less.yaml")
+            words[file] = str(tmp_path / "less.yaml")
             words += [*LESS, *TINY, "evaluation.pictures=0", "--epochs", "1"]
         if "--shards" in words:
             words += ["--checkpoint", str(tiny_run / "weights" / "best")]

@@ -42,9 +42,10 @@ BLOCK = 4 << 20  # bytes of a manifest that are read at once
 ROWS = 1 << 16  # of a table
 TRIES = 4  # at what a network answers
 GOOGLE_LIMIT = timedelta(seconds=10)  # of what its client tries by itself
-CREDENTIALS = {  # of a store: what its client reads
+CREDENTIALS = {  # of the stores that pyarrow reads: where its clients find them
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "gcs": "GOOGLE_APPLICATION_CREDENTIALS",
 }
 WAIT_SECONDS = 0.5  # after the first failure; then twice as long, and so on
 MAX_MEMBER = 1 << 30  # bytes of an image in an archive
@@ -195,10 +196,11 @@ def _below(system: Any, root: str) -> list[str]:
     pyarrow sees folders of Google's store only where they are objects themselves, so that it is
     asked for all that is below at once.
     """
-    if not hasattr(system, "fs"):
-        return list(system.find(root, on_error="raise"))
+    from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow.fs import FileSelector, FileType
 
+    if not isinstance(system, ArrowFSWrapper):
+        return list(system.find(root, on_error="raise"))
     below = system.fs.get_file_info(FileSelector(root, recursive=True))
     return [each.path for each in below if each.type == FileType.File]
 
@@ -369,11 +371,7 @@ def _zip_member(file: Path, name: str) -> bytes:
 
 def _whole(system: Any, path: str) -> bytes:
     """Return a file of a store, which must be as long as the store says."""
-    if hasattr(system, "fs"):  # pyarrow's, which asks for each piece of what can be sought in
-        with system.open(path, "rb", seekable=False) as file:
-            data: bytes = file.read()
-    else:
-        data = system.cat_file(path)
+    data: bytes = system.cat_file(path)
     told = system.info(path).get("size")
     if told is not None and len(data) != told:
         raise OSError(f"{len(data)} of {told} bytes came")
@@ -407,13 +405,12 @@ def _tried(ask: Callable[[], Answer], place: str) -> Answer:
 def _system(scheme: str, anonymous: bool) -> Any:
     """Return fsspec's file system of a scheme; of S3 and Google's store that of pyarrow.
 
-    Their clients find credentials where those of their makers do: AWS_ACCESS_KEY_ID and the others,
-    GOOGLE_APPLICATION_CREDENTIALS. AWS_ENDPOINT_URL and STORAGE_EMULATOR_HOST name other servers.
+    AWS_ENDPOINT_URL and STORAGE_EMULATOR_HOST name other servers than their makers'.
     """
     import fsspec
     from fsspec.implementations.arrow import ArrowFSWrapper
 
-    if scheme not in ("s3", "gs", "gcs"):
+    if scheme not in CREDENTIALS:
         return fsspec.filesystem(scheme)
     import pyarrow.fs
 

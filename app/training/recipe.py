@@ -91,9 +91,9 @@ def auto(images: int, size: str, given: Sequence[str], *, pretrained: bool) -> l
 def _for_nano(images: int, chosen_by_user: Mapping[str, str]) -> dict[str, object]:
     """Return nano's settings: as many updates for any number of images, within limits."""
     least, most = NANO_EPOCHS
-    epochs = min(max(NANO_SEEN // images, least), most)
     if images <= NANO_FEW:
-        epochs = NANO_FEW_EPOCHS
+        most = NANO_FEW_EPOCHS
+    epochs = min(max(NANO_SEEN // images, least), most)
     settings: dict[str, object] = {"training.epochs": epochs, **NANO}
     if str(chosen_by_user.get("method")).startswith("lora"):
         del settings["optim.lr_scale"]  # adapters begin at zero: they take the whole rate

@@ -84,6 +84,8 @@ class Step:
         updates = batches.updates_per_epoch * config.training.epochs
         self.scheduler = build_scheduler(optimizer, config.optim.schedule, updates)
         self.module = model
+        # Both are told of, and clipping is torch's own: else accelerate looks for distributed
+        # tensors, whose import takes most of a second.
         self.model, self.optimizer = accelerator.prepare(
             losses.wrap(model), optimizer, device_placement=[True, True]
         )

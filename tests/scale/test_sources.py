@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import shutil
-import socket
 import subprocess
 import tarfile
 import zipfile
@@ -26,6 +25,7 @@ from app.launch.shards import Shard
 from app.scale import sources
 from app.scale.sources import Item, Unreachable, count, is_many, items, read, shard_of, shown
 from tests.helpers import until
+from tests.loopback import free_port
 from tests.scale.store import Faults, before, serving
 
 WHOLE = Shard(0, 1)
@@ -316,9 +316,7 @@ def google(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     program = shutil.which(os.environ.get("SAM3_GCS_EMULATOR", "gcp-storage-emulator"))
     if program is None:
         pytest.skip("no gcp-storage-emulator: pip install it in an environment of its own")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = [program, "start", "--host=127.0.0.1", f"--port={port}", "--in-memory"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from app.serving.page import policy, read
 from app.serving.settings import Settings
 from tests.browser import driven, needs_chromium
 from tests.helpers import PATIENCE, REPOSITORY, Command, until
+from tests.loopback import free_port
 from tests.serving.servers import SCENE, Loaded, opened, problems, scene, serving
 
 if TYPE_CHECKING:
@@ -518,9 +518,7 @@ def test_it_fits_a_screen(open_page: Open, width: int, height: int) -> None:
 @system
 def test_a_kill_of_the_server_loses_no_edit(open_page: Open, photos: Path, tmp_path: Path) -> None:
     """What is drawn while it is away is saved when it is back."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     words = [sys.executable, "-m", "app", "serve", "--port", str(port), "--label", str(photos)]
     words += ["--device", "cpu"]
 

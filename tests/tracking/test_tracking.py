@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from app.tracking.files import followed_by_mlflow
 from app.tracking.mlflow import Sender, _requirements, _valid_name
 from app.tracking.state import State, mlflow_uri, read_state, without_password
 from tests.helpers import PATIENCE, REPOSITORY, TINY, Command, until
+from tests.loopback import free_port
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("_own_environment")]
 CANARY = "canary-4f1d9b"
@@ -44,13 +44,6 @@ SECRETS = dict.fromkeys(("HF_TOKEN", "ROBOFLOW_API_KEY", "AWS_SECRET_ACCESS_KEY"
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
         monkeypatch.delenv(name)
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def answers(address: str) -> bool:
