@@ -12,6 +12,7 @@ from app.model.upstream.attention import (
     added_to_scores,
     attend,
     is_usual,
+    padding_as_mask,
     product_rectified,
     project_at_once,
     rectified,
@@ -86,6 +87,32 @@ def test_scores_are_dropped_in_training_alone() -> None:
 def test_a_cpu_and_what_is_asked_for_videos_are_left_to_torch() -> None:
     on_cpu = torch.zeros(1, 1, 1)
     assert not is_usual(on_cpu)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_a_padding_as_a_mask_changes_no_bit(batch_first: bool, numbers: bool) -> None:
+    attention = _attention(batch_first=batch_first)
+    query, key = (_tokens(n, batch_first=batch_first, turned=False) for n in (QUERIES, KEYS))
+    padding = torch.arange(KEYS).expand(PROMPTS, KEYS) >= torch.tensor([[KEYS], [2], [3]])
+    mask = added_to_scores(padding, torch.float32) if numbers else padding
+    asked = padding_as_mask(attention, query, mask, need_weights=False)
+    assert asked["attn_mask"].shape == (PROMPTS * HEADS, QUERIES, KEYS)
+    found = attention(query, key, key, **asked)[0]
+    expected = attention(query, key, key, key_padding_mask=padding, need_weights=False)[0]
+    assert torch.equal(found, expected)
+    leaves = [*attention.parameters(), query, key]
+    for ours, theirs in zip(
+        *(torch.autograd.grad(x.sin().sum(), leaves) for x in (found, expected)), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_padding_beside_a_mask_is_left_to_torch() -> None:
+    attention, query = _attention(batch_first=True), torch.randn(PROMPTS, QUERIES, WIDTH)
+    padding = torch.zeros(PROMPTS, QUERIES, dtype=torch.bool)
+    asked = {"attn_mask": torch.zeros(QUERIES, QUERIES), "key_padding_mask": padding}
+    assert padding_as_mask(attention, query, **asked) == asked
 
 
 @pytest.mark.parametrize("keys", [1, 8, 33])

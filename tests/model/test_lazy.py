@@ -79,12 +79,20 @@ with ThreadPoolExecutor(8) as pool:
     answers = list(pool.map(lambda _: timm.is_model("vit_base_patch16_224"), range(8)))
 assert answers == [True] * 8
 """
+PREDICTION = """
+import numpy
+from app.model.bundled import bundled_nano
+predictor = app.inference.predictor.Predictor.load(bundled_nano())
+found = predictor.predict(numpy.zeros((64, 64, 3), numpy.uint8), ["cross", "a b"], threshold=0)
+assert len(found)
+assert "sympy" not in sys.modules
+"""
 
 
 @pytest.mark.parametrize(
     "use",
-    [COMPILER, UPSTREAM, MATCHING, STORES, FOCAL_LOSS, THREADS],
-    ids=["compiler", "upstream", "matching", "stores", "focal-loss", "threads"],
+    [COMPILER, UPSTREAM, MATCHING, STORES, FOCAL_LOSS, THREADS, PREDICTION],
+    ids=["compiler", "upstream", "matching", "stores", "focal-loss", "threads", "prediction"],
 )
 def test_what_takes_long_is_imported_where_it_is_used(use: str) -> None:
     subprocess.run([sys.executable, "-c", START + ABSENT + use], cwd=REPOSITORY, check=True)

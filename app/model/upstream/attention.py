@@ -26,7 +26,7 @@ class Attention(nn.MultiheadAttention):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the queries attend to, and None or the weights."""
         if not is_usual(args[0], **kwargs):
-            return super().forward(*args, **kwargs)
+            return super().forward(*args, **padding_as_mask(self, args[0], **kwargs))
         kwargs.pop("need_weights", None)
         return attend(self, *args, **kwargs), None
 
@@ -47,6 +47,27 @@ def is_usual(
     if attn_mask is None:
         return True
     return key_padding_mask is None and attn_mask.ndim == 3 and attn_mask.is_floating_point()
+
+
+def padding_as_mask(
+    attention: Any, query: Tensor, key_padding_mask: Tensor | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """Return torch's arguments with the padding as `attn_mask`, where there is none beside it.
+
+    The answers are the same. torch checks a padding mask by its symbolic shapes, whose import
+    (sympy) takes a second of each process that predicts or trains.
+
+    Args:
+        query: (L, B, D), or (B, L, D) where `attention.batch_first`.
+        key_padding_mask: (B, S), bool, True where there is no key, or by `added_to_scores`.
+    """
+    if key_padding_mask is None or kwargs.get("attn_mask") is not None:
+        return kwargs | {"key_padding_mask": key_padding_mask}
+    if key_padding_mask.dtype == torch.bool:
+        key_padding_mask = added_to_scores(key_padding_mask, query.dtype)
+    length = query.shape[1 if attention.batch_first else 0]
+    of_heads = key_padding_mask.repeat_interleave(attention.num_heads, dim=0)
+    return kwargs | {"attn_mask": of_heads[:, None].expand(-1, length, -1)}
 
 
 @dataclass(frozen=True)

@@ -467,7 +467,7 @@ def _attention_on_contiguous_tokens() -> None:
     from sam3.model.model_misc import MultiheadAttentionWrapper
     from torch.nn.functional import multi_head_attention_forward
 
-    from app.model.upstream.attention import attend, is_usual
+    from app.model.upstream.attention import attend, is_usual, padding_as_mask
 
     @functools.wraps(MultiheadAttentionWrapper.forward)
     def forward(self: Any, query: Any, key: Any, value: Any, **kwargs: Any) -> tuple[Any, None]:
@@ -500,7 +500,7 @@ def _attention_on_contiguous_tokens() -> None:
             out_proj_weight=self.out_proj.weight,
             out_proj_bias=self.out_proj.bias,
             training=self.training,
-            **kwargs,
+            **padding_as_mask(self, query, **kwargs),
         )
         return tokens_first(result[0]), None
 
