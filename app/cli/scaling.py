@@ -113,11 +113,10 @@ def _which(scale: Scale) -> Shard:
 
 def _all(count: int, processes: int, stop: StopRequest) -> None:
     """Do all shards, each by a process of its own, some at a time."""
-    from app.model.device import visible_gpus  # torch: where there is work to do
+    from app.model.device import slots  # torch: where there is work to do
 
-    gpus: list[str | None] = [*visible_gpus()]
-    left, free = list(range(count)), gpus[:processes] or [None] * processes
-    running: list[tuple[subprocess.Popen[bytes], str | None]] = []
+    left, free = list(range(count)), slots(processes)
+    running: list[tuple[subprocess.Popen[bytes], dict[str, str]]] = []
     codes: list[int] = []
     words = [sys.executable, "-m", "app", *_words()]
     with stop.deferred():
@@ -125,8 +124,12 @@ def _all(count: int, processes: int, stop: StopRequest) -> None:
             while (left or running) and not stop.asked:
                 while left and free:
                     slot = free.pop(0)
-                    command = [*words, "--shard", f"{left.pop(0)}/{count}"]
-                    running.append((_start(command, slot), slot))
+                    process = subprocess.Popen(
+                        [*words, "--shard", f"{left.pop(0)}/{count}"],
+                        env=os.environ | slot,
+                        start_new_session=True,
+                    )
+                    running.append((process, slot))
                 time.sleep(POLL_SECONDS)
                 for process, slot in [each for each in running if each[0].poll() is not None]:
                     running.remove((process, slot))
@@ -143,11 +146,6 @@ def _all(count: int, processes: int, stop: StopRequest) -> None:
         raise typer.Exit(bad[0] if bad[0] > 0 else 1)
     if any(codes):
         raise typer.Exit(3)
-
-
-def _start(command: Sequence[str], slot: str | None) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ) | ({} if slot is None else {"CUDA_VISIBLE_DEVICES": slot})
-    return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
 def _words() -> list[str]:

@@ -12,7 +12,7 @@ import typer
 from app.cli.options import SweepFlags
 from app.console import counted
 from app.launch import clusters, shards, slurm
-from app.model.device import visible_gpus
+from app.model.device import slots
 from app.signals import StopRequest
 from app.sweeps import page, run, table
 from app.sweeps.plan import Cell, Plan, as_word, load_plan, read_plan, save_plan, to_request
@@ -63,12 +63,11 @@ def start(
 
         if (parent := mlflow.open_parent(plan.folder, tracking)) is not None:
             more[mlflow.PARENT] = parent
-    slots: Sequence[str | None] = (None,) if cell is not None else _slots(flags.jobs)
     make = partial(
         run.make,
         plan,
         stop=stop,
-        slots=slots,
+        slots=[{}] if cell is not None else slots(flags.jobs),
         again=flags.retry,
         forwards=not slurm.is_inside(),  # whose signals reach the cells as well
         environment=more,
@@ -97,12 +96,6 @@ def _summary(plan: Plan) -> dict[str, float]:
     name = table.name_of(plan, found)
     best = {dataset: each.figures[name] for dataset, each in table.best(plan, found).items()}
     return {f"best/{dataset}/{name}": value for dataset, value in best.items()}
-
-
-def _slots(jobs: int | None) -> Sequence[str | None]:
-    """Return what cells that are made at a time have by themselves: a GPU each, or nothing."""
-    gpus = visible_gpus()
-    return gpus[:jobs] or [None] * (jobs or 1)
 
 
 def _make_trial(plan: Plan, number: int, make: Callable[..., list[Cell]]) -> list[Cell]:

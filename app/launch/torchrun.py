@@ -12,6 +12,7 @@ import torch
 
 from app import signals
 from app.errors import UserError
+from app.model.device import share_of_threads
 
 SAVE_SECONDS = 600  # between a signal and the end: torchrun's own 30 do not save a large model
 
@@ -39,10 +40,9 @@ def relaunch(processes: int, arguments: Sequence[str], nodes: int = 1) -> None:
         f"--shutdown-timeout={SAVE_SECONDS}",
         *("-m", "app", *arguments),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, command, environment)
+    os.execve(sys.executable, command, os.environ | share_of_threads(processes))
 
 
 def _meeting(nodes: int) -> list[str]:

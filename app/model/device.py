@@ -256,7 +256,29 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def visible_gpus() -> list[str]:
+def slots(processes: int | None) -> list[dict[str, str]]:
+    """Return what processes that work at a time on this machine have of it, as their environment.
+
+    Each has a GPU by itself where there are some, and a share of the CPU's threads unless
+    OMP_NUM_THREADS is said.
+
+    Args:
+        processes: at most one a GPU; None: one a GPU, or one on a CPU.
+    """
+    gpus = _visible_gpus()
+    own = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[:processes]]
+    own = own or [{} for _ in range(processes or 1)]
+    return [share_of_threads(len(own)) | each for each in own]
+
+
+def share_of_threads(processes: int) -> dict[str, str]:
+    """Return the environment by which processes share the CPU, unless OMP_NUM_THREADS is said."""
+    if processes == 1 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+
+
+def _visible_gpus() -> list[str]:
     """Return the numbers of this machine's GPUs, as `CUDA_VISIBLE_DEVICES` has them."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [number for number in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if number]

@@ -45,7 +45,7 @@ class _Running:
     cell: Cell
     process: subprocess.Popen[bytes]
     output: IO[bytes]
-    slot: str | None
+    slot: Mapping[str, str]
     begun: float
     from_byte: int  # of its log
     scores: bool  # it is trained, and scored now
@@ -86,7 +86,7 @@ def make(
     cells: Sequence[Cell],
     *,
     stop: StopRequest,
-    slots: Sequence[str | None] = (None,),
+    slots: Sequence[Mapping[str, str]] = ({},),
     again: bool = False,
     watch: Watch | None = None,
     forwards: bool = True,
@@ -96,7 +96,7 @@ def make(
 
     Args:
         stop: where it is asked for, the cells at work save and end.
-        slots: of what each cell has by itself: numbers of GPUs, or None.
+        slots: what each of the cells that are made at a time has (`model.device.slots`).
         again: try those that ended before their end once more.
         watch: ends cells that are behind.
         forwards: signals reach this process alone, so that the cells must be told.
@@ -144,7 +144,9 @@ def make(
     return failed
 
 
-def _begin(plan: Plan, cell: Cell, slot: str | None, more: Mapping[str, str]) -> _Running | None:
+def _begin(
+    plan: Plan, cell: Cell, slot: Mapping[str, str], more: Mapping[str, str]
+) -> _Running | None:
     """Start a cell; None where another process is at it."""
     file = log_file(plan, cell)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -156,9 +158,6 @@ def _begin(plan: Plan, cell: Cell, slot: str | None, more: Mapping[str, str]) ->
     from_byte = output.seek(0, os.SEEK_END)
     ended_file(plan, cell).unlink(missing_ok=True)
     remove_unfinished(ended_file(plan, cell))
-    environment = {**os.environ, **more}
-    if slot is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = slot
     is_trained = bool(read_figures(plan.run_folder(cell)))
     words = plan.scoring_words(cell) if is_trained else [*plan.words(cell), "--resume=auto"]
     process = subprocess.Popen(
@@ -166,7 +165,7 @@ def _begin(plan: Plan, cell: Cell, slot: str | None, more: Mapping[str, str]) ->
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=output,
-        env=environment,
+        env={**os.environ, **more, **slot},
         start_new_session=True,  # Ctrl-C is for this process, which tells them
     )
     return _Running(cell, process, output, slot, time.monotonic(), from_byte, is_trained)

@@ -134,3 +134,25 @@ def test_a_narrow_model_computes_on_one_thread(
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
     device.choose_threads(torch.device(on), load_model_config(size))
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "expected"),
+    [
+        ("", None, [{}]),
+        ("", 1, [{}]),
+        ("", 3, [{"OMP_NUM_THREADS": "2"}] * 3),
+        ("", 9, [{"OMP_NUM_THREADS": "1"}] * 9),
+        ("3", 2, [{"CUDA_VISIBLE_DEVICES": "3"}]),
+        ("0,5", None, [{"CUDA_VISIBLE_DEVICES": n, "OMP_NUM_THREADS": "3"} for n in "05"]),
+    ],
+)
+def test_processes_share_a_machine(
+    gpus: str, processes: int | None, expected: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(device.os, "cpu_count", lambda: 6)
+    assert device.slots(processes) == expected
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert all("OMP_NUM_THREADS" not in slot for slot in device.slots(processes))
