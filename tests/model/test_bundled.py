@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,8 +14,9 @@ from app.errors import UserError
 from app.inference.predictor import Predictor
 from app.model import bundled
 from app.model.bundled import bundled_nano, pack
+from app.model.vocabulary import VISUAL_PROMPT
 from app.model.weights import FILE, read_header, to_metadata
-from tests.helpers import Command
+from tests.helpers import REPOSITORY, Command
 
 
 @pytest.fixture
@@ -94,3 +96,15 @@ def test_a_run_starts_from_what_is_carried(
     none = command(*words, *small, "--output-dir", tmp_path / "none", "--checkpoint", "none")
     assert none.code == 0
     assert "lr_scale 1)" in none.out
+
+
+def test_what_is_carried_finds_what_a_box_shows() -> None:
+    carried = bundled_nano()
+    assert carried is not None
+    circle = (198.0, 157.0, 153.0, 140.0)  # the blue one of the picture, as xywh
+    predictor = Predictor.load(carried)
+    picture = Image.open(REPOSITORY / "examples" / "scene.png").convert("RGB")
+    found = predictor.predict(picture, [VISUAL_PROMPT], boxes_xywh=[circle], threshold=0.6)
+    assert len(found) == 1
+    low, size = np.array(circle[:2]), np.array(circle[2:])
+    assert np.abs(found.boxes_xyxy[0] - [*low, *(low + size)]).max() < 10
