@@ -104,6 +104,7 @@ def test_a_day_in_small() -> None:
             *_, session = [ask_everything(client, number) for number in numbers]
             until(lambda: held(server).files <= noon.files, "connections that left are closed")
             evening = rest(client, server, session)
-        assert evening.threads <= noon.threads
+        # asyncio's pool starts a thread where none is idle; a leak would be one each round.
+        assert evening.threads < noon.threads + ROUNDS / 2
         assert evening.memory <= GROWTH * noon.memory, (noon, evening)
         assert "Traceback" not in log.read_text()

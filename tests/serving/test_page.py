@@ -402,10 +402,11 @@ def test_a_box_is_drawn_by_touch_and_needs_no_words(open_page: Open, address: st
     send("touchEnd")
     answered(page)
     assert page.evaluate("scrollY") == top  # the finger draws, it does not scroll
-    (prompt,) = request_shown(page)["prompts"]
+    request = request_shown(page)
+    (prompt,) = request["prompts"]
     assert "text" not in prompt
     np.testing.assert_allclose(prompt["boxes"], [[200, 150, 148, 148]], atol=4)
-    assert rows(page) == listed(asked(address, SCENE, prompts=[prompt]))
+    assert rows(page) == listed(asked(address, SCENE, **request))
 
 
 @system

@@ -86,8 +86,7 @@ def _change(folder: Path) -> None:
     header = weights.read_header(folder)
     assert header is not None
     state = load_file(file)
-    key = next(key for key in state if key.startswith("dot_prod_scoring"))
-    state[key] = state[key] * -1
+    state["dot_prod_scoring.hs_proj.weight"] *= -1
     save_file(state, file, metadata=weights.to_metadata(header))
 
 

@@ -74,7 +74,10 @@ def test_killed_again_and_again_it_equals_an_unbroken_one(
     cut.mkdir()
     for number in range(3):
         process = start(file, cut, "--jobs", "2")
-        until(lambda: (cut / "logs").exists(), "a first cell")
+        until(
+            lambda process=process: any(at_work(f"output_dir={cut}/")) or process.poll() == 0,
+            "a first cell",
+        )
         time.sleep(4 + 6 * chance.random())
         if number == 1:
             process.send_signal(signal.SIGTERM)
