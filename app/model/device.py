@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import logging
 import os
 import resource
@@ -281,5 +282,7 @@ def share_of_threads(processes: int) -> dict[str, str]:
 def _visible_gpus() -> list[str]:
     """Return the numbers of this machine's GPUs, as `CUDA_VISIBLE_DEVICES` has them."""
     if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [number for number in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if number]
+        numbers = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+        # CUDA reads them up to the first that is none, as -1.
+        return list(itertools.takewhile(lambda number: number and number[0] != "-", numbers))
     return [str(number) for number in range(torch.cuda.device_count())]

@@ -143,7 +143,9 @@ def test_a_narrow_model_computes_on_one_thread(
         ("", 1, [{}]),
         ("", 3, [{"OMP_NUM_THREADS": "2"}] * 3),
         ("", 9, [{"OMP_NUM_THREADS": "1"}] * 9),
+        ("-1", None, [{}]),
         ("3", 2, [{"CUDA_VISIBLE_DEVICES": "3"}]),
+        ("3,-1,4", 2, [{"CUDA_VISIBLE_DEVICES": "3"}]),
         ("0,5", None, [{"CUDA_VISIBLE_DEVICES": n, "OMP_NUM_THREADS": "3"} for n in "05"]),
     ],
 )
