@@ -40,6 +40,7 @@ DRAWS, SAMPLE = 200, 20  # samples of so many images
 POOL = 400  # images that stand for all there are
 NEW = 300  # images that no run has seen
 SHOTS = (3, 10, 20)
+LAST = "evaluation.every=1000"  # so that the images that score weights do not choose among them
 
 
 def coverage(start: Path, _: int, folder: Path) -> Iterator[Goal]:
@@ -97,7 +98,7 @@ def shots(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
         given = draw(folder / f"set{count}", train=count, valid=100, **settings)
         found = {}
         for name, share in (("words", 0.0), ("examples", 0.5)):
-            words = ["--folds", "none", f"dataset.examples={share}", "--seed", str(seed)]
+            words = ["--folds", "none", f"dataset.examples={share}", "--seed", str(seed), LAST]
             run = folder / f"{name}{count}"
             _train(start, folder / f"set{count}", run, words)
             predictor = Predictor.load(run / "weights" / "best")
