@@ -91,6 +91,17 @@ def test_nano_sees_as_much_of_few_images_as_of_many(images: int, epochs: int, ev
 
 
 @pytest.mark.parametrize(
+    ("images", "share", "epochs"),
+    [(3, "0.5", 90), (20, "0.5", 90), (40, "0.5", 60), (20, "0.0", 45), (20, "much", 45)],
+)
+def test_nano_sees_images_with_example_boxes_more_often(
+    images: int, share: str, epochs: int
+) -> None:
+    chosen = auto(images, "nano", [f"dataset.examples={share}"], pretrained=True)
+    assert f"training.epochs={epochs}" in chosen
+
+
+@pytest.mark.parametrize(
     ("words", "rate"),
     [
         ([], 0.8),
