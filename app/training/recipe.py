@@ -54,7 +54,7 @@ NANO_SEEN = 2400  # images that training sees in all, where it has enough: 600 u
 NANO_EPOCHS = (10, 45)  # least and most
 NANO_FEW = 10  # images at most that are seen more often
 # Most epochs of those, and of any with example boxes, which take half of the words' prompts: of 20
-# images of new shapes, 45 epochs bring words 0.25 of box AP, 90 bring 0.39 (45 without: 0.33).
+# images of new shapes, 45 epochs bring words 0.25 of box AP, 90 bring 0.39 (0.33, 0.38 without).
 NANO_LONG = 90
 NANO_VALIDATIONS = 10  # about as many in a run
 
