@@ -372,11 +372,12 @@ def test_boxes_are_drawn_by_mouse(open_page: Open, address: str) -> None:
     page.mouse.move(*to_screen(page, 160, 186), steps=4)
     page.mouse.up()
     answered(page)
-    (prompt,) = request_shown(page)["prompts"]
+    request = request_shown(page)
+    (prompt,) = request["prompts"]
     assert prompt["text"] == "circle"
     np.testing.assert_allclose(prompt["boxes"], [[200, 150, 148, 148]], atol=2)
     np.testing.assert_allclose(prompt["negative_boxes"], [[160, 40, 140, 146]], atol=2)
-    answer = asked(address, SCENE, prompts=[prompt])
+    answer = asked(address, SCENE, **request)
     assert rows(page) == listed(answer)
     assert listed(answer) != listed(asked(address, SCENE, ["circle"]))
     page.locator("#boxes button").first.click()
