@@ -5,11 +5,13 @@
     .venv/bin/python -m benchmarks.few honest --seeds 1     # fewer seeds than 5
     .venv/bin/python -m benchmarks.few unseen --weights outputs/nano-examples/weights/best
 
+A seed that is done is kept in outputs/few.jsonl, and not run again with the same weights.
 Shapes that the carried nano has never seen (star and ring) and examples/potholes.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from app.datasets.build import load_splits
@@ -28,12 +30,13 @@ from app.evaluation.by_examples import score_by_examples
 from app.evaluation.intervals import ap_interval
 from app.evaluation.metrics import evaluate
 from app.evaluation.validate import validate
-from app.files import read_json
+from app.files import hash_file, read_json
 from app.inference.predictor import Predictor
 from benchmarks.first_hour import Goal
 from benchmarks.nano import KNOWN_KINDS, NEW_KINDS, arguments, draw, join
 
 ROOT = Path(__file__).resolve().parents[1]
+DONE = ROOT / "outputs" / "few.jsonl"
 POTHOLES = ROOT / "examples" / "potholes"
 LEVEL = 0.90  # of the interval whose coverage is measured
 DRAWS, SAMPLE = 200, 20  # samples of so many images
@@ -43,7 +46,7 @@ SHOTS = (3, 10, 20)
 LAST = "evaluation.every=1000"  # so that the images that score weights do not choose among them
 
 
-def coverage(start: Path, _: int, folder: Path) -> Iterator[Goal]:
+def coverage(start: Path, _: int, folder: Path) -> Iterator[str | Goal]:
     """How often an interval from 20 images holds the AP of all: of weights that train no more."""
     pool = draw(folder, train=POOL, valid=1, kinds=KNOWN_KINDS, label_by="kind").train
     results = validate(Predictor.load(start), pool, max_detections=100).results
@@ -56,12 +59,12 @@ def coverage(start: Path, _: int, folder: Path) -> Iterator[Goal]:
         found = ap_interval(pool.subset(chosen), part, "bbox", LEVEL)
         held += found.low <= whole <= found.high
     share = held / DRAWS
-    print(f"AP of all {POOL}: {whole:.3f}")
+    yield f"AP of all {POOL}: {whole:.3f}"
     yield Goal(f"share of {LEVEL:.0%} intervals that hold it", share, 0.85)
     yield Goal("  and not too wide", share, 0.95, at_most=True)
 
 
-def honest(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
+def honest(start: Path, seed: int, folder: Path) -> Iterator[str | Goal]:
     """The AP that folds promise, beside the final weights' on new images; and a single split's."""
     given = draw(folder / "set", train=12, valid=NEW, kinds=NEW_KINDS, exclude=[], label_by="kind")
     own = _unsplit(folder, given.train)
@@ -71,12 +74,12 @@ def honest(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
         said = read_json(folder / name / "metrics.json")["bbox/AP"]
         predictor = Predictor.load(folder / name / "weights" / "best")
         true = validate(predictor, given.valid, max_detections=100).figures["bbox/AP"]
-        print(f"{name}: box AP {said:.3f} said, {true:.3f} on {NEW} new images")
+        yield f"{name}: box AP {said:.3f} said, {true:.3f} on {NEW} new images"
         gaps.append(abs(said - true))
     yield Goal("difference of the folds' AP", gaps[0], 0.05, at_most=True)
 
 
-def duration(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
+def duration(start: Path, seed: int, folder: Path) -> Iterator[str | Goal]:
     """The time of five folds of `head`, beside one run's; each computes its features anew."""
     given = draw(folder / "set", train=20, valid=1, kinds=NEW_KINDS, exclude=[], label_by="kind")
     own, seconds = _unsplit(folder, given.train), []
@@ -86,11 +89,11 @@ def duration(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
             start, own, folder / words[1], [*words, "--method", "head", "--epochs", "10"], seed=seed
         )
         seconds.append(time.monotonic() - begun)
-    print(f"{seconds[0]:.0f} s one run, {seconds[1]:.0f} s in folds")
+    yield f"{seconds[0]:.0f} s one run, {seconds[1]:.0f} s in folds"
     yield Goal("times as long in five folds", seconds[1] / seconds[0], 2.5, at_most=True)
 
 
-def shots(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
+def shots(start: Path, seed: int, folder: Path) -> Iterator[str | Goal]:
     """AP after few images, by words alone and with examples as well; never worse, +0.05 at 3."""
     gains = {}
     for count in SHOTS:
@@ -108,7 +111,7 @@ def shots(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
                 predictor, given.train, given.valid, kinds, max_detections=100, seed=seed
             )
             found[name] = max(by_words, others.get("other5/bbox/AP", 0.0))
-            print(
+            yield (
                 f"{count} images, {name}: box AP {by_words:.3f} by words"
                 + "".join(f", {others[k]:.3f} {k[:-8]}" for k in others if k.endswith("bbox/AP"))
             )
@@ -117,7 +120,7 @@ def shots(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
         yield Goal(f"gain by examples after {count} images", gain, 0.05 if count == 3 else 0.0)
 
 
-def unseen(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
+def unseen(start: Path, seed: int, folder: Path) -> Iterator[str | Goal]:
     """AP on star and ring without any training: by words, by a box, by boxes of other images."""
     given = draw(folder, train=20, valid=100, kinds=NEW_KINDS, exclude=[], label_by="kind")
     predictor = Predictor.load(start)
@@ -127,11 +130,11 @@ def unseen(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
         predictor, given.train, given.valid, kinds, max_detections=100, seed=seed
     )
     shown = {name[:-8]: value for name, value in figures.items() if name.endswith("/bbox/AP")}
-    print(f"words {words:.3f}; " + ", ".join(f"{k} {value:.3f}" for k, value in shown.items()))
+    yield f"words {words:.3f}; " + ", ".join(f"{k} {value:.3f}" for k, value in shown.items())
     yield Goal("box AP by one example in the image", shown["box"], 0.30)
 
 
-def potholes(start: Path, seed: int, folder: Path) -> Iterator[Goal]:
+def potholes(start: Path, seed: int, folder: Path) -> Iterator[str | Goal]:
     """Twelve photographs in folds, beside the others."""
     everything = load_splits(POTHOLES)
     assert everything.test is not None
@@ -177,23 +180,46 @@ def _train(
     )
 
 
-Part = Callable[[Path, int, Path], Iterator[Goal]]  # of weights, a seed, a new folder
+Part = Callable[[Path, int, Path], Iterator[str | Goal]]  # of weights, a seed, a new folder
 PARTS: dict[str, Part] = {
     part.__name__: part for part in (coverage, honest, duration, shots, unseen, potholes)
 }
 ONCE = ("coverage", "duration")  # parts that have no seed to choose
 
 
+def _seed(name: str, seed: int, start: Path, weights: str) -> list[Goal]:
+    """Run one seed of a part and print what it says; or what it said, if it ran before."""
+    key = {"part": name, "seed": seed, "weights": weights}
+    for line in DONE.read_text().splitlines() if DONE.exists() else ():
+        record = json.loads(line)
+        if {field: record[field] for field in key} == key:
+            print("\n".join(record["said"]), flush=True)
+            return [Goal(**goal) for goal in record["goals"]]
+    said, goals = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for found in PARTS[name](start, seed, Path(folder) / "work"):
+            if isinstance(found, Goal):
+                goals.append(found)
+            else:
+                said.append(found)
+                print(found, flush=True)
+    DONE.parent.mkdir(exist_ok=True)
+    with DONE.open("a") as file:
+        record = key | {"said": said, "goals": [asdict(goal) for goal in goals]}
+        file.write(json.dumps(record) + "\n")
+    return goals
+
+
 def main() -> int:
     options = arguments(__doc__, PARTS, seeds=5)
+    weights = hash_file(options.weights / "model.safetensors")
     reached = True
     for name in options.parts or PARTS:
         found: dict[str, list[Goal]] = {}
         for seed in range(1 if name in ONCE else options.seeds):
-            with tempfile.TemporaryDirectory() as folder:
-                for goal in PARTS[name](options.weights, seed, Path(folder) / "work"):
-                    print(f"  seed {seed}: {goal.name}: {goal.value:.3f}", flush=True)
-                    found.setdefault(goal.name, []).append(goal)
+            for goal in _seed(name, seed, options.weights, weights):
+                print(f"  seed {seed}: {goal.name}: {goal.value:.3f}", flush=True)
+                found.setdefault(goal.name, []).append(goal)
         for goals in found.values():
             mean = replace(goals[0], value=statistics.mean(goal.value for goal in goals))
             print(f"{name}: {mean}", flush=True)

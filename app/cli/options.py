@@ -125,7 +125,14 @@ class LabelFlags:
         str | None,
         typer.Option(help="numbers in mask PNGs: objects or classes", rich_help_panel=LABELS),
     ] = None
-
+    group_column: Annotated[
+        str | None,
+        typer.Option(
+            help="of CSV, imagefolder or HuggingFace, or field of a COCO image: what it says alike "
+            "stays on one side of a split",
+            rich_help_panel=LABELS,
+        ),
+    ] = None
     accept_above: Annotated[
         float | None,
         typer.Option(
@@ -139,7 +146,7 @@ class LabelFlags:
 
     def decisions(self) -> dict[str, object]:
         """Return the flags by their keys in configs/train.yaml."""
-        keys = ("boxes", "crowd", "void", "attribute", "masks", "accept_above")
+        keys = ("boxes", "crowd", "void", "attribute", "masks", "group_column", "accept_above")
         return {f"dataset.reading.{key}": getattr(self, key) for key in keys}
 
 

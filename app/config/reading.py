@@ -22,6 +22,8 @@ class ReadingConfig(BaseModel):
         void: value of mask pixels that belong to nothing; None where the files tell.
         attribute: name of the attribute that says the class, where objects have several.
         masks: whether numbers in mask PNGs count objects or name classes; auto where files tell.
+        group_column: name of a table's column, or field of a COCO image, that says what an image
+            belongs with, such as a patient: images that it says alike stay on one side of a split.
         accept_above: 0..1, the least score of a proposal that counts as a label; None: any.
     """
 
@@ -32,6 +34,7 @@ class ReadingConfig(BaseModel):
     void: int | None = Field(default=None, ge=0, le=65535)
     attribute: str | None = None
     masks: MaskNumbers = "auto"
+    group_column: str | None = Field(default=None, min_length=1, max_length=200)
     accept_above: float | None = Field(default=None, ge=0, le=1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -243,6 +243,8 @@ def survey(folder: Path, format: str = "auto", reading: ReadingConfig = AS_WRITT
         notes = [*notes, "--crowd instances: changes nothing, because no object is a crowd"]
     if reading.boxes == "masks" and not any(map(_has_masks, written.values())):
         notes = [*notes, "--boxes masks: changes nothing, because no object has a mask"]
+    if reading.group_column is not None:
+        notes = [*notes, *_ungrouped(written.values(), reading.group_column, folder)]
     readings = {split: settle(read, reading) for split, read in written.items()}
     faults = [fault for read in readings.values() for fault in read.faults]
     for split, read in readings.items():
@@ -321,6 +323,22 @@ def _has_crowds(reading: Reading) -> bool:
 
 def _has_masks(reading: Reading) -> bool:
     return any(annotation.segmentation for annotation in reading.dataset.annotations)
+
+
+def _ungrouped(readings: Iterable[Reading], column: str, folder: Path) -> list[str]:
+    """Return a note where images lack the column that says what they belong with.
+
+    Raises:
+        UserError: all lack it.
+    """
+    images = [image for read in readings for image in read.dataset.images]
+    lacking = [image for image in images if image.group is None]
+    if not lacking:
+        return []
+    says = f"--group-column {column}: {len(lacking)} of {len(images)} images lack it"
+    if len(lacking) == len(images):
+        raise UserError(f"{folder}: {says}; mend the name, or leave it out")
+    return [f"{says}, such as {lacking[0].path.name}; each of these images stands alone"]
 
 
 def _emptiness(split: str, reading: Reading, where: Path) -> list[Fault]:
@@ -629,7 +647,7 @@ def _grouped(
 ) -> tuple[list[Image], list[frozenset[int]], list[int], list[str]]:
     """Return the images in an order of their own, the classes and group of each, and notes.
 
-    Images of one group, near-duplicates or alike by name, stay on one side.
+    Images of one group, near-duplicates or alike by name or column, stay on one side.
     """
     images = sorted(train.images, key=lambda image: (image.path.name, image.id))
     classes = [
@@ -637,6 +655,7 @@ def _grouped(
         for image in images
     ]
     pairs, notes = _by_name([image.path for image in images], pattern)
+    pairs += _by_column(images)
     with progress("near-duplicates: image", len(images)) as advance:
         groups = group([(i.path, i.levels) for i in images], lambda done: advance(done, ""), pairs)
     return images, classes, groups, notes
@@ -655,8 +674,18 @@ def _by_name(paths: Sequence[Path], pattern: str | None) -> tuple[list[tuple[int
         return pairs, []
     names = f"{len(others)} of {len(paths)} file names do not match it, such as {others[0].name}"
     if len(others) == len(paths):
-        raise UserError(f"dataset.group={pattern}: {names}; mend the expression, or leave it out")
+        raise UserError(
+            f"dataset.group={pattern}: {names}; mend the expression, or leave it out; a column of "
+            "the labels is --group-column"
+        )
     return pairs, [f"dataset.group={pattern}: {names}; each of these images stands alone"]
+
+
+def _by_column(images: Sequence[Image]) -> list[tuple[int, int]]:
+    """Return pairs of images of which the labels say alike what they belong with."""
+    first: dict[str, int] = {}
+    said = [(image.group, index) for index, image in enumerate(images) if image.group is not None]
+    return [(first.setdefault(group, index), index) for group, index in said]
 
 
 def _give_objects(chosen: dict[str, set[int]], labelled: set[int]) -> bool:

@@ -46,6 +46,7 @@ class Image:
 
     Attributes:
         levels: the values that become 0 and 255 where its pixels have more than 8 bits.
+        group: what the labels say that it belongs with, by `ReadingConfig.group_column`.
     """
 
     id: int
@@ -53,6 +54,13 @@ class Image:
     width: int
     height: int
     levels: Levels | None = None
+    group: str | None = None
+
+
+def group_of(value: object) -> str | None:
+    """Return what a column says that an image belongs with; None where it says nothing."""
+    is_said = isinstance(value, str) or is_number(value)
+    return (str(value).strip() or None) if is_said else None
 
 
 @dataclass(frozen=True)
@@ -261,7 +269,10 @@ def examine_document(
         files = {entry["id"]: names / entry["file_name"] for _, entry in sound.images}
         named = set()
     images = tuple(
-        Image(entry["id"], files[entry["id"]], entry["width"], entry["height"])
+        Image(
+            *(entry["id"], files[entry["id"]], entry["width"], entry["height"]),
+            group=group_of(entry.get(reading.group_column)),
+        )
         for _, entry in sound.images
         if entry["id"] in files
     )

@@ -50,7 +50,7 @@ def _fetch(config: DatasetConfig, seed: int, data: Path) -> Path:
     if config.dir is not None:
         return _unpacked(Path(config.dir), data)
     if config.huggingface.name is not None:
-        return huggingface.fetch(config.huggingface, data)
+        return huggingface.fetch(config.huggingface, data, config.reading.group_column)
     if config.roboflow is not None:
         return roboflow.fetch(config.roboflow, data)
     folder = data / f"shapes-{_shapes_name(config.shapes, seed)}"

@@ -34,6 +34,7 @@ _HARMLESS = (
     *("dataset.valid_fraction", "dataset.test_fraction", "dataset.max_drop", "dataset.limit"),
     *(
         "dataset.group",
+        "dataset.reading.group_column",
         "dataset.folds",
         "training.last_epoch",
         "dataset.prompts",

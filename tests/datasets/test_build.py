@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from app.config.reading import ReadingConfig
 from app.datasets.build import load_splits, shapes_dataset
 from app.datasets.coco import Category
 from app.errors import UserError
@@ -158,6 +159,55 @@ def test_images_whose_names_match_alike_stay_on_one_side(save, tmp_path):
         del sides["site0"]
         assert [len(side) for side in sides.values()] == [1] * 6
         assert any("2 of 26 file names do not match it, such as 24.png" in n for n in splits.notes)
+
+
+def _coco(folder: Path, patients: list[str | int | None]) -> None:
+    document = many_images(len(patients))
+    for image, patient in zip(document["images"], patients, strict=True):
+        image["patient"] = patient
+    (folder / "_annotations.coco.json").write_text(json.dumps(document))
+
+
+def _imagefolder(folder: Path, patients: list[str | int | None]) -> None:
+    objects = {"bbox": [[1, 2, 3, 4]], "category": ["dog"]}
+    lines = [
+        json.dumps({"file_name": f"{index}.png", "patient": patient, "objects": objects})
+        for index, patient in enumerate(patients)
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def _table(folder: Path, patients: list[str | int | None]) -> None:
+    rows = ["filename,class,xmin,ymin,xmax,ymax,Patient"]
+    for index, patient in enumerate(patients):
+        rows.append(f"{index}.png,dog,1,2,4,6,{'' if patient is None else patient}")
+    (folder / "boxes.csv").write_text("\n".join(rows))
+
+
+@pytest.mark.parametrize("write", [_coco, _imagefolder, _table])
+def test_images_of_which_a_column_says_the_same_stay_on_one_side(write, tmp_path):
+    """Six patients, four images each, and two that are of none."""
+    patients = [("anna", "ben", 3, 4, 5, 6)[index % 6] for index in range(24)] + [None, None]
+    for index in range(26):
+        noise(str(index)).save(tmp_path / f"{index}.png")
+    write(tmp_path, patients)
+    reading = ReadingConfig(group_column="patient")
+    for seed in range(5):
+        parted = load_splits(tmp_path, reading=reading, seed=seed)
+        folded = load_splits(tmp_path, reading=reading, seed=seed, folds=3)
+        assert parted.test is not None
+        sides = [[i.path for i in s.images] for s in (parted.train, parted.valid, parted.test)]
+        folds = [[i.path for i in folded.fold(n).valid.images] for n in range(3)]
+        for parts in (sides, folds):
+            found: dict[object, set[int]] = {}
+            for number, paths in enumerate(parts):
+                for path in paths:
+                    found.setdefault(patients[int(path.stem)], set()).add(number)
+            del found[None]
+            assert [len(side) for side in found.values()] == [1] * 6
+        assert any("--group-column patient: 2 of 26 images lack it" in n for n in parted.notes)
+    with pytest.raises(UserError, match=r"--group-column clinic: 26 of 26 images lack it"):
+        load_splits(tmp_path, reading=ReadingConfig(group_column="clinic"))
 
 
 def test_a_pattern_that_cannot_part_the_images(save):

@@ -13,6 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from app.config.reading import ReadingConfig
 from app.config.schema import HuggingFaceConfig
 from app.datasets.build import Splits, load_splits
 from app.datasets.coco import Annotation
@@ -516,6 +517,35 @@ def test_fetched_once_and_anew_when_it_changed(tmp_path):
     second = fetch(config(folder), tmp_path / "data")
     assert second != first
     assert load_splits(second).train.class_names == ["a", "b", "c"]
+
+
+def test_a_column_is_kept_that_says_what_images_belong_with(tmp_path):
+    """Of 12 images of four patients: no patient is both trained and validated on."""
+    pictures = [np.full((HEIGHT, WIDTH, 3), 20 * n, dtype=np.uint8) for n in range(12)]
+    patients = [f"p{n % 4}" for n in range(12)]
+    parquet(
+        tmp_path / "set/data/train-00000-of-00001.parquet",
+        {
+            "image": [encoded(picture) for picture in pictures],
+            "objects": [{"bbox": [xywh(*CAT)], "category": [0]}] * 12,
+            "patient": patients,
+        },
+        {
+            "image": IMAGE,
+            "objects": {"bbox": List(NUMBERS), "category": List(PETS)},
+            "patient": Value("string"),
+        },
+    )
+    plain = fetch(config(tmp_path / "set"), tmp_path / "data")
+    folder = fetch(config(tmp_path / "set"), tmp_path / "data", "patient")
+    assert folder != plain
+    assert fetch(config(tmp_path / "set"), tmp_path / "data", "patient") == folder
+    splits = load_splits(folder, reading=ReadingConfig(group_column="patient"), folds=4)
+    for number in range(4):
+        groups = {patients[int(i.path.stem)] for i in splits.fold(number).valid.images}
+        assert len(groups) == 1
+    with pytest.raises(UserError, match="--group-column patien: there is no .* 'patient'"):
+        fetch(config(tmp_path / "set"), tmp_path / "data", "patien")
 
 
 def test_several_configurations(tmp_path):

@@ -241,7 +241,7 @@ COCO = Format(
     f"{' or '.join(coco.JSON_NAMES)}, a single *.json, or annotations/instances_*.json",
     coco.is_coco,
     _coco_sources,
-    reads=("boxes", "accept_above"),
+    reads=("boxes", "group_column", "accept_above"),
 )
 FORMATS = (
     # before COCO, whose keys its JSON has as well
@@ -306,7 +306,7 @@ FORMATS = (
         "metadata.jsonl with objects",
         imagefolder.is_imagefolder,
         imagefolder.splits,
-        reads=("boxes", "accept_above"),
+        reads=("boxes", "group_column", "accept_above"),
     ),
     _by_folder(
         "createml",
@@ -321,6 +321,7 @@ FORMATS = (
         f"a table of {', '.join(tables.COLUMNS)}, as TensorFlow's, or RetinaNet's",
         tables.is_table,
         tables.splits,
+        reads=("group_column",),
     ),
     _by_splits("kitti", "KITTI", "label_2/*.txt and image_2/", kitti.is_kitti, kitti.splits),
     Format(

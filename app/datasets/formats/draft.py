@@ -9,7 +9,7 @@ from typing import Any
 
 from pycocotools import mask as coco_mask
 
-from app.datasets.coco import Annotation, Category, Dataset, Image, Reading
+from app.datasets.coco import Annotation, Category, Dataset, Image, Reading, group_of
 from app.datasets.faults import Findings, Tally
 from app.datasets.formats.outlines import Rle
 from app.datasets.geometry import box_fault, clip_box
@@ -99,6 +99,11 @@ class Draft:
             return None
         image = self._images[path] = Image(len(self._images) + 1, path, *header.size)
         return image
+
+    def put_in_group(self, image: Image, value: object) -> None:
+        """Say what an image belongs with, by the value of a column; an empty one says nothing."""
+        if (said := group_of(value)) is not None:
+            self._images[image.path] = replace(self._images[image.path], group=said)
 
     def drop_image(self, image: Image, kind: str, place: str, value: object, remedy: str) -> None:
         """Report a fault for which an image is left out with all its objects."""

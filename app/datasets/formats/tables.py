@@ -64,7 +64,7 @@ def _columns(line: str) -> list[str] | None:
     return names if set(COLUMNS) <= set(names) else None
 
 
-def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
+def splits(folder: Path, reading: ReadingConfig) -> dict[str, Read]:
     """Return the splits by the folders of the tables, else by their names.
 
     Raises:
@@ -77,16 +77,20 @@ def splits(folder: Path, _: ReadingConfig) -> dict[str, Read]:
     for path, name in named.items():
         by_split.setdefault(told[name], []).append(path)
     own = {split: image_folders(folder, split) if len(by_split) > 1 else [] for split in by_split}
-    return {split: partial(_read, folder, own[split], paths) for split, paths in by_split.items()}
+    return {
+        split: partial(_read, folder, own[split], paths, (reading.group_column or "").lower())
+        for split, paths in by_split.items()
+    }
 
 
-def _read(folder: Path, own: Sequence[Path], paths: Sequence[Path]) -> Reading:
+def _read(folder: Path, own: Sequence[Path], paths: Sequence[Path], column: str) -> Reading:
     """Read these tables, a row an object.
 
     Corners that all lie in 0..1, as TensorFlow has them in its records, are shares of the image.
 
     Args:
         own: the folders of the split's images.
+        column: in lower case, that says what an image belongs with; empty for none.
 
     Returns:
         What is sound, and every fault of every row.
@@ -99,6 +103,8 @@ def _read(folder: Path, own: Sequence[Path], paths: Sequence[Path]) -> Reading:
     shares = bool(corners) and min(corners) >= 0 and max(corners) <= 1 + SLACK
     for place, row in rows:
         _add_row(draft, images, row, place, shares=shares)
+        if (image := images[row.get("filename") or ""]) is not None:
+            draft.put_in_group(image, row.get(column))
     notes = ("boxes are shares of their images, 0 to 1, and read as such",) if shares else ()
     return replace(draft.finish(), notes=notes)
 

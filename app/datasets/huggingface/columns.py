@@ -104,6 +104,19 @@ def guess(features: Features, choice: Mapping[str, str], where: str) -> Columns:
     return Columns(image, **maps)
 
 
+def check_group(column: str, features: Features, where: str) -> None:
+    """Refuse a column that cannot say what an image belongs with.
+
+    Raises:
+        UserError: it is not there, or holds neither text nor whole numbers; lists the columns.
+    """
+    if column not in features or not _names_a_class(features[column]):
+        raise UserError(
+            f"{where}: --group-column {column}: there is no such column of text or whole numbers."
+            f"{nearest(column, list(features))} There are {_list(features)}"
+        )
+
+
 def item_type(feature: Any) -> Any:
     """Return the type of a list's items; None for a type that is no list."""
     if isinstance(feature, list):

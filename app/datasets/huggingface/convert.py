@@ -26,17 +26,25 @@ SPOKEN = 1000  # images between two lines of progress
 
 
 def convert(
-    splits: Mapping[str, Any], reading: Reading, folder: Path, info: dict[str, Any], where: str
+    splits: Mapping[str, Any],
+    reading: Reading,
+    folder: Path,
+    info: dict[str, Any],
+    where: str,
+    group_column: str | None = None,
 ) -> None:
     """Write `folder/<split>/_annotations.coco.json` and `folder/<split>/images/*`.
 
     A published set cannot be mended by who uses it: what is faulty is left out and told, as long as
     it is little.
 
+    Args:
+        group_column: is written to the images' entries, under its own name.
+
     Raises:
         UserError: with the faults, where they are many; or there are no objects.
     """
-    parts = [_Split(name, folder / name, reading, Findings(where)) for name in splits]
+    parts = [_Split(name, folder / name, reading, Findings(where), group_column) for name in splits]
     for part in parts:
         part.write(splits[part.name], where)
     _tell_faults(parts, where)
@@ -54,11 +62,18 @@ def convert(
 class _Split:
     """One split being written: images go to their files, labels are held."""
 
-    def __init__(self, name: str, folder: Path, reading: Reading, findings: Findings) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        reading: Reading,
+        findings: Findings,
+        group_column: str | None,
+    ) -> None:
         self.name, self.folder, self.findings = name, folder, findings
         self.images: list[dict[str, Any]] = []
         self.objects: list[dict[str, Any]] = []
-        self._reading = reading
+        self._reading, self._group_column = reading, group_column
         (folder / "images").mkdir(parents=True)
 
     def write(self, rows: Any, where: str) -> None:
@@ -80,8 +95,9 @@ class _Split:
         file_name = f"images/{index:07d}{_ending(picture)}"
         _save(picture, data, self.folder / file_name)
         identity = len(self.images) + 1
+        belongs = {} if (group := self._group_column) is None else {group: row[group]}
         self.images.append(
-            {"id": identity, "file_name": file_name, "width": width, "height": height}
+            {**belongs, "id": identity, "file_name": file_name, "width": width, "height": height}
         )
 
         def report(what: str, value: object, fault: str) -> None:
