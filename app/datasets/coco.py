@@ -271,7 +271,7 @@ def examine_document(
     images = tuple(
         Image(
             *(entry["id"], files[entry["id"]], entry["width"], entry["height"]),
-            group=group_of(entry.get(reading.group_column)),
+            group=group_of(entry.get(column)) if (column := reading.group_column) else None,
         )
         for _, entry in sound.images
         if entry["id"] in files

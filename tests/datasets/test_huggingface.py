@@ -544,7 +544,7 @@ def test_a_column_is_kept_that_says_what_images_belong_with(tmp_path):
     for number in range(4):
         groups = {patients[int(i.path.stem)] for i in splits.fold(number).valid.images}
         assert len(groups) == 1
-    with pytest.raises(UserError, match="--group-column patien: there is no .* 'patient'"):
+    with pytest.raises(UserError, match=r"--group-column patien: there is no .* 'patient'"):
         fetch(config(tmp_path / "set"), tmp_path / "data", "patien")
 
 

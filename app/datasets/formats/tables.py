@@ -104,7 +104,7 @@ def _read(folder: Path, own: Sequence[Path], paths: Sequence[Path], column: str)
     for place, row in rows:
         _add_row(draft, images, row, place, shares=shares)
         if (image := images[row.get("filename") or ""]) is not None:
-            draft.put_in_group(image, row.get(column))
+            draft.put_in_group(image, row.get(column) if column else None)
     notes = ("boxes are shares of their images, 0 to 1, and read as such",) if shares else ()
     return replace(draft.finish(), notes=notes)
 
