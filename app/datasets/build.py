@@ -206,11 +206,17 @@ def _make_folds(
 
 
 def _leaks(splits: Splits, folder: Path) -> list[str]:
-    """Return a warning for each two splits that share files, as the figures are then too good."""
+    """Return warnings for splits that share files or groups, as the figures are then too good."""
     parts = [("train", splits.train), ("valid", splits.valid), ("test", splits.test)]
     files = {name: [image.path for image in part.images] for name, part in parts if part}
+    groups = {name: {image.group for image in part.images} - {None} for name, part in parts if part}
     found = []
     for name, other in (("valid", "train"), ("test", "train"), ("test", "valid")):
+        if alike := sorted(filter(None, groups.get(name, set()) & groups[other])):
+            found.append(
+                f"{name}: {len(alike)} of {counted(len(groups[name]), 'group')} by --group-column "
+                f"are in {other} as well, such as {alike[0]}: its figures are better than is true"
+            )
         if shared := same_files(files.get(name, ()), files[other]):
             check = command("python", "-m", "app", "data", "check", folder)
             found.append(

@@ -210,6 +210,21 @@ def test_images_of_which_a_column_says_the_same_stay_on_one_side(write, tmp_path
         load_splits(tmp_path, reading=ReadingConfig(group_column="clinic"))
 
 
+def test_a_group_on_both_sides_of_given_splits_is_told(save):
+    reading = ReadingConfig(group_column="patient")
+    for split, patients in (("train", "aabbc"), ("valid", "cd"), ("test", "ac")):
+        document = many_images(len(patients))
+        for image, patient in zip(document["images"], patients, strict=True):
+            image["file_name"] = f"{split}-{image['file_name']}"
+            image["patient"] = patient
+        folder = save(document, f"set/{split}").parent
+    said = [note for note in load_splits(folder, reading=reading).notes if "group" in note]
+    assert [note.partition(":")[0] for note in said] == ["valid", "test", "test"]
+    assert "1 of 2 groups by --group-column are in train as well, such as c" in said[0]
+    assert "2 of 2 groups by --group-column are in train as well, such as a" in said[1]
+    assert not any("group" in note for note in load_splits(folder).notes)
+
+
 def test_a_pattern_that_cannot_part_the_images(save):
     folder = save(many_images(10))
     with pytest.raises(UserError, match=r"dataset.group=x: 10 of 10 file names do not match"):
