@@ -370,11 +370,9 @@ def _zip_member(file: Path, name: str) -> bytes:
 
 
 def _whole(system: Any, path: str) -> bytes:
-    """Return a file of a store, which must be as long as the store says."""
+    """Return a file of a store."""
     data: bytes = system.cat_file(path)
-    told = system.info(path).get("size")
-    if told is not None and len(data) != told:
-        raise OSError(f"{len(data)} of {told} bytes came")
+    _check_length(system, path, len(data))
     return data
 
 
@@ -476,6 +474,11 @@ def release(place: str) -> None:
 
 def _fetch(system: Any, path: str, file: Path) -> None:
     system.get_file(path, str(file))
+    _check_length(system, path, file.stat().st_size)
+
+
+def _check_length(system: Any, path: str, came: int) -> None:
+    """Refuse a file of a store that is not as long as the store says."""
     told = system.info(path).get("size")
-    if told is not None and file.stat().st_size != told:
-        raise OSError(f"{file.stat().st_size} of {told} bytes came")
+    if told is not None and came != told:
+        raise OSError(f"{came} of {told} bytes came")
