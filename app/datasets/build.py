@@ -33,7 +33,7 @@ from app.datasets.formats.coco import JSON_NAMES, coco_files
 from app.datasets.formats.panoptic import passed_over
 from app.datasets.settling import alike_names, settle, unread_files
 from app.datasets.splitting import folds as parted
-from app.datasets.splitting import names_alike, stratify
+from app.datasets.splitting import names_alike, pairs_alike, stratify
 from app.datasets.synthetic.shapes import check_shapes, info, is_shapes, make_shapes
 from app.errors import UserError
 from app.files import read_json
@@ -209,10 +209,14 @@ def _leaks(splits: Splits, folder: Path) -> list[str]:
     """Return warnings for splits that share files or groups, as the figures are then too good."""
     parts = [("train", splits.train), ("valid", splits.valid), ("test", splits.test)]
     files = {name: [image.path for image in part.images] for name, part in parts if part}
-    groups = {name: {image.group for image in part.images} - {None} for name, part in parts if part}
+    groups = {
+        name: {image.group for image in part.images if image.group is not None}
+        for name, part in parts
+        if part
+    }
     found = []
     for name, other in (("valid", "train"), ("test", "train"), ("test", "valid")):
-        if alike := sorted(filter(None, groups.get(name, set()) & groups[other])):
+        if alike := sorted(groups.get(name, set()) & groups[other]):
             found.append(
                 f"{name}: {len(alike)} of {counted(len(groups[name]), 'group')} by --group-column "
                 f"are in {other} as well, such as {alike[0]}: its figures are better than is true"
@@ -661,7 +665,7 @@ def _grouped(
         for image in images
     ]
     pairs, notes = _by_name([image.path for image in images], pattern)
-    pairs += _by_column(images)
+    pairs += pairs_alike([image.group for image in images])
     with progress("near-duplicates: image", len(images)) as advance:
         groups = group([(i.path, i.levels) for i in images], lambda done: advance(done, ""), pairs)
     return images, classes, groups, notes
@@ -685,13 +689,6 @@ def _by_name(paths: Sequence[Path], pattern: str | None) -> tuple[list[tuple[int
             "the labels is --group-column"
         )
     return pairs, [f"dataset.group={pattern}: {names}; each of these images stands alone"]
-
-
-def _by_column(images: Sequence[Image]) -> list[tuple[int, int]]:
-    """Return pairs of images of which the labels say alike what they belong with."""
-    first: dict[str, int] = {}
-    said = [(image.group, index) for index, image in enumerate(images) if image.group is not None]
-    return [(first.setdefault(group, index), index) for group, index in said]
 
 
 def _give_objects(chosen: dict[str, set[int]], labelled: set[int]) -> bool:

@@ -6,7 +6,7 @@ import codecs
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -57,8 +57,13 @@ class Image:
     group: str | None = None
 
 
-def group_of(value: object) -> str | None:
-    """Return what a column says that an image belongs with; None where it says nothing."""
+def group_of(entry: Mapping[str, object], column: str | None) -> str | None:
+    """Return what an entry says that its image belongs with; None where it says nothing.
+
+    Args:
+        column: the entry's key that says it; None where the user has named none.
+    """
+    value = None if column is None else entry.get(column)
     is_said = isinstance(value, str) or is_number(value)
     return (str(value).strip() or None) if is_said else None
 
@@ -271,7 +276,7 @@ def examine_document(
     images = tuple(
         Image(
             *(entry["id"], files[entry["id"]], entry["width"], entry["height"]),
-            group=group_of(entry.get(column)) if (column := reading.group_column) else None,
+            group=group_of(entry, reading.group_column),
         )
         for _, entry in sound.images
         if entry["id"] in files

@@ -93,17 +93,17 @@ def names_alike(paths: Sequence[Path], pattern: str) -> tuple[list[tuple[int, in
     or, where it has none, what it matches.
     """
     shared = os.path.commonpath([path.parent for path in paths])
-    first: dict[tuple[str | None, ...], int] = {}
-    pairs, others = [], []
-    for index, path in enumerate(paths):
-        found = re.search(pattern, path.relative_to(shared).as_posix())
-        if found is None:
-            others.append(path)
-            continue
-        one = first.setdefault(found.groups() or (found[0],), index)
-        if one != index:
-            pairs.append((one, index))
-    return pairs, others
+    found = [re.search(pattern, path.relative_to(shared).as_posix()) for path in paths]
+    others = [path for path, match in zip(paths, found, strict=True) if match is None]
+    return pairs_alike([match and (match.groups() or (match[0],)) for match in found]), others
+
+
+def pairs_alike(keys: Sequence[Hashable | None]) -> list[tuple[int, int]]:
+    """Return pairs of places that have the same key, each with the first; None is like no other."""
+    first: dict[Hashable, int] = {}
+    said = [(key, index) for index, key in enumerate(keys) if key is not None]
+    pairs = [(first.setdefault(key, index), index) for key, index in said]
+    return [(one, other) for one, other in pairs if one != other]
 
 
 def _units(groups: Sequence[int], seed: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,9 +100,9 @@ class Draft:
         image = self._images[path] = Image(len(self._images) + 1, path, *header.size)
         return image
 
-    def put_in_group(self, image: Image, value: object) -> None:
-        """Say what an image belongs with, by the value of a column; an empty one says nothing."""
-        if (said := group_of(value)) is not None:
+    def put_in_group(self, image: Image, entry: Mapping[str, object], column: str | None) -> None:
+        """Say what an image belongs with, as `group_of` reads it; an empty value says nothing."""
+        if (said := group_of(entry, column)) is not None:
             self._images[image.path] = replace(self._images[image.path], group=said)
 
     def drop_image(self, image: Image, kind: str, place: str, value: object, remedy: str) -> None:

@@ -83,7 +83,7 @@ def _read(folder: Path, lines: Sequence[Line], reading: ReadingConfig) -> Readin
         image = draft.add_named(entry.get("file_name"), place, path.parent)
         if image is None:
             continue
-        draft.put_in_group(image, entry.get(reading.group_column))
+        draft.put_in_group(image, entry, reading.group_column)
         if entry.get("objects") is None:
             remedy = "has no objects in metadata.jsonl: it is taken to show none"
             draft.findings.add("unlabelled", place, entry.get("file_name"), remedy)

@@ -77,20 +77,21 @@ def splits(folder: Path, reading: ReadingConfig) -> dict[str, Read]:
     for path, name in named.items():
         by_split.setdefault(told[name], []).append(path)
     own = {split: image_folders(folder, split) if len(by_split) > 1 else [] for split in by_split}
+    column = None if reading.group_column is None else reading.group_column.lower()
     return {
-        split: partial(_read, folder, own[split], paths, (reading.group_column or "").lower())
+        split: partial(_read, folder, own[split], paths, column)
         for split, paths in by_split.items()
     }
 
 
-def _read(folder: Path, own: Sequence[Path], paths: Sequence[Path], column: str) -> Reading:
+def _read(folder: Path, own: Sequence[Path], paths: Sequence[Path], column: str | None) -> Reading:
     """Read these tables, a row an object.
 
     Corners that all lie in 0..1, as TensorFlow has them in its records, are shares of the image.
 
     Args:
         own: the folders of the split's images.
-        column: in lower case, that says what an image belongs with; empty for none.
+        column: in lower case, that says what an image belongs with; None where none is named.
 
     Returns:
         What is sound, and every fault of every row.
@@ -104,7 +105,7 @@ def _read(folder: Path, own: Sequence[Path], paths: Sequence[Path], column: str)
     for place, row in rows:
         _add_row(draft, images, row, place, shares=shares)
         if (image := images[row.get("filename") or ""]) is not None:
-            draft.put_in_group(image, row.get(column) if column else None)
+            draft.put_in_group(image, row, column)
     notes = ("boxes are shares of their images, 0 to 1, and read as such",) if shares else ()
     return replace(draft.finish(), notes=notes)
 
