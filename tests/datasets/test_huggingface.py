@@ -529,11 +529,13 @@ def test_a_column_is_kept_that_says_what_images_belong_with(tmp_path):
             "image": [encoded(picture) for picture in pictures],
             "objects": [{"bbox": [xywh(*CAT)], "category": [0]}] * 12,
             "patient": patients,
+            "id": patients,
         },
         {
             "image": IMAGE,
             "objects": {"bbox": List(NUMBERS), "category": List(PETS)},
             "patient": Value("string"),
+            "id": Value("string"),
         },
     )
     plain = fetch(config(tmp_path / "set"), tmp_path / "data")
@@ -546,6 +548,8 @@ def test_a_column_is_kept_that_says_what_images_belong_with(tmp_path):
         assert len(groups) == 1
     with pytest.raises(UserError, match=r"--group-column patien: there is no .* 'patient'"):
         fetch(config(tmp_path / "set"), tmp_path / "data", "patien")
+    with pytest.raises(UserError, match=r"--group-column id: COCO keeps something else"):
+        fetch(config(tmp_path / "set"), tmp_path / "data", "id")
 
 
 def test_several_configurations(tmp_path):

@@ -13,6 +13,7 @@ from app.errors import UserError, nearest
 MAPS = ("mask", "instances", "semantic")
 FIELDS = ("bbox", "category", "segmentation", "iscrowd")
 KEYS = ("image", "objects", *FIELDS, *MAPS, "boxes", "name", "names")
+IMAGE_FIELDS = ("id", "file_name", "width", "height")  # of each image in the COCO JSON
 
 # A column of images that is no photograph.
 LABELS = re.compile(r"mask|label|annot|segm|instance|semantic|panoptic|truth|gt|target|depth", re.I)
@@ -108,12 +109,18 @@ def check_group(column: str, features: Features, where: str) -> None:
     """Refuse a column that cannot say what an image belongs with.
 
     Raises:
-        UserError: it is not there, or holds neither text nor whole numbers; lists the columns.
+        UserError: it is not there, or holds neither text nor whole numbers; lists the columns. Or
+            it has the name of a field that each image of COCO has.
     """
     if column not in features or not _names_a_class(features[column]):
         raise UserError(
             f"{where}: --group-column {column}: there is no such column of text or whole numbers."
             f"{nearest(column, list(features))} There are {_list(features)}"
+        )
+    if column in IMAGE_FIELDS:
+        raise UserError(
+            f"{where}: --group-column {column}: COCO keeps something else of each image under this "
+            "name. Name another column"
         )
 
 
