@@ -43,7 +43,7 @@ def show(comparison: Comparison, one: Path, other: Path) -> None:
     log.info("first: %s", one)
     log.info("second: %s", other)
     table = Table()
-    for heading in ("figure", "first", "second", "difference", "95 % of resamplings"):
+    for heading in ("figure", "first", "second", "difference", "95 % interval"):
         table.add_column(Text(heading), overflow="fold")
     for line in comparison.lines:
         interval = "" if line.interval is None else "{:+.3f}…{:+.3f}".format(*line.interval)

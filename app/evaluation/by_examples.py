@@ -9,6 +9,7 @@ from typing import Any
 from app.console import progress
 from app.datasets.coco import Dataset
 from app.datasets.images import open_image
+from app.evaluation.intervals import with_intervals
 from app.evaluation.metrics import evaluate
 from app.inference.encoding import concept_of
 from app.inference.outputs import coco_results
@@ -27,7 +28,7 @@ def score_by_examples(
     max_detections: int,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Return COCO's figures by kind of prompt: "box/bbox/AP", "both/…", "other1/…", ….
+    """Return COCO's figures by kind of prompt: "box/bbox/AP", "both/…", "other1/…", …; AP's bounds.
 
     Args:
         examples: images whose boxes stand for classes in others.
@@ -50,7 +51,8 @@ def score_by_examples(
 
 
 def _named(kind: str, truth: Dataset, results: Sequence[dict[str, Any]]) -> dict[str, float]:
-    return {f"{kind}/{name}": value for name, value in evaluate(truth, results).items()}
+    figures = with_intervals(evaluate(truth, results), truth, results)
+    return {f"{kind}/{name}": value for name, value in figures.items()}
 
 
 def _by_own_boxes(

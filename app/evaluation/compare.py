@@ -15,12 +15,14 @@ from app.datasets.coco import Category, Dataset
 from app.errors import UserError
 from app.evaluation import record
 from app.evaluation.concepts import SCORE, Presence, concept_counts, figures_of
+from app.evaluation.intervals import EVERYTHING, Interval, student
 from app.evaluation.matching import Overlaps, overlaps
 from app.evaluation.metrics import accumulate, iou_types
 from app.evaluation.off_prompt import firing_of
 from app.evaluation.record import Record
 from app.evaluation.report_page import HEADLINE, KIND, ONCE
 from app.evaluation.run_files import RunFiles, read_run
+from app.evaluation.summary import FEW, Figures
 from app.files import flatten
 
 Counts = NDArray[np.float64]
@@ -36,7 +38,7 @@ _SHOWN = {  # hotcoco's name: ours
 
 @dataclass(frozen=True)
 class Line:
-    """Hold a figure of both runs; `interval` has the difference in 95 % of the resamplings."""
+    """Hold a figure of both runs, and the 95 % interval of their difference."""
 
     name: str
     one: float
@@ -72,7 +74,8 @@ def compare(one: Path, other: Path, resamplings: int = RESAMPLINGS) -> Compariso
     """Compare two folders of runs or evaluations on the same images.
 
     The intervals are of a paired bootstrap: images are drawn with replacement, the same ones for
-    both runs, and the figures are computed from each sample.
+    both runs, and the figures are computed from each sample. Of fewer than FEW images they are at
+    least as wide as the jackknife's, as in `intervals`.
 
     Raises:
         UserError: a folder holds no evaluation, or they were scored on different truths.
@@ -148,8 +151,9 @@ def _kinds(of: Record) -> tuple[str, ...]:
 
 def _figures(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:
     compared = _compared(one, other, kind, resamplings)
+    without_one = _without_one(one, other, kind)
     return [
-        _line(f"{kind}/{ours}", compared, name)
+        _line(f"{kind}/{ours}", compared, name, without_one, _having_objects(one))
         for name, ours in _SHOWN.items()
         if compared["metrics_a"][name] > -1  # hotcoco's mark of what the truth does not define
     ]
@@ -164,8 +168,11 @@ def _classes(one: Record, other: Record, kind: str, resamplings: int) -> list[Li
         if category.id not in there:
             continue
         drawn = resamplings if len(categories) <= CLASSES else 0
-        compared = _compared(_only(one, category), _only(other, category), kind, drawn)
-        lines.append(_line(f"{kind}/AP/{category.name}", compared, "AP"))
+        first, second = _only(one, category), _only(other, category)
+        compared = _compared(first, second, kind, drawn)
+        without_one = _without_one(first, second, kind)
+        name = f"{kind}/AP/{category.name}"
+        lines.append(_line(name, compared, "AP", without_one, _having_objects(first)))
     return lines
 
 
@@ -183,14 +190,45 @@ def _compared(one: Record, other: Record, kind: str, resamplings: int) -> Mappin
     return compared
 
 
-def _line(label: str, compared: Mapping[str, Any], name: str) -> Line:
-    interval = (compared["ci"] or {}).get(name)
-    return Line(
-        label,
-        compared["metrics_a"][name],
-        compared["metrics_b"][name],
-        (interval["lower"], interval["upper"]) if interval else None,
-    )
+def _without_one(one: Record, other: Record, kind: str) -> list[Mapping[str, Any]]:
+    """Compare without each image in turn, where there are few."""
+    ids = {image.id for image in one.truth.images}
+    if len(ids) >= FEW:
+        return []
+    rests = [ids - {id} for id in sorted(ids)]
+    return [_compared(_subset(one, rest), _subset(other, rest), kind, 0) for rest in rests]
+
+
+def _subset(whole: Record, images: Collection[int]) -> Record:
+    results = [result for result in whole.results if result["image_id"] in images]
+    return replace(whole, truth=whole.truth.subset(images), results=results)
+
+
+def _line(
+    label: str,
+    compared: Mapping[str, Any],
+    name: str,
+    without_one: Sequence[Mapping[str, Any]],
+    defining: int,
+) -> Line:
+    one, other = compared["metrics_a"][name], compared["metrics_b"][name]
+    if (found := (compared["ci"] or {}).get(name)) is None:
+        return Line(label, one, other)
+    interval = Interval(found["lower"], found["upper"])
+    if any(each["metrics_a"][name] <= -1 for each in without_one):
+        interval = EVERYTHING  # one image alone defines it
+    elif without_one:
+        differences = [each["metrics_b"][name] - each["metrics_a"][name] for each in without_one]
+        interval = interval.joined(student(other - one, differences, defining))
+    return Line(label, one, other, _finite(interval))
+
+
+def _finite(interval: Interval) -> tuple[float, float] | None:
+    return (interval.low, interval.high) if np.isfinite(interval.high) else None
+
+
+def _having_objects(of: Record) -> int:
+    return len({a.image_id for a in of.truth.annotations if not a.iscrowd})
 
 
 def _concepts(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:
@@ -235,12 +273,20 @@ def _lines(
     draws = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), resamplings)
     pairs = [(figures(draw @ first), figures(draw @ second)) for draw in draws]
     lines = []
-    one, other = figures(first.sum(axis=0)), figures(second.sum(axis=0))
+    sums = first.sum(axis=0), second.sum(axis=0)
+    one, other = map(figures, sums)
+    rests = range(images if images < FEW else 0)
+    without_one = [(figures(sums[0] - first[i]), figures(sums[1] - second[i])) for i in rests]
     for name in [name for name in one if name in other]:
-        differences = [b[name] - a[name] for a, b in pairs if name in a and name in b]
-        interval = None
-        if differences:
-            low, high = np.percentile(differences, [2.5, 97.5])
-            interval = float(low), float(high)
-        lines.append(Line(name, one[name], other[name], interval))
+        interval = EVERYTHING
+        if drawn := _differences(pairs, name):
+            interval = Interval(*map(float, np.percentile(drawn, [2.5, 97.5])))
+        if rests:
+            few = _differences(without_one, name)
+            interval = interval.joined(student(other[name] - one[name], few, len(few)))
+        lines.append(Line(name, one[name], other[name], _finite(interval)))
     return lines
+
+
+def _differences(pairs: Sequence[tuple[Figures, Figures]], name: str) -> list[float]:
+    return [b[name] - a[name] for a, b in pairs if name in a and name in b]

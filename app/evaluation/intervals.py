@@ -1,7 +1,11 @@
-"""How far AP would move on other such images: intervals by a bootstrap over images.
+"""How far AP would move on other such images: intervals over the images that were scored.
 
 They are BCa's (Efron, "Better bootstrap confidence intervals", 1987), which corrects percentiles
 for the bias and the skew that an AP of few images has. Of many, both are the same.
+
+A bootstrap of few images is too sure, because it draws from what little was seen: from five images,
+BCa's 95 % held the AP of all in 61 %. So intervals are at least as wide as Student's by the
+jackknife (Tukey, "Bias and confidence in not quite large samples", 1958).
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from typing import Any
 import hotcoco
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri
+from scipy.special import ndtr, ndtri, stdtrit
 
 from app.datasets.coco import Dataset
 from app.evaluation.metrics import accumulate, iou_types
@@ -33,6 +37,13 @@ class Interval:
 
     low: float
     high: float
+
+    def joined(self, other: Interval) -> Interval:
+        """Return the interval from the lower of both bounds to the higher."""
+        return Interval(min(self.low, other.low), max(self.high, other.high))
+
+
+EVERYTHING = Interval(-np.inf, np.inf)
 
 
 def with_intervals(
@@ -67,7 +78,8 @@ def ap_interval(
     """
     if len(truth.images) > MANY:
         return gain_interval(truth, [], results, kind)[1]  # nothing has an AP of 0
-    return bootstrap(ByWeights(truth, results, kind), len(truth.images), level=level)
+    found = interval(ByWeights(truth, results, kind), len(truth.images), level)
+    return Interval(max(found.low, 0.0), min(found.high, 1.0))
 
 
 def gain_interval(
@@ -85,7 +97,40 @@ def gain_interval(
     first, second = (ByWeights(truth, results, kind) for results in (before, now))
     every = np.ones((1, len(truth.images)))
     gain = float((second(every) - first(every))[0])
-    return gain, bootstrap(lambda weights: second(weights) - first(weights), len(truth.images))
+    found = interval(lambda weights: second(weights) - first(weights), len(truth.images))
+    return gain, Interval(max(found.low, -1.0), min(found.high, 1.0))
+
+
+def interval(statistic: Statistic, images: int, level: float = LEVEL) -> Interval:
+    """Return the bounds of a figure by bootstrap and jackknife, whichever are farther apart."""
+    bounds = bootstrap(statistic, images, level=level)
+    return bounds.joined(jackknife(statistic, images, level))
+
+
+def jackknife(statistic: Statistic, images: int, level: float = LEVEL) -> Interval:
+    """Return Student's interval of a figure, from its values without each image in turn."""
+    each = np.eye(images)
+    defining = int((~np.isnan(statistic(each))).sum())
+    if defining < 2:
+        return EVERYTHING
+    (observed,) = statistic(np.ones((1, images)))
+    return student(observed, statistic(1 - each), defining, level)
+
+
+def student(
+    observed: float, without_one: Sequence[float] | Array, defining: int, level: float = LEVEL
+) -> Interval:
+    """Return Student's interval of a figure of N images; infinite where one alone defines it.
+
+    Args:
+        without_one: (N,), the figure without each of them.
+        defining: images that have what it counts, one more than the degrees of freedom.
+    """
+    if defining < 2:
+        return EVERYTHING
+    deviation = np.std(without_one) * np.sqrt(len(without_one) - 1)
+    half = float(stdtrit(defining - 1, (1 + level) / 2) * deviation)
+    return Interval(observed - half, observed + half)
 
 
 def bootstrap(

@@ -42,7 +42,7 @@ def gain_in_words(before: Figures, now: Figures, dataset: Dataset) -> list[str]:
         sentences.append(_gain(gain, low, high, images))
     if others := bounds(now, "bbox/AP"):
         rough = f"; more images than {images} would narrow that" if images < FEW else ""
-        sentences.append(f"Box AP of other such images: {others} (95 %, by bootstrap{rough})")
+        sentences.append(f"Box AP of other such images: {others} (95 %{rough})")
     lines.append(" ".join(sentences))
     if "folds" in now:
         lines.append(

@@ -54,7 +54,7 @@ class Round:
         images, objects: that it trained on.
         figure: the name of the figure that decided.
         before, after: of the champion and of the run's weights, on the validation set.
-        low, high: 95 % interval of their difference, by a paired bootstrap.
+        low, high: paired 95 % interval of their difference.
         is_better: whether the run's weights are the champion from here on.
         review: of the proposals of the round before.
         second_look: images whose labels the weights disagree with most, and how.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import scipy.stats
 
 from app.datasets.synthetic.shapes import make_shapes
 from app.errors import UserError
@@ -253,7 +254,7 @@ def test_a_run_against_itself_and_a_better_one(command: Command, tmp_path: Path)
 
 
 def test_intervals_of_what_is_counted_by_images(tmp_path: Path) -> None:
-    """One of three images fires: of 3 drawn with replacement, 96.3 % have it twice at most."""
+    """One of three images fires: Student's interval of a mean is wider than the bootstrap's."""
     labels = [(i, 1, BOX) for i in (1, 2, 3)]
     right = [found(i, 1, BOX, 0.9) for i in (1, 2, 3)]
     one = _run(tmp_path / "one", right, *labels)
@@ -261,7 +262,10 @@ def test_intervals_of_what_is_counted_by_images(tmp_path: Path) -> None:
     lines = {line.name: line for line in compare(one, two).lines}
     firing = lines["off_prompt/classes"]
     assert (firing.one, firing.other) == (0.0, pytest.approx(1 / 3))
-    assert firing.interval == (0.0, 1.0)
+    error = scipy.stats.sem([0, 0, 1])
+    assert firing.interval == pytest.approx(scipy.stats.t.interval(0.95, 2, 1 / 3, error))
+    assert firing.interval[0] < 0
+    assert firing.interval[1] > 1
     assert (lines["segm/IL_MCC"].one, lines["segm/cgF1"].one) == (1.0, 1.0)
     assert lines["segm/cgF1"].other < 1
     assert not lines["segm/cgF1"].is_sure

@@ -87,6 +87,7 @@ def test_the_command_tells_them(command: Command, shapes: Path, tmp_path: Path) 
     assert done.code == 0, done.err
     figures = metrics(out)
     for kind, said in BY_EXAMPLES.items():
-        assert f"{said} {figures[kind]:.3f}" in done.out
-        assert 0 <= figures[kind] <= 1
+        low, high = figures[f"{kind}_low"], figures[f"{kind}_high"]
+        assert f"{said} {figures[kind]:.3f} ({low:.2f} to {high:.2f})" in done.out
+        assert 0 <= low <= figures[kind] <= high <= 1
     assert "box AP by 3 boxes of others" in (out / "report.html").read_text()

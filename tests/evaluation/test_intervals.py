@@ -18,6 +18,7 @@ from app.evaluation.intervals import (
     ap_interval,
     bootstrap,
     gain_interval,
+    jackknife,
     with_intervals,
 )
 from app.evaluation.metrics import evaluate
@@ -104,6 +105,35 @@ def test_bounds_are_scipys(skewed: bool) -> None:
     assert abs(expected["percentile"].high - expected["BCa"].high) > 0.08 * spread
 
 
+def test_the_jackknife_of_a_mean_is_students() -> None:
+    values = np.random.default_rng(1).exponential(size=7)
+
+    def mean(weights: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            return weights[:, :7] @ values / weights[:, :7].sum(axis=1)
+
+    for level in (0.9, 0.95):
+        found = jackknife(mean, 7, level)
+        error = scipy.stats.sem(values)
+        expected = scipy.stats.t.interval(level, 6, loc=values.mean(), scale=error)
+        assert (found.low, found.high) == pytest.approx(expected)
+    with_empty = jackknife(mean, 9)  # two more images, without objects: they tell nothing of it
+    assert with_empty.low < found.low < found.high < with_empty.high
+    assert with_empty.high - with_empty.low < 1.1 * (found.high - found.low)
+
+
+def test_few_images_are_not_sure() -> None:
+    """One says nothing; two that both gained a little are no gain, and alike is a point."""
+    one = truth((1, 1, BOX))
+    assert ap_interval(one, [found(1, 1, BOX, 0.9)], "bbox") == Interval(0, 1)
+    assert gain_interval(one, [], [found(1, 1, BOX, 0.9)]) == (1, Interval(-1, 1))
+    near = [BOX[0] + 2, *BOX[1:]]  # matched at some of the overlaps
+    two = truth((1, 1, BOX), (2, 1, BOX))
+    gain, bounds = gain_interval(two, [], [found(1, 1, BOX, 0.9), found(2, 1, near, 0.9)])
+    assert 0.7 < gain < 1
+    assert bounds.low < 0 < bounds.high
+
+
 def test_what_has_no_spread_is_a_point(dataset: Dataset) -> None:
     exact = [
         {"image_id": a.image_id, "category_id": a.category_id, "bbox": a.bbox_xywh, "score": 0.9}
@@ -130,7 +160,7 @@ def test_of_many_images_percentiles_serve(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = _results(dataset, 1.5)
-    bounds = ap_interval(dataset, results, "bbox")
+    bounds = bootstrap(ByWeights(dataset, results, "bbox"), len(dataset.images))
     monkeypatch.setattr(intervals, "MANY", 5)
     by_hotcoco = ap_interval(dataset, results, "bbox")
     assert by_hotcoco != bounds

@@ -41,7 +41,7 @@ def test_counts_of_what_was_found(dataset: Dataset) -> None:
     )
     assert second == (
         "box AP 0.10 before, 0.80 now; mask AP 0.05 before, 0.70 now. Box AP of other such "
-        "images: 0.71 to 0.86 (95 %, by bootstrap; more images than 12 would narrow that)"
+        "images: 0.71 to 0.86 (95 %; more images than 12 would narrow that)"
     )
     del now["bbox/AP_low"]  # as in a folder of an earlier version
     assert gain_in_words(before, now, dataset)[1].endswith("0.70 now.")
