@@ -149,8 +149,8 @@ def load_splits(
         )
     splits = replace(splits, train=_askable(splits.train))
     advice = [fault.remedy for fault in advise(splits, folder, surveyed.faults)]
-    leaks = [] if splits.folds else _leaks(splits, folder)
-    return replace(splits, notes=(*splits.notes, *notes(surveyed.faults), *advice, *leaks))
+    told = (*splits.notes, *notes(surveyed.faults), *advice, *_leaks(splits, folder))
+    return replace(splits, notes=told)
 
 
 def _limited(train: Dataset, limit: int, seed: int) -> tuple[Dataset, str]:
@@ -207,7 +207,8 @@ def _make_folds(
 
 def _leaks(splits: Splits, folder: Path) -> list[str]:
     """Return warnings for splits that share files or groups, as the figures are then too good."""
-    parts = [("train", splits.train), ("valid", splits.valid), ("test", splits.test)]
+    valid = None if splits.folds else splits.valid  # folds validate on what others train on
+    parts = [("train", splits.train), ("valid", valid), ("test", splits.test)]
     files = {name: [image.path for image in part.images] for name, part in parts if part}
     groups = {
         name: {image.group for image in part.images if image.group is not None}
@@ -216,12 +217,14 @@ def _leaks(splits: Splits, folder: Path) -> list[str]:
     }
     found = []
     for name, other in (("valid", "train"), ("test", "train"), ("test", "valid")):
-        if alike := sorted(groups.get(name, set()) & groups[other]):
+        if name not in files or other not in files:
+            continue
+        if alike := sorted(groups[name] & groups[other]):
             found.append(
                 f"{name}: {len(alike)} of {counted(len(groups[name]), 'group')} by --group-column "
                 f"are in {other} as well, such as {alike[0]}: its figures are better than is true"
             )
-        if shared := same_files(files.get(name, ()), files[other]):
+        if shared := same_files(files[name], files[other]):
             check = command("python", "-m", "app", "data", "check", folder)
             found.append(
                 f"{name}: {len(shared)} of {len(files[name])} images are in {other} as well, such "

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -223,6 +224,10 @@ def test_a_group_on_both_sides_of_given_splits_is_told(save):
     assert "1 of 2 groups by --group-column are in train as well, such as c" in said[0]
     assert "2 of 2 groups by --group-column are in train as well, such as a" in said[1]
     assert not any("group" in note for note in load_splits(folder).notes)
+    shutil.rmtree(folder / "valid")
+    folded = load_splits(folder, reading=reading, folds=3)
+    (said,) = [note for note in folded.notes if "group" in note]
+    assert said.startswith("test: 2 of 2 groups by --group-column are in train as well")
 
 
 def test_a_pattern_that_cannot_part_the_images(save):
