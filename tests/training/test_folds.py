@@ -118,7 +118,8 @@ def test_stopped_in_a_fold_or_at_the_end_it_goes_on(
     differing = {
         name for name, value in metrics(whole).items() if metrics(tmp_path / "a")[name] != value
     }
-    assert all("second" in name for name in differing)
+    # The peak is of this process, whichever runs it had before.
+    assert all("second" in name for name in differing - {"peak_memory_gb"})
 
 
 def _train(command: Command, images: Path, folder: Path, *words: object) -> Result:
