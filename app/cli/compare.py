@@ -57,8 +57,7 @@ def show(comparison: Comparison, one: Path, other: Path) -> None:
         table.add_row(*(Text(plain(cell)) for cell in (*cells, interval + sure)))
     Console(soft_wrap=True).print(table)
     log.info(
-        "intervals: from %d resamplings of %s%s",
-        comparison.resamplings,
+        "intervals: paired, of %s%s",
         counted(comparison.images, "image"),
         "; * leaves out 0" if any(line.is_sure for line in comparison.lines) else "",
     )

@@ -15,7 +15,14 @@ from app.datasets.coco import Category, Dataset
 from app.errors import UserError
 from app.evaluation import record
 from app.evaluation.concepts import SCORE, Presence, concept_counts, figures_of
-from app.evaluation.intervals import EVERYTHING, Interval, student
+from app.evaluation.intervals import (
+    EVERYTHING,
+    GROUPS,
+    Interval,
+    gain_interval,
+    groups,
+    student,
+)
 from app.evaluation.matching import Overlaps, overlaps
 from app.evaluation.metrics import accumulate, iou_types
 from app.evaluation.off_prompt import firing_of
@@ -28,7 +35,7 @@ from app.files import flatten
 Counts = NDArray[np.float64]
 RESAMPLINGS = 500
 SHOWN = 20  # settings that differ
-CLASSES = 50  # more get no interval: each costs a resampling of its own
+CLASSES = 50  # more get no interval: each costs its own
 _SHOWN = {  # hotcoco's name: ours
     **{"AP": "AP", "AP50": "AP50", "AP75": "AP75"},
     **{"APs": "AP_small", "APm": "AP_medium", "APl": "AP_large"},
@@ -66,16 +73,14 @@ class Comparison:
 
     lines: tuple[Line, ...]
     images: int
-    resamplings: int
     settings: tuple[str, ...]
 
 
 def compare(one: Path, other: Path, resamplings: int = RESAMPLINGS) -> Comparison:
     """Compare two folders of runs or evaluations on the same images.
 
-    The intervals are of a paired bootstrap: images are drawn with replacement, the same ones for
-    both runs, and the figures are computed from each sample. Of fewer than FEW images they are at
-    least as wide as the jackknife's, as in `intervals`.
+    The intervals are paired: the same images are left out for both runs, or drawn with replacement,
+    and the figures are computed from the others (`intervals`).
 
     Raises:
         UserError: a folder holds no evaluation, or they were scored on different truths.
@@ -88,13 +93,13 @@ def compare(one: Path, other: Path, resamplings: int = RESAMPLINGS) -> Compariso
             "or labels. Score both weights on one split with python -m app evaluate"
         )
     kinds = [t for t in iou_types(first.truth, first.results) if t in _kinds(second)]
-    lines = [line for kind in kinds for line in _figures(first, second, kind, resamplings)]
+    lines = [line for kind in kinds for line in _figures(first, second, kind)]
     lines += [line for kind in kinds for line in _concepts(first, second, kind, resamplings)]
     lines += _stored_concepts(*files, {line.name for line in lines})
     lines += _firing(first, second, kinds[-1], resamplings)
-    lines += [line for kind in kinds for line in _classes(first, second, kind, resamplings)]
+    lines += [line for kind in kinds for line in _classes(first, second, kind)]
     settings = tuple(_other_settings(*files))
-    return Comparison(tuple(lines), len(first.truth.images), resamplings, settings)
+    return Comparison(tuple(lines), len(first.truth.images), settings)
 
 
 def label(name: str) -> str:
@@ -149,17 +154,36 @@ def _kinds(of: Record) -> tuple[str, ...]:
     return iou_types(of.truth, of.results)
 
 
-def _figures(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:
-    compared = _compared(one, other, kind, resamplings)
-    without_one = _without_one(one, other, kind)
-    return [
-        _line(f"{kind}/{ours}", compared, name, without_one, _having_objects(one))
-        for name, ours in _SHOWN.items()
-        if compared["metrics_a"][name] > -1  # hotcoco's mark of what the truth does not define
-    ]
+def _figures(one: Record, other: Record, kind: str) -> list[Line]:
+    compared, images = _compared(one, other, kind), one.truth.images
+    without_one = []
+    for part in groups(len(images)):
+        rest = {image.id for image in images} - {images[place].id for place in part}
+        without_one.append(_compared(_subset(one, rest), _subset(other, rest), kind))
+    having = len({a.image_id for a in one.truth.annotations if not a.iscrowd})
+    lines = []
+    for name, ours in _SHOWN.items():
+        figures = compared["metrics_a"][name], compared["metrics_b"][name]
+        if figures[0] <= -1:  # hotcoco's mark of what the truth does not define
+            continue
+        interval = EVERYTHING
+        if all(each["metrics_a"][name] > -1 for each in without_one):  # not of one image alone
+            differences = [each["deltas"][name] for each in without_one]
+            interval = student(figures[1] - figures[0], differences, min(having, GROUPS))
+        lines.append(Line(f"{kind}/{ours}", *figures, _finite(interval)))
+    return lines
 
 
-def _classes(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:
+def _subset(whole: Record, images: Collection[int]) -> Record:
+    results = [result for result in whole.results if result["image_id"] in images]
+    return replace(whole, truth=whole.truth.subset(images), results=results)
+
+
+def _finite(interval: Interval) -> tuple[float, float] | None:
+    return (interval.low, interval.high) if np.isfinite(interval.high) else None
+
+
+def _classes(one: Record, other: Record, kind: str) -> list[Line]:
     """Return AP of each class that has objects."""
     categories = one.truth.categories
     there = {annotation.category_id for annotation in one.truth.annotations}
@@ -167,12 +191,14 @@ def _classes(one: Record, other: Record, kind: str, resamplings: int) -> list[Li
     for category in categories:
         if category.id not in there:
             continue
-        drawn = resamplings if len(categories) <= CLASSES else 0
         first, second = _only(one, category), _only(other, category)
-        compared = _compared(first, second, kind, drawn)
-        without_one = _without_one(first, second, kind)
-        name = f"{kind}/AP/{category.name}"
-        lines.append(_line(name, compared, "AP", without_one, _having_objects(first)))
+        compared = _compared(first, second, kind)
+        interval = None
+        if len(categories) <= CLASSES:
+            bounds = gain_interval(first.truth, first.results, second.results, kind)[1]
+            interval = (bounds.low, bounds.high)
+        figures = compared["metrics_a"]["AP"], compared["metrics_b"]["AP"]
+        lines.append(Line(f"{kind}/AP/{category.name}", *figures, interval))
     return lines
 
 
@@ -184,51 +210,10 @@ def _only(whole: Record, category: Category) -> Record:
     return replace(whole, truth=truth, results=results)
 
 
-def _compared(one: Record, other: Record, kind: str, resamplings: int) -> Mapping[str, Any]:
+def _compared(one: Record, other: Record, kind: str) -> Mapping[str, Any]:
     first, second = (accumulate(run.truth, run.results, kind) for run in (one, other))
-    compared: Mapping[str, Any] = hotcoco.compare(first, second, n_bootstrap=resamplings)
+    compared: Mapping[str, Any] = hotcoco.compare(first, second, n_bootstrap=0)
     return compared
-
-
-def _without_one(one: Record, other: Record, kind: str) -> list[Mapping[str, Any]]:
-    """Compare without each image in turn, where there are few."""
-    ids = {image.id for image in one.truth.images}
-    if len(ids) >= FEW:
-        return []
-    rests = [ids - {id} for id in sorted(ids)]
-    return [_compared(_subset(one, rest), _subset(other, rest), kind, 0) for rest in rests]
-
-
-def _subset(whole: Record, images: Collection[int]) -> Record:
-    results = [result for result in whole.results if result["image_id"] in images]
-    return replace(whole, truth=whole.truth.subset(images), results=results)
-
-
-def _line(
-    label: str,
-    compared: Mapping[str, Any],
-    name: str,
-    without_one: Sequence[Mapping[str, Any]],
-    defining: int,
-) -> Line:
-    one, other = compared["metrics_a"][name], compared["metrics_b"][name]
-    if (found := (compared["ci"] or {}).get(name)) is None:
-        return Line(label, one, other)
-    interval = Interval(found["lower"], found["upper"])
-    if any(each["metrics_a"][name] <= -1 for each in without_one):
-        interval = EVERYTHING  # one image alone defines it
-    elif without_one:
-        differences = [each["metrics_b"][name] - each["metrics_a"][name] for each in without_one]
-        interval = interval.joined(student(other - one, differences, defining))
-    return Line(label, one, other, _finite(interval))
-
-
-def _finite(interval: Interval) -> tuple[float, float] | None:
-    return (interval.low, interval.high) if np.isfinite(interval.high) else None
-
-
-def _having_objects(of: Record) -> int:
-    return len({a.image_id for a in of.truth.annotations if not a.iscrowd})
 
 
 def _concepts(one: Record, other: Record, kind: str, resamplings: int) -> list[Line]:

@@ -243,13 +243,13 @@ def test_a_run_against_itself_and_a_better_one(command: Command, tmp_path: Path)
         "settings that differ, of the first and of the second:",
         "  optim.lr: 1, 2",
     ]
-    assert "intervals: from 500 resamplings of 3 images; * leaves out 0" in lines
+    assert "intervals: paired, of 3 images; * leaves out 0" in lines
     assert any(line.startswith("│ box AP ") for line in lines)
     assert "bbox/" not in done.out
     (cg_f1,) = [line for line in lines if "box cgF1" in line]
     assert "0.200" in cg_f1
     same = command("compare", one, one)
-    assert "intervals: from 500 resamplings of 3 images" in same.out.splitlines()
+    assert "intervals: paired, of 3 images" in same.out.splitlines()
     assert same.out.splitlines()[-1] == "settings: the same in both"
 
 

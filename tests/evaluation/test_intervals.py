@@ -156,15 +156,20 @@ def test_a_gain_is_of_the_same_images(dataset: Dataset) -> None:
     assert bounds.low <= 0 <= bounds.high
 
 
-def test_of_many_images_percentiles_serve(
+def test_of_many_images_the_jackknife_serves(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = _results(dataset, 1.5)
-    bounds = bootstrap(ByWeights(dataset, results, "bbox"), len(dataset.images))
+    """In groups it finds the spread that copies of the drawn images have, scored by hotcoco."""
+    results, count = _results(dataset, 1.5), len(dataset.images)
     monkeypatch.setattr(intervals, "MANY", 5)
-    by_hotcoco = ap_interval(dataset, results, "bbox")
-    assert by_hotcoco != bounds
-    assert (by_hotcoco.low, by_hotcoco.high) == pytest.approx((bounds.low, bounds.high), abs=0.05)
+    monkeypatch.setattr(intervals, "GROUPS", 6)
+    found = ap_interval(dataset, results, "bbox")
+    random = np.random.default_rng(2)
+    draws = [random.multinomial(count, np.full(count, 1 / count)) for _ in range(60)]
+    spread = np.std([_drawn(dataset, results, draw) for draw in draws])
+    half = scipy.stats.t.ppf(0.975, 5) * spread
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.4)
+    assert sorted(np.concatenate(intervals.groups(count)).tolist()) == list(range(count))
     gain, _ = gain_interval(dataset, _results(dataset, 2.5), results)
     assert gain > 0
 
