@@ -71,17 +71,13 @@ def coverage(start: Path, _: int, folder: Path) -> Iterator[str | Goal]:
             same = [result for id in chosen for result in first[id]]
             found = ap_interval(part, same, "bbox", LEVEL)
             held += found.low <= whole <= found.high
-            before, now = (
-                [r for id in chosen for r in (first if (id in swapped) == at else second)[id]]
-                for at in (True, False)
-            )
+            before = [r for id in chosen for r in (first if id in swapped else second)[id]]
+            now = [r for id in chosen for r in (second if id in swapped else first)[id]]
             gain = gain_interval(part, before, now)[1]
             called += not gain.low <= 0 <= gain.high
         yield f"{size} images: {called / DRAWS:.3f} of the gains that chance made are called one"
-        share, name = (
-            held / DRAWS,
-            f"share of {LEVEL:.0%} intervals from {size} images that hold it",
-        )
+        share = held / DRAWS
+        name = f"share of {LEVEL:.0%} intervals from {size} images that hold it"
         if size == GOAL_AT:
             yield Goal(name, share, 0.85)
             yield Goal("  and not too wide", share, 0.95, at_most=True)

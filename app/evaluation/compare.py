@@ -155,10 +155,10 @@ def _kinds(of: Record) -> tuple[str, ...]:
 
 
 def _figures(one: Record, other: Record, kind: str) -> list[Line]:
-    compared, images = _compared(one, other, kind), one.truth.images
-    without_one = []
-    for part in groups(len(images)):
-        rest = {image.id for image in images} - {images[place].id for place in part}
+    compared = _compared(one, other, kind)
+    ids, without_one = [image.id for image in one.truth.images], []
+    for part in groups(len(ids)):
+        rest = set(ids) - {ids[place] for place in part}
         without_one.append(_compared(_subset(one, rest), _subset(other, rest), kind))
     having = len({a.image_id for a in one.truth.annotations if not a.iscrowd})
     lines = []

@@ -44,6 +44,10 @@ class Interval:
         """Return the interval from the lower of both bounds to the higher."""
         return Interval(min(self.low, other.low), max(self.high, other.high))
 
+    def within(self, low: float, high: float) -> Interval:
+        """Return the interval without what lies beyond the bounds."""
+        return Interval(max(self.low, low), min(self.high, high))
+
 
 EVERYTHING = Interval(-np.inf, np.inf)
 
@@ -78,8 +82,7 @@ def ap_interval(
     Args:
         level: 0..1, share of samples that it is to cover.
     """
-    found = interval(ByWeights(truth, results, kind), len(truth.images), level)
-    return Interval(max(found.low, 0.0), min(found.high, 1.0))
+    return interval(ByWeights(truth, results, kind), len(truth.images), level).within(0.0, 1.0)
 
 
 def gain_interval(
@@ -93,7 +96,7 @@ def gain_interval(
     every = np.ones((1, len(truth.images)))
     gain = float((second(every) - first(every))[0])
     found = interval(lambda weights: second(weights) - first(weights), len(truth.images))
-    return gain, Interval(max(found.low, -1.0), min(found.high, 1.0))
+    return gain, found.within(-1.0, 1.0)
 
 
 def interval(statistic: Statistic, images: int, level: float = LEVEL) -> Interval:
