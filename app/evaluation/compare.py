@@ -157,7 +157,7 @@ def _kinds(of: Record) -> tuple[str, ...]:
 def _figures(one: Record, other: Record, kind: str) -> list[Line]:
     compared = _compared(one, other, kind)
     ids, without_one = [image.id for image in one.truth.images], []
-    for part in groups(len(ids)):
+    for part in groups(len(ids)) if len(ids) > 1 else ():
         rest = set(ids) - {ids[place] for place in part}
         without_one.append(_compared(_subset(one, rest), _subset(other, rest), kind))
     having = len({a.image_id for a in one.truth.annotations if not a.iscrowd})
@@ -261,7 +261,9 @@ def _lines(
     sums = first.sum(axis=0), second.sum(axis=0)
     one, other = map(figures, sums)
     rests = range(images if images < FEW else 0)
-    without_one = [(figures(sums[0] - first[i]), figures(sums[1] - second[i])) for i in rests]
+    without_one = [
+        (figures(sums[0] - first[i]), figures(sums[1] - second[i])) for i in rests if images > 1
+    ]
     for name in [name for name in one if name in other]:
         interval = EVERYTHING
         if drawn := _differences(pairs, name):

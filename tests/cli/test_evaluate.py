@@ -286,6 +286,18 @@ def test_a_run_that_found_nothing(command: Command, tmp_path: Path) -> None:
     assert "-1.000" in done.out
 
 
+def test_one_image_with_objects_shows_nothing(tmp_path: Path) -> None:
+    """Alone, or beside one that has none: no difference has bounds that leave out 0."""
+    for others in ([], [(2, 1, BESIDE, True)]):
+        labels = [(1, 1, BOX), *others]
+        empty = _run(tmp_path / f"empty-{len(others)}", [], *labels)
+        one = _run(tmp_path / f"one-{len(others)}", [found(1, 1, BOX, 0.9)], *labels)
+        lines = {line.name: line for line in compare(empty, one).lines}
+        for name in ("bbox/AP", "segm/AP", "segm/AP50", "segm/AR_100", "segm/AP/a"):
+            assert lines[name].difference == pytest.approx(1)
+            assert not lines[name].is_sure
+
+
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     one = _run(tmp_path / "one", [found(1, 1, BOX, 0.9)], (1, 1, BOX))
     other = _run(tmp_path / "other", [found(1, 1, BOX, 0.9)], (1, 1, BESIDE))
